@@ -1,0 +1,1 @@
+"""Image classification: CIFAR-10, CIFAR-100, digits, and any folder of small images."""

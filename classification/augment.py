@@ -1,0 +1,173 @@
+"""From images at rest to training batches: the whole set is one uint8 tensor on the device, and is augmented there.
+
+Each training image is stored with its black border, so that pad, random crop and random flip are one gather: every
+pixel of a batch is fetched once, from where crop and flip would have taken it. Then ToTensor and Normalize follow in
+float32, in torchvision's order of operations; the result equals torchvision's bit for bit. Nothing here waits for the
+device, except for one copy of the draws at the start of an epoch.
+
+What happens to sample i in epoch e is a function of (seed, e, i) alone: all draws of an epoch are made at once, on the
+CPU, so that neither the device nor the number of ranks nor a resumed run changes them.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.seed import generator
+
+Batch = tuple[Tensor, Tensor]  # images float32 [b, 3, H, W], normalised; labels int64 [b]
+
+
+class Images(NamedTuple):
+    """One split as it was read: pixels uint8 [N, H, W, 3] and labels int64 [N], on the CPU."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+class Augmentation(NamedTuple):
+    """What training images go through: a black border of `padding` pixels, a random crop, and a mirror at random."""
+
+    padding: int
+    flip: bool
+
+
+class Draws(NamedTuple):
+    """The random choices of one epoch; all but `order` are indexed by sample."""
+
+    order: Tensor  # int64 [N], the samples in the order in which they are trained on
+    top: Tensor  # int64 [N], the crop's first row in the padded image
+    left: Tensor  # int64 [N], the crop's first column there
+    mirror: Tensor  # bool [N]
+
+
+class ImageData:
+    """A training and a test set on one device.
+
+    `mean` and `std` are per channel, of pixels in 0..1; where they are None, they are those of the training images.
+    `image_size` is (height, width).
+    """
+
+    def __init__(
+        self,
+        train: Images,
+        test: Images,
+        classes: Sequence[str],
+        augmentation: Augmentation,
+        *,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        self.classes = tuple(classes)
+        self.num_classes = len(self.classes)
+        self.train_size, self.test_size = len(train.labels), len(test.labels)
+        self.image_size = height, width = tuple(train.pixels.shape[1:3])
+        self.augmentation, self.seed, self.device = augmentation, seed, torch.device(device)
+        if mean is None or std is None:
+            own_mean, own_std = pixel_statistics(train.pixels)
+            mean, std = mean or own_mean, std or own_std
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise UserError(f"data: mean and std need three values each, std all above 0; not {mean} and {std}")
+        self.mean, self.std = tuple(mean), tuple(std)
+
+        padding = augmentation.padding
+        padded = torch.zeros(
+            self.train_size, height + 2 * padding, width + 2 * padding, 3, dtype=torch.uint8, device=device
+        )
+        padded[:, padding : padding + height, padding : padding + width] = train.pixels.to(device)
+        self._padded_width, self._padded_area = padded.shape[2], padded.shape[1] * padded.shape[2]
+        self._train_pixels = padded.view(-1, 3)
+        self._train_labels = train.labels.to(device)
+        self._test_pixels, self._test_labels = test.pixels.to(device), test.labels.to(device)
+        # Constants of the arithmetic, one value for each number in a row of pixels: an inner loop of 3 would be slow.
+        # 255 is a tensor because CUDA divides by a plain number inexactly, by way of its reciprocal.
+        self._white = torch.tensor(255.0, device=device)
+        self._row_mean = torch.tensor(self.mean, device=device).repeat(width)
+        self._row_std = torch.tensor(self.std, device=device).repeat(width)
+        self._rows = self._padded_width * torch.arange(height, device=device)[:, None]
+        self._columns = torch.arange(width, device=device)
+
+    def updates_per_epoch(self, global_batch: int) -> int:
+        """Whole batches in the training set; the rest of an epoch's order is left out, as in the published runs."""
+        if global_batch > self.train_size:
+            raise UserError(f"global_batch={global_batch} is larger than the training set, {self.train_size} images")
+        return self.train_size // global_batch
+
+    def draws(self, epoch: int) -> Draws:
+        """The random choices of `epoch` (0-based), on the CPU."""
+        random = generator(self.seed, "augmentation", epoch)
+        positions = 2 * self.augmentation.padding + 1
+        order = torch.randperm(self.train_size, generator=random)
+        top, left = torch.randint(positions, (2, self.train_size), generator=random)
+        mirror = torch.rand(self.train_size, generator=random) < 0.5
+        return Draws(order, top, left, mirror & self.augmentation.flip)
+
+    def train_batches(
+        self,
+        epoch: int,
+        global_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        start_update: int = 0,
+        channels_last: bool = True,
+    ) -> Iterator[list[Batch]]:
+        """This rank's share of each update of `epoch` from `start_update` on, as `accumulation` equal micro-batches.
+
+        Update u trains on samples order[u * global_batch : (u + 1) * global_batch], whatever the number of ranks.
+        Raises ValueError where the global batch cannot be shared out evenly, UserError where it exceeds the set.
+        """
+        share, rest = divmod(global_batch, world_size * accumulation)
+        if rest:
+            raise ValueError(f"global_batch={global_batch} is not divisible by {world_size} x {accumulation}")
+        order, top, left, mirror = self.draws(epoch)
+        # A crop is read from the stored pixel `start` in steps of `step` along its rows: from the right if mirrored.
+        start = order * self._padded_area + (top * self._padded_width + left + mirror * (self.image_size[1] - 1))[order]
+        step = (1 - 2 * mirror.long())[order]
+        order, start, step = torch.stack((order, start, step)).to(self.device)
+        labels = self._train_labels[order]
+
+        def micro_batch(first: int) -> Batch:
+            part = slice(first, first + share)
+            index = start[part, None, None] + self._rows + step[part, None, None] * self._columns
+            pixels = self._train_pixels.index_select(0, index.view(-1))
+            return self._normalise(pixels.view(share, *self.image_size, 3), channels_last), labels[part]
+
+        firsts = range(rank * share * accumulation, self.updates_per_epoch(global_batch) * global_batch, global_batch)
+        return ([micro_batch(first + i * share) for i in range(accumulation)] for first in firsts[start_update:])
+
+    def test_batches(
+        self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
+    ) -> Iterator[Batch]:
+        """This rank's part of the test set in order, the last batch as small as it comes: every image once in all."""
+        start, stop = (self.test_size * r // world_size for r in (rank, rank + 1))
+        for first in range(start, stop, batch_size):
+            part = slice(first, min(first + batch_size, stop))
+            yield self._normalise(self._test_pixels[part], channels_last), self._test_labels[part]
+
+    def _normalise(self, pixels: Tensor, channels_last: bool) -> Tensor:
+        """uint8 [b, H, W, 3] to float32 [b, 3, H, W]: (pixels / 255 - mean) / std."""
+        rows = pixels.flatten(2).to(torch.float32).div_(self._white).sub_(self._row_mean).div_(self._row_std)
+        images = rows.view(pixels.shape).permute(0, 3, 1, 2)
+        return images if channels_last else images.contiguous()
+
+
+def pixel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over all pixels of uint8 [N, H, W, 3], scaled to 0..1.
+
+    They come from histograms, so that the sums are exact whatever the size of the set.
+    """
+    counts = torch.zeros(3, 256, dtype=torch.int64)
+    for chunk in pixels.split(1024):
+        for channel in range(3):
+            counts[channel] += torch.bincount(chunk[..., channel].flatten(), minlength=256)
+    share = counts.double() / counts[0].sum()
+    level = torch.arange(256, dtype=torch.float64) / 255
+    mean = share @ level
+    variance = (share * (level - mean[:, None]).square()).sum(1)
+    return mean.tolist(), variance.sqrt().tolist()

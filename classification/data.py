@@ -1,0 +1,225 @@
+"""The data sets of the classification tasks, read into memory by name.
+
+    cifar10, cifar100   through torchvision, which downloads them once and checks every file against its MD5 before use
+    folder              any tree of small images, train/<class>/* and test/<class>/*
+    digits              scikit-learn's 8x8 digits as 32x32 RGB: ships with the package, needs no download
+
+A reader returns the images as they are, with the set's augmentation and its published normalisation where it has one;
+`classification/augment.py` makes batches of them on the device.
+"""
+
+import logging
+import os
+import socket
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from classification.augment import Augmentation, ImageData, Images
+from engine.errors import UserError, nearest
+
+__all__ = ["DATASETS", "ImageData", "load_data"]
+
+log = logging.getLogger(__name__)
+
+NATURAL_IMAGES = Augmentation(padding=4, flip=True)
+DOWNLOAD_TIMEOUT = 15.0  # seconds of silence after which a download is given up
+
+
+class Dataset(NamedTuple):
+    """What a reader returns; `mean` and `std` None: those of the training images."""
+
+    train: Images
+    test: Images
+    classes: Sequence[str]
+    augmentation: Augmentation
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+
+class DataConfig(Protocol):
+    """The settings under `data:` in a config."""
+
+    name: str
+    root: str
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+
+
+def load_data(config: DataConfig, device: torch.device | str, seed: int) -> ImageData:
+    """Read the set `config.name` from `config.root` onto `device`; `config.mean` and `config.std` go before its own.
+
+    `seed` determines the order and the augmentation of every epoch. Raises UserError, in one line, for an unknown name
+    and for missing, corrupt or inconsistent data.
+    """
+    if config.name not in DATASETS:
+        raise UserError(
+            f"unknown data set '{config.name}'{nearest(config.name, DATASETS)}; valid: {', '.join(DATASETS)}"
+        )
+    data = DATASETS[config.name](Path(config.root))
+    return ImageData(
+        data.train,
+        data.test,
+        data.classes,
+        data.augmentation,
+        device=device,
+        seed=seed,
+        mean=config.mean or data.mean,
+        std=config.std or data.std,
+    )
+
+
+def read_cifar10(root: Path) -> Dataset:
+    """50,000 training and 10,000 test images of 32x32 in 10 classes; normalised with the published constants."""
+    return _read_cifar(CIFAR10, root, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+
+
+def read_cifar100(root: Path) -> Dataset:
+    """50,000 training and 10,000 test images of 32x32 in 100 classes; normalised with the customary constants."""
+    return _read_cifar(CIFAR100, root, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
+
+
+def _read_cifar(source: type[CIFAR10], root: Path, mean: Sequence[float], std: Sequence[float]) -> Dataset:
+    """Read torchvision's files. They are pickles: torchvision opens none whose MD5 is not that of the original."""
+    test = _provide_cifar(source, root)
+    train = source(root, train=True)
+    splits = (Images(torch.from_numpy(split.data), torch.tensor(split.targets)) for split in (train, test))
+    return Dataset(*splits, test.classes, NATURAL_IMAGES, mean, std)
+
+
+def _provide_cifar(source: type[CIFAR10], root: Path) -> CIFAR10:
+    """The test split, after seeing to it that the files of both are there: unpacked, or else downloaded."""
+    try:
+        return source(root, train=False)
+    except RuntimeError:  # something is missing or damaged
+        pass
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        return source(root, train=False, download=True)
+    except (OSError, RuntimeError, HTTPException, tarfile.TarError) as error:
+        raise UserError(
+            f"{source.__name__} is not complete in {root} and cannot be downloaded ({error}): get {source.url} "
+            f"on a machine with network and put {source.filename}, as it is, into {root}"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def read_digits(root: Path) -> Dataset:
+    """1,797 handwritten digits, scaled up from 8x8 pixels; of every class, each fifth image is a test image.
+
+    The shift is half of one original pixel at most, and there is no flip: a mirrored digit is not that digit.
+    """
+    from sklearn.datasets import load_digits  # here, as the other sets do without scikit-learn
+
+    digits = load_digits()
+    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    large = np.stack([np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR)) for image in grey])
+    pixels = torch.from_numpy(large)[..., None].expand(-1, -1, -1, 3).contiguous()
+    labels = torch.from_numpy(digits.target).long()
+    is_test = torch.zeros(len(labels), dtype=torch.bool)
+    for digit in range(10):
+        is_test[(labels == digit).nonzero()[4::5]] = True
+    train, test = (Images(pixels[part], labels[part]) for part in (~is_test, is_test))
+    return Dataset(train, test, [str(digit) for digit in range(10)], Augmentation(padding=2, flip=False))
+
+
+def read_folder(root: Path) -> Dataset:
+    """Images of one size under train/<class>/ and test/<class>/, to any depth; the classes are those of train, sorted.
+
+    Grey, palette and transparent images become RGB. Hidden files are ignored, and so is (with a word about it) any
+    other file that does not end as an image does.
+    """
+    train, test = (_list_images(root / split) for split in ("train", "test"))
+    for one, other, name in ((train, test, "test"), (test, train, "train")):
+        if missing := sorted(one.keys() - other.keys()):
+            raise UserError(f"{root / name} lacks the class '{missing[0]}': train and test must have the same classes")
+    images = _decode([path for files in (train, test) for name in sorted(files) for path in files[name]])
+    classes = sorted(train)
+    train_labels, test_labels = (
+        torch.repeat_interleave(torch.tensor([len(files[name]) for name in classes])) for files in (train, test)
+    )
+    return Dataset(
+        Images(images[: len(train_labels)], train_labels),
+        Images(images[len(train_labels) :], test_labels),
+        classes,
+        NATURAL_IMAGES,
+    )
+
+
+def _list_images(split: Path) -> dict[str, list[str]]:
+    """The image files of each class below `split`, sorted by path."""
+    if not split.is_dir():
+        raise UserError(f"{split} is not there: data.root must hold train/<class>/* and test/<class>/*")
+    classes, others = {}, []
+    for folder in sorted(path for path in split.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        found = [
+            os.path.join(place, name)
+            for place, _, names in os.walk(folder, followlinks=True)
+            for name in names
+            if not name.startswith(".")
+        ]
+        classes[folder.name] = sorted(path for path in found if path.lower().endswith(IMG_EXTENSIONS))
+        others += [path for path in found if not path.lower().endswith(IMG_EXTENSIONS)]
+        if not classes[folder.name]:
+            raise UserError(f"{folder} holds no image: put some there (files ending in {' '.join(IMG_EXTENSIONS)})")
+    if not classes:
+        raise UserError(f"{split} holds no folders: it must hold one for each class")
+    if others:
+        log.warning("%s: %d files that are not images are ignored, such as %s", split, len(others), min(others))
+    return classes
+
+
+def _decode(paths: Sequence[str]) -> Tensor:
+    """Read image files, all of the size of the first, to uint8 [N, H, W, 3]."""
+    width, height = _open_rgb(paths[0]).size
+    pixels = np.empty((len(paths), height, width, 3), dtype=np.uint8)
+
+    def decode(part: range) -> int:
+        for index in part:
+            image = _open_rgb(paths[index])
+            if image.size != (width, height):
+                raise UserError(
+                    f"{paths[index]} is {image.width}x{image.height} but {paths[0]} is {width}x{height}: "
+                    "all images must have one size"
+                )
+            pixels[index] = image
+        return len(part)
+
+    parts = [range(first, min(first + 256, len(paths))) for first in range(0, len(paths), 256)]
+    # Pillow decodes without Python's lock, but around a small image's decoding there is much that holds it: more
+    # threads would only wait for one another.
+    bar = tqdm(total=len(paths), desc="reading images", unit="image", disable=None)
+    with bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for count in pool.map(decode, parts):
+            bar.update(count)
+    return torch.from_numpy(pixels)
+
+
+def _open_rgb(path: str) -> Image.Image:
+    """Decode one file; UserError if it is not a whole image of 8 bits a channel."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":  # 32-bit or 16-bit grey
+                raise ValueError(f"its pixels are of mode {image.mode}, not of 8 bits a channel")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is not an image that Pillow can read: replace or remove it") from None
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        raise UserError(f"{path} cannot be decoded ({error}): replace or remove it") from error
+
+
+DATASETS = {"cifar10": read_cifar10, "cifar100": read_cifar100, "folder": read_folder, "digits": read_digits}

@@ -1,0 +1,92 @@
+"""The networks of the classification tables, by name.
+
+`resnet` is the CIFAR ResNet family of He et al. (2016, section 4.2): a 3x3 convolution, three stages of n basic blocks
+with 16, 32 and 64 channels, average pooling and one linear layer, 6n+2 weighted layers in all. Where a block changes
+the shape its shortcut is a 1x1 convolution with batch norm, as in the published Apollo runs; the parameter-free
+shortcut of the original has 2,752 parameters less. Any input of at least 4x4 pixels will do.
+"""
+
+from collections.abc import Callable
+
+from overrides import override
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.errors import nearest
+
+DEPTHS = (20, 32, 44, 56, 110)  # the family's usual members; every 6n+2 can be built
+
+
+class BasicBlock(nn.Module):
+    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)), with `stride` in the first convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    @override(check_signature=False)  # torch declares Module.forward with no arguments of its own
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x), inplace=True)
+
+
+class CifarResNet(nn.Module):
+    """Float images [N, 3, H, W] to logits [N, num_classes]; `depth` = 6n+2 with n blocks a stage."""
+
+    def __init__(self, depth: int, num_classes: int) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.stage1 = _stage(16, 16, blocks, stride=1)
+        self.stage2 = _stage(16, 32, blocks, stride=2)
+        self.stage3 = _stage(32, 64, blocks, stride=2)
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @override(check_signature=False)
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.stage3(self.stage2(self.stage1(x)))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, out_channels, stride)
+    return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
+
+
+def cifar_resnet(num_classes: int, depth: int | None = None) -> CifarResNet:
+    """The CIFAR ResNet of `depth` layers; ValueError unless depth = 6n+2 with n >= 1."""
+    usual = ", ".join(map(str, DEPTHS))
+    if depth is None:
+        raise ValueError(f"model 'resnet' needs a depth of the form 6n+2, such as {usual}")
+    if depth < 8 or depth % 6 != 2:
+        closest = max(8, round((depth - 2) / 6) * 6 + 2)
+        raise ValueError(f"model 'resnet' has depth 6n+2 (such as {usual}), not {depth}; the closest is {closest}")
+    return CifarResNet(depth, num_classes)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"resnet": cifar_resnet}
+
+
+def create_model(name: str, num_classes: int, depth: int | None = None) -> nn.Module:
+    """Build MODELS[name], freshly initialised from torch's global generator.
+
+    `depth` goes to the models that come in several depths. Raises ValueError (one line) for an unknown name, with the
+    nearest valid one, and for a depth that the model does not have.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model '{name}'{nearest(name, MODELS)}; valid: {', '.join(MODELS)}")
+    return MODELS[name](num_classes, **({} if depth is None else {"depth": depth}))

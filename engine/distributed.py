@@ -1,0 +1,85 @@
+"""One process or many: reads torchrun's environment, picks nccl or gloo, and counts things once over all ranks."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all ranks. With one process every method is the identity."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add `tensor` up over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, value: int) -> int:
+        """The largest `value` of any rank, on every rank: how they agree to stop or to save."""
+        if self.world_size == 1:
+            return value
+        box = torch.tensor(value, device=self.device)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return int(box.item())
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+
+    def copy_buffers(self, model: torch.nn.Module) -> None:
+        """Give every rank rank 0's buffers (BatchNorm statistics differ by rank), so that all evaluate one model."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def share(self, global_batch: int, accumulation: int = 1) -> int:
+        """Examples of one global batch that this rank takes in one forward pass; UserError where it does not divide."""
+        pieces = self.world_size * accumulation
+        if global_batch % pieces:
+            raise UserError(
+                f"global_batch={global_batch} is not divisible by {self.world_size} ranks x {accumulation} accumulated "
+                f"passes; the nearest that is: {max(1, round(global_batch / pieces)) * pieces}"
+            )
+        return global_batch // pieces
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def setup(device: str = "auto") -> World:
+    """Join the process group if torchrun started us (WORLD_SIZE is set), and choose this rank's device.
+
+    `device`: auto (cuda where there is one), cpu or cuda. Raises UserError where cuda is asked for and missing.
+    """
+    rank, world_size, local_rank = (int(os.environ.get(name, d)) for name, d in _TORCHRUN)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            found = torch.cuda.device_count()
+            raise UserError(
+                f"device=cuda: local rank {local_rank} needs a GPU of its own, and {found} are visible here"
+            )
+        torch.cuda.set_device(local_rank)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    place = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    return World(rank, world_size, local_rank, place)
+
+
+_TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

@@ -1,0 +1,48 @@
+"""SIGTERM and Ctrl-C ask the loop to stop after the update under way; a second Ctrl-C stops at once."""
+
+import signal
+from enum import IntEnum
+from types import FrameType
+
+from engine.distributed import World
+
+AGREE_EVERY = 10  # updates, with several ranks: agreeing waits for the device
+
+
+class StopRequest:
+    """Install once, in the main thread; the loop looks at `requested` and saves before it leaves."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def exit_status(self) -> int:
+        """The shell's convention for a process ended by a signal: 128 + its number."""
+        return 128 + (self.signal or signal.SIGTERM)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+
+class Wish(IntEnum):
+    """What the ranks agree on after an update; the largest wish of any rank counts."""
+
+    GO_ON = 0
+    SAVE = 1
+    STOP = 2
+
+
+def agree(world: World, stop: StopRequest, save_due: bool, update: int) -> Wish:
+    """Go on, save (rank 0's clock says it is time), or save and stop (a signal reached one of the ranks)."""
+    if world.world_size > 1 and update % AGREE_EVERY:
+        return Wish.GO_ON
+    wish = Wish.SAVE if save_due and world.is_main else Wish.GO_ON
+    return Wish(world.max(Wish.STOP if stop.requested else wish))

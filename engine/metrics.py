@@ -1,0 +1,58 @@
+"""Sums that live on the device, reduced over ranks and read back only when somebody looks at them."""
+
+import math
+
+import torch
+
+from engine.distributed import World
+from engine.errors import UserError
+
+
+class Sums:
+    """Named running sums in float64 on one device: `add` never waits for the device, `reduce` does.
+
+    Used for training metrics (checkpointed in mid-epoch by `state_dict`) and for evaluation, where the `count`
+    summed over all ranks is compared with the size of the data set.
+    """
+
+    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+        self.names = names
+        self.values = torch.zeros(len(names), dtype=torch.float64, device=device)
+
+    def add(self, **amounts: torch.Tensor | float) -> None:
+        """Add one amount to each of the names (0-d tensors or numbers)."""
+        self.values += torch.stack([self._scalar(amounts[name]) for name in self.names])
+
+    def _scalar(self, amount: torch.Tensor | float) -> torch.Tensor:
+        if isinstance(amount, torch.Tensor):
+            return amount.detach().to(self.values)
+        return self.values.new_full((), amount)  # filled on the device: no copy from the host to wait for
+
+    def reduce(self, world: World) -> dict[str, float]:
+        """The sums over all ranks; this rank's own sums stay as they are."""
+        return dict(zip(self.names, world.sum(self.values.clone()).tolist(), strict=True))
+
+    def zero(self) -> None:
+        self.values.zero_()
+
+    def gather(self, world: World) -> torch.Tensor:
+        """Every rank's own sums, [world_size, names], for a checkpoint."""
+        rows = self.values.new_zeros(world.world_size, len(self.names))
+        rows[world.rank] = self.values
+        return world.sum(rows)
+
+    def scatter(self, rows: torch.Tensor, world: World) -> None:
+        """Take this rank's row of a checkpoint's rows; where the number of ranks has changed, rank 0 takes all."""
+        if len(rows) == world.world_size:
+            self.values.copy_(rows[world.rank])
+        elif world.is_main:
+            self.values.copy_(rows.sum(0))
+
+
+def require_finite(loss: float, update: int) -> None:
+    """Raise UserError where the mean loss is NaN or infinite; `update` says where in the run."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the training loss is {loss} at update {update}: the run has diverged; lower optimizer.lr, lengthen "
+            "schedule.warmup_updates, or use a wider precision. The last checkpoint, saved before this, is kept"
+        )

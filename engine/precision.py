@@ -1,0 +1,65 @@
+"""Mixed precision as one path: autocast and a gradient scaler, each of which may be disabled, never a forked loop.
+
+    precision.zero_grad ... with precision.autocast(): loss = ...; precision.backward(loss); precision.step(optimizer)
+
+fp32 is full precision everywhere; tf32 lets CUDA matrix products round their inputs to 10 mantissa bits; bf16 and fp16
+run autocast, fp16 with dynamic loss scaling. Parameters, gradients and optimizer state stay float32 in all of them.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+
+from engine.errors import UserError
+
+AUTOCAST_DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """The precision of a run: `autocast()` around the forward pass, then `backward` and `step`.
+
+    Raises UserError where the device cannot do it.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        if name == "tf32" and device.type != "cuda":
+            raise UserError(
+                f"precision=tf32 exists on CUDA devices only, not on {device.type}; use precision=fp32 or bf16"
+            )
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+            torch.backends.cudnn.allow_tf32 = name == "tf32"
+        self.device_type = device.type
+        self.dtype = AUTOCAST_DTYPES[name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> AbstractContextManager:
+        """Context for the forward pass and the loss, in training and in evaluation."""
+        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def clip(
+        self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], max_norm: float
+    ) -> torch.Tensor:
+        """Clip the true (unscaled) gradients to a total norm of `max_norm`; returns the norm before clipping."""
+        self.scaler.unscale_(optimizer)
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Take the optimizer step; False where the scaler skipped it because a gradient overflowed."""
+        if not self.scaler.is_enabled():
+            optimizer.step()
+            return True
+        scale = self.scaler.get_scale()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return self.scaler.get_scale() >= scale
+
+    def state_dict(self) -> dict:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.scaler.load_state_dict(state)

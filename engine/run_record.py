@@ -1,0 +1,230 @@
+"""The run folder: what ran (config.yaml, environment.json), how it went (metrics.jsonl, log.txt), what came out.
+
+`result.json` is written last, so its presence with `"complete": true` means that the run is whole. Only rank 0 writes.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from tqdm import tqdm
+
+from engine.config import ConfigError, differences, load_config, save_config
+from engine.distributed import World
+from engine.errors import UserError
+
+# Keys that do not change what a run computes: a run may be resumed with other values of these.
+NEUTRAL_KEYS = (
+    "run_dir",
+    "checkpoint",
+    "log_every",
+    "tensorboard",
+    "device",
+    "data.root",
+    "data.workers",
+    "eval_batch",
+)
+
+
+class RunRecord:
+    """One run folder, opened for writing. Raises UserError where it is in use, or holds a run with other settings."""
+
+    def __init__(self, config: BaseModel, run_dir: Path, world: World, tensorboard: bool = False) -> None:
+        self.folder, self.world = run_dir, world
+        self.started = time.monotonic()
+        self.wall_s_before = 0.0
+        self.result = read_result(run_dir)
+        self._metrics = self._log = self._board = None
+        if world.is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(run_dir)
+            _require_same_settings(config, run_dir)
+            save_config(config, run_dir / "config.yaml")
+            self._metrics = open(run_dir / "metrics.jsonl", "a+b")  # noqa: SIM115 - open as long as the run
+            self._log = open(run_dir / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self._board = _tensorboard(run_dir) if tensorboard else None
+        world.barrier()
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.result and self.result.get("complete"))
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of running time so far, earlier sessions of a resumed run included."""
+        return self.wall_s_before + time.monotonic() - self.started
+
+    def say(self, text: str) -> None:
+        """One line for the user: on the terminal (above any progress bar) and in log.txt."""
+        if self.world.is_main:
+            tqdm.write(text, file=sys.stderr)
+            self._log.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}  {text}\n")
+
+    def environment(self, **recipe: Any) -> None:
+        """Write environment.json; `recipe` is the effective recipe (world size, per-rank batch, accumulation, ...)."""
+        if self.world.is_main:
+            path = self.folder / "environment.json"
+            now = describe_environment(self.world) | {"recipe": recipe}
+            before = json.loads(path.read_text()) if path.exists() else None
+            if before is not None:  # a resumed run: keep what its first part ran on
+                now["resumed_from"] = [*before.pop("resumed_from", []), before]
+            _write_atomically(path, json.dumps(now, indent=1) + "\n")
+
+    def metrics(self, kind: str, update: int, **values: Any) -> None:
+        """Append one line to metrics.jsonl (and to TensorBoard, where asked for)."""
+        if self.world.is_main:
+            line = {"kind": kind, "update": update, **values}
+            self._metrics.write((json.dumps(line) + "\n").encode())
+            self._metrics.flush()
+            for name, value in values.items() if self._board else ():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{kind}/{name}", value, update)
+
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint must remember of this record: a resumed run continues the file from there."""
+        if not self.world.is_main:
+            return {}
+        os.fsync(self._metrics.fileno())
+        return {"metrics_bytes": self._metrics.seek(0, os.SEEK_END), "wall_s": self.wall_s}
+
+    def rewind(self, position: dict[str, Any] | None) -> None:
+        """Drop the lines written after `position` (all of them for None): the run is about to repeat them."""
+        position = position or {"metrics_bytes": 0, "wall_s": 0.0}
+        self.wall_s_before = position["wall_s"]
+        if self.world.is_main and self._metrics.seek(0, os.SEEK_END) > position["metrics_bytes"]:
+            self._metrics.truncate(position["metrics_bytes"])
+
+    def finish(self, **result: Any) -> None:
+        """Write result.json: the last file of a run."""
+        if self.world.is_main:
+            self.result = {**result, "wall_s": round(self.wall_s, 1), "complete": True}
+            _write_atomically(self.folder / "result.json", json.dumps(self.result, indent=1) + "\n")
+            if self._board:
+                self._board.close()
+
+
+def read_result(run_dir: Path) -> dict[str, Any] | None:
+    """The run's result.json, or None where the run is unfinished. Raises UserError where the file is damaged."""
+    path = run_dir / "result.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a result ({error}); delete the file to run this cell again") from None
+
+
+def describe_environment(world: World) -> dict[str, Any]:
+    """Versions, device, threads, git revision and the command: what somebody needs to repeat a measurement."""
+    import numpy
+    import torchvision
+
+    cuda = world.device.type == "cuda"
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "device": torch.cuda.get_device_name(world.device) if cuda else _cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "git": _git_revision(),
+    }
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: allocated by torch on a GPU, resident for the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _require_same_settings(config: BaseModel, run_dir: Path) -> None:
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return
+    try:
+        before = load_config(type(config), path).model_dump(mode="json")
+    except ConfigError as error:
+        raise UserError(f"{error}; this run folder cannot be continued: choose another run_dir, or delete it") from None
+    now = config.model_dump(mode="json")
+    if changed := differences(before, now, ignore=NEUTRAL_KEYS):
+        shown = ", ".join(f"{key} ({_at(before, key)} there, {_at(now, key)} now)" for key in changed[:3])
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(
+            f"{run_dir} holds a run with other settings: {shown}{more}; choose another run_dir, or delete the folder"
+        )
+
+
+def _at(values: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _lock(run_dir: Path) -> Any:
+    """Hold the folder until this process ends; two runs in one folder would destroy each other's files."""
+    file = open(run_dir / ".lock", "w")  # noqa: SIM115 - the lock lives as long as the file is open
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(
+            f"{run_dir}: another process is training in this folder; wait for it, or choose another run_dir"
+        ) from None
+    return file
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("tensorboard=true needs the tensorboard package: pip install tensorboard") from None
+    return SummaryWriter(run_dir / "tensorboard")
+
+
+def _git_revision() -> str | None:
+    """The commit of the code that runs, with `+changes` where the working tree differs from it."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        revision, changes = (
+            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision + ("+changes" if changes else "")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.machine()

@@ -1,0 +1,30 @@
+"""Randomness as a function of where we are: (seed, epoch, step or sample index), never of what was drawn before.
+
+A resumed run therefore repeats the uninterrupted one without saving a generator's state, and neither the number of
+data workers nor the number of ranks changes what is drawn for a sample.
+"""
+
+import random
+from hashlib import blake2b
+
+import numpy as np
+import torch
+
+
+def derive(seed: int, *path: int | str) -> int:
+    """A 63-bit integer that depends on `seed` and every element of `path`; the same on every platform."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (seed, *path))
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generator(seed: int, *path: int | str, device: str | torch.device = "cpu") -> torch.Generator:
+    """A fresh generator on `device`, seeded for this place in the run."""
+    return torch.Generator(device=device).manual_seed(derive(seed, *path))
+
+
+def seed_step(seed: int, *path: int | str) -> None:
+    """Seed Python, NumPy and torch (all devices) for one step, so that dropout and the like can be repeated."""
+    value = derive(seed, *path)
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)

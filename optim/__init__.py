@@ -1,0 +1,73 @@
+"""The optimizers of this repository by name: Apollo, written here, and those of torch.optim that it is compared with.
+
+Needs torch alone, and nothing of the rest of the repository.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
+from torch.optim.optimizer import ParamsT
+
+from . import lr_scheduler
+from .apollo import Apollo
+from .lr_scheduler import create_schedule
+from .suggest import suggest
+
+__all__ = [
+    "OPTIMIZERS",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Apollo",
+    "RAdam",
+    "create_optimizer",
+    "create_schedule",
+    "lr_scheduler",
+]
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"apollo": Apollo, "sgd": SGD, "adam": Adam, "adamw": AdamW, "radam": RAdam}
+
+
+def create_optimizer(name: str, params: ParamsT, **settings: Any) -> Optimizer:
+    """Makes the optimizer `name`, a key of OPTIMIZERS or the dotted path of any optimizer class, with its `settings`.
+
+    Nothing is inherited between optimizers: what is not given has the class's own default. The one exception is
+    Apollo's `warmup`, 0 here: in training scripts the warmup belongs to the schedule.
+
+    Raises:
+        ValueError: an unknown name, a path that does not import, or a setting that is unknown, missing or refused.
+    """
+    cls = _import(name) if "." in name else OPTIMIZERS.get(name)
+    if cls is None:
+        raise ValueError(
+            f"unknown optimizer {name!r}{suggest(name, OPTIMIZERS)}, or a dotted path, package.module.Class"
+        )
+    accepted = inspect.signature(cls).parameters
+    names = [key for key in list(accepted)[1:] if accepted[key].kind is not inspect.Parameter.VAR_KEYWORD]
+    takes_any = len(names) + 1 < len(accepted)
+    for key in settings:
+        if key not in names and not takes_any:
+            raise ValueError(f"optimizer {name!r} has no setting {key!r}{suggest(key, names)}")
+    for key in names:
+        if accepted[key].default is inspect.Parameter.empty and key not in settings:
+            raise ValueError(f"optimizer {name!r} needs the setting {key!r}")
+    if cls is Apollo:
+        settings = {"warmup": 0, **settings}
+    try:
+        return cls(params, **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer {name!r}: {error}") from error
+
+
+def _import(path: str) -> Callable[..., Optimizer]:
+    module, _, attribute = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # importing runs someone else's code, which may raise anything
+        raise ValueError(f"optimizer {path!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"optimizer {path!r} is not a class or function that makes an optimizer")
+    return found

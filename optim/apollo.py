@@ -1,0 +1,369 @@
+"""Apollo, an adaptive parameter-wise diagonal quasi-Newton method (Ma, arXiv 2009.13586).
+
+Laid out as a file of torch.optim: the class, the state of a group, the step, then the step's arithmetic.
+`_single_tensor_apollo` reads like the algorithm in the paper; the foreach step (apollo_foreach.py) does the same over
+lists of tensors, and the tests hold it to this one.
+
+Where the previous direction d = m / D can be computed again from m and B it is not stored: two state tensors, like
+Adam, instead of the three of the published code. Only decoupled weight decay, which adds to d, needs the third.
+"""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+from typing_extensions import override
+
+from .apollo_foreach import _multi_tensor_apollo
+from .apollo_math import averaging_weight, curvature_offset, norm_eps, warmed_up_lr
+from .suggest import suggest
+
+WEIGHT_DECAY_TYPES = ("L2", "decoupled", "stable")
+REBOUNDS = ("constant", "belief")
+
+
+class Apollo(Optimizer):
+    @override
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        beta: float = 0.9,
+        eps: float = 1e-4,
+        sigma: float = 1.0,
+        warmup: int = 100,
+        init_lr: float = 0.01,
+        weight_decay: float = 0.0,
+        weight_decay_type: str = "L2",
+        rebound: str = "constant",
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "beta": beta,
+            "eps": eps,
+            "sigma": sigma,
+            "warmup": warmup,
+            "init_lr": init_lr,
+            "weight_decay": weight_decay,
+            "weight_decay_type": weight_decay_type,
+            "rebound": rebound,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check_settings({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # torch casts loaded state to the parameter's dtype. Ours stays float32 where parameters are half precision, so
+        # the tensors are taken once more from what was loaded, after any hook of the user's has had its say.
+        loaded: dict[str, Any] = {}
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        ids = (i for group in loaded["param_groups"] for i in group["params"])
+        params = (p for group in self.param_groups for p in group["params"])
+        for i, param in zip(ids, params, strict=True):
+            for key, value in loaded["state"].get(i, {}).items():
+                if key != "step" and isinstance(value, Tensor) and param.dtype.itemsize < 4:
+                    self.state[param][key] = value.to(device=param.device, dtype=_state_dtype(param), copy=True)
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        hessians: list[Tensor],
+        directions: list[Tensor | None],
+        sigmas: list[Tensor | None],
+        steps: list[Tensor],
+    ) -> None:
+        stores_direction = group["weight_decay"] != 0 and group["weight_decay_type"] != "L2"
+        for index, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            if param.grad.is_sparse or param.grad.is_complex():
+                kind = "sparse" if param.grad.is_sparse else "complex"
+                raise RuntimeError(f"Apollo does not take {kind} gradients: {_name_of(group, index)} has one")
+            state = self.state[param]
+            if len(state) == 0:
+                # As in torch: the count lives on the CPU unless a graph must find it on the device.
+                state["step"] = torch.zeros((), device=param.device if group["capturable"] else "cpu")
+                for key in ("exp_avg", "hessian"):
+                    state[key] = torch.zeros_like(param, dtype=_state_dtype(param), memory_format=torch.preserve_format)
+            if group["rebound"] == "belief" and "sigma" not in state:
+                # The bound of the step before, from which d is computed again; before the first step m = 0, and any
+                # positive bound gives d = 0.
+                state["sigma"] = torch.full((), group["sigma"], dtype=_state_dtype(param), device=param.device)
+            if stores_direction and "direction" not in state:
+                # A weight decay that was zero until now: from here on d has to be remembered.
+                before = float(state["step"])
+                bound = state.get("sigma", group["sigma"]) if group["rebound"] == "belief" else group["sigma"]
+                offset = curvature_offset(group["eps"], group["beta"], before, group["rebound"])
+                state["direction"] = state["exp_avg"] / (state["hessian"].abs().clamp_(min=bound) + offset)
+
+            params.append(param)
+            grads.append(param.grad)
+            exp_avgs.append(state["exp_avg"])
+            hessians.append(state["hessian"])
+            directions.append(state.get("direction"))
+            sigmas.append(state.get("sigma"))
+            steps.append(state["step"])
+
+    @torch.no_grad()
+    @override
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Performs one step; `closure`, if given, reevaluates the model and returns the loss, which step returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            exp_avgs: list[Tensor] = []
+            hessians: list[Tensor] = []
+            directions: list[Tensor | None] = []
+            sigmas: list[Tensor | None] = []
+            steps: list[Tensor] = []
+            self._init_group(group, params, grads, exp_avgs, hessians, directions, sigmas, steps)
+            apollo(
+                params,
+                grads,
+                exp_avgs,
+                hessians,
+                directions,
+                sigmas,
+                steps,
+                lr=group["lr"],
+                beta=group["beta"],
+                eps=group["eps"],
+                sigma=group["sigma"],
+                warmup=group["warmup"],
+                init_lr=group["init_lr"],
+                weight_decay=group["weight_decay"],
+                weight_decay_type=group["weight_decay_type"],
+                rebound=group["rebound"],
+                maximize=group["maximize"],
+                foreach=group["foreach"],
+                capturable=group["capturable"],
+            )
+        return loss
+
+
+Apollo.__doc__ = r"""Apollo, an adaptive parameter-wise diagonal quasi-Newton method.
+
+    For each parameter tensor, with the state t, m (`exp_avg`), B (`hessian`) and the direction d of the step before,
+    all zero at first:
+
+        g      <-  gradient  (+ weight_decay * p  if weight_decay_type is "L2")
+        t      <-  t + 1,   alpha = (1 - beta) / (1 - beta^t)
+        delta_g =  g - m
+        v       =  d / (||d||_4 + eps')                                    eps' = eps / sigma,  "belief": eps
+        delta   = -alpha * sum(delta_g / (||d||_4 + eps') * v) - sum(B * v^2)
+        m      <-  m + alpha * delta_g
+        B      <-  B + delta * v^2
+        D       =  max(|B|, sigma),      "belief": max(|B|, max|delta_g|) + eps / alpha
+        d      <-  m / D  (+ weight_decay * p  if "decoupled",  + weight_decay / mean(D) * p  if "stable")
+        p      <-  p - lr_t * d
+
+    lr_t rises linearly from `init_lr` to `lr` over the first `warmup` steps. Where a scheduler warms up, pass warmup=0.
+
+    Starting points, of the two eras of the published results: sigma=1.0 with lr 0.5 (image classification) to 10
+    (language modelling, translation), warmup 100 to 1000 from init_lr 0.01; or sigma=0.01 with lr 0.01 to 0.1, warmup
+    500 from init_lr 1e-5. A learning rate does not carry over between values of sigma.
+
+    Args:
+        params: parameters, named parameters or groups of them, as any torch optimizer takes them.
+        lr: learning rate; a float or a 1-element tensor.
+        beta: decay of the average of the gradient, in [0, 1).
+        eps: keeps the 4-norm's division finite, > 0.
+        sigma: lower bound of the rectified curvature, > 0; not used by rebound "belief".
+        warmup: number of steps of linear warmup; 0 for none.
+        init_lr: learning rate of the first warmup step.
+        weight_decay: coefficient of weight decay.
+        weight_decay_type: "L2", "decoupled" or "stable". The last two keep a third state tensor (if weight_decay != 0).
+        rebound: "constant" or "belief", the rule that bounds the curvature from below.
+        maximize: ascend instead of descend.
+        foreach: step over lists of tensors (True), tensor by tensor (False), or as fits (None).
+        capturable: keep every scalar on the device, so that the step can be captured in a CUDA graph or compiled whole.
+
+    State, per parameter: `step`, `exp_avg` and `hessian`, and `direction` or `sigma` where they are needed. It is
+    float32 for half-precision parameters (arithmetic too), else of the parameter's dtype.
+
+    Raises:
+        ValueError: a setting that is out of range, not finite or unknown.
+        RuntimeError: a sparse or complex gradient (step).
+
+    Source: arXiv 2009.13586, Algorithm 1; rebound "constant" with sigma 0.01 and "belief" from the later revisions.
+    """
+
+
+def _single_tensor_apollo(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    hessians: list[Tensor],
+    directions: list[Tensor | None],
+    sigmas: list[Tensor | None],
+    steps: list[Tensor],
+    *,
+    lr: float | Tensor,
+    beta: float,
+    eps: float,
+    sigma: float,
+    warmup: int,
+    init_lr: float,
+    weight_decay: float,
+    weight_decay_type: str,
+    rebound: str,
+    maximize: bool,
+    capturable: bool,
+) -> None:
+    for i, param in enumerate(params):
+        exp_avg, hessian, direction, steps_before = exp_avgs[i], hessians[i], directions[i], steps[i].clone()
+        steps[i] += 1
+        if param.numel() == 0:
+            continue
+        if capturable:
+            before, t = steps_before.to(exp_avg.dtype), steps[i].to(exp_avg.dtype)
+        else:
+            before, t = steps_before.item(), steps[i].item()
+        alpha = averaging_weight(beta, t)
+
+        grad = grads[i].to(exp_avg.dtype)
+        if maximize:
+            grad = -grad
+        if weight_decay != 0 and weight_decay_type == "L2":
+            grad = grad.add(param, alpha=weight_decay)
+        delta_g = grad - exp_avg
+
+        # the direction of the step before
+        if direction is None:
+            bound = sigmas[i] if rebound == "belief" else sigma
+            d = exp_avg / (hessian.abs().clamp_(min=bound) + curvature_offset(eps, beta, before, rebound))
+        else:
+            d = direction
+
+        # the average of the gradient, and the diagonal Hessian by the weak secant equation along d
+        denom = torch.linalg.vector_norm(d, 4) + norm_eps(eps, sigma, rebound)
+        v = d / denom
+        delta = -alpha * (delta_g / denom * v).sum() - (hessian * v.square()).sum()
+        exp_avg.add_(alpha * delta_g)
+        hessian.add_(delta * v.square())
+
+        # the rectified curvature, and the direction of this step
+        if rebound == "belief":
+            sigmas[i].copy_(delta_g.abs().max())
+            curvature = hessian.abs().clamp_(min=sigmas[i]) + curvature_offset(eps, beta, t, rebound)
+        else:
+            curvature = hessian.abs().clamp_(min=sigma)
+        d = exp_avg / curvature
+        if direction is not None:
+            if weight_decay_type == "stable":
+                d = d.add(param * (weight_decay / curvature.mean()))
+            else:
+                d = d.add(param, alpha=weight_decay)
+            direction.copy_(d)
+
+        param.sub_(d * warmed_up_lr(lr, init_lr, warmup, before))
+
+
+def apollo(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    hessians: list[Tensor],
+    directions: list[Tensor | None],
+    sigmas: list[Tensor | None],
+    steps: list[Tensor],
+    *,
+    lr: float | Tensor,
+    beta: float,
+    eps: float,
+    sigma: float,
+    warmup: int,
+    init_lr: float,
+    weight_decay: float,
+    weight_decay_type: str,
+    rebound: str,
+    maximize: bool = False,
+    foreach: bool | None = None,
+    capturable: bool = False,
+) -> None:
+    """Functional form of `Apollo`'s step, in place: chooses the implementation. See `Apollo` for the arguments."""
+    if not params:
+        return
+    if not capturable and isinstance(lr, Tensor):
+        lr = lr.item()
+    step = _single_tensor_apollo if foreach is False else _multi_tensor_apollo
+    step(
+        params,
+        grads,
+        exp_avgs,
+        hessians,
+        directions,
+        sigmas,
+        steps,
+        lr=lr,
+        beta=beta,
+        eps=eps,
+        sigma=sigma,
+        warmup=warmup,
+        init_lr=init_lr,
+        weight_decay=weight_decay,
+        weight_decay_type=weight_decay_type,
+        rebound=rebound,
+        maximize=maximize,
+        capturable=capturable,
+    )
+
+
+def _state_dtype(param: Tensor) -> torch.dtype:
+    return torch.float32 if param.dtype.itemsize < 4 else param.dtype
+
+
+def _name_of(group: dict[str, Any], index: int) -> str:
+    if "param_names" in group:
+        return f"parameter {group['param_names'][index]!r}"
+    return f"the parameter of shape {tuple(group['params'][index].shape)}, number {index} of its group,"
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    lr = settings["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr as a tensor must have 1 element, not shape {tuple(lr.shape)}")
+    rules: dict[str, tuple[Callable[[float], bool], str]] = {
+        "lr": (lambda x: x >= 0, ">= 0"),
+        "beta": (lambda x: 0 <= x < 1, "in [0, 1)"),
+        "eps": (lambda x: x > 0, "> 0"),
+        "sigma": (lambda x: x > 0, "> 0"),
+        "warmup": (lambda x: x >= 0 and x == int(x), "a whole number of steps >= 0"),
+        "init_lr": (lambda x: x >= 0, ">= 0"),
+        "weight_decay": (lambda x: x >= 0, ">= 0"),
+    }
+    for name, (holds, rule) in rules.items():
+        value = settings[name]
+        number = isinstance(value, Real) and not isinstance(value, bool) or (name == "lr" and isinstance(value, Tensor))
+        if not (number and math.isfinite(value) and holds(value)):
+            raise ValueError(f"{name} must be a finite number {rule}, got {value!r}")
+    for name, choices in (("weight_decay_type", WEIGHT_DECAY_TYPES), ("rebound", REBOUNDS)):
+        if settings[name] not in choices:
+            raise ValueError(f"unknown {name} {settings[name]!r}{suggest(settings[name], choices)}")

@@ -1,0 +1,118 @@
+"""Apollo's step over lists of tensors, with torch's foreach operations: few launches, and no extension to build.
+
+The sums over a tensor, which foreach has no operation for, are taken one by one; all scalars of the update are then one
+vector over the list.
+"""
+
+import torch
+from torch import Tensor
+
+from .apollo_math import averaging_weight, curvature_offset, norm_eps, warmed_up_lr
+
+
+def _multi_tensor_apollo(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    hessians: list[Tensor],
+    directions: list[Tensor | None],
+    sigmas: list[Tensor | None],
+    steps: list[Tensor],
+    **settings,
+) -> None:
+    # A list for foreach holds one device, one dtype, and either stored directions or none.
+    lists: dict[tuple, list[int]] = {}
+    for i, param in enumerate(params):
+        key = (param.device, param.dtype, exp_avgs[i].dtype, grads[i].dtype, directions[i] is None, param.numel() == 0)
+        lists.setdefault(key, []).append(i)
+    for key, indices in lists.items():
+        args = [
+            [values[i] for i in indices] for values in (params, grads, exp_avgs, hessians, directions, sigmas, steps)
+        ]
+        if key[-1]:
+            torch._foreach_add_(args[-1], 1)  # empty tensors: only the count goes on
+        else:
+            _step_over_list(*args, **settings)
+
+
+def _step_over_list(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    hessians: list[Tensor],
+    directions: list[Tensor | None],
+    sigmas: list[Tensor | None],
+    steps: list[Tensor],
+    *,
+    lr: float | Tensor,
+    beta: float,
+    eps: float,
+    sigma: float,
+    warmup: int,
+    init_lr: float,
+    weight_decay: float,
+    weight_decay_type: str,
+    rebound: str,
+    maximize: bool,
+    capturable: bool,
+) -> None:
+    dtype = exp_avgs[0].dtype
+    before = [step.to(dtype, copy=True) if capturable else step.item() for step in steps]
+    torch._foreach_add_(steps, 1)
+    now = [t + 1 for t in before]
+    alphas = [averaging_weight(beta, t) for t in now]
+    lrs = [warmed_up_lr(lr, init_lr, warmup, t) for t in before]
+
+    if grads[0].dtype != dtype:
+        grads = [grad.to(dtype) for grad in grads]
+    if maximize:
+        grads = torch._foreach_neg(grads)
+    if weight_decay != 0 and weight_decay_type == "L2":
+        grads = torch._foreach_add(grads, params, alpha=weight_decay)
+
+    if directions[0] is None:
+        bounds = sigmas if rebound == "belief" else [sigma] * len(params)
+        d = _rectify(hessians, bounds, [curvature_offset(eps, beta, t, rebound) for t in before])
+        d = torch._foreach_div(exp_avgs, d)
+    else:
+        d = directions
+
+    # delta = -sum(d * (alpha * delta_g + B * d)) / denom^2 and B += delta * d^2 / denom^2, with ||d||_4^2 = || d^2 ||_2
+    delta_g = torch._foreach_sub(grads, exp_avgs)
+    if rebound == "belief":
+        for bound, x in zip(sigmas, delta_g, strict=True):
+            bound.copy_(torch.linalg.vector_norm(x, float("inf")))
+    torch._foreach_mul_(delta_g, alphas)
+    torch._foreach_add_(exp_avgs, delta_g)
+    torch._foreach_addcmul_(delta_g, hessians, d)
+    torch._foreach_mul_(delta_g, d)
+    sums = torch.stack([x.sum() for x in delta_g])
+    del delta_g
+    d = torch._foreach_mul(d, d)
+    denoms = torch.stack(torch._foreach_norm(d, 2)).sqrt_().add_(norm_eps(eps, sigma, rebound))
+    torch._foreach_mul_(d, list((-sums / denoms**2 / denoms**2).unbind()))
+    torch._foreach_add_(hessians, d)
+
+    bounds = sigmas if rebound == "belief" else [sigma] * len(params)
+    curvature = _rectify(hessians, bounds, [curvature_offset(eps, beta, t, rebound) for t in now])
+    d = torch._foreach_div(exp_avgs, curvature)
+    if directions[0] is not None:
+        if weight_decay_type == "stable":
+            decays = [weight_decay / x.mean() for x in curvature]
+            torch._foreach_add_(d, torch._foreach_mul([p.to(dtype) for p in params], decays))
+        else:
+            torch._foreach_add_(d, params, alpha=weight_decay)
+        torch._foreach_copy_(directions, d)
+    torch._foreach_mul_(d, lrs)
+    torch._foreach_sub_(params, d)
+
+
+def _rectify(hessians: list[Tensor], bounds: list, offsets: list) -> list[Tensor]:
+    """D = max(|B|, bound) + offset, tensor by tensor."""
+    curvature = torch._foreach_abs(hessians)
+    if isinstance(bounds[0], Tensor):
+        for x, bound, offset in zip(curvature, bounds, offsets, strict=True):
+            x.clamp_(min=bound).add_(offset)
+    else:
+        torch._foreach_clamp_min_(curvature, bounds)
+    return curvature

@@ -1,0 +1,35 @@
+"""The few scalar rules of Apollo that its single-tensor and foreach steps share.
+
+Every function takes plain numbers, or 0-d tensors where the step count lives on the device (capturable).
+"""
+
+import torch
+from torch import Tensor
+
+
+def averaging_weight(beta: float, step: float | Tensor) -> float | Tensor:
+    """alpha_t = (1 - beta) / (1 - beta^t), the bias-corrected weight of the newest gradient; `step` t counts from 1."""
+    return (1 - beta) / (1 - beta**step)
+
+
+def warmed_up_lr(lr: float | Tensor, init_lr: float, warmup: int, steps_before: float | Tensor) -> float | Tensor:
+    """lr of the step after `steps_before` steps: linear from `init_lr` over the first `warmup` steps, then `lr`."""
+    if warmup == 0:
+        return lr
+    ramp = init_lr + (lr - init_lr) * steps_before / warmup
+    if isinstance(steps_before, Tensor):
+        return torch.where(steps_before < warmup, ramp, lr)
+    return ramp if steps_before < warmup else lr
+
+
+def norm_eps(eps: float, sigma: float, rebound: str) -> float:
+    """The constant added to ||d||_4. It scales with d, which a constant bound sigma on the curvature divides."""
+    return eps / sigma if rebound == "constant" else eps
+
+
+def curvature_offset(eps: float, beta: float, step: float | Tensor, rebound: str) -> float | Tensor:
+    """What rebound "belief" adds to the rectified curvature D, eps / alpha_t; nothing with "constant".
+
+    Written as a product so that it is 0, not a division by zero, before the first step.
+    """
+    return eps * (1 - beta**step) / (1 - beta) if rebound == "belief" else 0.0

@@ -1,0 +1,135 @@
+"""Learning-rate schedules in closed form: the learning rate is a function of the update's index, and of nothing else.
+
+A linear warmup leads into one of four rules. They are stepped once per update, while a "unit" is what a rule counts in:
+an epoch where the published learning rate changes once per epoch, an update where it changes with every update.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import override
+
+from .suggest import suggest
+
+# Each schedule's own settings and their defaults; None must be given.
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "constant": {},
+    "milestone": {"milestones": None, "decay_rate": 0.1},
+    "cosine": {"last_lr": 0.0},
+    "inverse_sqrt": {},
+}
+WARMUP = {"warmup_updates": 0, "init_lr": 0.0}
+
+
+def create_schedule(
+    optimizer: Optimizer,
+    name: str,
+    *,
+    updates_per_unit: int = 1,
+    total: int | None = None,
+    **settings: Any,
+) -> LRScheduler:
+    """Makes the schedule `name` for `optimizer`, to be stepped once per update.
+
+    A group's learning rate at this moment (its `initial_lr` where it has one) is what its schedule starts from:
+    `learning_rate` gives the formulas.
+
+    Args:
+        optimizer: any torch optimizer.
+        name: "constant", "milestone", "cosine" or "inverse_sqrt".
+        updates_per_unit: updates in a unit: those of an epoch, or 1.
+        total: length of the training in units; needed by "cosine" only.
+        settings: warmup_updates (default 0) and init_lr (0.0); for "milestone" milestones, an increasing list of units,
+            and decay_rate (0.1); for "cosine" last_lr (0.0).
+
+    Raises:
+        ValueError: an unknown name or setting, a value out of range, or a warmup beside the optimizer's own.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}{suggest(name, SCHEDULES)}")
+    defaults = {**WARMUP, **SCHEDULES[name]}
+    for key in settings:
+        if key not in defaults:
+            raise ValueError(f"schedule {name!r} has no setting {key!r}{suggest(key, defaults)}")
+    settings = {**defaults, **settings, "updates_per_unit": updates_per_unit, "total": total}
+    _check(name, settings)
+    if settings["warmup_updates"] > 0 and any(group.get("warmup", 0) > 0 for group in optimizer.param_groups):
+        raise ValueError(
+            "both optimizer and schedule warm up: pass warmup=0 to the optimizer or warmup_updates=0 to the schedule"
+        )
+    return UpdateSchedule(optimizer, name, settings)
+
+
+def learning_rate(
+    name: str,
+    t: int,
+    lr: float | Tensor,
+    *,
+    updates_per_unit: int,
+    total: int | None,
+    warmup_updates: int,
+    init_lr: float,
+    milestones: Sequence[int] = (),
+    decay_rate: float = 0.1,
+    last_lr: float = 0.0,
+) -> float | Tensor:
+    """Learning rate of update `t`, counted from 0, where the schedule `name` starts from `lr`."""
+    if t < warmup_updates:
+        return init_lr + (lr - init_lr) * t / warmup_updates
+    unit = t // updates_per_unit
+    if name == "milestone":
+        return lr * decay_rate ** bisect_right(milestones, unit)
+    if name == "cosine":
+        return last_lr + (lr - last_lr) * (1 + math.cos(math.pi * min(unit / total, 1))) / 2
+    if name == "inverse_sqrt":
+        return lr * math.sqrt(warmup_updates / t)
+    return lr
+
+
+class UpdateSchedule(LRScheduler):
+    """A schedule of `create_schedule` in torch's interface; its state is plain values, its `last_epoch` the update."""
+
+    @override
+    def __init__(self, optimizer: Optimizer, name: str, settings: dict[str, Any]) -> None:
+        self.name, self.settings = name, settings
+        super().__init__(optimizer)
+
+    @override
+    def get_lr(self) -> list[float | Tensor]:
+        return [learning_rate(self.name, self.last_epoch, lr, **self.settings) for lr in self.base_lrs]
+
+
+def _check(name: str, settings: dict[str, Any]) -> None:
+    def is_number(x: Any) -> bool:
+        return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+
+    def is_count(x: Any) -> bool:
+        return isinstance(x, int) and not isinstance(x, bool)
+
+    def require(holds: bool, key: str, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"schedule {name!r}: {key} must be {rule}, got {settings[key]!r}")
+
+    least_warmup = 1 if name == "inverse_sqrt" else 0  # which decays from the end of its warmup
+    warmup = settings["warmup_updates"]
+    require(is_count(warmup) and warmup >= least_warmup, "warmup_updates", f"a whole number >= {least_warmup}")
+    require(
+        is_count(settings["updates_per_unit"]) and settings["updates_per_unit"] > 0,
+        "updates_per_unit",
+        "a whole number > 0",
+    )
+    for key in ("init_lr", "decay_rate", "last_lr"):
+        if key in settings:
+            require(is_number(settings[key]) and settings[key] >= 0, key, "a finite number >= 0")
+    if name == "milestone":
+        at = settings["milestones"]
+        whole = isinstance(at, Sequence) and not isinstance(at, str) and all(is_count(x) and x > 0 for x in at)
+        require(whole and list(at) == sorted(set(at)), "milestones", "an increasing list of whole numbers > 0")
+    if name == "cosine":
+        require(is_count(settings["total"]) and settings["total"] > 0, "total", "the training's length in units, > 0")

@@ -1,0 +1,194 @@
+"""Seeds, metrics, precision, checkpoints: the pieces under the loops."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.checkpoint import Checkpoints, Progress, read_checkpoint, write_checkpoint
+from engine.distributed import World, setup
+from engine.errors import UserError
+from engine.metrics import Sums, require_finite
+from engine.precision import Precision
+from engine.seed import derive, generator, seed_step
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, CPU)
+
+
+def test_derive_is_stable_and_tells_places_apart():
+    assert derive(1, "step", 2, 0) == 5196810439659286952  # a change would silently change every run ever recorded
+    places = [(1,), (1, 2), (12,), (1, "2"), (1, 2, 0), (1, 0, 2), ("1", 2)]
+    assert len({derive(*place) for place in places}) == len(places)
+    assert all(0 <= derive(seed, "x") < 2**63 for seed in range(100))
+
+
+def test_generators_and_step_seeds_repeat():
+    first, again, other = (torch.rand(4, generator=generator(3, "e", epoch)) for epoch in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    seed_step(5, 1)
+    first = torch.nn.functional.dropout(torch.ones(100))
+    torch.rand(7)
+    seed_step(5, 1)
+    assert torch.equal(first, torch.nn.functional.dropout(torch.ones(100)))
+
+
+def test_sums():
+    sums = Sums(("loss", "count"), CPU)
+    sums.add(loss=torch.tensor(1.5), count=2)
+    sums.add(loss=2.5, count=torch.tensor(3))
+    assert sums.reduce(ALONE) == {"loss": 4.0, "count": 5.0}
+    saved = sums.gather(ALONE)
+    sums.zero()
+    sums.scatter(saved, ALONE)
+    assert sums.reduce(ALONE) == {"loss": 4.0, "count": 5.0}
+    sums.scatter(torch.ones(3, 2), ALONE)  # saved by three ranks
+    assert sums.reduce(ALONE) == {"loss": 3.0, "count": 3.0}
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    require_finite(1.0, update=3)
+    for loss in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"at update 3.*lower optimizer\.lr"):
+            require_finite(loss, update=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_precisions_train_on_one_path(name, dtype):
+    precision = Precision(name, CPU)
+    layer = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    before = layer.weight.detach().clone()
+    with precision.autocast():
+        out = layer(torch.ones(2, 4))
+    assert out.dtype == dtype
+    precision.backward(out.float().square().mean())
+    precision.clip(optimizer, layer.parameters(), 0.5)
+    assert torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in layer.parameters()])) <= 0.5 + 1e-4
+    assert precision.step(optimizer)
+    assert layer.weight.dtype == torch.float32 and not torch.equal(layer.weight, before)
+
+
+def test_an_overflowing_fp16_step_advances_nothing():
+    precision = Precision("fp16", CPU)
+    layer = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    before = layer.weight.detach().clone()
+    scale = precision.scaler.get_scale()
+    precision.backward(layer(torch.ones(2, 4)).sum() * float("inf"))
+    assert not precision.step(optimizer)
+    assert torch.equal(layer.weight, before) and not optimizer.state
+    assert precision.scaler.get_scale() < scale
+
+
+def test_tf32_needs_cuda():
+    with pytest.raises(UserError, match="tf32"):
+        Precision("tf32", CPU)
+
+
+def test_the_global_batch_must_divide():
+    assert ALONE.share(128) == 128
+    assert World(1, 4, 1, CPU).share(128, accumulation=2) == 16
+    with pytest.raises(UserError, match=r"100 is not divisible by 8 ranks.*nearest that is: 96"):
+        World(0, 8, 0, CPU).share(100)
+
+
+def test_asking_for_a_gpu_that_is_not_there():
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="device=cuda"):
+            setup("cuda")
+
+
+def _state(value: float) -> dict:
+    return {"w": torch.full((1000,), value), "n": int(value)}
+
+
+def _values(folder: Path) -> list[int]:
+    return sorted(int(torch.load(path, weights_only=True)["n"]) for path in folder.glob("checkpoint*.pt"))
+
+
+def test_the_last_few_checkpoints_are_kept(tmp_path):
+    for value in range(5):
+        write_checkpoint(tmp_path, _state(value), keep=3)
+    assert _values(tmp_path) == [2, 3, 4]
+    assert read_checkpoint(tmp_path, say=pytest.fail)["n"] == 4
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _flip_a_bit_of_a_weight(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [_truncate, _flip_a_bit_of_a_weight, _empty])
+def test_a_damaged_checkpoint_is_named_and_the_older_one_used(tmp_path, damage):
+    for value in (1, 2):
+        write_checkpoint(tmp_path, _state(value), keep=2)
+    damage(tmp_path / "checkpoint.pt")
+    said = []
+    assert read_checkpoint(tmp_path, said.append)["n"] == 1
+    assert len(said) == 1 and "checkpoint.pt is damaged" in said[0] and "checkpoint.1.pt" in said[0]
+    damage(tmp_path / "checkpoint.1.pt")
+    with pytest.raises(UserError, match="no older one is left"):
+        read_checkpoint(tmp_path, said.append)
+
+
+def test_killed_between_the_two_renames(tmp_path):
+    for value in (1, 2):
+        write_checkpoint(tmp_path, _state(value), keep=2)
+    os.replace(tmp_path / "checkpoint.pt", tmp_path / "checkpoint.1.pt")
+    assert read_checkpoint(tmp_path, say=pytest.fail)["n"] == 2
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    torch.save({"n": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="more than tensors and plain values"):
+        read_checkpoint(tmp_path, say=pytest.fail)
+    assert not (tmp_path / "ran").exists()
+
+
+def _checkpoints(folder: Path, model: torch.nn.Module) -> Checkpoints:
+    return Checkpoints(folder, {"model": model}, ALONE, keep=2, minutes=10, say=pytest.fail)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    _checkpoints(tmp_path, torch.nn.Linear(2, 3)).save(Progress())
+    for other in (torch.nn.Linear(2, 4), torch.nn.Sequential(torch.nn.Linear(2, 3)), torch.nn.Linear(2, 3, bias=False)):
+        with pytest.raises(UserError, match="belongs to another model"):
+            _checkpoints(tmp_path, other).restore(Progress())
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    """A file-size limit of the process stands for the full disk: the write fails the same way, in the middle."""
+    import resource
+    import signal
+
+    write_checkpoint(tmp_path, _state(1), keep=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        with pytest.raises(UserError, match=r"cannot save a checkpoint: File too large.*untouched"):
+            write_checkpoint(tmp_path, _state(2), keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert _values(tmp_path) == [1] and not list(tmp_path.glob("*.tmp"))
+    write_checkpoint(tmp_path, _state(3), keep=2)
+    assert _values(tmp_path) == [1, 3]
