@@ -1,0 +1,33 @@
+"""What the commands in scripts/ share in reading their command lines."""
+
+import argparse
+from typing import NoReturn
+
+from overrides import override
+
+from engine.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UserErrors: one line, exit status 2. Options are not abbreviated."""
+
+    def __init__(self, **settings: str) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def seeds(text: str) -> list[int]:
+    """`"1 101"` as [1, 101]; each seed once."""
+    numbers = list(dict.fromkeys(int(word) if word.isdecimal() else -1 for word in text.split()))
+    if not numbers or -1 in numbers:
+        raise argparse.ArgumentTypeError(f'seeds are whole numbers, as in "1 101", not "{text}"')
+    return numbers
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"a whole number above 0, not {text}")
+    return int(text)

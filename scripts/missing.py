@@ -1,0 +1,28 @@
+"""Prints what setup.py asks for and this interpreter lacks, one requirement a line; nothing where all is there.
+
+Usage: python -m scripts.missing, in the root of the repository. It reads package metadata alone: quick, no network.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from setup import DEVELOPMENT, REQUIREMENTS
+
+
+def missing(requirements: list[str]) -> list[str]:
+    """Those of `requirements` that no installed distribution satisfies."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # several requirements depend on it, so this interpreter is bare; pip brings a copy of its own
+        from pip._vendor.packaging.requirements import Requirement
+
+    def satisfied(requirement: Requirement) -> bool:
+        try:
+            return requirement.specifier.contains(version(requirement.name), prereleases=True)
+        except PackageNotFoundError:
+            return False
+
+    return [text for text in requirements if not satisfied(Requirement(text))]
+
+
+if __name__ == "__main__":
+    print("\n".join(missing(REQUIREMENTS + DEVELOPMENT)))

@@ -1,0 +1,138 @@
+"""The table of a folder of runs, beside the published one: python -m scripts.report runs/cifar10 [--plot curves.png]
+
+A cell is the mean over its complete runs, with the sample standard deviation in parentheses. Unfinished and damaged
+runs are listed, not counted. The final value comes first: the best one was selected on the test data.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from engine.config import differences
+from engine.errors import UserError, run_main
+from engine.run_record import NEUTRAL_KEYS
+from scripts.arguments import Parser
+from scripts.runs import Run, read_runs
+from scripts.tables import ROWS, SCHEDULES, cell_path, load_cell, position, published
+
+# Keys that may differ from the published cell: those that change no result, the seed, and what changes speed alone.
+NOT_OF_THE_RECIPE = (*NEUTRAL_KEYS, "seed", "compile", "channels_last")
+
+
+def main(arguments: list[str]) -> None:
+    parser = Parser(prog="python -m scripts.report", description="The table of a folder of runs.")
+    parser.add_argument("folder", type=Path, help="a folder with run folders below it, e.g. runs/cifar10")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also draw loss and accuracy by epoch (png, pdf, svg)"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
+    options = parser.parse_args(arguments)
+
+    runs, problems = read_runs(options.folder)
+    if not runs and not problems:
+        raise UserError(f"{options.folder}: no runs below this folder; a run folder holds a config.yaml")
+    for table in dict.fromkeys(run.table for run in runs):
+        of_table = [run for run in runs if run.table == table]
+        print(report(table, of_table, published_cells(table), options.markdown), end="\n\n")
+    for problem in problems:
+        print(f"damaged: {problem}")
+    if options.plot:
+        from scripts.plot import plot_curves  # importing matplotlib takes a second
+
+        plot_curves(runs, options.plot)
+        print(f"curves: {options.plot}")
+
+
+def report(table: str, runs: Sequence[Run], cells: Iterable[tuple[str, str]] = (), markdown: bool = False) -> str:
+    """The table of `runs`, with a line for each of `cells` even where no run is; then notes on single runs."""
+    facts = published(table)
+    title = f"{table}: mean (std) over n seeds"
+    header = ["row", "schedule", "final", "best", "n"]
+    if facts:
+        title = f"{table}: {facts['metric_in_words']}, mean (std) over n seeds; published: over {facts['runs']} runs"
+        header += ["published", "difference"]
+    lines, notes = [], []
+    for row, schedule in sorted({*cells, *(run.cell for run in runs)}, key=_cell_position):
+        of_cell = [run for run in runs if run.cell == (row, schedule)]
+        complete = [run for run in of_cell if run.result]
+        finals, bests = [run.result.final for run in complete], [run.result.best for run in complete]
+        line = [row, schedule, spread(finals), spread(bests), str(len(complete))]
+        if facts:
+            target = published_cells(table).get((row, schedule))
+            line.append(f"{target[0]:.2f} ({target[1]:.2f})" if target else "")
+            line.append(f"{mean(finals) - target[0]:+.2f}" if target and finals else "")
+        lines.append(line)
+        notes += _notes(of_cell)
+    return "\n".join([title, *format_table(header, lines, markdown), *([""] if notes else []), *notes])
+
+
+def _cell_position(cell: tuple[str, str]) -> tuple:
+    return position(cell[0], ROWS), position(cell[1], SCHEDULES)
+
+
+def _notes(of_cell: Sequence[Run]) -> list[str]:
+    """What a reader of the cell's numbers must know: seeds that follow another recipe, runs that are not counted."""
+    seeds_by_changes: dict[str, list[int]] = {}
+    for run in of_cell:
+        if run.result and (changes := changes_to_recipe(run)):
+            seeds_by_changes.setdefault(", ".join(changes), []).append(run.seed)
+    notes = []
+    for changes, seeds in seeds_by_changes.items():
+        who = f"{' '.join(of_cell[0].cell)}, seed{'s' if len(seeds) > 1 else ''} {' '.join(map(str, seeds))}"
+        notes.append(f"{who}: not the published recipe: {changes}")
+    for run in of_cell:
+        if not run.result:
+            done = run.epochs[-1]["epoch"] if run.epochs else 0
+            notes.append(f"unfinished: {run.folder}, epoch {done} of {run.config.get('epochs', '?')}")
+    return notes
+
+
+def spread(values: Sequence[float]) -> str:
+    """`mean (std)` with the sample standard deviation; the mean alone for one value, nothing for none."""
+    if not values:
+        return ""
+    return f"{mean(values):.2f}" + (f" ({stdev(values):.2f})" if len(values) > 1 else "")
+
+
+def published_cells(table: str) -> dict[tuple[str, str], list[float]]:
+    """(row, schedule) to the published [mean, std]; empty for a table that nobody published."""
+    facts = published(table) or {"cells": {}}
+    return {(row, schedule): value for row, values in facts["cells"].items() for schedule, value in values.items()}
+
+
+@cache
+def _published_recipe(table: str, row: str, schedule: str) -> dict[str, Any]:
+    return load_cell(table, cell_path(table, row, schedule)).model_dump(mode="json")
+
+
+def changes_to_recipe(run: Run) -> list[str]:
+    """`key=value` for each setting of the run that differs from the published cell; empty also where there is none."""
+    if run.cell not in published_cells(run.table):
+        return []
+    recipe = _published_recipe(run.table, *run.cell)
+    changes = []
+    for key in differences(run.config, recipe, ignore=NOT_OF_THE_RECIPE):
+        value: Any = run.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        changes.append(f"{key}={'unset' if value is None else value}")
+    batch, expected = run.recipe.get("batchnorm_batch"), published(run.table).get("batchnorm_batch")
+    if batch and expected and batch != expected:
+        changes.append(f"batchnorm_batch={batch}")
+    return changes
+
+
+def format_table(header: Sequence[str], lines: Sequence[Sequence[str]], markdown: bool = False) -> list[str]:
+    """Aligned columns, the header first; as Markdown, with its bars and rule."""
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    texts = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in (header, *lines)]
+    if not markdown:
+        return ["  ".join(line).rstrip() for line in texts]
+    texts.insert(1, ["-" * width for width in widths])
+    return [f"| {' | '.join(line)} |" for line in texts]
+
+
+if __name__ == "__main__":
+    run_main(main)

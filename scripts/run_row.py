@@ -1,0 +1,78 @@
+"""One row of a table: trains its cells over the seeds, then prints the row beside the published one.
+
+    python -m scripts.run_row TABLE ROW [--seeds "1 101"] [--schedules "milestone cosine"] [key=value ...]
+
+Complete runs are skipped and unfinished ones resumed, so the same command carries on after any interruption. Each run
+is a process of its own, exactly the command that one would type for it.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from engine.errors import run_main
+from scripts.arguments import Parser, positive, seeds
+from scripts.jobs import plan, run
+from scripts.report import report
+from scripts.runs import read_runs
+from scripts.tables import SCHEDULES, TASKS, cell_path
+
+SEEDS = "1 101 8191 65537 131071"
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    jobs = [
+        plan(options.table, cell_path(options.table, options.row, schedule), seed, options.runs, options.overrides)
+        for schedule in options.schedules
+        for seed in options.seeds
+    ]
+    for number, job in enumerate(jobs, start=1):
+        place = f"[{number}/{len(jobs)}] {job.folder}"
+        if job.complete:
+            say(f"{place}: complete, skipped")
+            continue
+        command = job.command(options.gpus)
+        say(f"{place}: {shlex.join(['python', *command[1:]])}")
+        if status := run(command):
+            say(f"{place}: ended with exit status {status}; the same command carries on from here")
+            return status
+    runs, problems = read_runs(*sorted({job.folder.parent for job in jobs}))
+    print(report(options.table, runs))
+    for problem in problems:
+        print(f"damaged: {problem}")
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="a row's script",
+        usage='%(prog)s [--seeds "1 101"] [--schedules "milestone cosine"] [--runs FOLDER] [--gpus N] [key=value ...]',
+        description="Train one row of a table and print it beside the published one. Complete runs are skipped, "
+        "unfinished ones resumed. Paths are relative to the root of the repository.",
+    )
+    parser.add_argument("table", choices=TASKS, help=argparse.SUPPRESS)
+    parser.add_argument("row", help=argparse.SUPPRESS)
+    parser.add_argument("--seeds", type=seeds, default=SEEDS, help='default: "%(default)s"')
+    parser.add_argument("--schedules", type=_schedules, default=" ".join(SCHEDULES), help='default: "%(default)s"')
+    parser.add_argument("--runs", type=Path, default="runs", metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="processes, one GPU each; default: 1")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, e.g. precision=bf16")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _schedules(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split()))
+    if not names or not set(names) <= set(SCHEDULES):
+        raise argparse.ArgumentTypeError(f'"{text}" is not one or more of: {", ".join(SCHEDULES)}')
+    return names
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr: standard output is the row alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

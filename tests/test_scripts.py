@@ -1,0 +1,200 @@
+"""The shell scripts as users call them: a row trained, skipped, interrupted and resumed; the quickstart; set-up."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UserError
+from scripts.missing import missing
+from scripts.run_row import main as run_row
+
+ROOT = Path(__file__).parent.parent
+ON_DIGITS = ["data.name=digits", "model.depth=8", "device=cpu"]
+# The interpreter of the tests comes first, so that the scripts find torch there and set nothing up.
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def script(name, *arguments):
+    return ["bash", f"scripts/{name}.sh", *map(str, arguments)]
+
+
+def call(command, cwd=ROOT, env=ENVIRONMENT):
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_row_is_trained_then_skipped(tmp_path):
+    command = script(
+        "cifar_apollo", "--seeds", "1 101", "--schedules", "milestone", *ON_DIGITS, "epochs=1", "--runs", tmp_path
+    )
+    first = call(command)
+    assert first.returncode == 0, first.stderr
+    folders = [tmp_path / f"cifar10/apollo_milestone/seed{seed}" for seed in (1, 101)]
+    finals = [json.loads((folder / "result.json").read_text())["final"] for folder in folders]
+
+    _, header, row, *notes = first.stdout.splitlines()
+    assert header.split()[-2:] == ["published", "difference"]
+    words = row.split()
+    assert words[:2] == ["apollo", "milestone"]
+    assert float(words[2]) == pytest.approx(sum(finals) / 2, abs=0.005)
+    assert words[6:9] == ["2", "94.20", "(0.12)"]
+    (note,) = [line for line in notes if line]
+    assert "seeds 1 101: not the published recipe: " in note
+    assert all(change in note for change in ("epochs=1", "data.name=digits", "model.depth=8"))
+
+    written = [(folder / "result.json").stat().st_mtime_ns for folder in folders]
+    second = call(command)
+    assert second.returncode == 0, second.stderr
+    assert second.stderr.count("complete, skipped") == 2
+    assert second.stdout == first.stdout
+    assert [(folder / "result.json").stat().st_mtime_ns for folder in folders] == written
+
+    other = call([*command, "epochs=2"])
+    assert (other.returncode, other.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*seed1 holds a run with other settings \(epochs\).*\n", other.stderr)
+
+
+def test_signal_reaches_the_run_which_saves_and_is_resumed(tmp_path):
+    command = script(
+        "cifar_sgd", "--seeds", "1", "--schedules", "milestone", *ON_DIGITS, "epochs=2", "--runs", tmp_path
+    )
+    command.append("log_every=1")
+    folder = tmp_path / "cifar10/sgd_milestone/seed1"
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as row:
+        wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size, row)
+        row.send_signal(signal.SIGTERM)
+        _, told = row.communicate(timeout=60)
+    assert row.returncode == 128 + signal.SIGTERM, told
+    assert "the same command carries on" in told
+    assert (folder / "checkpoint.pt").exists()
+    assert not (folder / "result.json").exists()
+
+    resumed = call(command)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming" in resumed.stderr
+    assert json.loads((folder / "result.json").read_text())["complete"]
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the process ended early"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_row_stops_at_the_first_failure_with_its_one_line(tmp_path):
+    row = call(script("cifar_adam", "--seeds", "1 101", "--runs", tmp_path, *ON_DIGITS, "optimizer.name=adamm"))
+    assert row.returncode == 2
+    assert row.stdout == ""
+    (error,) = [line for line in row.stderr.splitlines() if line.startswith("error: ")]
+    assert "adamm" in error
+    assert "[1/4]" in row.stderr
+    assert "[2/4]" not in row.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["seed=3"], "seed= cannot be set for a row.*--seeds"),
+        (["run_dir=here"], "run_dir= cannot be set for a row.*--runs"),
+        (["epoch=3"], "unknown key 'epoch' .did you mean 'epochs'"),
+        (["epochs"], "not of the form key=value"),
+        (["--seeds", "1 -2"], "seeds are whole numbers"),
+        (["--seeds", ""], "seeds are whole numbers"),
+        (["--schedules", "cosine linear"], "not one or more of: milestone, cosine"),
+        (["--gpus", "0"], "a whole number above 0"),
+        (["--seed", "3"], "unrecognized arguments: --seed"),
+    ],
+)
+def test_refusals_are_one_line_and_come_before_any_training(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=message) as caught:
+        run_row(["cifar10", "apollo", "--runs", str(tmp_path), *arguments])
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_row_of_the_table_has_its_script():
+    rows = {path.stem.rpartition("_")[0] for path in ROOT.glob("configs/cifar10/*_*.yaml")}
+    assert {path.stem.removeprefix("cifar_") for path in ROOT.glob("scripts/cifar_*.sh")} == rows
+    for row in rows:
+        assert f"scripts.run_row cifar10 {row} " in (ROOT / f"scripts/cifar_{row}.sh").read_text()
+
+
+def test_quickstart_ends_in_a_table_and_a_picture(tmp_path):
+    ended = call(script("quickstart", "--seeds", "1", "--runs", tmp_path, "epochs=1", "device=cpu"))
+    assert ended.returncode == 0, ended.stderr
+    lines = [line.split() for line in ended.stdout.splitlines()]
+    assert [line[0] for line in lines if line[1:2] == ["milestone"]] == ["sgd", "adam", "radam", "apollo"]
+    assert (tmp_path / "digits/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "Traceback" not in ended.stderr
+
+
+def test_missing_names_what_is_absent_or_too_old():
+    assert missing(["torch>=2.6", "numpy", "pytest"]) == []
+    assert missing(["torch>=1000", "numpy", "no-such-distribution"]) == ["torch>=1000", "no-such-distribution"]
+
+
+@pytest.fixture
+def bare_machine(tmp_path):
+    """A copy of the scripts, and an environment whose PATH holds a few tools and no Python."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "tree/scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "setup.py", tmp_path / "tree")
+    (tmp_path / "bin").mkdir()
+    for tool in ("bash", "dirname", "grep", "sed", "tr"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    return tmp_path / "tree", {"PATH": str(tmp_path / "bin")}
+
+
+def test_setup_without_python_says_what_to_install(bare_machine):
+    tree, environment = bare_machine
+    ended = call(["bash", "scripts/test.sh"], cwd=tree, env=environment)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert re.fullmatch(r"error: no Python 3\.10 or newer found; install one .*\n", ended.stderr)
+
+
+def test_setup_without_the_venv_module_says_what_to_install(bare_machine):
+    tree, environment = bare_machine
+    python = Path(environment["PATH"]) / "python3.12"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *torch*|*ensurepip*) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    ended = call(["bash", "scripts/setup.sh"], cwd=tree, env=environment)
+    assert ended.returncode == 2
+    assert re.fullmatch(r"error: python3\.12 cannot make virtual environments; .*python3\.12-venv\)\n", ended.stderr)
+
+
+def test_setup_uses_an_interpreter_that_has_torch_and_installs_nothing(bare_machine):
+    tree, environment = bare_machine
+    (Path(environment["PATH"]) / "python").symlink_to(sys.executable)
+    ended = call(["bash", "scripts/setup.sh", "--print-python"], cwd=tree, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    assert Path(ended.stdout.strip()).samefile(sys.executable)
+    assert not (tree / ".venv").exists()
+
+
+def test_package_installs_and_imports_elsewhere(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("optim", "engine", "classification"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index"]
+    installed = call([*pip, "--target", str(tmp_path / "site"), str(source)], cwd=tmp_path)
+    assert installed.returncode == 0, installed.stderr
+    program = "import torch, optim; print(optim.__file__, optim.Apollo([torch.ones(2, requires_grad=True)], lr=0.5))"
+    imported = call(
+        [sys.executable, "-c", program], cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path / "site")}
+    )
+    assert imported.returncode == 0, imported.stderr
+    assert imported.stdout.startswith(str(tmp_path / "site/optim/__init__.py"))
