@@ -70,9 +70,12 @@ class ImageData:
         self.augmentation, self.seed, self.device = augmentation, seed, torch.device(device)
         if mean is None or std is None:
             own_mean, own_std = pixel_statistics(train.pixels)
-            mean, std = mean or own_mean, std or own_std
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise UserError(f"data: mean and std need three values each, std all above 0; not {mean} and {std}")
+            mean, std = own_mean if mean is None else mean, own_std if std is None else std
+        if len(mean) != 3 or len(std) != 3 or not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
+            raise UserError(
+                "data.mean and data.std need three values each, for pixels in 0..1: mean 0 to 1, std above 0 and up to "
+                f"1; not {list(mean)} and {list(std)}"
+            )
         self.mean, self.std = tuple(mean), tuple(std)
 
         padding = augmentation.padding

@@ -75,8 +75,8 @@ def load_data(config: DataConfig, device: torch.device | str, seed: int) -> Imag
         data.augmentation,
         device=device,
         seed=seed,
-        mean=config.mean or data.mean,
-        std=config.std or data.std,
+        mean=data.mean if config.mean is None else config.mean,
+        std=data.std if config.std is None else config.std,
     )
 
 
@@ -102,7 +102,7 @@ def _provide_cifar(source: type[CIFAR10], root: Path) -> CIFAR10:
     """The test split, after seeing to it that the files of both are there: unpacked, or else downloaded."""
     try:
         return source(root, train=False)
-    except RuntimeError:  # something is missing or damaged
+    except (RuntimeError, OSError):  # something is missing, damaged, or not to be read
         pass
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)

@@ -1,0 +1,405 @@
+"""The classification data sets: torchvision's pixels exactly, every image once, the same draws on any number of ranks,
+and one line for everything that can be wrong with a folder or a download."""
+
+import hashlib
+import pickle
+import tarfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.transforms import functional as tv
+
+from classification.augment import Augmentation, ImageData, Images, pixel_statistics
+from classification.data import load_data
+from engine.errors import UserError
+
+
+def load(name, root="nowhere", seed=1, mean=None, std=None) -> ImageData:
+    return load_data(SimpleNamespace(name=name, root=str(root), mean=mean, std=std), "cpu", seed)
+
+
+def random_images(count: int, height: int = 32, width: int = 32, classes: int = 10) -> Images:
+    random = torch.Generator().manual_seed(count)
+    pixels = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=random)
+    return Images(pixels, torch.randint(classes, (count,), generator=random))
+
+
+def image_data(train_size=100, test_size=23, augmentation=None, seed=1, size=(32, 32), **settings) -> ImageData:
+    augmentation = augmentation or Augmentation(padding=4, flip=True)
+    train, test = random_images(train_size, *size), random_images(test_size, *size)
+    return ImageData(train, test, [str(i) for i in range(10)], augmentation, seed=seed, **settings)
+
+
+def flat(updates) -> list:
+    return [batch for micro_batches in updates for batch in micro_batches]
+
+
+# --- training batches ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("padding", "flip", "size"), [(4, True, (32, 32)), (4, False, (32, 32)), (2, True, (24, 40)), (0, True, (8, 8))]
+)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_training_batches_are_torchvisions_bit_for_bit(padding, flip, size, channels_last):
+    source = random_images(100, *size)
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    data = image_data(augmentation=Augmentation(padding, flip), size=size, mean=mean, std=std)
+    order, top, left, mirror = data.draws(epoch=3)
+    seen, mirrored = 0, 0
+    for images, labels in flat(data.train_batches(3, 32, channels_last=channels_last)):
+        assert images.dtype == torch.float32 and labels.dtype == torch.int64 and images.shape == (32, 3, *size)
+        assert images.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        for image, label in zip(images, labels, strict=True):
+            i = order[seen].item()
+            expected = tv.pad(Image.fromarray(source.pixels[i].numpy()), padding, fill=0)
+            expected = tv.crop(expected, top[i].item(), left[i].item(), *size)
+            expected = tv.hflip(expected) if mirror[i] else expected
+            expected = tv.normalize(tv.to_tensor(expected), mean, std)
+            assert torch.equal(image, expected)
+            assert label == source.labels[i]
+            seen, mirrored = seen + 1, mirrored + mirror[i].item()
+    assert seen == 96  # 100 images, whole batches only
+    assert (mirrored > 0) == flip
+
+
+def test_draws_cover_all_crops_and_half_of_the_mirrors():
+    order, top, left, mirror = image_data(train_size=20_000, size=(4, 4)).draws(0)
+    assert torch.equal(order.sort().values, torch.arange(20_000))
+    for offset in (top, left):
+        counts = torch.bincount(offset)
+        assert len(counts) == 9 and (counts / 20_000 - 1 / 9).abs().max() < 0.01
+    assert abs(mirror.double().mean().item() - 0.5) < 0.02
+    assert abs(torch.corrcoef(torch.stack((top.double(), left.double(), mirror.double()))).triu(1)).max() < 0.03
+
+
+def test_draws_are_a_function_of_seed_and_epoch_alone():
+    data, again, other_seed = image_data(), image_data(), image_data(seed=2)
+    flat(data.train_batches(0, 10))  # what was drawn before does not matter
+    torch.manual_seed(123)
+    for one, other in zip(data.draws(5), again.draws(5), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(data.draws(5).order, data.draws(6).order)
+    assert not torch.equal(data.draws(5).top, data.draws(6).top)
+    assert not torch.equal(data.draws(5).order, other_seed.draws(5).order)
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 4), (2, 1), (4, 1), (2, 3)])
+def test_ranks_and_micro_batches_share_the_same_global_batches(world_size, accumulation):
+    data = image_data()
+    whole = [update[0] for update in data.train_batches(2, 24)]
+    ranks = [list(data.train_batches(2, 24, rank, world_size, accumulation)) for rank in range(world_size)]
+    assert len(whole) == 4 and all(len(updates) == 4 for updates in ranks)
+    for update, (images, labels) in enumerate(whole):
+        parts = [batch for updates in ranks for batch in updates[update]]
+        assert len(parts) == world_size * accumulation
+        assert all(len(part_labels) == 24 // len(parts) for _, part_labels in parts)
+        assert torch.equal(torch.cat([part for part, _ in parts]), images)
+        assert torch.equal(torch.cat([part for _, part in parts]), labels)
+
+
+def test_an_epoch_can_be_entered_at_any_update():
+    data = image_data()
+    whole = flat(data.train_batches(1, 16))
+    for start in range(len(whole) + 1):
+        rest = flat(data.train_batches(1, 16, start_update=start))
+        assert len(rest) == len(whole) - start
+        for (images, labels), (expected, expected_labels) in zip(rest, whole[start:], strict=True):
+            assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+
+
+def test_updates_per_epoch_counts_whole_batches():
+    data = image_data(train_size=100)
+    assert [data.updates_per_epoch(batch) for batch in (1, 32, 50, 100)] == [100, 3, 2, 1]
+    with pytest.raises(UserError, match="global_batch=101 is larger than the training set, 100 images"):
+        data.updates_per_epoch(101)
+    with pytest.raises(UserError, match="larger than the training set"):
+        data.train_batches(0, 128)
+    with pytest.raises(ValueError, match="not divisible"):
+        data.train_batches(0, 10, world_size=2, accumulation=2)
+
+
+# --- test batches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(5, 1), (23, 1), (100, 1), (4, 2), (3, 3), (7, 5), (2, 30)])
+def test_each_test_image_comes_once_in_order_without_padding(batch_size, world_size):
+    source = random_images(23)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    data = image_data(mean=mean, std=std)
+    batches = [batch for rank in range(world_size) for batch in data.test_batches(batch_size, rank, world_size)]
+    assert all(0 < len(labels) <= batch_size for _, labels in batches)
+    assert torch.equal(torch.cat([labels for _, labels in batches]), source.labels)
+    expected = [tv.normalize(tv.to_tensor(Image.fromarray(pixels.numpy())), mean, std) for pixels in source.pixels]
+    assert torch.equal(torch.cat([images for images, _ in batches]), torch.stack(expected))
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in batches)
+
+
+# --- mean and standard deviation -------------------------------------------------------------------------------------
+
+
+def test_statistics_are_those_of_all_pixels():
+    pixels = random_images(2000, 6, 5).pixels // torch.tensor([1, 2, 4], dtype=torch.uint8)
+    mean, std = pixel_statistics(pixels)
+    scaled = pixels.double() / 255
+    assert mean == pytest.approx(scaled.mean((0, 1, 2)).tolist(), abs=1e-12)
+    assert std == pytest.approx(scaled.flatten(0, 2).std(0, correction=0).tolist(), abs=1e-12)
+
+
+def test_normalised_training_set_has_mean_0_and_standard_deviation_1():
+    data = image_data(train_size=128, augmentation=Augmentation(padding=0, flip=True))
+    ((images, _),) = flat(data.train_batches(0, 128))
+    assert images.mean((0, 2, 3)).abs().max() < 1e-5
+    assert (images.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ([0.5], [0.5]),
+        (None, [0.2, 0.2, 0.0]),
+        (None, [0.2, -0.2, 0.2]),
+        ([0.5] * 4, None),
+        ([], None),
+        ([125.0] * 3, None),
+    ],
+)
+def test_impossible_mean_or_std_is_refused(mean, std):
+    with pytest.raises(UserError, match="three values each"):
+        image_data(mean=mean, std=std)
+
+
+# --- digits ----------------------------------------------------------------------------------------------------------
+
+
+def test_digits_split_rendering_and_augmentation():
+    data = load("digits")
+    assert (data.num_classes, data.train_size, data.test_size, data.image_size) == (10, 1442, 355, (32, 32))
+    assert data.augmentation == Augmentation(padding=2, flip=False)
+    assert not data.draws(0).mirror.any()
+    ((images, labels),) = data.test_batches(355)
+    ((again, labels_again),) = load("digits", seed=7).test_batches(355)  # the split does not depend on the seed
+    assert torch.equal(images, again) and torch.equal(labels, labels_again)
+    assert torch.bincount(labels).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]  # a fifth of each class
+    assert torch.equal(images[:, 0], images[:, 1]) and torch.equal(images[:, 0], images[:, 2])
+
+
+def test_digits_are_recognisable():
+    """The nearest class mean on the small test set: rendering and labels belong together."""
+    data = load("digits")
+    images, labels = (torch.cat(parts) for parts in zip(*flat(data.train_batches(0, 103)), strict=True))
+    test_images, test_labels = next(data.test_batches(355))
+    means = torch.stack([images[labels == digit].mean(0) for digit in range(10)])
+    nearest = torch.cdist(test_images.flatten(1), means.flatten(1)).argmin(1)
+    assert (nearest == test_labels).double().mean() > 0.8
+
+
+# --- folder ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tree of 8x6 PNG images: classes cat, dog; 4 training and 2 test images each."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 4), ("test", 2)):
+        for name in ("dog", "cat"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    return tmp_path
+
+
+def refused(root) -> str:
+    """The one line with which the folder is refused."""
+    with pytest.raises(UserError) as caught:
+        load("folder", root)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_folder_reads_every_image_with_its_label(folder):
+    data = load("folder", folder, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0])
+    assert (data.classes, data.train_size, data.test_size, data.image_size) == (("cat", "dog"), 8, 4, (6, 8))
+    ((images, labels),) = data.test_batches(4)
+    assert labels.tolist() == [0, 0, 1, 1]
+    files = [folder / "test" / name / f"{i}.png" for name in ("cat", "dog") for i in range(2)]
+    assert torch.equal(images, torch.stack([tv.to_tensor(Image.open(file)) for file in files]))
+    order, labels = data.draws(0).order, torch.cat([labels for _, labels in flat(data.train_batches(0, 2))])
+    assert torch.equal(labels, (order >= 4).long())
+
+
+def test_folder_is_normalised_by_its_training_images(folder):
+    data = load("folder", folder)
+    files = sorted((folder / "train").rglob("*.png"))
+    pixels = torch.stack([tv.to_tensor(Image.open(file)) for file in files]).double()
+    assert data.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-7)
+    assert data.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-7)
+
+
+def test_folder_ignores_what_is_no_image(folder, caplog):
+    (folder / ".DS_Store").write_bytes(b"x")
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    (folder / "train" / "labels.csv").write_text("x")
+    (folder / "train" / "cat" / ".DS_Store").write_bytes(b"x")
+    (folder / "test" / "cat" / "._0.png").write_bytes(b"x")
+    assert load("folder", folder).train_size == 8
+    assert not caplog.records
+    (folder / "train" / "cat" / "notes.txt").write_text("x")
+    data = load("folder", folder)
+    assert (data.train_size, data.test_size) == (8, 4)
+    assert "notes.txt" in caplog.text
+
+
+def test_folder_takes_nested_folders_grey_palette_and_upper_case(folder):
+    grey = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8))
+    (folder / "train" / "cat" / "more").mkdir()
+    grey.save(folder / "train" / "cat" / "more" / "GREY.PNG")
+    grey.convert("P").save(folder / "train" / "cat" / "palette.gif.png")
+    data = load("folder", folder, mean=[0.0] * 3, std=[1.0] * 3)
+    assert data.train_size == 10
+    paths = sorted(str(path) for path in (folder / "train" / "cat").rglob("*.[pP][nN][gG]"))
+    at = next(i for i, path in enumerate(paths) if path.endswith("GREY.PNG"))
+    order, top, left, mirror = data.draws(0)
+    images, _ = (torch.cat(parts) for parts in zip(*flat(data.train_batches(0, 10)), strict=True))
+    expected = tv.crop(tv.pad(grey.convert("RGB"), 4), top[at].item(), left[at].item(), 6, 8)
+    expected = tv.to_tensor(tv.hflip(expected) if mirror[at] else expected)
+    assert torch.equal(images[order == at][0], expected)
+
+
+def test_folder_that_is_missing_or_has_no_classes(folder, tmp_path):
+    assert "train is not there: data.root must hold train/<class>/*" in refused(tmp_path / "elsewhere")
+    for path in sorted((folder / "test").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert "holds no folders" in refused(folder)
+    (folder / "test").rmdir()
+    assert "test is not there" in refused(folder)
+
+
+def test_folder_with_an_empty_class_or_different_classes(folder):
+    (folder / "train" / "horse").mkdir()
+    (folder / "train" / "horse" / "readme.txt").write_text("x")
+    assert refused(folder).startswith(f"{folder}/train/horse holds no image")
+    Image.new("RGB", (8, 6)).save(folder / "train" / "horse" / "0.png")
+    assert refused(folder).startswith(f"{folder}/test lacks the class 'horse'")
+    (folder / "train" / "horse").rename(folder / "test" / "horse")
+    assert refused(folder).startswith(f"{folder}/train lacks the class 'horse'")
+
+
+def test_folder_with_a_bad_image_names_the_file(folder):
+    bad = folder / "train" / "dog" / "2.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:70])
+    assert refused(folder).startswith(f"{bad} cannot be decoded")
+    bad.write_bytes(b"this is text")
+    assert refused(folder).startswith(f"{bad} is not an image")
+    bad.write_bytes(b"")
+    assert refused(folder).startswith(f"{bad} is not an image")
+    Image.fromarray(np.zeros((6, 8), dtype=np.uint16)).save(bad)
+    assert "not of 8 bits a channel" in refused(folder)
+    Image.new("RGB", (8, 7)).save(bad)
+    assert refused(folder) == f"{bad} is 8x7 but {folder}/train/cat/0.png is 8x6: all images must have one size"
+
+
+# --- CIFAR through torchvision ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[CIFAR10, CIFAR100], ids=["cifar10", "cifar100"])
+def cifar(request, tmp_path, monkeypatch):
+    """Small files of CIFAR's format, torchvision expecting their checksums, and a download address that is dead."""
+    source, random = request.param, np.random.default_rng(0)
+    classes, key = (10, "labels") if source is CIFAR10 else (100, "fine_labels")
+    folder = tmp_path / source.base_folder
+    folder.mkdir()
+
+    def write(name: str, content: dict) -> str:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    def split(names: list[str]) -> tuple[list, list[int]]:
+        entries, targets = [], []
+        for name in names:
+            labels = random.integers(0, classes, 12).tolist()
+            pixels = random.integers(0, 256, (12, 3072), dtype=np.uint8)
+            entries.append([name, write(name, {"data": pixels, key: labels})])
+            targets += labels
+        return entries, targets
+
+    train, train_targets = split([name for name, _ in source.train_list])
+    test, test_targets = split([name for name, _ in source.test_list])
+    meta = dict(source.meta, md5=write(source.meta["filename"], {source.meta["key"]: [str(i) for i in range(classes)]}))
+    archive = tmp_path / source.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, source.base_folder)
+    monkeypatch.setattr(source, "train_list", train)
+    monkeypatch.setattr(source, "test_list", test)
+    monkeypatch.setattr(source, "meta", meta)
+    monkeypatch.setattr(source, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(source, "url", "http://localhost:9/" + source.filename)
+    monkeypatch.setenv("no_proxy", "*")
+    archive.rename(tmp_path / "archive.tar.gz")
+    return SimpleNamespace(
+        name=source.__name__.lower(), source=source, root=tmp_path, folder=folder, classes=classes,
+        train_targets=train_targets, test_targets=test_targets,
+    )  # fmt: skip
+
+
+def test_cifar_reads_torchvisions_images_with_the_published_normalisation(cifar):
+    data = load(cifar.name, cifar.root)
+    assert (data.num_classes, data.image_size) == (cifar.classes, (32, 32))
+    assert data.augmentation == Augmentation(padding=4, flip=True)
+    assert data.mean[0] == (0.4914 if cifar.classes == 10 else 0.5071)
+    assert data.std[2] == (0.2010 if cifar.classes == 10 else 0.2761)
+    expected = cifar.source(cifar.root, train=False)
+    ((images, labels),) = data.test_batches(1000)
+    assert labels.tolist() == cifar.test_targets
+    assert torch.equal(
+        images, torch.stack([tv.normalize(tv.to_tensor(image), data.mean, data.std) for image, _ in expected])
+    )
+    order, updates = data.draws(0).order, flat(data.train_batches(0, 4))
+    assert torch.cat([labels for _, labels in updates]).tolist() == [cifar.train_targets[i] for i in order]
+
+
+def test_cifar_takes_mean_and_std_from_the_config(cifar):
+    data = load(cifar.name, cifar.root, mean=[0.1, 0.2, 0.3])
+    assert data.mean == (0.1, 0.2, 0.3) and data.std[2] == (0.2010 if cifar.classes == 10 else 0.2761)
+
+
+def test_cifar_missing_without_network_says_what_to_put_where(cifar, tmp_path):
+    empty = tmp_path / "empty"
+    with pytest.raises(UserError) as caught:
+        load(cifar.name, empty)
+    message = str(caught.value)
+    assert message.startswith(f"{cifar.source.__name__} is not complete in {empty} and cannot be downloaded (")
+    assert message.endswith(f"put {cifar.source.filename}, as it is, into {empty}") and cifar.source.url in message
+    assert "\n" not in message
+
+
+def test_cifar_unpacks_the_archive_that_was_put_there(cifar):
+    for file in cifar.folder.iterdir():
+        file.unlink()
+    cifar.folder.rmdir()
+    (cifar.root / "archive.tar.gz").rename(cifar.root / cifar.source.filename)
+    data = load(cifar.name, cifar.root)
+    assert (data.train_size, data.test_size) == (len(cifar.train_targets), len(cifar.test_targets))
+
+
+def test_cifar_never_opens_a_file_with_another_checksum(cifar, tmp_path):
+    class Canary:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "opened"), "w"))
+
+    damaged = cifar.folder / cifar.source.train_list[-1][0]
+    damaged.write_bytes(pickle.dumps(Canary()))
+    with pytest.raises(UserError, match="is not complete"):
+        load(cifar.name, cifar.root)
+    assert not (tmp_path / "opened").exists()
+
+
+def test_unknown_set_is_refused_with_the_nearest_name():
+    with pytest.raises(UserError, match=r"unknown data set 'cifra10' \(did you mean 'cifar10'\?\); valid: cifar10, "):
+        load("cifra10")
