@@ -10,16 +10,21 @@ Adam, instead of the three of the published code. Only decoupled weight decay, w
 
 import math
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.optim.optimizer import Optimizer, ParamsT
 from typing_extensions import override
 
+from . import fused_cpu
 from .apollo_foreach import _multi_tensor_apollo
 from .apollo_math import averaging_weight, curvature_offset, norm_eps, warmed_up_lr
+from .fused_cpu import _fused_cpu_apollo
+from .sharded import ProcessGroups, is_sharded, join, local_shard, process_groups
 from .suggest import suggest
 
 WEIGHT_DECAY_TYPES = ("L2", "decoupled", "stable")
@@ -43,6 +48,7 @@ class Apollo(Optimizer):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         capturable: bool = False,
     ) -> None:
         defaults = {
@@ -57,6 +63,7 @@ class Apollo(Optimizer):
             "rebound": rebound,
             "maximize": maximize,
             "foreach": foreach,
+            "fused": fused,
             "capturable": capturable,
         }
         super().__init__(params, defaults)
@@ -163,7 +170,10 @@ class Apollo(Optimizer):
                 rebound=group["rebound"],
                 maximize=group["maximize"],
                 foreach=group["foreach"],
+                fused=group["fused"],
                 capturable=group["capturable"],
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
             )
         return loss
 
@@ -224,6 +234,8 @@ def _single_tensor_apollo(
     directions: list[Tensor | None],
     sigmas: list[Tensor | None],
     steps: list[Tensor],
+    shards: list[ProcessGroups],
+    numels: list[int],
     *,
     lr: float | Tensor,
     beta: float,
@@ -236,19 +248,21 @@ def _single_tensor_apollo(
     rebound: str,
     maximize: bool,
     capturable: bool,
+    grad_scale: Tensor | None,
 ) -> None:
     for i, param in enumerate(params):
-        exp_avg, hessian, direction, steps_before = exp_avgs[i], hessians[i], directions[i], steps[i].clone()
-        steps[i] += 1
-        if param.numel() == 0:
+        exp_avg, hessian, direction, step = exp_avgs[i], hessians[i], directions[i], steps[i]
+        before = step.to(exp_avg.dtype, copy=True) if capturable else step.item()
+        t = before + 1
+        step += 1
+        if numels[i] == 0:
             continue
-        if capturable:
-            before, t = steps_before.to(exp_avg.dtype), steps[i].to(exp_avg.dtype)
-        else:
-            before, t = steps_before.item(), steps[i].item()
         alpha = averaging_weight(beta, t)
+        total = partial(join, groups=shards[i])  # of a sharded parameter's sums, over its shards
 
         grad = grads[i].to(exp_avg.dtype)
+        if grad_scale is not None:
+            grad = grad / grad_scale
         if maximize:
             grad = -grad
         if weight_decay != 0 and weight_decay_type == "L2":
@@ -263,23 +277,23 @@ def _single_tensor_apollo(
             d = direction
 
         # the average of the gradient, and the diagonal Hessian by the weak secant equation along d
-        denom = torch.linalg.vector_norm(d, 4) + norm_eps(eps, sigma, rebound)
+        denom = total(d.pow(4).sum()) ** 0.25 + norm_eps(eps, sigma, rebound)
         v = d / denom
-        delta = -alpha * (delta_g / denom * v).sum() - (hessian * v.square()).sum()
+        delta = total(-alpha * (delta_g / denom * v).sum() - (hessian * v.square()).sum())
         exp_avg.add_(alpha * delta_g)
         hessian.add_(delta * v.square())
 
         # the rectified curvature, and the direction of this step
         if rebound == "belief":
-            sigmas[i].copy_(delta_g.abs().max())
+            sigmas[i].copy_(total(delta_g.abs().amax() if delta_g.numel() else delta_g.sum(), largest=True))
             curvature = hessian.abs().clamp_(min=sigmas[i]) + curvature_offset(eps, beta, t, rebound)
         else:
             curvature = hessian.abs().clamp_(min=sigma)
         d = exp_avg / curvature
         if direction is not None:
             if weight_decay_type == "stable":
-                d = d.add(param * (weight_decay / curvature.mean()))
-            else:
+                d = d.add(param * (weight_decay / (total(curvature.sum()) / numels[i])))
+            elif weight_decay_type == "decoupled":
                 d = d.add(param, alpha=weight_decay)
             direction.copy_(d)
 
@@ -295,45 +309,51 @@ def apollo(
     sigmas: list[Tensor | None],
     steps: list[Tensor],
     *,
-    lr: float | Tensor,
-    beta: float,
-    eps: float,
-    sigma: float,
-    warmup: int,
-    init_lr: float,
-    weight_decay: float,
-    weight_decay_type: str,
-    rebound: str,
-    maximize: bool = False,
     foreach: bool | None = None,
+    fused: bool | None = None,
     capturable: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    **settings: Any,
 ) -> None:
-    """Functional form of `Apollo`'s step, in place: chooses the implementation. See `Apollo` for the arguments."""
-    if not params:
-        return
-    if not capturable and isinstance(lr, Tensor):
-        lr = lr.item()
-    step = _single_tensor_apollo if foreach is False else _multi_tensor_apollo
-    step(
-        params,
-        grads,
-        exp_avgs,
-        hessians,
-        directions,
-        sigmas,
-        steps,
-        lr=lr,
-        beta=beta,
-        eps=eps,
-        sigma=sigma,
-        warmup=warmup,
-        init_lr=init_lr,
-        weight_decay=weight_decay,
-        weight_decay_type=weight_decay_type,
-        rebound=rebound,
-        maximize=maximize,
-        capturable=capturable,
-    )
+    """Functional form of `Apollo`'s step, in place, with the settings of its groups by name.
+
+    Sorts the parameters into lists of one device and dtype, and gives each list to the implementation that suits it.
+    """
+    shards = [process_groups(param) for param in params]
+    numels = [param.numel() for param in params]
+    if any(is_sharded(param) for param in params):
+        grads = [local_shard(grad, like=param) for grad, param in zip(grads, params, strict=True)]
+        params, exp_avgs, hessians = ([local_shard(x) for x in values] for values in (params, exp_avgs, hessians))
+        directions = [None if x is None else local_shard(x) for x in directions]
+    if isinstance(settings["lr"], Tensor) and not capturable and not fused:
+        settings["lr"] = settings["lr"].item()
+
+    lists: dict[tuple, list[int]] = {}
+    for i, param in enumerate(params):
+        step = _implementation(param, grads[i], foreach, fused)
+        lists.setdefault((step, param.device, param.dtype, grads[i].dtype, directions[i] is None), []).append(i)
+    values = (params, grads, exp_avgs, hessians, directions, sigmas, steps, shards, numels)
+    for (step, device, *_), indices in lists.items():
+        scaler = {"grad_scale": grad_scale if grad_scale is None else grad_scale.to(device, non_blocking=True)}
+        if step is _fused_cpu_apollo:
+            scaler["found_inf"] = found_inf
+        elif found_inf is not None and found_inf.item():
+            continue
+        step(*([column[i] for i in indices] for column in values), capturable=capturable, **scaler, **settings)
+
+
+def _implementation(param: Tensor, grad: Tensor, foreach: bool | None, fused: bool | None) -> Callable[..., None]:
+    if fused or (fused is None and foreach is None):
+        if (
+            param.device.type == "cpu"
+            and not is_compiling()
+            and fused_cpu.is_native(param, grad)
+            and fused_cpu.library()
+        ):
+            return _fused_cpu_apollo
+        return _multi_tensor_apollo
+    return _multi_tensor_apollo if foreach else _single_tensor_apollo
 
 
 def _state_dtype(param: Tensor) -> torch.dtype:

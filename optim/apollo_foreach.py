@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .apollo_math import averaging_weight, curvature_offset, norm_eps, warmed_up_lr
+from .sharded import ProcessGroups, join_sums
 
 
 def _multi_tensor_apollo(
@@ -18,31 +19,8 @@ def _multi_tensor_apollo(
     directions: list[Tensor | None],
     sigmas: list[Tensor | None],
     steps: list[Tensor],
-    **settings,
-) -> None:
-    # A list for foreach holds one device, one dtype, and either stored directions or none.
-    lists: dict[tuple, list[int]] = {}
-    for i, param in enumerate(params):
-        key = (param.device, param.dtype, exp_avgs[i].dtype, grads[i].dtype, directions[i] is None, param.numel() == 0)
-        lists.setdefault(key, []).append(i)
-    for key, indices in lists.items():
-        args = [
-            [values[i] for i in indices] for values in (params, grads, exp_avgs, hessians, directions, sigmas, steps)
-        ]
-        if key[-1]:
-            torch._foreach_add_(args[-1], 1)  # empty tensors: only the count goes on
-        else:
-            _step_over_list(*args, **settings)
-
-
-def _step_over_list(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    hessians: list[Tensor],
-    directions: list[Tensor | None],
-    sigmas: list[Tensor | None],
-    steps: list[Tensor],
+    shards: list[ProcessGroups],
+    numels: list[int],
     *,
     lr: float | Tensor,
     beta: float,
@@ -55,7 +33,9 @@ def _step_over_list(
     rebound: str,
     maximize: bool,
     capturable: bool,
+    grad_scale: Tensor | None,
 ) -> None:
+    """The step of parameters of one device and dtype, with stored directions or without."""
     dtype = exp_avgs[0].dtype
     before = [step.to(dtype, copy=True) if capturable else step.item() for step in steps]
     torch._foreach_add_(steps, 1)
@@ -65,6 +45,8 @@ def _step_over_list(
 
     if grads[0].dtype != dtype:
         grads = [grad.to(dtype) for grad in grads]
+    if grad_scale is not None:
+        grads = torch._foreach_div(grads, grad_scale)
     if maximize:
         grads = torch._foreach_neg(grads)
     if weight_decay != 0 and weight_decay_type == "L2":
@@ -77,30 +59,36 @@ def _step_over_list(
     else:
         d = directions
 
-    # delta = -sum(d * (alpha * delta_g + B * d)) / denom^2 and B += delta * d^2 / denom^2, with ||d||_4^2 = || d^2 ||_2
+    # delta = -sum(d * (alpha * delta_g + B * d)) / denom^2 and B += delta * d^2 / denom^2, where ||d||_4^2 = ||d^2||_2
     delta_g = torch._foreach_sub(grads, exp_avgs)
     if rebound == "belief":
-        for bound, x in zip(sigmas, delta_g, strict=True):
-            bound.copy_(torch.linalg.vector_norm(x, float("inf")))
+        largest = torch.stack([x.abs().amax() if x.numel() else x.sum() for x in delta_g])
+        join_sums(largest[:, None], shards, largest=True)
+        torch._foreach_copy_(sigmas, list(largest.unbind()))
     torch._foreach_mul_(delta_g, alphas)
     torch._foreach_add_(exp_avgs, delta_g)
     torch._foreach_addcmul_(delta_g, hessians, d)
     torch._foreach_mul_(delta_g, d)
-    sums = torch.stack([x.sum() for x in delta_g])
+    dot = torch.stack([x.sum() for x in delta_g])
     del delta_g
     d = torch._foreach_mul(d, d)
-    denoms = torch.stack(torch._foreach_norm(d, 2)).sqrt_().add_(norm_eps(eps, sigma, rebound))
-    torch._foreach_mul_(d, list((-sums / denoms**2 / denoms**2).unbind()))
+    sums = torch.stack([dot, torch.stack(torch._foreach_norm(d, 2)).square_()], dim=1)
+    join_sums(sums, shards)
+    denoms = sums[:, 1].sqrt().sqrt_().add_(norm_eps(eps, sigma, rebound))
+    torch._foreach_mul_(d, list((-sums[:, 0] / denoms.square() / denoms.square()).unbind()))
     torch._foreach_add_(hessians, d)
+    del d
 
     bounds = sigmas if rebound == "belief" else [sigma] * len(params)
     curvature = _rectify(hessians, bounds, [curvature_offset(eps, beta, t, rebound) for t in now])
     d = torch._foreach_div(exp_avgs, curvature)
     if directions[0] is not None:
         if weight_decay_type == "stable":
-            decays = [weight_decay / x.mean() for x in curvature]
+            totals = torch.stack([x.sum() for x in curvature])
+            join_sums(totals[:, None], shards)
+            decays = [weight_decay * max(n, 1) / x for n, x in zip(numels, totals.unbind(), strict=True)]
             torch._foreach_add_(d, torch._foreach_mul([p.to(dtype) for p in params], decays))
-        else:
+        elif weight_decay_type == "decoupled":
             torch._foreach_add_(d, params, alpha=weight_decay)
         torch._foreach_copy_(directions, d)
     torch._foreach_mul_(d, lrs)

@@ -1,0 +1,235 @@
+"""Training images per second on CIFAR, end to end: classification/train.py against two baselines in the same process.
+
+    python -m benchmarks.cifar_throughput [--depth 110] [--batch 128] [--precision fp32,bf16] [--device cuda] ...
+
+    train.py    `train_epoch` of classification/train.py on the Apollo cell of configs/cifar10: batches drawn, cropped,
+                mirrored and normalised, metrics summed and written, Apollo as the cell has it
+    bare loop   forward, backward and torch's fused SGD on one fixed batch, at the same precision and memory format:
+                what is left when everything but the network is taken away, so the ceiling
+    plain way   what most scripts do: NCHW, fp32, torchvision's transforms on PIL images in a DataLoader with 2 workers,
+                and a single-tensor Apollo
+
+All run `--updates` updates a round, in turn, the order reversed every other round, so that a busy moment of the machine
+does not fall on one of them alone. The images are noise of CIFAR's size, or those of `--data ROOT` (train/<class>/*).
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from tqdm import tqdm
+
+from classification.models import create_model
+from classification.train import Config, Run, prepare, train_epoch
+from engine.config import load_config
+from engine.distributed import World, setup
+from engine.errors import UserError, run_main
+from engine.precision import Precision
+from engine.run_record import RunRecord, describe_environment
+from optim import SGD, Apollo
+
+CELL = Path(__file__).parents[1] / "configs" / "cifar10" / "apollo_milestone.yaml"
+CLASSES = 10
+
+Contender = Callable[[int], None]  # runs that many updates
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="images/s of classification/train.py against two baselines")
+    parser.add_argument("--depth", type=int, default=110, help="of the CIFAR ResNet: 6n+2")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--updates", type=int, default=5, help="updates of each contender in a round")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--precision", default="fp32,bf16", help="comma-separated: fp32, tf32, bf16, fp16")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--data", metavar="ROOT", help="take the images from ROOT/train/<class>/* instead of noise")
+    options = parser.parse_args(arguments)
+
+    world = setup(options.device)
+    torch.manual_seed(0)
+    print(describe(options, world))
+    with tempfile.TemporaryDirectory() as scratch:
+        images = Path(scratch) / "images"
+        make_images(images, options.updates * options.batch, options.data)
+        contenders = {"plain way, fp32": plain_way(images, options, world)}
+        for precision in options.precision.split(","):
+            contenders[f"bare loop, {precision}"] = bare_loop(precision, options, world)
+            contenders[f"train.py, {precision}"] = train_loop(images, precision, options, world, Path(scratch))
+        speeds = measure(contenders, options, world)
+    report(speeds, options.precision.split(","))
+
+
+def train_loop(images: Path, precision: str, options: argparse.Namespace, world: World, scratch: Path) -> Contender:
+    """The real loop: everything is made by `prepare`, and a round is one `train_epoch` of the given images."""
+    config = load_config(
+        Config,
+        CELL,
+        [
+            f"data={{name: folder, root: {images}}}",
+            f"model.depth={options.depth}",
+            f"global_batch={options.batch}",
+            f"precision={precision}",
+            f"device={options.device}",
+            f"run_dir={scratch / precision}",
+        ],
+    )
+    run = prepare(config, world, RunRecord(config, config.folder, world))
+    bar = tqdm(disable=True)
+
+    def updates(count: int) -> None:
+        run.progress.update_in_epoch = options.updates - count
+        if train_epoch(run, bar) is None:
+            raise KeyboardInterrupt  # the loop takes the signal, and asks us to stop
+        start_next_epoch(run)
+
+    return updates
+
+
+def start_next_epoch(run: Run) -> None:
+    """What `finish_epoch` does to the position, without evaluation and checkpoint: they are no part of training."""
+    run.progress.epoch += 1
+    run.progress.update_in_epoch, run.progress.epoch_s, run.progress.totals = 0, 0.0, {}
+
+
+def bare_loop(precision: str, options: argparse.Namespace, world: World) -> Contender:
+    model = create_model("resnet", CLASSES, options.depth).to(world.device, memory_format=torch.channels_last)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+    images = torch.randn(options.batch, 3, 32, 32, device=world.device).to(memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (options.batch,), device=world.device)
+    cast = Precision(precision, world.device)
+
+    def updates(count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            with cast.autocast():
+                loss = cross_entropy(model(images), labels)
+            cast.backward(loss)
+            cast.step(optimizer)
+
+    return updates
+
+
+class ImagesInMemory(Dataset):
+    """PIL images and labels through a transform, as torchvision's CIFAR10 does it."""
+
+    def __init__(self, folder: Path, transform: Callable) -> None:
+        files = [(file, label) for label, name in enumerate(sorted(folder.iterdir())) for file in name.iterdir()]
+        self.images = [Image.open(file).convert("RGB") for file, _ in files]
+        self.labels = [label for _, label in files]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(self.images[index]), self.labels[index]
+
+
+def plain_way(images: Path, options: argparse.Namespace, world: World) -> Contender:
+    transform = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        ]
+    )
+    loader = DataLoader(
+        ImagesInMemory(images / "train", transform),
+        options.batch,
+        shuffle=True,
+        num_workers=2,
+        drop_last=True,
+        persistent_workers=True,
+        pin_memory=world.device.type == "cuda",
+    )
+    model = create_model("resnet", CLASSES, options.depth).to(world.device)
+    optimizer = Apollo(model.parameters(), lr=0.5, weight_decay=5e-4, foreach=False, fused=False)
+
+    def updates(count: int) -> None:
+        for _, (images, labels) in zip(range(count), loader, strict=False):
+            images, labels = images.to(world.device), labels.to(world.device)
+            optimizer.zero_grad()
+            cross_entropy(model(images), labels).backward()
+            optimizer.step()
+
+    return updates
+
+
+def measure(contenders: dict[str, Contender], options: argparse.Namespace, world: World) -> dict[str, list[float]]:
+    """Images per second of each contender in each round, after two updates of each that do not count."""
+    for run in contenders.values():
+        run(min(2, options.updates))
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in tqdm(range(options.rounds), unit="round", disable=None):
+        names = list(contenders) if number % 2 == 0 else list(reversed(contenders))
+        for name in names:
+            synchronize(world)
+            started = time.perf_counter()
+            contenders[name](options.updates)
+            synchronize(world)
+            speeds[name].append(options.updates * options.batch / (time.perf_counter() - started))
+    return speeds
+
+
+def report(speeds: dict[str, list[float]], precisions: list[str]) -> None:
+    print(f"{'images/s':<24}{'median':>9}{'mean':>9}{'std':>8}{'n':>4}")
+    for name, values in speeds.items():
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        print(
+            f"{name:<24}{statistics.median(values):>9.1f}{statistics.mean(values):>9.1f}{spread:>8.1f}{len(values):>4}"
+        )
+    print(f"\n{'ratio in the same round':<44}{'median':>8}   lowest .. highest")
+    for precision in precisions:
+        for baseline in (f"bare loop, {precision}", "plain way, fp32"):
+            ours, theirs = speeds[f"train.py, {precision}"], speeds[baseline]
+            each = [a / b for a, b in zip(ours, theirs, strict=True)]
+            name = f"train.py, {precision}  /  {baseline}"
+            print(f"{name:<44}{statistics.median(each):>8.3f}   {min(each):.3f} .. {max(each):.3f}")
+
+
+def make_images(root: Path, count: int, source: str | None) -> None:
+    """A folder set of exactly `count` training images, so that one epoch of the real loop is one round."""
+    if source:
+        classes = [sorted(folder.iterdir()) for folder in sorted(Path(source).glob("train/*")) if folder.is_dir()]
+        files = [file for same_rank in zip(*classes, strict=False) for file in same_rank][:count]
+        if len(classes) != CLASSES or len(files) < count:
+            raise UserError(f"{source}/train: {CLASSES} classes of {count} images together are needed, all 32x32")
+    noise = np.random.default_rng(0)
+    for split, images in (("train", count), ("test", CLASSES)):
+        for i in range(images):
+            folder = root / split / str(i % CLASSES)
+            folder.mkdir(parents=True, exist_ok=True)
+            if source:
+                shutil.copy(files[i], folder / f"{i}{files[i].suffix}")
+            else:
+                pixels = noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png", compress_level=0)
+
+
+def describe(options: argparse.Namespace, world: World) -> str:
+    found = describe_environment(world)
+    return (
+        f"ResNet-{options.depth}, batch {options.batch}, {options.updates} updates x {options.rounds} rounds, "
+        f"images: {options.data or 'noise'}\n"
+        f"{found['device']}, {found['cpu_threads']} CPU threads, torch {found['torch']}, {found['started']}\n"
+    )
+
+
+def synchronize(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,359 @@
+// Apollo's step over a list of tensors on the CPU, in one call. See optim/apollo.py for the algorithm and its letters;
+// optim/fused_cpu.py compiles this file and calls apollo_step through its plain C interface.
+//
+// The list is cut into chunks that a core's cache can hold. A small tensor is one chunk and is done in one go. A large
+// one takes two passes: first its three sums (and the largest |g - m|), then, when they are known, the update. So that
+// the second pass finds in the shared cache what the first one read, the list goes through in waves of bounded size,
+// and the second pass of a wave runs backwards.
+//
+// What a chunk sums to does not depend on the thread that does it, and chunks are added up in their order: the result
+// is the same, bit for bit, on any number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+extern "C" {
+
+struct ApolloSettings {
+  double lr, beta, eps, sigma, init_lr;
+  double l2, decay;        // coefficients of weight decay: added to the gradient, added to the direction
+  double grad_factor;      // -1 to maximize, divided by a gradient scaler's scale
+  int64_t warmup, belief, stable;
+};
+
+// One tensor of the list: addresses (0 for none) and numbers of elements, here and over all ranks.
+struct ApolloTensor {
+  void *param, *grad, *exp_avg, *hessian, *direction, *sigma;
+  float* step;
+  int64_t numel, whole_numel;
+};
+
+// Sums over a tensor, max being the largest |g - m|. Where a tensor is sharded, the caller joins those of its shards.
+struct ApolloSums {
+  double d4, gd, bdd, curvature, max;
+};
+
+// Stages of a step. kDirection is for decay "stable" alone, which needs the mean of D before it can go on.
+enum { kSum = 1, kUpdate = 2, kDirection = 4 };
+
+}  // extern "C"
+
+namespace {
+
+constexpr int64_t kChunk = 32768;       // elements of a chunk: 512 KiB of float32 parameter, gradient and two states
+constexpr int64_t kWhole = 65536;       // up to here a tensor is not cut
+constexpr int64_t kWave = 1024 * 1024;  // elements of a wave: 16 MiB of them
+constexpr int64_t kBlock = 2048;        // summed in the dtype of the state; blocks are added up in double
+
+// Half precision as its bits, converted without branches, so that the loops below vectorise with any compiler.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float load(float x) { return x; }
+inline double load(double x) { return x; }
+inline float load(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+inline float load(Float16 x) {
+  // exponent and mantissa moved to their places; the product repairs the bias, of subnormals too
+  const float magnitude = float_of(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;
+  const uint32_t infinite = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
+  return float_of(bits_of(magnitude) | infinite | uint32_t(x.bits & 0x8000) << 16);
+}
+
+inline void store(float& to, float x) { to = x; }
+inline void store(double& to, double x) { to = x; }
+inline void store(BFloat16& to, float x) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+  to.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+inline void store(Float16& to, float x) {
+  const uint32_t magnitude = bits_of(x) & 0x7fffffff;
+  const uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;  // ulp of 0.5: the smallest float16
+  uint32_t half = magnitude < 0x38800000 ? subnormal : normal;
+  half = magnitude >= 0x47800000 ? 0x7c00 : half;
+  half = magnitude > 0x7f800000 ? 0x7e00 : half;
+  to.bits = uint16_t(half | (bits_of(x) >> 16 & 0x8000));
+}
+
+// The scalars of one tensor's step. delta is that of B <- B + delta * d^2, with d not yet divided by its norm.
+template <class S>
+struct Scalars {
+  S l2, decay, grad_factor, lr, alpha, delta;
+  S bound_before, offset_before;  // D = max(|B|, bound) + offset, in the step before and in this one
+  S bound, offset;
+};
+
+template <class S>
+Scalars<S> scalars_before_sums(const ApolloTensor& t, const ApolloSettings& s) {
+  Scalars<S> x{};
+  x.l2 = S(s.l2);
+  x.decay = S(s.decay);
+  x.grad_factor = S(s.grad_factor);
+  x.bound_before = s.belief ? *static_cast<S*>(t.sigma) : S(s.sigma);
+  x.offset_before = s.belief ? S(s.eps * (1 - std::pow(s.beta, double(*t.step))) / (1 - s.beta)) : S(0);
+  return x;
+}
+
+template <class S>
+Scalars<S> scalars_of_update(const ApolloTensor& t, const ApolloSettings& s, const ApolloSums& sums) {
+  Scalars<S> x = scalars_before_sums<S>(t, s);
+  const double before = *t.step, warmup = double(s.warmup);
+  const double alpha = (1 - s.beta) / (1 - std::pow(s.beta, before + 1));
+  const double denom = std::pow(sums.d4, 0.25) + (s.belief ? s.eps : s.eps / s.sigma);
+  x.lr = S(before < warmup ? s.init_lr + (s.lr - s.init_lr) * before / warmup : s.lr);
+  x.alpha = S(alpha);
+  x.delta = S(-(alpha * sums.gd + sums.bdd) / (denom * denom) / (denom * denom));
+  x.bound = s.belief ? S(sums.max) : S(s.sigma);
+  x.offset = s.belief ? S(s.eps / alpha) : S(0);
+  return x;
+}
+
+// A NaN in b stays one, as with torch's clamp.
+template <class S>
+inline S rectify(S b, S bound, S offset) {
+  const S a = std::fabs(b);
+  return (a < bound ? bound : a) + offset;
+}
+
+template <class P, class S, bool L2, bool STORED, bool BELIEF>
+ApolloSums sum_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, int64_t end) {
+  const P* __restrict p = static_cast<const P*>(t.param);
+  const P* __restrict g = static_cast<const P*>(t.grad);
+  const S* __restrict m = static_cast<const S*>(t.exp_avg);
+  const S* __restrict b = static_cast<const S*>(t.hessian);
+  const S* __restrict direction = static_cast<const S*>(t.direction);
+  const S l2 = x.l2, factor = x.grad_factor, bound = x.bound_before, offset = x.offset_before;
+  ApolloSums total{};
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t stop = std::min(block + kBlock, end);
+    S d4 = 0, gd = 0, bdd = 0, max = 0;
+#pragma omp simd reduction(+ : d4, gd, bdd) reduction(max : max)
+    for (int64_t i = block; i < stop; ++i) {
+      S grad = load(g[i]) * factor;
+      if (L2) grad += l2 * load(p[i]);
+      const S delta_g = grad - m[i];
+      const S d = STORED ? direction[i] : m[i] / rectify(b[i], bound, offset);
+      d4 += (d * d) * (d * d);
+      gd += delta_g * d;
+      bdd += b[i] * (d * d);
+      if (BELIEF) max = std::fabs(delta_g) > max ? std::fabs(delta_g) : max;
+    }
+    total.d4 += double(d4), total.gd += double(gd), total.bdd += double(bdd);
+    total.max = std::max(total.max, double(max));
+  }
+  return total;
+}
+
+// m and B; then d and p, or with STABLE, where the mean of D has to come first, the sum of D.
+template <class P, class S, bool L2, bool STORED, bool STABLE>
+double update_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, int64_t end) {
+  P* __restrict p = static_cast<P*>(t.param);
+  const P* __restrict g = static_cast<const P*>(t.grad);
+  S* __restrict m = static_cast<S*>(t.exp_avg);
+  S* __restrict b = static_cast<S*>(t.hessian);
+  S* __restrict direction = static_cast<S*>(t.direction);
+  const S l2 = x.l2, decay = x.decay, factor = x.grad_factor, alpha = x.alpha, delta = x.delta, lr = x.lr;
+  const S bound_before = x.bound_before, offset_before = x.offset_before, bound = x.bound, offset = x.offset;
+  double total = 0;
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t stop = std::min(block + kBlock, end);
+    S sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = block; i < stop; ++i) {
+      const S param = load(p[i]);
+      S grad = load(g[i]) * factor;
+      if (L2) grad += l2 * param;
+      const S before = STORED ? direction[i] : m[i] / rectify(b[i], bound_before, offset_before);
+      const S average = m[i] + alpha * (grad - m[i]);
+      const S hessian = b[i] + delta * (before * before);
+      m[i] = average;
+      b[i] = hessian;
+      const S curvature = rectify(hessian, bound, offset);
+      if (STABLE) {
+        sum += curvature;
+      } else {
+        S d = average / curvature;
+        if (STORED) {
+          d += decay * param;
+          direction[i] = d;
+        }
+        store(p[i], param - lr * d);
+      }
+    }
+    total += double(sum);
+  }
+  return total;
+}
+
+// d and p of decay "stable".
+template <class P, class S>
+void direction_chunk(const ApolloTensor& t, const Scalars<S>& x, S decay, int64_t begin, int64_t end) {
+  P* __restrict p = static_cast<P*>(t.param);
+  const S* __restrict m = static_cast<const S*>(t.exp_avg);
+  const S* __restrict b = static_cast<const S*>(t.hessian);
+  S* __restrict direction = static_cast<S*>(t.direction);
+  const S bound = x.bound, offset = x.offset, lr = x.lr;
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) {
+    const S param = load(p[i]);
+    const S d = m[i] / rectify(b[i], bound, offset) + decay * param;
+    direction[i] = d;
+    store(p[i], param - lr * d);
+  }
+}
+
+// Calls f with the flag as a type, so that loops are compiled for each of its values.
+template <class F>
+auto with_flag(bool flag, F f) {
+  return flag ? f(std::true_type{}) : f(std::false_type{});
+}
+
+struct Chunk {
+  int64_t tensor, begin, end;
+  ApolloSums sums;  // of this chunk
+};
+
+// P: dtype of parameters and gradients, S: of the state and of all arithmetic.
+template <class P, class S>
+struct Step {
+  ApolloTensor* tensors;
+  ApolloSums* sums;
+  ApolloSettings s;
+
+  void sum(Chunk& c) const {
+    const ApolloTensor& t = tensors[c.tensor];
+    const Scalars<S> x = scalars_before_sums<S>(t, s);
+    c.sums = with_flag(s.l2 != 0, [&](auto l2) {
+      return with_flag(t.direction != nullptr, [&](auto stored) {
+        return with_flag(s.belief != 0, [&](auto belief) {
+          return sum_chunk<P, S, l2.value, stored.value, belief.value>(t, x, c.begin, c.end);
+        });
+      });
+    });
+  }
+
+  void update(Chunk& c) const {
+    const ApolloTensor& t = tensors[c.tensor];
+    const Scalars<S> x = scalars_of_update<S>(t, s, sums[c.tensor]);
+    c.sums.curvature = with_flag(s.l2 != 0, [&](auto l2) {
+      return with_flag(t.direction != nullptr, [&](auto stored) {
+        return with_flag(s.stable != 0, [&](auto stable) {
+          return update_chunk<P, S, l2.value, stored.value, stable.value>(t, x, c.begin, c.end);
+        });
+      });
+    });
+  }
+
+  void direct(const Chunk& c) const {
+    const ApolloTensor& t = tensors[c.tensor];
+    const ApolloSums& total = sums[c.tensor];
+    const S decay = S(s.decay / (total.curvature / double(t.whole_numel)));
+    direction_chunk<P, S>(t, scalars_of_update<S>(t, s, total), decay, c.begin, c.end);
+  }
+
+  void whole(Chunk& c) const {
+    sum(c);
+    sums[c.tensor] = c.sums;
+    update(c);
+    sums[c.tensor].curvature = c.sums.curvature;
+    if (s.stable) direct(c);
+  }
+
+  // The stages of one wave, called by every thread of a team. Each loop ends in a barrier.
+  void wave(std::vector<Chunk>& chunks, int64_t first, int64_t last, int64_t stages) const {
+    const bool at_once = stages == (s.stable ? kSum | kUpdate | kDirection : kSum | kUpdate);
+    const auto is_done = [&](const Chunk& c) { return at_once && c.end - c.begin == tensors[c.tensor].numel; };
+    if (stages & kSum) {
+#pragma omp for schedule(dynamic)
+      for (int64_t k = first; k < last; ++k) is_done(chunks[k]) ? whole(chunks[k]) : sum(chunks[k]);
+#pragma omp single
+      for (int64_t k = first; k < last; ++k) {
+        const Chunk& c = chunks[k];
+        if (is_done(c)) continue;
+        ApolloSums& total = sums[c.tensor];
+        if (c.begin == 0) total = {};
+        total.d4 += c.sums.d4, total.gd += c.sums.gd, total.bdd += c.sums.bdd;
+        total.max = std::max(total.max, c.sums.max);
+      }
+    }
+    if (stages & kUpdate) {
+#pragma omp for schedule(dynamic)
+      for (int64_t k = last - 1; k >= first; --k)
+        if (!is_done(chunks[k])) update(chunks[k]);
+    }
+    if ((stages & kUpdate) && s.stable) {
+#pragma omp single
+      for (int64_t k = first; k < last; ++k) {
+        const Chunk& c = chunks[k];
+        if (is_done(c)) continue;
+        if (c.begin == 0) sums[c.tensor].curvature = 0;
+        sums[c.tensor].curvature += c.sums.curvature;
+      }
+    }
+    if (stages & kDirection) {
+#pragma omp for schedule(dynamic)
+      for (int64_t k = first; k < last; ++k)
+        if (!is_done(chunks[k])) direct(chunks[k]);
+    }
+  }
+
+  void run(int64_t n, int64_t stages, int64_t threads) const {
+    std::vector<Chunk> chunks;
+    std::vector<int64_t> waves{0};  // where each begins among the chunks; a tensor is never in two
+    int64_t in_wave = 0, all = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t numel = tensors[i].numel;
+      if (in_wave > 0 && in_wave + numel > kWave) {
+        waves.push_back(int64_t(chunks.size()));
+        in_wave = 0;
+      }
+      in_wave += numel, all += numel;
+      const int64_t size = numel <= kWhole ? numel : kChunk;
+      for (int64_t begin = 0; begin < numel; begin += size)
+        chunks.push_back({i, begin, std::min(begin + size, numel), {}});
+    }
+    waves.push_back(int64_t(chunks.size()));
+
+    [[maybe_unused]] const int team = int(std::max<int64_t>(1, std::min(threads, all / (kChunk / 4))));
+#pragma omp parallel num_threads(team)
+    for (size_t w = 0; w + 1 < waves.size(); ++w) wave(chunks, waves[w], waves[w + 1], stages);
+
+    if (!(stages & (s.stable ? kDirection : kUpdate))) return;
+    for (int64_t i = 0; i < n; ++i) {
+      *tensors[i].step += 1;
+      if (s.belief) *static_cast<S*>(tensors[i].sigma) = S(sums[i].max);
+    }
+  }
+};
+
+}  // namespace
+
+// Runs `stages` of the step of n tensors on up to `threads` threads. dtype is that of parameters and gradients: 0 float32,
+// 1 float64, 2 bfloat16, 3 float16; the state is float32, or float64 for float64. `sums` [n] passes from stage to stage.
+extern "C" void apollo_step(ApolloTensor* tensors, ApolloSums* sums, const ApolloSettings* settings, int64_t n,
+                            int64_t dtype, int64_t stages, int64_t threads) {
+  if (dtype == 0) Step<float, float>{tensors, sums, *settings}.run(n, stages, threads);
+  if (dtype == 1) Step<double, double>{tensors, sums, *settings}.run(n, stages, threads);
+  if (dtype == 2) Step<BFloat16, float>{tensors, sums, *settings}.run(n, stages, threads);
+  if (dtype == 3) Step<Float16, float>{tensors, sums, *settings}.run(n, stages, threads);
+}

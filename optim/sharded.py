@@ -1,0 +1,62 @@
+"""Apollo's sums over parameters that are sharded (FSDP2, tensor parallelism: torch's DTensor).
+
+The step works on each rank's local shard; only its sums over a tensor have to run over all shards. They are joined by
+all-reduces of one small array for the whole list, so that any number of ranks takes the step that one would.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# The groups of ranks, one for each dimension of the mesh, over which a tensor is sharded; none where it is whole.
+ProcessGroups = tuple[Any, ...]
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether x is a DTensor; asked without importing them, which is slow."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def local_shard(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """This rank's part of x, which shares its memory; of a gradient in the placement of its parameter `like`."""
+    if not is_sharded(x):
+        return x
+    if like is not None and x.placements != like.placements:
+        x = x.redistribute(placements=like.placements)
+    return x.to_local()
+
+
+def process_groups(param: Tensor) -> ProcessGroups:
+    """The groups over which the sums of `param` have to be joined."""
+    if not is_sharded(param):
+        return ()
+    mesh = param.device_mesh
+    return tuple(mesh.get_group(i) for i, placement in enumerate(param.placements) if not placement.is_replicate())
+
+
+def join_sums(sums: Tensor, shards: list[ProcessGroups], largest: bool = False) -> None:
+    """Adds up (or takes the largest of) the rows of `sums` [n, k], one row a tensor, over the ranks, in place."""
+    op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+    for groups in dict.fromkeys(shards):
+        if not groups:
+            continue
+        rows = [i for i, other in enumerate(shards) if other == groups]
+        everything = len(rows) == len(shards)
+        joined = sums.clone(memory_format=torch.contiguous_format) if everything else sums[rows]
+        for group in groups:
+            dist.all_reduce(joined, op, group)
+        if everything:
+            sums.copy_(joined)
+        else:
+            sums[rows] = joined
+
+
+def join(x: Tensor, groups: ProcessGroups, largest: bool = False) -> Tensor:
+    """The sum (or the largest) over the ranks of a 0-d tensor."""
+    if groups:
+        join_sums(x.view(1, 1), [groups], largest)
+    return x
