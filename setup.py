@@ -12,8 +12,11 @@ REQUIREMENTS = [
     "overrides",
     "tqdm",
     "matplotlib",
-    "scikit-learn",
+    "scikit-learn",  # brings scipy, which reads the ids of ImageNet's development kit
     "pillow",
+    "lmdb",
+    "simplejpeg",
+    "xxhash",
 ]
 DEVELOPMENT = [
     "pytest",

@@ -71,11 +71,7 @@ class ImageData:
         if mean is None or std is None:
             own_mean, own_std = pixel_statistics(train.pixels)
             mean, std = own_mean if mean is None else mean, own_std if std is None else std
-        if len(mean) != 3 or len(std) != 3 or not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
-            raise UserError(
-                "data.mean and data.std need three values each, for pixels in 0..1: mean 0 to 1, std above 0 and up to "
-                f"1; not {list(mean)} and {list(std)}"
-            )
+        self._normalise = Normalise(mean, std, width, device)
         self.mean, self.std = tuple(mean), tuple(std)
 
         padding = augmentation.padding
@@ -87,11 +83,6 @@ class ImageData:
         self._train_pixels = padded.view(-1, 3)
         self._train_labels = train.labels.to(device)
         self._test_pixels, self._test_labels = test.pixels.to(device), test.labels.to(device)
-        # Constants of the arithmetic, one value for each number in a row of pixels: an inner loop of 3 would be slow.
-        # 255 is a tensor because CUDA divides by a plain number inexactly, by way of its reciprocal.
-        self._white = torch.tensor(255.0, device=device)
-        self._row_mean = torch.tensor(self.mean, device=device).repeat(width)
-        self._row_std = torch.tensor(self.std, device=device).repeat(width)
         self._rows = self._padded_width * torch.arange(height, device=device)[:, None]
         self._columns = torch.arange(width, device=device)
 
@@ -153,8 +144,30 @@ class ImageData:
             part = slice(first, min(first + batch_size, stop))
             yield self._normalise(self._test_pixels[part], channels_last), self._test_labels[part]
 
-    def _normalise(self, pixels: Tensor, channels_last: bool) -> Tensor:
-        """uint8 [b, H, W, 3] to float32 [b, 3, H, W]: (pixels / 255 - mean) / std."""
+    def take_damaged(self) -> int:
+        """Damaged images that others stood in for: none, as images that cannot be read never come this far."""
+        return 0
+
+
+class Normalise:
+    """uint8 [b, H, W, 3] to float32 [b, 3, H, W]: (pixels / 255 - mean) / std, per channel, for rows of `width` pixels.
+
+    Raises UserError where `mean` or `std` are not three values each that pixels in 0..1 can have.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], width: int, device: torch.device | str) -> None:
+        if len(mean) != 3 or len(std) != 3 or not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
+            raise UserError(
+                "data.mean and data.std need three values each, for pixels in 0..1: mean 0 to 1, std above 0 and up to "
+                f"1; not {list(mean)} and {list(std)}"
+            )
+        # Constants of the arithmetic, one value for each number in a row of pixels: an inner loop of 3 would be slow.
+        # 255 is a tensor because CUDA divides by a plain number inexactly, by way of its reciprocal.
+        self._white = torch.tensor(255.0, device=device)
+        self._row_mean = torch.tensor(mean, device=device).repeat(width)
+        self._row_std = torch.tensor(std, device=device).repeat(width)
+
+    def __call__(self, pixels: Tensor, channels_last: bool) -> Tensor:
         rows = pixels.flatten(2).to(torch.float32).div_(self._white).sub_(self._row_mean).div_(self._row_std)
         images = rows.view(pixels.shape).permute(0, 3, 1, 2)
         return images if channels_last else images.contiguous()

@@ -4,6 +4,8 @@
     folder              any tree of small images, train/<class>/* and test/<class>/*
     digits              scikit-learn's 8x8 digits as 32x32 RGB: ships with the package, needs no download
 
+`imagenet` is too large for that: its images are read and decoded in training (classification/imagenet_data.py).
+
 A reader returns the images as they are, with the set's augmentation and its published normalisation where it has one;
 `classification/augment.py` makes batches of them on the device.
 """
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,11 +31,15 @@ from tqdm import tqdm
 from classification.augment import Augmentation, ImageData, Images
 from engine.errors import UserError, nearest
 
+if TYPE_CHECKING:
+    from classification.imagenet_data import ImageNetData
+
 __all__ = ["DATASETS", "ImageData", "load_data"]
 
 log = logging.getLogger(__name__)
 
 NATURAL_IMAGES = Augmentation(padding=4, flip=True)
+IMAGENET_SETTINGS = ("mean", "std", "size", "resize", "decoder", "on_damaged", "workers")  # arguments of ImageNetData
 DOWNLOAD_TIMEOUT = 15.0  # seconds of silence after which a download is given up
 
 
@@ -57,16 +63,21 @@ class DataConfig(Protocol):
     std: Sequence[float] | None
 
 
-def load_data(config: DataConfig, device: torch.device | str, seed: int) -> ImageData:
+def load_data(config: DataConfig, device: torch.device | str, seed: int) -> "ImageData | ImageNetData":
     """Read the set `config.name` from `config.root` onto `device`; `config.mean` and `config.std` go before its own.
 
     `seed` determines the order and the augmentation of every epoch. Raises UserError, in one line, for an unknown name
     and for missing, corrupt or inconsistent data.
     """
+    if config.name == "imagenet":
+        from classification.imagenet_data import ImageNetData  # here, as the other sets do without its libraries
+
+        given = {name: getattr(config, name) for name in IMAGENET_SETTINGS}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return ImageNetData(Path(config.root), device=device, seed=seed, **chosen)
     if config.name not in DATASETS:
-        raise UserError(
-            f"unknown data set '{config.name}'{nearest(config.name, DATASETS)}; valid: {', '.join(DATASETS)}"
-        )
+        valid = (*DATASETS, "imagenet")
+        raise UserError(f"unknown data set '{config.name}'{nearest(config.name, valid)}; valid: {', '.join(valid)}")
     data = DATASETS[config.name](Path(config.root))
     return ImageData(
         data.train,

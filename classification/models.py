@@ -4,10 +4,13 @@
 with 16, 32 and 64 channels, average pooling and one linear layer, 6n+2 weighted layers in all. Where a block changes
 the shape its shortcut is a 1x1 convolution with batch norm, as in the published Apollo runs; the parameter-free
 shortcut of the original has 2,752 parameters less. Any input of at least 4x4 pixels will do.
+
+The networks of the ImageNet table are torchvision's, without pretrained weights.
 """
 
 from collections.abc import Callable
 
+import torchvision
 from overrides import override
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -78,7 +81,22 @@ def cifar_resnet(num_classes: int, depth: int | None = None) -> CifarResNet:
     return CifarResNet(depth, num_classes)
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"resnet": cifar_resnet}
+def from_torchvision(name: str) -> Callable[..., nn.Module]:
+    """The function that builds torchvision's model `name`, for float images [N, 3, H, W] of at least 32x32 pixels."""
+
+    def build(num_classes: int, depth: int | None = None) -> nn.Module:
+        if depth is not None:
+            raise ValueError(f"model '{name}' comes in one depth: leave model.depth out")
+        return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+
+    return build
+
+
+IMAGENET_MODELS = ("resnet18", "resnet34", "resnet50", "resnext50_32x4d")
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet": cifar_resnet,
+    **{name: from_torchvision(name) for name in IMAGENET_MODELS},
+}
 
 
 def create_model(name: str, num_classes: int, depth: int | None = None) -> nn.Module:

@@ -12,20 +12,20 @@ from statistics import median
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from classification.data import ImageData, load_data
 from classification.models import create_model
+from engine.allocator import keep_freed_memory
 from engine.checkpoint import Checkpoints, Progress
 from engine.config import RunConfig, Strict, load_config
 from engine.distributed import World, setup
-from engine.errors import run_main, settings_of
+from engine.errors import UserError, run_main, settings_of
 from engine.interrupt import StopRequest, Wish, agree
 from engine.metrics import Sums, require_finite
-from engine.precision import Precision
+from engine.precision import Precision, create_precision
 from engine.run_record import RunRecord, peak_memory_mb
 from engine.seed import seed_step
 from optim import create_optimizer
@@ -33,13 +33,27 @@ from optim.lr_scheduler import create_schedule
 
 USAGE = "usage: python -m classification.train CONFIG [key=value ...]     e.g. configs/cifar10/apollo_milestone.yaml"
 METRICS = ("loss", "correct", "count")
+TRAIN_METRICS = (*METRICS, "damaged")
 
 
 class DataConfig(Strict):
-    name: Literal["cifar10", "cifar100", "folder", "digits"]
+    name: Literal["cifar10", "cifar100", "folder", "digits", "imagenet"]
     root: str = "data"
     mean: list[float] | None = None  # per channel, of images in 0..1; default: the data set's own
     std: list[float] | None = None
+    # imagenet alone; ImageNetData says what they mean, and has the defaults
+    size: PositiveInt | None = None
+    resize: PositiveInt | None = None
+    decoder: Literal["exact", "fast"] | None = None
+    on_damaged: Literal["error", "skip"] | None = None
+    workers: NonNegativeInt | None = None
+
+    @model_validator(mode="after")
+    def _imagenet_alone(self) -> "DataConfig":
+        for key in ("size", "resize", "decoder", "on_damaged", "workers"):
+            if self.name != "imagenet" and getattr(self, key) is not None:
+                raise ValueError(f"data.{key} is a setting of data.name=imagenet alone")
+        return self
 
 
 class ModelConfig(Strict):
@@ -52,6 +66,7 @@ class Config(RunConfig):
     data: DataConfig
     model: ModelConfig
     channels_last: bool = True
+    sync_batchnorm: bool = False  # with several GPUs: statistics over the batches of all of them
     eval_batch: PositiveInt = 1000  # per rank
 
 
@@ -131,8 +146,10 @@ def train(config: Config, world: World) -> int:
 def prepare(config: Config, world: World, record: RunRecord) -> Run:
     """Build everything the loop needs, and take up the run folder's last checkpoint if there is one."""
     per_pass = world.share(config.global_batch, config.accumulation)
-    precision = Precision(config.precision, world.device)
+    precision = create_precision(config.precision, world.device)
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    if world.device.type == "cpu":
+        keep_freed_memory()
 
     if not world.is_main:
         world.barrier()  # rank 0 downloads, the others then find the files
@@ -143,14 +160,19 @@ def prepare(config: Config, world: World, record: RunRecord) -> Run:
     seed_step(config.seed, "initialisation")
     with settings_of("model"):
         model = create_model(config.model.name, data.num_classes, depth=config.model.depth)
+    if config.sync_batchnorm and world.world_size > 1:
+        if world.device.type != "cuda":
+            raise UserError("sync_batchnorm=true exists on CUDA devices only: leave it out")
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(world.device, memory_format=memory_format)
-    network = torch.compile(model) if config.compile else model
-    if world.world_size > 1:
-        network = DistributedDataParallel(network, device_ids=[world.device] if world.device.type == "cuda" else None)
 
     with settings_of("optimizer"):
         optimizer = create_optimizer(config.optimizer.name, model.parameters(), **config.optimizer.settings)
+    model, optimizer = precision.prepare(model, optimizer)
+    network = torch.compile(model) if config.compile else model
+    if world.world_size > 1:
+        network = precision.data_parallel(network, world.device)
     with settings_of("schedule"):
         schedule = create_schedule(
             optimizer,
@@ -160,7 +182,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> Run:
             **config.schedule.settings,
         )
 
-    window = Sums(METRICS, world.device)
+    window = Sums(TRAIN_METRICS, world.device)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
     progress = Progress()
     checkpoints = Checkpoints(
@@ -176,7 +198,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> Run:
         global_batch=config.global_batch,
         per_rank_batch=per_pass * config.accumulation,
         accumulation=config.accumulation,
-        batchnorm_batch=per_pass,
+        batchnorm_batch=per_pass * (world.world_size if config.sync_batchnorm else 1),
         train_examples=data.train_size,
         test_examples=data.test_size,
     )
@@ -202,15 +224,17 @@ def train_epoch(run: Run, bar: tqdm) -> dict[str, float] | None:
     clock = time.perf_counter()
     for micro_batches in batches:
         seed_step(config.seed, "step", progress.update, world.rank)
-        run.optimizer.zero_grad(set_to_none=True)
+        run.optimizer.zero_grad()
         for index, (images, labels) in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             with nullcontext() if is_last or world.world_size == 1 else run.network.no_sync():
                 with run.precision.autocast():
                     logits = run.network(images)
                     loss = cross_entropy(logits.float(), labels)
-                run.precision.backward(loss / len(micro_batches))
-            run.window.add(loss=loss * len(labels), correct=(logits.argmax(1) == labels).sum(), count=len(labels))
+                run.precision.backward(loss / len(micro_batches), is_last)
+            correct = (logits.argmax(1) == labels).sum()
+            damaged = run.data.take_damaged()
+            run.window.add(loss=loss * len(labels), correct=correct, count=len(labels), damaged=damaged)
         progress.lr = float(run.optimizer.param_groups[0]["lr"])
         if optimizer_step(run):
             run.schedule.step()  # an update that the scaler skips advances nothing
@@ -231,7 +255,8 @@ def train_epoch(run: Run, bar: tqdm) -> dict[str, float] | None:
             return None
     close_window(run)
     totals = progress.totals
-    return {
+    damaged = {"damaged": int(totals["damaged"])} if totals["damaged"] else {}
+    return damaged | {
         "train_loss": totals["loss"] / totals["count"],
         "train_top1": 100 * totals["correct"] / totals["count"],
         "lr": progress.lr,

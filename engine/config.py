@@ -73,7 +73,7 @@ class RunConfig(Strict):
     run_dir: str | None = None  # default: runs/<table>/<row>_<schedule>/seed<seed>
     global_batch: PositiveInt  # examples per update over all ranks
     accumulation: PositiveInt = 1  # forward passes per update on each rank
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "apex-O1", "apex-O2"] = "fp32"
     compile: bool = False  # torch.compile
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: PositiveInt = 50  # updates

@@ -4,12 +4,14 @@
 
 fp32 is full precision everywhere; tf32 lets CUDA matrix products round their inputs to 10 mantissa bits; bf16 and fp16
 run autocast, fp16 with dynamic loss scaling. Parameters, gradients and optimizer state stay float32 in all of them.
+apex-O1 and apex-O2 leave the same steps to NVIDIA's apex, where one that can is installed (engine/apex_adapter.py).
 """
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from engine.errors import UserError
 
@@ -34,11 +36,22 @@ class Precision:
         self.dtype = AUTOCAST_DTYPES[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
+    def prepare(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        """What to train instead of `model` and `optimizer`; called once, before compiling and data_parallel."""
+        return model, optimizer
+
+    def data_parallel(self, network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+        """`network` with its gradients averaged over all ranks, except for passes inside its `no_sync()`."""
+        return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+
     def autocast(self) -> AbstractContextManager:
         """Context for the forward pass and the loss, in training and in evaluation."""
         return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, is_last: bool = True) -> None:
+        """Add the gradients of `loss`; `is_last` says whether the step comes next, or more gradients."""
         self.scaler.scale(loss).backward()
 
     def clip(
@@ -63,3 +76,13 @@ class Precision:
 
     def load_state_dict(self, state: dict) -> None:
         self.scaler.load_state_dict(state)
+
+
+def create_precision(name: str, device: torch.device) -> Precision:
+    """The precision called `name` in a config. Raises UserError where the device or the installation lacks it."""
+    if not name.startswith("apex-"):
+        return Precision(name, device)
+    from engine.apex_adapter import ApexPrecision, require_apex
+
+    require_apex(name, device)
+    return ApexPrecision(name, device)

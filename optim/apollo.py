@@ -11,6 +11,7 @@ Adam, instead of the three of the published code. Only decoupled weight decay, w
 import math
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from numbers import Real
 from typing import Any
 
@@ -24,7 +25,8 @@ from . import fused_cpu
 from .apollo_foreach import _multi_tensor_apollo
 from .apollo_math import averaging_weight, curvature_offset, norm_eps, warmed_up_lr
 from .fused_cpu import _fused_cpu_apollo
-from .sharded import ProcessGroups, is_sharded, join, local_shard, process_groups
+from .layout import is_dense
+from .sharded import ProcessGroups, any_sharded, join, local_shard, process_groups
 from .suggest import suggest
 
 WEIGHT_DECAY_TYPES = ("L2", "decoupled", "stable")
@@ -83,12 +85,15 @@ class Apollo(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        ids = (i for group in loaded["param_groups"] for i in group["params"])
-        params = (p for group in self.param_groups for p in group["params"])
-        for i, param in zip(ids, params, strict=True):
+        ids = [i for group in loaded["param_groups"] for i in group["params"]]
+        owners = [(group, param) for group in self.param_groups for param in group["params"]]
+        for i, (group, param) in zip(ids, owners, strict=True):
             for key, value in loaded["state"].get(i, {}).items():
-                if key != "step" and isinstance(value, Tensor) and param.dtype.itemsize < 4:
-                    self.state[param][key] = value.to(device=param.device, dtype=_state_dtype(param), copy=True)
+                if key == "step":
+                    device = param.device if _counts_on_device(group, param) else "cpu"
+                    self.state[param][key] = torch.as_tensor(value).to(device, torch.float32, copy=True)
+                elif isinstance(value, Tensor):
+                    self.state[param][key] = value.to(param.device, _state_dtype(param), copy=True)
 
     def _init_group(
         self,
@@ -101,37 +106,43 @@ class Apollo(Optimizer):
         sigmas: list[Tensor | None],
         steps: list[Tensor],
     ) -> None:
-        stores_direction = group["weight_decay"] != 0 and group["weight_decay_type"] != "L2"
+        states = []
         for index, param in enumerate(group["params"]):
-            if param.grad is None:
+            grad = param.grad
+            if grad is None:
                 continue
-            if param.grad.is_sparse or param.grad.is_complex():
-                kind = "sparse" if param.grad.is_sparse else "complex"
+            if grad.is_sparse or grad.is_complex():
+                kind = "sparse" if grad.is_sparse else "complex"
                 raise RuntimeError(f"Apollo does not take {kind} gradients: {_name_of(group, index)} has one")
             state = self.state[param]
-            if len(state) == 0:
-                # As in torch: the count lives on the CPU unless a graph must find it on the device.
-                state["step"] = torch.zeros((), device=param.device if group["capturable"] else "cpu")
-                for key in ("exp_avg", "hessian"):
-                    state[key] = torch.zeros_like(param, dtype=_state_dtype(param), memory_format=torch.preserve_format)
-            if group["rebound"] == "belief" and "sigma" not in state:
-                # The bound of the step before, from which d is computed again; before the first step m = 0, and any
-                # positive bound gives d = 0.
-                state["sigma"] = torch.full((), group["sigma"], dtype=_state_dtype(param), device=param.device)
-            if stores_direction and "direction" not in state:
-                # A weight decay that was zero until now: from here on d has to be remembered.
-                before = float(state["step"])
-                bound = state.get("sigma", group["sigma"]) if group["rebound"] == "belief" else group["sigma"]
-                offset = curvature_offset(group["eps"], group["beta"], before, group["rebound"])
-                state["direction"] = state["exp_avg"] / (state["hessian"].abs().clamp_(min=bound) + offset)
-
+            if not state or group["rebound"] == "belief" or group["weight_decay_type"] != "L2":
+                self._init_state(group, param, state)
             params.append(param)
-            grads.append(param.grad)
-            exp_avgs.append(state["exp_avg"])
-            hessians.append(state["hessian"])
-            directions.append(state.get("direction"))
-            sigmas.append(state.get("sigma"))
-            steps.append(state["step"])
+            grads.append(grad)
+            states.append(state)
+        exp_avgs += [state["exp_avg"] for state in states]
+        hessians += [state["hessian"] for state in states]
+        directions += [state.get("direction") for state in states]
+        sigmas += [state.get("sigma") for state in states]
+        steps += [state["step"] for state in states]
+
+    def _init_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
+        """Adds to a parameter's state what its group's settings ask for and it does not have yet."""
+        belief, dtype = group["rebound"] == "belief", _state_dtype(param)
+        if not state:
+            device = param.device if _counts_on_device(group, param) else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            state["hessian"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        if belief and "sigma" not in state:
+            # The bound of the step before, from which d is computed again. Before the first step m = 0, and any positive
+            # bound gives d = 0.
+            state["sigma"] = torch.full((), group["sigma"], dtype=dtype, device=param.device)
+        if group["weight_decay"] != 0 and group["weight_decay_type"] != "L2" and "direction" not in state:
+            # A new parameter, or a weight decay that was zero until now: from here on d has to be remembered.
+            bound = float(state["sigma"]) if belief else group["sigma"]
+            offset = curvature_offset(group["eps"], group["beta"], float(state["step"]), group["rebound"])
+            state["direction"] = state["exp_avg"] / (state["hessian"].abs().clamp_(min=bound) + offset)
 
     @torch.no_grad()
     @override
@@ -320,40 +331,60 @@ def apollo(
 
     Sorts the parameters into lists of one device and dtype, and gives each list to the implementation that suits it.
     """
-    shards = [process_groups(param) for param in params]
+    shards: list[ProcessGroups] = [()] * len(params)
     numels = [param.numel() for param in params]
-    if any(is_sharded(param) for param in params):
+    if any_sharded(params):
+        shards = [process_groups(param) for param in params]
         grads = [local_shard(grad, like=param) for grad, param in zip(grads, params, strict=True)]
         params, exp_avgs, hessians = ([local_shard(x) for x in values] for values in (params, exp_avgs, hessians))
         directions = [None if x is None else local_shard(x) for x in directions]
-    if isinstance(settings["lr"], Tensor) and not capturable and not fused:
-        settings["lr"] = settings["lr"].item()
 
     lists: dict[tuple, list[int]] = {}
-    for i, param in enumerate(params):
-        step = _implementation(param, grads[i], foreach, fused)
-        lists.setdefault((step, param.device, param.dtype, grads[i].dtype, directions[i] is None), []).append(i)
-    values = (params, grads, exp_avgs, hessians, directions, sigmas, steps, shards, numels)
-    for (step, device, *_), indices in lists.items():
-        scaler = {"grad_scale": grad_scale if grad_scale is None else grad_scale.to(device, non_blocking=True)}
-        if step is _fused_cpu_apollo:
-            scaler["found_inf"] = found_inf
-        elif found_inf is not None and found_inf.item():
-            continue
-        step(*([column[i] for i in indices] for column in values), capturable=capturable, **scaler, **settings)
+    for i, (param, grad, direction) in enumerate(zip(params, grads, directions, strict=True)):
+        key = (param.device, param.dtype, grad.dtype, direction is None, is_dense(param))
+        lists.setdefault(key, []).append(i)
+    for (device, dtype, grad_dtype, _, dense), indices in lists.items():
+        step = _implementation(device, dtype, foreach, fused, dense and grad_dtype is dtype)
+        columns = [params, grads, exp_avgs, hessians, directions, sigmas, steps, shards, numels]
+        if len(lists) > 1:
+            columns = [[column[i] for i in indices] for column in columns]
+        scaler = {"grad_scale": None if grad_scale is None else grad_scale.to(device, non_blocking=True)}
+        if step in (_single_tensor_apollo, _multi_tensor_apollo):
+            if found_inf is not None and found_inf.item():
+                continue
+            if isinstance(settings["lr"], Tensor) and not capturable:
+                settings["lr"] = settings["lr"].item()
+        else:
+            scaler["found_inf"] = None if found_inf is None else found_inf.to(device, non_blocking=True)
+        step(*columns, capturable=capturable, **scaler, **settings)
 
 
-def _implementation(param: Tensor, grad: Tensor, foreach: bool | None, fused: bool | None) -> Callable[..., None]:
+def _implementation(
+    device: torch.device, dtype: torch.dtype, foreach: bool | None, fused: bool | None, plain: bool
+) -> Callable[..., None]:
+    """What steps over a list. `plain`: in memory without gaps, with gradients of the parameters' dtype."""
     if fused or (fused is None and foreach is None):
-        if (
-            param.device.type == "cpu"
-            and not is_compiling()
-            and fused_cpu.is_native(param, grad)
-            and fused_cpu.library()
-        ):
-            return _fused_cpu_apollo
-        return _multi_tensor_apollo
+        return (plain and not is_compiling() and _fused_step(device, dtype)) or _multi_tensor_apollo
     return _multi_tensor_apollo if foreach else _single_tensor_apollo
+
+
+def _fused_step(device: torch.device, dtype: torch.dtype) -> Callable[..., None] | None:
+    """The fused step for parameters of this device and dtype, if there is one."""
+    if device.type == "cpu":
+        return _fused_cpu_apollo if dtype in fused_cpu.DTYPES and fused_cpu.library() else None
+    if device.type == "cuda" and find_spec("triton"):
+        from . import fused_cuda  # not at the top: it needs Triton
+
+        return fused_cuda._fused_cuda_apollo if dtype in fused_cuda.DTYPES else None
+    return None
+
+
+def _counts_on_device(group: dict[str, Any], param: Tensor) -> bool:
+    """Whether the count of steps lives beside the parameter, where a graph or a fused step finds it; else on the CPU."""
+    wants_fused = group["fused"] or (group["fused"] is None and group["foreach"] is None)
+    return group["capturable"] or bool(
+        param.device.type == "cuda" and wants_fused and _fused_step(param.device, param.dtype)
+    )
 
 
 def _state_dtype(param: Tensor) -> torch.dtype:

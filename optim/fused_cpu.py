@@ -15,11 +15,13 @@ import tempfile
 import warnings
 from array import array
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .layout import lay_out_like
 from .sharded import ProcessGroups, join_sums
 
 SOURCE = Path(__file__).parent / "csrc" / "apollo_cpu.cpp"
@@ -29,8 +31,9 @@ SUM, UPDATE, DIRECTION = 1, 2, 4
 
 
 class _Settings(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_double) for name in "lr beta eps sigma init_lr l2 decay grad_factor".split()] + [
-        (name, ctypes.c_int64) for name in "warmup belief stable".split()
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("lr", "beta", "eps", "sigma", "init_lr", "l2", "decay", "grad_factor")),
+        *((name, ctypes.c_int64) for name in ("warmup", "belief", "stable")),
     ]
 
 
@@ -50,11 +53,6 @@ def library() -> ctypes.CDLL | None:
     loaded.apollo_step.argtypes = [ctypes.c_void_p] * 2 + [ctypes.POINTER(_Settings)] + [ctypes.c_int64] * 4
     loaded.apollo_step.restype = None
     return loaded
-
-
-def is_native(param: Tensor, grad: Tensor) -> bool:
-    """Whether the fused step takes this parameter: its memory must have no gaps, and its gradient its dtype."""
-    return param.dtype in DTYPES and grad.dtype is param.dtype and (param.is_contiguous() or _is_dense(param))
 
 
 def _fused_cpu_apollo(
@@ -82,39 +80,17 @@ def _fused_cpu_apollo(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """The step of parameters of one dtype that `is_native` accepts. See optim/apollo.py for the arguments."""
+    """The step of parameters of one dtype whose memory has no gaps. See optim/apollo.py for the arguments."""
     if found_inf is not None and found_inf.item():
         return
-    belief, stable = rebound == "belief", weight_decay != 0 and weight_decay_type == "stable"
-    columns = []  # addresses and sizes, tensor by tensor, in the order of the struct ApolloTensor
-    copies = []  # gradients that had to be copied live until the call is over
-    for i, param in enumerate(params):
-        grad, states = grads[i], [exp_avgs[i], hessians[i]]
-        if directions[i] is not None:
-            states.append(directions[i])
-        if not (param.is_contiguous() and grad.is_contiguous() and all(x.is_contiguous() for x in states)):
-            # Elements are paired by address: the same order in memory for all. State that is laid out otherwise (loaded
-            # from elsewhere, or older than a change of memory format) is laid out anew, once.
-            layout = _layout(param)
-            for x in states:
-                if _layout(x) != layout:
-                    x.data = torch.empty_like(param, dtype=x.dtype).copy_(x)
-            if _layout(grad) != layout:
-                grad = torch.empty_like(param).copy_(grad)
-                copies.append(grad)
-        columns += (
-            param.data_ptr(),
-            grad.data_ptr(),
-            exp_avgs[i].data_ptr(),
-            hessians[i].data_ptr(),
-            0 if directions[i] is None else directions[i].data_ptr(),
-            sigmas[i].data_ptr() if belief else 0,
-            steps[i].data_ptr(),
-            param.numel(),
-            numels[i],
-        )
+    stored, belief = directions[0] is not None, rebound == "belief"
+    stable = weight_decay != 0 and weight_decay_type == "stable"
+    grads = lay_out_like(params, grads, exp_avgs, hessians, *([directions] if stored else []))
+    tensors = (params, grads, exp_avgs, hessians, directions if stored else None, sigmas if belief else None, steps)
+    columns = [[0] * len(params) if column is None else [x.data_ptr() for x in column] for column in tensors]
+    columns += [[param.numel() for param in params], numels]
+    table = array("q", chain.from_iterable(zip(*columns, strict=True)))  # rows are the struct ApolloTensor
 
-    table = array("q", columns)
     sums = torch.zeros(len(params), 5, dtype=torch.float64)
     factor = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else grad_scale.item())
     l2, decay = (weight_decay, 0.0) if weight_decay_type == "L2" else (0.0, weight_decay)
@@ -142,21 +118,6 @@ def _fused_cpu_apollo(
     if stable:
         join_sums(sums[:, 3:4], shards)
         run(DIRECTION)
-
-
-def _layout(x: Tensor) -> list[int]:
-    """The strides that matter: of dimensions longer than one."""
-    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill a range of memory, each once, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _build() -> Path:

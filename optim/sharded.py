@@ -15,15 +15,15 @@ from torch import Tensor
 ProcessGroups = tuple[Any, ...]
 
 
-def is_sharded(x: Tensor) -> bool:
-    """Whether x is a DTensor; asked without importing them, which is slow."""
+def any_sharded(tensors: list[Tensor]) -> bool:
+    """Whether a DTensor is among them; asked without importing them, which is slow."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
 
 
 def local_shard(x: Tensor, like: Tensor | None = None) -> Tensor:
     """This rank's part of x, which shares its memory; of a gradient in the placement of its parameter `like`."""
-    if not is_sharded(x):
+    if not any_sharded([x]):
         return x
     if like is not None and x.placements != like.placements:
         x = x.redistribute(placements=like.placements)
@@ -32,7 +32,7 @@ def local_shard(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 def process_groups(param: Tensor) -> ProcessGroups:
     """The groups over which the sums of `param` have to be joined."""
-    if not is_sharded(param):
+    if not any_sharded([param]):
         return ()
     mesh = param.device_mesh
     return tuple(mesh.get_group(i) for i, placement in enumerate(param.placements) if not placement.is_replicate())

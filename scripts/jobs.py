@@ -50,9 +50,7 @@ def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[st
     """
     for key in (override.partition("=")[0] for override in overrides):
         if key in REFUSED:
-            raise UserError(
-                f"{key}= cannot be set here, it follows from the run's place in the table: use {REFUSED[key]}"
-            )
+            raise UserError(f"{key}= cannot be set for a row, whose runs each have their own: use {REFUSED[key]}")
     settings = load_cell(table, config, (f"seed={seed}", *overrides))
     folder = runs / settings.folder.relative_to("runs")
     if (folder / "config.yaml").exists():

@@ -55,8 +55,9 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
 
 
 def _draw(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
-    """The curves of one panel, from `key` of the epochs of each row's runs."""
+    """The curves of one panel: `key` of the epochs of each row's runs."""
     others = iter(OTHER_COLOURS * len(rows))
+    ends = []  # where the curves run in their last two fifths
     for row, runs in rows.items():
         name, colour = STYLES.get(row) or (row, next(others))
         complete = [run for run in runs if run.result]
@@ -67,3 +68,8 @@ def _draw(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
         label = f"{name} (n = {len(values)}{'' if complete else ', unfinished'})"
         axis.plot(epochs, values.mean(0), color=colour, linewidth=1.8, label=label, zorder=3)
         axis.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0, zorder=2)
+        ends.append(values[:, length * 3 // 5 :])
+    if key == "test_top1":  # room for the differences at the end, which the first epochs would squeeze out of sight
+        low, high = min(map(np.min, ends)), max(map(np.max, ends))
+        room = max(high - low, 0.5)
+        axis.set_ylim(low - 1.5 * room, high + 0.1 * room)

@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
 
 
 def train(job: Job, bar: tqdm) -> int:
-    """Train to the end while `bar` follows the epochs. What the training prints is shown only if it does not end well."""
+    """Train to the end while `bar` follows the epochs. What the training prints is shown only if it fails."""
     start = bar.n
 
     def follow() -> None:
@@ -63,7 +63,10 @@ def train(job: Job, bar: tqdm) -> int:
         with tempfile.TemporaryFile("w+") as output:
             if status := run(job.command(), follow, stdout=output, stderr=output):
                 output.seek(0)
-                bar.write(f"{output.read()}{job.folder}: ended with exit status {status}", file=sys.stderr)
+                bar.write(
+                    f"{output.read()}{job.folder}: ended with exit status {status}; the same command carries on",
+                    file=sys.stderr,
+                )
                 return status
     follow()
     return 0

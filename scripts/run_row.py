@@ -36,7 +36,8 @@ def main(arguments: list[str]) -> int:
         command = job.command(options.gpus)
         say(f"{place}: {shlex.join(['python', *command[1:]])}")
         if status := run(command):
-            say(f"{place}: ended with exit status {status}; the same command carries on from here")
+            how = "stopped" if status > 128 else f"failed with exit status {status}; when that is put right"
+            say(f"{place}: {how}, the same command carries on from here")
             return status
     runs, problems = read_runs(*sorted({job.folder.parent for job in jobs}))
     print(report(options.table, runs))
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
-        prog="a row's script",
+        prog="bash scripts/<table>_<row>.sh",
         usage='%(prog)s [--seeds "1 101"] [--schedules "milestone cosine"] [--runs FOLDER] [--gpus N] [key=value ...]',
         description="Train one row of a table and print it beside the published one. Complete runs are skipped, "
         "unfinished ones resumed. Paths are relative to the root of the repository.",

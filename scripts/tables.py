@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from engine.config import load_config
 
 CONFIGS = Path("configs")  # commands run from the repository's root
-TASKS = {"cifar10": "classification", "digits": "classification"}
+TASKS = {"cifar10": "classification", "imagenet": "classification", "digits": "classification"}
 ROWS = ("sgd", "adam", "radam", "adam_adj", "radam_adj", "apollo")  # in the order of the published tables
 SCHEDULES = ("milestone", "cosine")
 

@@ -151,7 +151,14 @@ def bare_machine(tmp_path):
     (tmp_path / "bin").mkdir()
     for tool in ("bash", "dirname", "grep", "sed", "tr"):
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
-    return tmp_path / "tree", {"PATH": str(tmp_path / "bin")}
+    return tmp_path / "tree", {"PATH": str(tmp_path / "bin"), "PIP_NO_INDEX": "1"}
+
+
+def put_python(environment, name, failing="nothing"):
+    """An interpreter `name` on that PATH: this one, save that it fails where its arguments match `failing`."""
+    python = Path(environment["PATH"]) / name
+    python.write_text(f'#!/bin/sh\ncase "$*" in {failing}) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
 
 
 def test_setup_without_python_says_what_to_install(bare_machine):
@@ -163,9 +170,7 @@ def test_setup_without_python_says_what_to_install(bare_machine):
 
 def test_setup_without_the_venv_module_says_what_to_install(bare_machine):
     tree, environment = bare_machine
-    python = Path(environment["PATH"]) / "python3.12"
-    python.write_text(f'#!/bin/sh\ncase "$*" in *torch*|*ensurepip*) exit 1;; esac\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
+    put_python(environment, "python3.12", failing="*torch*|*ensurepip*")
     ended = call(["bash", "scripts/setup.sh"], cwd=tree, env=environment)
     assert ended.returncode == 2
     assert re.fullmatch(r"error: python3\.12 cannot make virtual environments; .*python3\.12-venv\)\n", ended.stderr)
@@ -173,7 +178,7 @@ def test_setup_without_the_venv_module_says_what_to_install(bare_machine):
 
 def test_setup_uses_an_interpreter_that_has_torch_and_installs_nothing(bare_machine):
     tree, environment = bare_machine
-    (Path(environment["PATH"]) / "python").symlink_to(sys.executable)
+    put_python(environment, "python")
     ended = call(["bash", "scripts/setup.sh", "--print-python"], cwd=tree, env=environment)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""

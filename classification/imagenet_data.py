@@ -1,0 +1,243 @@
+"""ImageNet in training: worker processes read and decode, the device mirrors and normalises.
+
+Reads the LMDB that `classification/prepare_imagenet.py` makes, or a folder tree as it is. What image k of epoch e looks
+like is a function of (seed, e, k): the number of workers, of ranks, of accumulated passes and of interruptions do not
+change it. Workers hand over uint8 pixels, a quarter of what float32 would take to move.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import torch
+from overrides import override
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from classification.augment import Batch, Normalise
+from classification.imagenet_decode import DECODERS, central_view, random_view
+from classification.imagenet_lmdb import MANIFEST, SPLITS, DamagedImage, LmdbSplit, open_splits
+from classification.imagenet_source import FolderSplit, list_folder
+from engine.errors import UserError
+from engine.seed import derive, generator
+
+log = logging.getLogger(__name__)
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TRAIN, VAL = range(2)
+
+Split = LmdbSplit | FolderSplit
+
+
+class Request(NamedTuple):
+    """One batch to be made by a worker: these images of a split, as they look in `epoch`."""
+
+    split: int  # TRAIN or VAL
+    epoch: int
+    indices: Sequence[int]
+
+
+class RawBatch(NamedTuple):
+    """What a worker hands over."""
+
+    pixels: Tensor  # uint8 [b, size, size, 3]
+    labels: Tensor  # int64 [b]
+    mirror: Tensor  # bool [b]: still to be mirrored
+    split: int
+    damaged: list[str]  # a line for each image that could not be used
+
+
+class ImageNetData:
+    """Training and validation images in batches on a device; the interface of `augment.ImageData`.
+
+    `size` is the side of the square that the network sees, `resize` the shorter side that validation images are resized
+    to before (default: 256 / 224 of `size`). `decoder` is exact or fast (classification/imagenet_decode.py). A damaged
+    training image is an error, or with `on_damaged="skip"` the next image takes its place; a damaged validation image
+    is always an error, as accuracy is over all of them. `workers`: processes (default: this rank's share of the cores).
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        size: int = 224,
+        resize: int | None = None,
+        decoder: str = "fast",
+        on_damaged: str = "error",
+        workers: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        start_method: str | None = None,
+    ) -> None:
+        splits = _open(root)
+        self.classes = splits[TRAIN].classes
+        self.num_classes = len(self.classes)
+        self.train_size, self.test_size = (len(split) for split in splits)
+        self.image_size = (size, size)
+        resize = round(size * 256 / 224) if resize is None else resize
+        if resize < size:
+            raise UserError(f"data.resize={resize} is smaller than data.size={size}: nothing could be cut out of it")
+        self._normalise = Normalise(MEAN if mean is None else mean, STD if std is None else std, size, device)
+        self.seed, self.device, self.on_damaged = seed, torch.device(device), on_damaged
+
+        workers = _default_workers() if workers is None else workers
+        self._requests = _Requests()
+        self._loader = DataLoader(
+            _Batches(splits, seed, size, resize, decoder),
+            batch_size=None,  # the data set makes whole batches
+            sampler=self._requests,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_process_group,
+            multiprocessing_context=start_method if workers else None,
+            generator=torch.Generator(),  # DataLoader draws a number an epoch: not from the generator that trains
+        )
+        self._damaged: set[str] = set()
+        self._untaken = 0
+        self._iteration: object | None = None
+
+    def updates_per_epoch(self, global_batch: int) -> int:
+        """Whole batches in the training set; the rest of an epoch's order is left out."""
+        if global_batch > self.train_size:
+            raise UserError(f"global_batch={global_batch} is larger than the training set, {self.train_size} images")
+        return self.train_size // global_batch
+
+    def train_batches(
+        self,
+        epoch: int,
+        global_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        start_update: int = 0,
+        channels_last: bool = True,
+    ) -> Iterator[list[Batch]]:
+        """This rank's share of each update of `epoch` from `start_update` on, as `accumulation` equal micro-batches.
+
+        Update u trains on images order[u * global_batch : (u + 1) * global_batch], whatever the number of ranks.
+        Raises ValueError where the global batch cannot be shared out evenly. One iteration at a time, of either split.
+        """
+        share, rest = divmod(global_batch, world_size * accumulation)
+        if rest:
+            raise ValueError(f"global_batch={global_batch} is not divisible by {world_size} x {accumulation}")
+        order = torch.randperm(self.train_size, generator=generator(self.seed, "order", epoch))
+        end = self.updates_per_epoch(global_batch) * global_batch
+        firsts = range(rank * share * accumulation, end, global_batch)[start_update:]
+        requests = (
+            Request(TRAIN, epoch, order[first + i * share : first + (i + 1) * share].tolist())
+            for first in firsts
+            for i in range(accumulation)
+        )
+        stream = self._load(requests)
+        return ([self._finish(next(stream), channels_last) for _ in range(accumulation)] for _ in firsts)
+
+    def test_batches(
+        self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
+    ) -> Iterator[Batch]:
+        """This rank's part of the validation set in order, the last batch as small as it comes: every image once."""
+        start, stop = (self.test_size * r // world_size for r in (rank, rank + 1))
+        parts = (range(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size))
+        return (self._finish(raw, channels_last) for raw in self._load(Request(VAL, 0, part) for part in parts))
+
+    def take_damaged(self) -> int:
+        """Training images replaced on this rank since this was last asked."""
+        taken, self._untaken = self._untaken, 0
+        return taken
+
+    def _load(self, requests: Iterator[Request]) -> Iterator[RawBatch]:
+        self._requests.pending = requests
+        mine = self._iteration = object()  # the workers are shared: who comes later has them
+        for raw in self._loader:
+            if self._iteration is not mine:
+                raise RuntimeError("another iteration over this data was begun: finish one before the next")
+            for line in raw.damaged:
+                self._report(line, raw.split)
+            yield raw
+
+    def _report(self, line: str, split: int) -> None:
+        if split == VAL:
+            raise UserError(f"{line}: accuracy is over all validation images; restore the image, and build again")
+        if self.on_damaged != "skip":
+            raise UserError(f"{line}: restore the image and build again, or go on without it: data.on_damaged=skip")
+        if line not in self._damaged:
+            log.warning("%s: skipped, the next image takes its place", line)
+        self._damaged.add(line)
+        self._untaken += 1
+
+    def _finish(self, raw: RawBatch, channels_last: bool) -> Batch:
+        """Move a batch to the device, and mirror and normalise it there."""
+        pixels, labels, mirror = (part.to(self.device, non_blocking=True) for part in raw[:3])
+        pixels = torch.where(mirror[:, None, None, None], pixels.flip(2), pixels)
+        return self._normalise(pixels, channels_last), labels
+
+
+class _Requests(Sampler[Request]):
+    """The requests of the iteration under way, for the one DataLoader that serves all of them."""
+
+    def __init__(self) -> None:
+        self.pending: Iterator[Request] = iter(())
+
+    @override
+    def __iter__(self) -> Iterator[Request]:
+        return self.pending
+
+
+class _Batches(Dataset[RawBatch]):
+    """What the workers do: from a request to its batch."""
+
+    def __init__(self, splits: Sequence[Split], seed: int, size: int, resize: int, decoder: str) -> None:
+        self.splits, self.seed, self.size, self.resize, self.decoder = splits, seed, size, resize, decoder
+
+    @override
+    def __getitem__(self, request: Request) -> RawBatch:
+        count = len(request.indices)
+        pixels = torch.empty(count, self.size, self.size, 3, dtype=torch.uint8)
+        labels, mirror = torch.full((count,), -1), torch.zeros(count, dtype=torch.bool)
+        split, damaged = self.splits[request.split], []
+        for place, index in enumerate(request.indices):
+            # A damaged training image is replaced by the next one, and so on, so that all batches have one size.
+            candidates = range(index, index + (len(split) if request.split == TRAIN else 1))
+            for candidate in candidates:
+                try:
+                    image = self._view(request, candidate % len(split))
+                except DamagedImage as error:
+                    damaged.append(f"{split.name_of(candidate % len(split))} {error}")
+                    continue
+                pixels[place], labels[place], mirror[place] = image
+                break
+        return RawBatch(pixels, labels, mirror, request.split, damaged)
+
+    def _view(self, request: Request, index: int) -> tuple[Tensor, int, bool]:
+        record = self.splits[request.split][index]
+        mirror = False
+        if request.split == TRAIN:
+            random = Random(derive(self.seed, "augmentation", request.epoch, index))
+            mirror = random.random() < 0.5
+            choose = partial(random_view, size=self.size, random=random)
+        else:
+            choose = partial(central_view, resize=self.resize, size=self.size)
+        return DECODERS[self.decoder](record.image, choose, self.size), record.label, mirror
+
+
+def _open(root: Path) -> tuple[Split, Split]:
+    if (root / MANIFEST).exists() or any((root / f"{name}.lmdb").exists() for name in SPLITS):
+        return open_splits(root)
+    return list_folder(root)
+
+
+def _default_workers() -> int:
+    """One for each core that this rank may call its own, up to 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def _leave_process_group(worker: int) -> None:
+    """Ctrl-C, and a signal to the whole job, are for the training process: it saves first, then ends its workers."""
+    os.setpgrp()

@@ -1,0 +1,254 @@
+"""ImageNet at rest: one LMDB file a split, with the images' own bytes, and a manifest that says when they are whole.
+
+    train.lmdb, val.lmdb    key: the image's index, 8 bytes, big-endian; value: label (int32, little-endian) + the file
+    manifest.json           written last; training reads nothing without it
+
+A million small files are slow to list, to copy and to open; two big ones are not. The images stay the JPEGs that they
+were: what decodes them is the reader's choice, and nothing is lost. Beside them each file holds `format`, `classes`,
+`inputs` (a digest of the list that it is built from), `images` (how many are in it so far) and, every 256 images,
+`digests:` + first index: the xxh3 checksums of their values, by which a single damaged image is found and named.
+Images, checksums and count change in one transaction, so a build that is killed continues where it was.
+"""
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import lmdb
+import numpy as np
+from xxhash import xxh3_64_digest
+
+from engine.errors import UserError
+
+FORMAT = 1
+SPLITS = ("train", "val")
+MANIFEST = "manifest.json"
+CHUNK = 256  # images in one transaction, about 28 MB of ImageNet
+DIGEST_BYTES = 8
+FIRST_MAP = 1 << 30  # bytes of address space; it doubles when full
+
+BUILD_COMMAND = "python -m classification.prepare_imagenet build SOURCE OUT"
+
+
+class Record(NamedTuple):
+    """One image: its label and the file's bytes, valid as long as the split that it came from is open."""
+
+    label: int
+    image: bytes | memoryview
+
+
+class DamagedImage(Exception):
+    """An image that is not what was stored, or is none; the message says in what way."""
+
+
+def image_key(index: int) -> bytes:
+    return struct.pack(">Q", index)
+
+
+def digests_key(first: int) -> bytes:
+    return b"digests:" + image_key(first)
+
+
+class SplitWriter:
+    """Appends images to one split, CHUNK at a time; opening a file that was begun takes up where it ends.
+
+    Raises UserError where the file was begun from another list of images (`inputs`), and where the disk is full: what
+    is written by then stays, and the build goes on from there.
+    """
+
+    def __init__(self, path: Path, inputs: str, classes: Sequence[str], map_size: int = FIRST_MAP) -> None:
+        self.path = path
+        begun = path.exists() and path.stat().st_size > 0
+        map_size = max(map_size, 2 * path.stat().st_size if begun else 0)
+        try:
+            self._env = lmdb.open(str(path), subdir=False, lock=False, map_size=map_size, meminit=False)
+        except lmdb.Error as error:
+            raise UserError(f"{path} cannot be written ({error}): delete it, then build again") from None
+        _require_whole(self._env, path)
+        with self._env.begin() as transaction:
+            self.images = int(transaction.get(b"images", b"0"))
+            found = {name: transaction.get(name) for name in (b"format", b"inputs")}
+        if found == {b"format": None, b"inputs": None}:
+            meta = {"format": str(FORMAT), "inputs": inputs, "classes": json.dumps(list(classes)), "images": "0"}
+            self._write([(name.encode(), value.encode()) for name, value in meta.items()])
+        elif found != {b"format": str(FORMAT).encode(), b"inputs": inputs.encode()}:
+            raise UserError(f"{path} was begun from other images, or by another version: delete it, or build elsewhere")
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Add one chunk: CHUNK images, the last one as many as are left."""
+        values = [struct.pack("<i", record.label) + record.image for record in records]
+        pairs = [(image_key(self.images + offset), value) for offset, value in enumerate(values)]
+        pairs.append((digests_key(self.images), b"".join(xxh3_64_digest(value) for value in values)))
+        pairs.append((b"images", str(self.images + len(records)).encode()))
+        self._write(pairs)
+        self.images += len(records)
+
+    def _write(self, pairs: list[tuple[bytes, bytes]]) -> None:
+        """All of `pairs` or nothing, on disk when this returns."""
+        while True:
+            try:
+                with self._env.begin(write=True) as transaction:
+                    for key, value in pairs:
+                        transaction.put(key, value)
+                return
+            except lmdb.MapFullError:
+                self._env.set_mapsize(2 * self._env.info()["map_size"])
+            except lmdb.Error as error:
+                full = isinstance(error, lmdb.DiskError) or os.strerror(errno.ENOSPC) in str(error)
+                raise UserError(
+                    f"{self.path}: {'the disk is full' if full else error}: {self.images:,} images are safely written; "
+                    f"{'free some space' if full else 'mend that'}, then run the same command to go on"
+                ) from None
+
+    def close(self) -> None:
+        self._env.sync(True)
+        self._env.close()
+
+
+class LmdbSplit:
+    """One split, for reading: `split[index]` is a Record, `len(split)` the number of images.
+
+    The file is opened by the process that first reads from it and never crosses into another, forked or spawned. It is
+    read-only and takes no lock, so any number of processes may read it, on a read-only disk too. Every image is
+    compared with its checksum as it is read: DamagedImage where they differ.
+    """
+
+    def __init__(self, path: Path, classes: Sequence[str]) -> None:
+        """Raises UserError where the file is not whole; leaves it closed."""
+        self.path, self.classes = path, tuple(classes)
+        self._opened: _OpenFile | None = None
+        self._images = len(self._file.digests)
+        self.close()
+
+    def __len__(self) -> int:
+        return self._images
+
+    def __getitem__(self, index: int) -> Record:
+        file = self._file
+        value = file.get(image_key(index))
+        if value is None:
+            raise DamagedImage("is missing")
+        if xxh3_64_digest(value) != file.digests[index].tobytes():
+            raise DamagedImage("differs from its checksum")
+        return Record(_label(value), value[4:])
+
+    def name_of(self, index: int) -> str:
+        """An image's place and class in words, for messages; also where its label makes no sense."""
+        value = self._file.get(image_key(index))
+        label = _label(value) if value else -1
+        known = self.classes[label] if 0 <= label < len(self.classes) else "unknown"
+        return f"{self.path}, key {index} (class {known})"
+
+    def content_digest(self) -> str:
+        """sha256 over the checksums of all images in order: what the manifest holds."""
+        return sha256(self._file.digests.tobytes()).hexdigest()
+
+    def close(self) -> None:
+        """Give the file back; the next read opens it again."""
+        self._opened = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": None}
+
+    @property
+    def _file(self) -> "_OpenFile":
+        if self._opened is None or self._opened.owner != os.getpid():
+            self._opened = _open_once(self.path)
+        return self._opened
+
+
+class _OpenFile:
+    """An LMDB file as one process has it open."""
+
+    def __init__(self, path: Path) -> None:
+        self.owner = os.getpid()
+        try:
+            self.env = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
+            _require_whole(self.env, path)
+            # One transaction for good: nobody writes to a finished file, and its views of the file stay valid.
+            self.get = self.env.begin(buffers=True).get
+            images = int(bytes(self.get(b"images", b"0")))
+            chunks = [self.get(digests_key(first), b"") for first in range(0, images, CHUNK)]
+            self.digests = np.frombuffer(b"".join(chunks), np.uint8).reshape(images, DIGEST_BYTES)
+        except (lmdb.Error, ValueError) as error:
+            raise _damaged(path, error) from None
+
+
+_OPEN: WeakValueDictionary[str, _OpenFile] = WeakValueDictionary()
+
+
+def _open_once(path: Path) -> _OpenFile:
+    """The file, opened unless this process has it open: LMDB allows that once."""
+    if not path.is_file():
+        raise UserError(f"{path} is not there: make it with `{BUILD_COMMAND}`")
+    key = str(path.resolve())
+    file = _OPEN.get(key)
+    if file is not None and file.owner != os.getpid():  # inherited by a fork, and of no use here
+        file.env.close()
+        file = None
+    if file is None:
+        _OPEN[key] = file = _OpenFile(path)
+    return file
+
+
+def _label(value: memoryview) -> int:
+    return int.from_bytes(value[:4], "little", signed=True)
+
+
+def _require_whole(env: lmdb.Environment, path: Path) -> None:
+    """Raise UserError for a file shorter than its own account: touching a page that is missing kills the process."""
+    if path.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
+        raise _damaged(path, "its end is missing")
+
+
+def _damaged(path: Path, how: object) -> UserError:
+    return UserError(f"{path} is truncated or damaged ({how}): delete it, and {MANIFEST} beside it, then build again")
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write `manifest` as complete: after everything else, and in one step."""
+    temporary = folder / f"{MANIFEST}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, **manifest, "complete": True}, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished build, or None. Raises UserError for a damaged one, and for another format's."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        format_, complete = manifest["format"], manifest["complete"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): delete it, then run the build again") from None
+    if format_ != FORMAT:
+        raise UserError(f"{path} is of format {format_} and this program reads format {FORMAT}: build it again")
+    return manifest if complete else None
+
+
+def open_splits(folder: Path) -> tuple[LmdbSplit, LmdbSplit]:
+    """The training and the validation split of a finished build; UserError where it is not finished or not whole."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(
+            f"{folder} holds an unfinished build ({MANIFEST} is missing): run `{BUILD_COMMAND}` to finish it"
+        )
+    train, val = (LmdbSplit(folder / f"{name}.lmdb", manifest["classes"]) for name in SPLITS)
+    for split, name in ((train, "train"), (val, "val")):
+        if len(split) != manifest["splits"][name]["images"]:
+            raise UserError(
+                f"{split.path} holds {len(split):,} images and {MANIFEST} says "
+                f"{manifest['splits'][name]['images']:,}: they belong to different builds; build again"
+            )
+    return train, val

@@ -1,0 +1,75 @@
+"""Small trees of JPEGs laid out as ImageNet is, made of smooth noise so that resizing has something to do."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CLASSES = ("n01440764", "n01443537", "n01484850")
+
+
+def picture(seed: int, width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """A smooth random image with some fine noise."""
+    random = np.random.default_rng(seed)
+    channels = len(mode) if mode != "L" else 1
+    coarse = random.integers(0, 256, (max(2, height // 16), max(2, width // 16), channels), dtype=np.uint8)
+    bands = [Image.fromarray(coarse[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(channels)]
+    noisy = [
+        np.clip(np.asarray(band) + random.normal(0, 6, (height, width)), 0, 255).astype(np.uint8) for band in bands
+    ]
+    return Image.merge(mode, [Image.fromarray(band) for band in noisy])
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **settings: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **({"quality": 90} if kind == "JPEG" else {}) | settings)
+    return file.getvalue()
+
+
+def contents(count: int, seed: int = 0) -> list[bytes]:
+    """`count` JPEGs of varied sizes and kinds."""
+    random = np.random.default_rng(seed)
+    made = []
+    for index in range(count):
+        width, height = (int(n) for n in random.integers(40, 130, 2))
+        settings = [{}, {"subsampling": 0}, {"progressive": True}][index % 3]
+        made.append(encoded(picture(seed * 1000 + index, width, height), **settings))
+    return made
+
+
+def make_tree(root: Path, train: int = 8, val: int = 4) -> Path:
+    """train/<class>/* and val/<class>/*, so many images a class."""
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index, content in enumerate(contents(count, seed=label + (10 if split == "val" else 0))):
+                (folder / f"{name}_{index}.JPEG").write_bytes(content)
+    return root
+
+
+def make_tars(tree: Path, root: Path) -> Path:
+    """The images of `tree` as the official tar files: one tar of tars for train, one flat tar for val, and labels."""
+    root.mkdir()
+    with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
+        for folder in sorted((tree / "train").iterdir(), reverse=True):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as archive:
+                for path in folder.iterdir():
+                    archive.add(path, path.name)
+            member = tarfile.TarInfo(f"{folder.name}.tar")
+            member.size = inner.tell()
+            inner.seek(0)
+            outer.addfile(member, inner)
+    numbered = sorted((path for path in (tree / "val").glob("*/*")), key=lambda path: (path.name[-6], path.name))
+    with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as archive:
+        for number, path in enumerate(numbered, start=1):
+            archive.add(path, f"ILSVRC2012_val_{number:08}.JPEG")
+    names = [path.parent.name for path in numbered]
+    (root / "labels.csv").write_text(
+        "ImageId,PredictionString\n"
+        + "".join(f"ILSVRC2012_val_{n:08},{name} 1 2 3 4 \n" for n, name in enumerate(names, 1))
+    )
+    return root

@@ -1,0 +1,75 @@
+"""The run folder: lines that a resumed run repeats, results that cannot be half written, TensorBoard."""
+
+import json
+
+import pytest
+import torch
+
+from engine.config import RunConfig, load_config
+from engine.distributed import World
+from engine.errors import UserError
+from engine.run_record import RunRecord, read_result
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture
+def config(tmp_path) -> RunConfig:
+    (tmp_path / "c.yaml").write_text("{table: t, row: r, global_batch: 8, optimizer: {name: sgd, lr: 0.1}}")
+    return load_config(RunConfig, tmp_path / "c.yaml")
+
+
+def lines(record: RunRecord) -> list[int]:
+    return [json.loads(line)["update"] for line in (record.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rewinding_drops_what_will_be_repeated(config, tmp_path):
+    record = RunRecord(config, tmp_path / "run", ALONE)
+    record.metrics("train", 1, loss=2.0)
+    position = record.position()
+    record.metrics("train", 2, loss=1.0)
+    record.rewind(position)
+    assert lines(record) == [1] and record.wall_s >= position["wall_s"] > 0
+    record.metrics("train", 2, loss=1.0)
+    assert lines(record) == [1, 2]
+    record.rewind(None)
+    assert lines(record) == []
+
+
+def test_only_a_finished_run_is_complete(config, tmp_path):
+    record = RunRecord(config, tmp_path / "run", ALONE)
+    record.environment(world_size=1)
+    assert not record.complete and read_result(record.folder) is None
+    record.finish(final=1.0)
+    assert record.complete and read_result(record.folder)["complete"] is True
+    (record.folder / "result.json").write_text('{"final": ')
+    with pytest.raises(UserError, match="delete the file to run this cell again"):
+        read_result(record.folder)
+
+
+def test_the_environment_keeps_that_of_the_earlier_part(config, tmp_path):
+    record = RunRecord(config, tmp_path / "run", ALONE)
+    for world_size in (1, 2, 4):
+        record.environment(world_size=world_size)
+    environment = json.loads((record.folder / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__ and environment["device"] and environment["command"]
+    assert [part["recipe"]["world_size"] for part in (environment, *environment["resumed_from"])] == [4, 1, 2]
+
+
+def test_tensorboard_gets_the_same_numbers(config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    record = RunRecord(config, tmp_path / "run", ALONE, tensorboard=True)
+    record.metrics("train", 50, loss=2.5, note="words")
+    record.finish(final=1.0)
+    board = EventAccumulator(str(record.folder / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(50, 2.5)]
+
+
+def test_other_ranks_write_nothing(config, tmp_path):
+    record = RunRecord(config, tmp_path / "run", World(1, 1, 1, torch.device("cpu")))
+    record.say("x")
+    record.metrics("train", 1, loss=1.0)
+    record.environment(world_size=2)
+    record.finish(final=1.0)
+    assert not record.folder.exists() and record.position() == {}

@@ -1,0 +1,347 @@
+"""The LMDB of ImageNet: what is built is what was there, and every way of breaking it is noticed."""
+
+import fcntl
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+from imagenet_images import CLASSES, encoded, make_tars, make_tree, picture
+from scipy.io import savemat
+
+from classification import imagenet_lmdb
+from classification.imagenet_lmdb import LmdbSplit, SplitWriter, open_splits, read_manifest
+from classification.prepare_imagenet import build, main, verify
+from engine.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return make_tree(tmp_path_factory.mktemp("imagenet") / "tree")
+
+
+@pytest.fixture(scope="module")
+def built(tree, tmp_path_factory):
+    out = tmp_path_factory.mktemp("imagenet_built") / "lmdb"
+    build(tree, out)
+    return out
+
+
+@pytest.fixture
+def copy(built, tmp_path):
+    return shutil.copytree(built, tmp_path / "copy")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(imagenet_lmdb, "CHUNK", 4)
+    monkeypatch.setattr("classification.prepare_imagenet.CHUNK", 4)
+
+
+def records(split):
+    return [(record.label, bytes(record.image)) for record in (split[index] for index in range(len(split)))]
+
+
+def expected(tree, split):
+    return [
+        (label, path.read_bytes())
+        for label, name in enumerate(CLASSES)
+        for path in sorted((tree / split / name).iterdir())
+    ]
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "classification.prepare_imagenet", *map(str, arguments)]
+
+
+def test_holds_the_untouched_files_and_their_labels(tree, built):
+    train, val = open_splits(built)
+    assert records(train) == expected(tree, "train")
+    assert records(val) == expected(tree, "val")
+    manifest = read_manifest(built)
+    assert (manifest["complete"], manifest["classes"]) == (True, list(CLASSES))
+    assert {name: split["images"] for name, split in manifest["splits"].items()} == {"train": 24, "val": 12}
+    assert verify(built, decode=True) == []
+
+
+def test_counts_other_than_imagenets_are_mentioned_and_allowed(tree, tmp_path):
+    done = subprocess.run(command("build", tree, tmp_path / "out"), capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "24 training and 12 validation images in 3 classes" in done.stderr
+    assert "1,281,167 training and 50,000 validation images in 1,000 classes" in done.stderr
+    done = subprocess.run(command("verify", tmp_path / "out", "--decode"), capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"{tmp_path / 'out'}: whole")
+
+
+def test_building_again_changes_nothing(tree, copy):
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    build(tree, copy)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
+def test_tar_files_give_the_same_as_the_folders(tree, built, tmp_path):
+    tars = make_tars(tree, tmp_path / "tars")
+    (tars / "labels.csv").rename(tars / "LOC_val_solution.csv")
+    build(tars, tmp_path / "out")
+    train, val = open_splits(tmp_path / "out")
+    assert records(train) == expected(tree, "train")
+    assert sorted(records(val)) == sorted(expected(tree, "val"))
+
+
+@pytest.mark.parametrize("place", ["packed", "loose", "options"])
+def test_flat_val_with_the_official_ground_truth(tree, tmp_path, place):
+    source = tmp_path / "source"
+    shutil.copytree(tree / "train", source / "train")
+    (source / "val").mkdir()
+    ids = {1: CLASSES[2], 2: CLASSES[0], 3: CLASSES[1]}  # not in sorted order, as in the original
+    truth = [3, 1, 1, 2]
+    images = [encoded(picture(seed, 50, 50)) for seed in range(4)]
+    for number, image in enumerate(images, start=1):
+        (source / "val" / f"ILSVRC2012_val_{number:08}.JPEG").write_bytes(image)
+    kit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
+    kit.mkdir(parents=True)
+    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{one}\n" for one in truth))
+    fields = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("num_children", "f8")]
+    inner_nodes = [(4, "n00001740", 2)]
+    synsets = np.array([(one, name, 0) for one, name in ids.items()] + inner_nodes, dtype=fields)
+    savemat(kit / "meta.mat", {"synsets": synsets[:, None]})
+    options = []
+    if place == "packed":
+        with tarfile.open(source / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as archive:
+            archive.add(kit.parent, "ILSVRC2012_devkit_t12")
+    elif place == "loose":
+        shutil.copytree(kit.parent, source / kit.parent.name)
+    else:
+        (tmp_path / "ids.txt").write_text("\n".join(ids.values()))
+        truth_file = kit / "ILSVRC2012_validation_ground_truth.txt"
+        options = ["--val-labels", str(truth_file), "--ids", str(tmp_path / "ids.txt")]
+    assert main(["build", str(source), str(tmp_path / "out"), *options]) == 0
+    _, val = open_splits(tmp_path / "out")
+    assert records(val) == [(CLASSES.index(ids[one]), image) for one, image in zip(truth, images, strict=True)]
+
+
+def test_labels_that_do_not_fit_are_refused(tree, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tree / "train", source / "train")
+    (source / "val").mkdir()
+    (source / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(encoded(picture(0, 50, 50)))
+    with pytest.raises(UserError, match="tells the classes of the validation images"):
+        build(source, tmp_path / "out")
+    truth = source / "ILSVRC2012_validation_ground_truth.txt"
+    truth.write_text("1\n2\n")
+    with pytest.raises(UserError, match="2 validation labels for 1 images"):
+        build(source, tmp_path / "out")
+    truth.write_text("1\n")
+    with pytest.raises(UserError, match=r"meta\.mat .* is not below"):
+        build(source, tmp_path / "out")
+    (source / "LOC_val_solution.csv").write_text("ILSVRC2012_val_00000001,n99999999 1 2\n")
+    truth.unlink()
+    with pytest.raises(UserError, match="the class 'n99999999', which the training images have not"):
+        build(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda root: shutil.rmtree(root / "train"), "neither a folder train/ nor ILSVRC2012_img_train.tar"),
+        (lambda root: shutil.rmtree(root / "val"), "val is not there"),
+        (lambda root: (root / "val" / "n09999999").mkdir(), "holds no image"),
+        (lambda root: (root / "val" / CLASSES[0]).rename(root / "val" / "other"), "the class 'other'"),
+    ],
+)
+def test_incomplete_sources_are_named(tree, tmp_path, break_it, message):
+    source = shutil.copytree(tree, tmp_path / "source")
+    break_it(source)
+    with pytest.raises(UserError, match=message):
+        build(source, tmp_path / "out")
+
+
+def test_truncated_tar_is_named(tree, tmp_path):
+    tars = make_tars(tree, tmp_path / "tars")
+    path = tars / "ILSVRC2012_img_train.tar"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"ILSVRC2012_img_train\.tar is truncated"):
+        build(tars, tmp_path / "out")
+
+
+def test_map_grows_from_smaller_than_one_chunk(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr("classification.prepare_imagenet.SplitWriter", lambda *a: SplitWriter(*a, map_size=16384))
+    build(tree, tmp_path / "out")
+    assert records(open_splits(tmp_path / "out")[0]) == expected(tree, "train")
+
+
+def build_until(moment, tree, out):
+    """Build in a process that kills itself at the call of that number; its exit status."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    calls = iter(range(moment))
+
+    def counted(function):
+        def call(*arguments):
+            if next(calls, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+
+        return call
+
+    writer, module = imagenet_lmdb.SplitWriter, "classification.prepare_imagenet"
+    for owner, name in ((writer, "_write"), (writer, "append"), (writer, "close"), (imagenet_lmdb.os, "replace")):
+        setattr(owner, name, counted(getattr(owner, name)))
+    for name in ("write_manifest", "_read"):
+        setattr(sys.modules[module], name, counted(getattr(sys.modules[module], name)))
+    build(tree, out)
+    os._exit(0)
+
+
+def test_killed_again_and_again_it_ends_with_the_same(tree, built, tmp_path, small_chunks):
+    """Killed at ten random moments, each build going on where the one before was killed."""
+    out = tmp_path / "out"
+    for moment in random.Random(0).choices(range(3, 7), k=10):
+        assert build_until(moment, tree, out) == -signal.SIGKILL
+        with pytest.raises(UserError, match=r"unfinished build|is not there"):
+            open_splits(out)
+    build(tree, out)
+    for whole, ours in zip(open_splits(built), open_splits(out), strict=True):
+        assert records(whole) == records(ours)
+        assert len(ours) == len(whole)
+    assert read_manifest(out)["splits"]["train"]["images"] == 24
+    assert verify(out) == []
+
+
+def test_killed_at_any_time_it_continues(tree, tmp_path):
+    """The same by the clock, without looking inside."""
+    out = tmp_path / "out"
+    for delay in (0.9, 1.3):
+        process = subprocess.Popen(command("build", tree, out), stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+    build(tree, out)
+    assert verify(out) == []
+
+
+def test_does_not_continue_with_other_images(tree, tmp_path, small_chunks):
+    other = shutil.copytree(tree, tmp_path / "other")
+    assert build_until(6, tree, tmp_path / "out") == -signal.SIGKILL
+    (other / "train" / CLASSES[0] / f"{CLASSES[0]}_0.JPEG").rename(other / "train" / CLASSES[0] / "new.JPEG")
+    with pytest.raises(UserError, match=r"train\.lmdb was begun from other images"):
+        build(other, tmp_path / "out")
+
+
+def test_does_not_touch_a_finished_build_of_other_images(tree, copy, tmp_path):
+    other = shutil.copytree(tree, tmp_path / "other")
+    next((other / "val" / CLASSES[1]).iterdir()).unlink()
+    with pytest.raises(UserError, match="already holds other images"):
+        build(other, copy)
+
+
+def test_two_builds_into_one_folder(tree, tmp_path):
+    with open(tmp_path / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = subprocess.run(command("build", tree, tmp_path), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "another build is running in this folder" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_disk_that_refuses_more_is_one_line_and_the_build_goes_on_later(tree, tmp_path):
+    """A limit on the size of files stands in for the full disk: the system refuses the write in the same place."""
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    done = subprocess.run(command("build", tree, tmp_path), capture_output=True, text=True, preexec_fn=limited)
+    assert done.returncode == 2, done.stderr
+    assert "run the same command to go on" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    build(tree, tmp_path)
+    assert verify(tmp_path) == []
+
+
+def flip(path, needle, offset):
+    """Flip one bit `offset` bytes after the only place where `needle` stands in the file."""
+    content = bytearray(path.read_bytes())
+    at = content.index(needle)
+    assert content.find(needle, at + 1) < 0
+    content[at + offset] ^= 1
+    path.write_bytes(content)
+
+
+def test_flipped_bit_is_found_and_named(tree, copy):
+    image = expected(tree, "train")[9][1]
+    flip(copy / "train.lmdb", image[:400], 300)
+    bad = verify(copy)
+    assert bad == [f"{copy}/train.lmdb, key 9 (class {CLASSES[1]}) differs from its checksum"]
+    done = subprocess.run(command("verify", copy), capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()) == (1, [*bad, f"{copy}: 1 damaged"])
+
+
+def test_decode_names_what_is_no_image(tree, tmp_path):
+    source = shutil.copytree(tree, tmp_path / "source")
+    (source / "val" / CLASSES[2] / f"{CLASSES[2]}_1.JPEG").write_bytes(b"not an image")
+    build(source, tmp_path / "out")
+    assert verify(tmp_path / "out") == []
+    (bad,) = verify(tmp_path / "out", decode=True)
+    assert bad.startswith(f"{tmp_path}/out/val.lmdb, key 9 (class {CLASSES[2]}) is no image")
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.95])
+def test_truncated_file_is_refused(copy, share):
+    path = copy / "train.lmdb"
+    os.truncate(path, int(share * path.stat().st_size))
+    with pytest.raises(UserError, match=r"train\.lmdb is truncated or damaged"):
+        open_splits(copy)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": 1}', "[]"])
+def test_damaged_manifest_is_refused(copy, content):
+    (copy / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        open_splits(copy)
+
+
+def test_manifest_without_its_mark_missing_or_of_another_build_is_refused(copy):
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for changed, message in (
+        ({"complete": False}, "unfinished build"),
+        ({"format": 2}, "is of format 2"),
+        ({"splits": manifest["splits"] | {"val": {"images": 11}}}, "belong to different builds"),
+    ):
+        path.write_text(json.dumps(manifest | changed))
+        with pytest.raises(UserError, match=message):
+            open_splits(copy)
+    path.unlink()
+    with pytest.raises(UserError, match="unfinished build"):
+        open_splits(copy)
+
+
+def test_split_never_crosses_into_another_process(built):
+    train, _ = open_splits(built)
+    first = records(train)  # the file is open here now
+    assert len(pickle.dumps(train)) < 2000
+    assert records(pickle.loads(pickle.dumps(train))) == first
+    receive, send = os.pipe()
+    if (child := os.fork()) == 0:
+        same = records(train) == first and train._opened.owner == os.getpid()
+        os.write(send, b"same" if same else b"different")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert io.FileIO(receive).read(9) == b"same"
+
+
+def test_read_only_folder_without_a_lock_file(built):
+    before = set(os.listdir(built))
+    records(LmdbSplit(built / "train.lmdb", CLASSES))
+    assert set(os.listdir(built)) == before == {"train.lmdb", "val.lmdb", "manifest.json", ".lock"}
