@@ -1,4 +1,4 @@
-"""Training images per second on CIFAR, end to end: classification/train.py against two baselines in the same process.
+"""Training images per second on CIFAR, end to end: classification/train.py against two baselines, in turn.
 
     python -m benchmarks.cifar_throughput [--depth 110] [--batch 128] [--precision fp32,bf16] [--device cuda] ...
 
@@ -7,18 +7,21 @@
     bare loop   forward, backward and torch's fused SGD on one fixed batch, at the same precision and memory format:
                 what is left when everything but the network is taken away, so the ceiling
     plain way   what most scripts do: NCHW, fp32, torchvision's transforms on PIL images in a DataLoader with 2 workers,
-                and a single-tensor Apollo
+                and a single-tensor Apollo; in a process of its own, as train.py sets up the process it runs in (on the
+                CPU, glibc's allocator: engine/allocator.py)
 
 All run `--updates` updates a round, in turn, the order reversed every other round, so that a busy moment of the machine
 does not fall on one of them alone. The images are noise of CIFAR's size, or those of `--data ROOT` (train/<class>/*).
 """
 
 import argparse
+import multiprocessing
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +64,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         images = Path(scratch) / "images"
         make_images(images, options.updates * options.batch, options.data)
-        contenders = {"plain way, fp32": plain_way(images, options, world)}
+        contenders = {"plain way, fp32": in_a_process_of_its_own(plain_way, images, options)}
         for precision in options.precision.split(","):
             contenders[f"bare loop, {precision}"] = bare_loop(precision, options, world)
             contenders[f"train.py, {precision}"] = train_loop(images, precision, options, world, Path(scratch))
@@ -164,6 +167,34 @@ def plain_way(images: Path, options: argparse.Namespace, world: World) -> Conten
             optimizer.step()
 
     return updates
+
+
+def in_a_process_of_its_own(make: Callable[..., Contender], images: Path, options: argparse.Namespace) -> Contender:
+    """`make(images, options, world)` in a child that idles between rounds."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    spawn.Process(target=_serve, args=(theirs, make, images, options)).start()
+    theirs.close()  # the child ends when ours is closed
+
+    def updates(count: int) -> None:
+        ours.send(count)
+        ours.recv()
+
+    return updates
+
+
+def _serve(pipe: Connection, make: Callable[..., Contender], images: Path, options: argparse.Namespace) -> None:
+    world = setup(options.device)
+    torch.manual_seed(0)
+    updates = make(images, options, world)
+    while True:
+        try:
+            count = pipe.recv()
+        except EOFError:
+            return
+        updates(count)
+        synchronize(world)
+        pipe.send("done")
 
 
 def measure(contenders: dict[str, Contender], options: argparse.Namespace, world: World) -> dict[str, list[float]]:
