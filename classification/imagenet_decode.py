@@ -25,6 +25,7 @@ from torch.nn.functional import interpolate
 from classification.imagenet_lmdb import DamagedImage
 
 BASELINE, PROGRESSIVE, START_OF_SCAN = (0xC0, 0xC1), (0xC2,), 0xDA  # markers of a JPEG's sections
+END_OF_IMAGE = b"\xff\xd9"
 ROWS_BELOW = 2  # that smooth chroma upsampling looks at
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of the random crop: its share of the area, its width to its height
 
@@ -79,17 +80,20 @@ def fast(image: bytes | memoryview, choose: Choose, size: int) -> Tensor:
     """uint8 [size, size, 3], nearly as `exact`. DamagedImage where it is no image."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
-        if colours in ("CMYK", "YCCK"):
-            return exact(image, choose, size)
-        view = choose(width, height)
-        left, top, right, bottom = view.box
-        image, rows = _cut(image, height, min(bottom + ROWS_BELOW, height))
-        reduction = min((right - left) / view.resized[0], (bottom - top) / view.resized[1])
-        least = (math.ceil(2 * rows / reduction), math.ceil(2 * width / reduction)) if reduction >= 4 else (0, 0)
-        # Where the file was cut, what is left of it counts as a recoverable error.
-        pixels = simplejpeg.decode_jpeg(image, min_height=least[0], min_width=least[1], strict=rows == height)
     except ValueError:
         return exact(image, choose, size)
+    view = choose(width, height)
+    left, top, right, bottom = view.box
+    part, rows = _cut(image, height, min(bottom + ROWS_BELOW, height))
+    reduction = min((right - left) / view.resized[0], (bottom - top) / view.resized[1])
+    least = (math.ceil(2 * rows / reduction), math.ceil(2 * width / reduction)) if reduction >= 4 else (0, 0)
+    try:
+        if colours in ("CMYK", "YCCK"):
+            raise ValueError("of no colours that are converted here")
+        # Where the file was cut, what is left of it counts as a recoverable error.
+        pixels = simplejpeg.decode_jpeg(part, min_height=least[0], min_width=least[1], strict=rows == height)
+    except ValueError:
+        return exact(image, lambda *_: view, size)
     if pixels.shape[1] != width:
         scale = round(8 * pixels.shape[1] / width) / 8  # libjpeg scales by eighths, and rounds the size up
         left, top, right, bottom = (round(edge * scale) for edge in view.box)
@@ -105,10 +109,12 @@ def fast(image: bytes | memoryview, choose: Choose, size: int) -> Tensor:
 def _cut(image: bytes | memoryview, height: int, rows: int) -> tuple[bytes | memoryview | bytearray, int]:
     """A JPEG of `height` rows declared to be `rows` high, so that decoding stops there; and the rows that it now has.
 
-    Only a file whose rows lie in it from top to bottom can be cut: a progressive one is returned as it is.
+    Only a file whose rows lie in it from top to bottom can be cut: a progressive one is returned as it is. So is one
+    without an end, for the decoder to complain.
     """
     position = 2
-    while rows < height and image[position] == 0xFF:
+    whole = rows == height or bytes(image[-2:]) != END_OF_IMAGE
+    while not whole and image[position] == 0xFF:
         marker, length = image[position + 1], int.from_bytes(image[position + 2 : position + 4], "big")
         if marker in BASELINE:  # the frame's header: length, precision, height, width, ...
             cut = bytearray(image)

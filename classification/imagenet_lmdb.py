@@ -10,9 +10,9 @@ were: what decodes them is the reader's choice, and nothing is lost. Beside them
 Images, checksums and count change in one transaction, so a build that is killed continues where it was.
 """
 
-import errno
 import json
 import os
+import shutil
 import struct
 from collections.abc import Sequence
 from hashlib import sha256
@@ -100,7 +100,8 @@ class SplitWriter:
             except lmdb.MapFullError:
                 self._env.set_mapsize(2 * self._env.info()["map_size"])
             except lmdb.Error as error:
-                full = isinstance(error, lmdb.DiskError) or os.strerror(errno.ENOSPC) in str(error)
+                # LMDB calls a write that the disk took only half of an input/output error.
+                full = shutil.disk_usage(self.path.parent).free < sum(len(value) for _, value in pairs)
                 raise UserError(
                     f"{self.path}: {'the disk is full' if full else error}: {self.images:,} images are safely written; "
                     f"{'free some space' if full else 'mend that'}, then run the same command to go on"

@@ -26,7 +26,7 @@ def require_apex(name: str, device: torch.device) -> None:
     except ImportError as error:
         raise UserError(
             f"precision={name} needs an NVIDIA apex that still has amp and parallel ({error}): removed in April 2025 "
-            f"(pull request 1896), so build its tag 24.04.01 or 23.05 from source (the package index's apex is "
+            f"(pull request 1896), so build an older tag, such as 23.05, from source (the package index's apex is "
             f"another project), or {instead}"
         ) from None
 

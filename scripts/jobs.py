@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
@@ -67,38 +68,45 @@ def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[st
     return Job(table, config, placed, settings.model_dump(mode="json"), folder, complete)
 
 
-def run(command: Sequence[str], watch: Callable[[], None] | None = None, **settings: Any) -> int:
-    """Run `command` to its end and return its exit status, 128 + the number for one ended by a signal.
+def run(*commands: Sequence[str], watch: Callable[[], None] = lambda: None, **settings: Any) -> int:
+    """Run `commands` side by side to their end; 0, or the exit status of the first to fail, which stops the others.
 
-    SIGINT, SIGTERM and SIGHUP are handed on, and the child is waited for: it saves before it ends. It has a session of
-    its own, as a terminal would otherwise send Ctrl-C to it a second time. `watch` is called every half second.
-    `settings` go to subprocess.Popen.
+    SIGINT, SIGTERM and SIGHUP are handed on, and the children waited for: they save before they end. Each has a session
+    of its own, as a terminal would otherwise send Ctrl-C to it a second time. The status is 128 + the number where a
+    signal ended it. `watch` is called twice a second; `settings` go to subprocess.Popen.
     """
-    child: subprocess.Popen | None = None
+    children: list[subprocess.Popen] = []
     received: list[int] = []
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
+    def hand_on(number: int, frame: FrameType | None = None) -> None:
         received.append(number)
-        if child is not None:
+        for child in children:
             child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, hand_on) for number in numbers}
+    status = 0
     try:
-        child = subprocess.Popen(command, start_new_session=True, **settings)
-        if received:  # before there was a child to hand it on to
-            child.terminate()
-        while True:
-            try:
-                status = child.wait(timeout=0.5 if watch else None)
-                break
-            except subprocess.TimeoutExpired:
-                watch()
+        for command in commands:
+            if not received:
+                children.append(subprocess.Popen(command, start_new_session=True, **settings))
+        while running := [child for child in children if child.poll() is None]:
+            watch()
+            with suppress(subprocess.TimeoutExpired):
+                running[0].wait(timeout=0.5)
+            if not status and (status := _first_failure(children)):
+                for child in children:
+                    child.terminate()  # nothing, to one that has ended
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if received and status:
+    if received and (status or len(children) < len(commands)):
         return 128 + received[0]  # what torchrun ends with then is its own
-    return status if status >= 0 else 128 - status
+    return status
+
+
+def _first_failure(children: Sequence[subprocess.Popen]) -> int:
+    statuses = (child.poll() or 0 for child in children)
+    return next((status if status > 0 else 128 - status for status in statuses if status), 0)

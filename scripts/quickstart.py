@@ -3,12 +3,14 @@
     bash scripts/quickstart.sh [--task classification] [--seeds "1 101"] [--runs FOLDER] [key=value ...]
 
 It takes the way of the paper's tables: each run is a `python -m <task>.train` of a config of its own, complete runs are
-skipped and unfinished ones resumed.
+skipped and unfinished ones resumed. The seeds of one method train side by side.
 """
 
+import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -35,16 +37,19 @@ def main(arguments: list[str]) -> int:
     started = time.monotonic()
     table, rows = EXPERIMENTS[options.task]
     configs = [CONFIGS / table / f"{row}.yaml" for row in rows]
-    jobs = [plan(table, config, seed, options.runs, options.overrides) for config in configs for seed in options.seeds]
-    with tqdm(total=sum(job.settings["epochs"] for job in jobs), unit="epoch", disable=None) as bar:
-        for number, job in enumerate(jobs, start=1):
-            name = f"{number}/{len(jobs)} {job.settings['row']}, seed {job.settings['seed']}"
-            bar.set_description(name)
+    jobs = {
+        config: [plan(table, config, seed, options.runs, options.overrides) for seed in options.seeds]
+        for config in configs
+    }
+    epochs = sum(job.settings["epochs"] for of_config in jobs.values() for job in of_config)
+    with tqdm(total=epochs, unit="epoch", disable=None) as bar:
+        for config, of_config in jobs.items():
+            bar.set_description(f"{config.stem}, seeds {' '.join(map(str, options.seeds))}")
             if bar.disable:
-                print(f"[{name}]", file=sys.stderr, flush=True)
-            if status := train(job, bar):
+                print(config.stem, file=sys.stderr, flush=True)
+            if status := train(of_config, bar):
                 return status
-    runs, _ = read_runs(*sorted({job.folder.parent for job in jobs}))
+    runs, _ = read_runs(*sorted({job.folder.parent for of_config in jobs.values() for job in of_config}))
     curves = options.runs / table / "curves.png"
     plot_curves(runs, curves)
     print(f"\n{report(table, runs)}\n")
@@ -52,22 +57,23 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def train(job: Job, bar: tqdm) -> int:
-    """Train to the end while `bar` follows the epochs. What the training prints is shown only if it fails."""
+def train(jobs: Sequence[Job], bar: tqdm) -> int:
+    """Train all `jobs` side by side while `bar` follows their epochs. What they print is shown only if one fails."""
     start = bar.n
 
     def follow() -> None:
-        bar.update(start + len(read_epochs(job.folder / "metrics.jsonl", problems=[])) - bar.n)
+        done = sum(len(read_epochs(job.folder / "metrics.jsonl", problems=[])) for job in jobs)
+        bar.update(start + done - bar.n)
 
-    if not job.complete:
-        with tempfile.TemporaryFile("w+") as output:
-            if status := run(job.command(), follow, stdout=output, stderr=output):
-                output.seek(0)
-                bar.write(
-                    f"{output.read()}{job.folder}: ended with exit status {status}; the same command carries on",
-                    file=sys.stderr,
-                )
-                return status
+    # Each has its share of the cores: more threads than cores would spend their time waiting for one another.
+    threads = min(4, max(1, (os.cpu_count() or 1) // len(jobs)))  # small networks gain nothing from more than four
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    commands = [job.command() for job in jobs if not job.complete]
+    with tempfile.TemporaryFile("w+") as output:
+        if status := run(*commands, watch=follow, env=environment, stdout=output, stderr=output):
+            output.seek(0)
+            bar.write(f"{output.read()}exit status {status}; the same command carries on", file=sys.stderr)
+            return status
     follow()
     return 0
 

@@ -142,7 +142,7 @@ def test_asked_to_stop_it_saves_first(config, uninterrupted, tmp_path, number, s
 
 
 def test_two_ranks_are_one_rank_with_two_passes(config, tmp_path):
-    """The same global batches and the same BatchNorm batches: the loss curves agree to rounding; every image is counted once."""
+    """The same global batches and BatchNorm batches: the loss curves agree to rounding; every image is counted once."""
     ours = ["epochs=1", "optimizer={name: sgd, lr: 0.05, momentum: 0.9}"]
     two = run(config, tmp_path / "two", *ours, ranks=2)
     one = run(config, tmp_path / "one", *ours, "accumulation=2")

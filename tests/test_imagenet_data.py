@@ -1,6 +1,7 @@
 """ImageNet's decoders against torchvision, and its batches: the same whoever makes them, each image once."""
 
 import io
+from functools import partial
 from random import Random
 
 import numpy as np
@@ -13,6 +14,7 @@ from torchvision.transforms import functional
 
 from classification.imagenet_data import MEAN, STD, ImageNetData
 from classification.imagenet_decode import DECODERS, central_view, exact, fast, random_view
+from classification.imagenet_lmdb import DamagedImage
 from classification.prepare_imagenet import build
 from engine.errors import UserError
 from engine.seed import derive
@@ -91,6 +93,26 @@ def test_fast_stops_below_the_view_without_a_trace(settings, restart):
     for top in range(0, 150 - SIZE, 7):
         view = random_view(1, 1, SIZE, Random(0))._replace(box=(40, top, 40 + SIZE, top + SIZE))
         assert np.array_equal(fast(content, lambda *_, view=view: view, SIZE), whole[top : top + SIZE, 40 : 40 + SIZE])
+
+
+@pytest.mark.parametrize("settings", [{}, {"progressive": True}])
+def test_truncated_image_is_noticed_wherever_the_view_lies(settings):
+    content = encoded(picture(13, 120, 150), **settings)
+    for decode in DECODERS.values():
+        for top in (0, 100):
+            view = random_view(1, 1, SIZE, Random(0))._replace(box=(0, top, SIZE, top + SIZE))
+            with pytest.raises(DamagedImage, match="cannot be decoded"):
+                decode(content[: len(content) * 2 // 3], lambda *_, view=view: view, SIZE)
+
+
+@pytest.mark.parametrize("kind", ["cmyk", "png", "warns"])
+def test_what_fast_leaves_to_exact_is_drawn_once(kind):
+    content = KINDS.get(kind) or KINDS["rgb"].replace(b"\xff\xda", b"\x00\x00\xff\xda", 1)  # stray bytes
+    for seed in range(5):
+        one, other = (
+            decode(content, partial(random_view, size=SIZE, random=Random(seed)), SIZE) for decode in (fast, exact)
+        )
+        assert (one.int() - other.int()).abs().float().mean() < 0.6
 
 
 def test_random_view_has_torchvisions_distribution():
