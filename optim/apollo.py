@@ -34,6 +34,9 @@ REBOUNDS = ("constant", "belief")
 
 
 class Apollo(Optimizer):
+    # torch.amp.GradScaler then leaves dividing by its scale, and skipping the step, to the step: grad_scale, found_inf.
+    _step_supports_amp_scaling = True
+
     @override
     def __init__(
         self,
@@ -135,8 +138,8 @@ class Apollo(Optimizer):
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["hessian"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         if belief and "sigma" not in state:
-            # The bound of the step before, from which d is computed again. Before the first step m = 0, and any positive
-            # bound gives d = 0.
+            # The bound of the step before, from which d is computed again. Before the first step m = 0, so that any
+            # positive bound gives d = 0.
             state["sigma"] = torch.full((), group["sigma"], dtype=dtype, device=param.device)
         if group["weight_decay"] != 0 and group["weight_decay_type"] != "L2" and "direction" not in state:
             # A new parameter, or a weight decay that was zero until now: from here on d has to be remembered.
@@ -154,6 +157,8 @@ class Apollo(Optimizer):
                 loss = closure()
 
         for group in self.param_groups:
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing() and not group["capturable"]:
+                raise RuntimeError("Apollo: a step captured in a CUDA graph needs capturable=True")
             params: list[Tensor] = []
             grads: list[Tensor] = []
             exp_avgs: list[Tensor] = []
@@ -223,7 +228,10 @@ Apollo.__doc__ = r"""Apollo, an adaptive parameter-wise diagonal quasi-Newton me
         weight_decay_type: "L2", "decoupled" or "stable". The last two keep a third state tensor (if weight_decay != 0).
         rebound: "constant" or "belief", the rule that bounds the curvature from below.
         maximize: ascend instead of descend.
-        foreach: step over lists of tensors (True), tensor by tensor (False), or as fits (None).
+        foreach: step over lists of tensors (True) or tensor by tensor (False).
+        fused: one native call (CPU, compiled at first use) or a few Triton launches (CUDA) for all tensors, where the
+            dtype is supported: float32, bfloat16, float16, and float64 on the CPU; foreach where not.
+            With foreach and fused both None, fused where there is one.
         capturable: keep every scalar on the device, so that the step can be captured in a CUDA graph or compiled whole.
 
     State, per parameter: `step`, `exp_avg` and `hessian`, and `direction` or `sigma` where they are needed. It is
@@ -380,7 +388,7 @@ def _fused_step(device: torch.device, dtype: torch.dtype) -> Callable[..., None]
 
 
 def _counts_on_device(group: dict[str, Any], param: Tensor) -> bool:
-    """Whether the count of steps lives beside the parameter, where a graph or a fused step finds it; else on the CPU."""
+    """Whether the count of steps lives on the parameter's device, for a graph or a fused step; else on the CPU."""
     wants_fused = group["fused"] or (group["fused"] is None and group["foreach"] is None)
     return group["capturable"] or bool(
         param.device.type == "cuda" and wants_fused and _fused_step(param.device, param.dtype)
@@ -410,6 +418,8 @@ def _check_settings(settings: dict[str, Any]) -> None:
         "init_lr": (lambda x: x >= 0, ">= 0"),
         "weight_decay": (lambda x: x >= 0, ">= 0"),
     }
+    if settings["foreach"] and settings["fused"]:
+        raise ValueError("foreach and fused cannot both be True")
     for name, (holds, rule) in rules.items():
         value = settings[name]
         number = isinstance(value, Real) and not isinstance(value, bool) or (name == "lr" and isinstance(value, Tensor))

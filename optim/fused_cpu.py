@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .layout import lay_out_like
 from .sharded import ProcessGroups, join_sums
@@ -107,6 +108,7 @@ def _fused_cpu_apollo(
             torch.get_num_threads(),
         )
 
+    increment_version(params)  # written to behind autograd's back
     if not any(shards):
         run(SUM | UPDATE | DIRECTION if stable else SUM | UPDATE)
         return

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .layout import lay_out_like
 from .sharded import ProcessGroups, join_sums
@@ -165,8 +166,9 @@ def _join(table, partials, sums, JOIN: tl.constexpr):
 
 @triton.jit
 def _scalars(
-    table, partials, sums, scalars, lr, init_lr, warmup, log_beta, one_minus_beta, eps, norm_eps, sigma, decay, found_inf,
-    LR_TENSOR: tl.constexpr, BELIEF: tl.constexpr, SHARDED: tl.constexpr, FOUND_INF: tl.constexpr, JOIN: tl.constexpr,
+    table, partials, sums, scalars, lr, init_lr, warmup, log_beta, one_minus_beta, eps, norm_eps, sigma, decay,
+    found_inf, LR_TENSOR: tl.constexpr, BELIEF: tl.constexpr, SHARDED: tl.constexpr, FOUND_INF: tl.constexpr,
+    JOIN: tl.constexpr,
 ):  # fmt: skip
     tensor = tl.program_id(0).to(tl.int64)
     row = table + tensor * COLUMNS
@@ -370,7 +372,7 @@ def _fused_cuda_apollo(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """The step of parameters of one device and dtype whose memory has no gaps. See optim/apollo.py for the arguments."""
+    """The step of parameters of one device and dtype, their memory without gaps. For the arguments see apollo.py."""
     device = params[0].device
     stored, belief, sharded = directions[0] is not None, rebound == "belief", any(shards)
     stable = weight_decay != 0 and weight_decay_type == "stable"
@@ -383,6 +385,8 @@ def _fused_cuda_apollo(
     aligned = all(address % 16 == 0 for column in columns[:5] for address in column)
     columns += [[param.numel() for param in params], numels, first_chunks, counts]
     table = _on_device(tuple(x for row in zip(*columns, strict=True) for x in row), device)
+    if _is_capturing(device):
+        _captured.append((chunks, table))
 
     partials = torch.empty(len(chunks), SUMS.value, dtype=torch.float64, device=device)
     sums = torch.empty(len(params), SUMS.value, dtype=torch.float64, device=device)
@@ -397,6 +401,7 @@ def _fused_cuda_apollo(
     flags |= {"P": DTYPES[params[0].dtype], "L2": l2 != 0, "STORED": stored}
     found = {"FOUND_INF": found_inf is not None}
 
+    increment_version(params)  # written to behind autograd's back
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if len(chunks):
             _sum[(len(chunks),)](
@@ -430,33 +435,36 @@ def _fused_cuda_apollo(
 
 @lru_cache(maxsize=64)
 def _chunks(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[int], list[int]]:
-    """On the device, [chunks, 2], the tensor and the place in it of every chunk; each tensor's first chunk, and count."""
+    """Of every chunk its tensor and place, [chunks, 2] on the device; of tensors their first chunk and their count."""
     counts = [-(-numel // CHUNK) for numel in numels]
     first = [0, *accumulate(counts)][:-1]
     places = [(i, k) for i, count in enumerate(counts) for k in range(count)]
     return torch.tensor(places, dtype=torch.int64).view(-1, 2).to(device), first, counts
 
 
-# Tables on the device by what is in them, the latest last; and, by size, one pinned and one device buffer in reserve, as
-# neither may be allocated while a CUDA graph is being captured.
+# Tables on the device by what is in them, the latest last; and, by size, one pinned and one device buffer in reserve:
+# neither should be allocated while a CUDA graph is being captured.
 _tables: OrderedDict[tuple, Tensor] = OrderedDict()
 _reserve: dict[tuple, tuple[Tensor, Tensor]] = {}
 _captured: list[tuple[Tensor, ...]] = []  # what graphs go on reading
 
 
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
     """`values` as int64 on the device, sent there without waiting for it, and only where they have changed."""
     key, size = (device, values), (device, len(values))
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     table = _tables.get(key)
     if table is not None:
         _tables.move_to_end(key)
-    elif capturing:
+    elif _is_capturing(device):
         if size not in _reserve:
             raise RuntimeError("Apollo: make a few steps before the one that is captured, as torch.cuda.graph asks")
         pinned, table = _reserve.pop(size)
         table.copy_(pinned.copy_(torch.tensor(values)), non_blocking=True)
-        _captured.append((pinned, table))
+        _captured.append((pinned,))
     else:
         pinned = torch.tensor(values)
         if device.type == "cuda":
@@ -466,6 +474,4 @@ def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
         table = _tables[key] = pinned.to(device, non_blocking=True)
         if len(_tables) > 16:
             _tables.popitem(last=False)
-    if capturing:
-        _captured.append((table,))
     return table

@@ -1,10 +1,10 @@
 // Apollo's step over a list of tensors on the CPU, in one call. See optim/apollo.py for the algorithm and its letters;
 // optim/fused_cpu.py compiles this file and calls apollo_step through its plain C interface.
 //
-// The list is cut into chunks that a core's cache can hold. A small tensor is one chunk and is done in one go. A large
-// one takes two passes: first its three sums (and the largest |g - m|), then, when they are known, the update. So that
-// the second pass finds in the shared cache what the first one read, the list goes through in waves of bounded size,
-// and the second pass of a wave runs backwards.
+// The list is cut into chunks. A small tensor is one chunk and is done in one go, in cache. A large one takes two passes:
+// first its three sums (and the largest |g - m|), then, when they are known, the update. What these cost is reading
+// memory. So the list goes through in waves that the cores' own caches can hold, each core takes the same chunks in both
+// passes, and in the second one backwards: as much as possible of what the first pass read is then still there.
 //
 // What a chunk sums to does not depend on the thread that does it, and chunks are added up in their order: the result
 // is the same, bit for bit, on any number of threads.
@@ -15,6 +15,13 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_num_threads() { return 1; }
+static int omp_get_thread_num() { return 0; }
+#endif
 
 extern "C" {
 
@@ -44,10 +51,16 @@ enum { kSum = 1, kUpdate = 2, kDirection = 4 };
 
 namespace {
 
-constexpr int64_t kChunk = 32768;       // elements of a chunk: 512 KiB of float32 parameter, gradient and two states
-constexpr int64_t kWhole = 65536;       // up to here a tensor is not cut
-constexpr int64_t kWave = 1024 * 1024;  // elements of a wave: 16 MiB of them
-constexpr int64_t kBlock = 2048;        // summed in the dtype of the state; blocks are added up in double
+constexpr int64_t kBlock = 256;    // elements summed in the dtype of the state; blocks are added up in double
+constexpr int64_t kChunk = 16384;  // elements of a chunk
+constexpr int64_t kWhole = 65536;  // up to here a tensor is not cut: 1 MiB of float32 parameter, gradient, two states
+constexpr int64_t kWave = 131072;  // elements of a wave for each thread
+
+// Asks for a block ahead of time: the hardware's own prefetching stops at the end of every page.
+template <class T>
+inline void prefetch(const T* x) {
+  for (int64_t i = 0; i < kBlock; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + i);
+}
 
 // Half precision as its bits, converted without branches, so that the loops below vectorise with any compiler.
 struct BFloat16 {
@@ -146,6 +159,10 @@ ApolloSums sum_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, 
   ApolloSums total{};
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t stop = std::min(block + kBlock, end);
+    prefetch(g + stop), prefetch(m + stop);
+    if (L2) prefetch(p + stop);
+    if (STORED) prefetch(direction + stop);
+    prefetch(b + stop);
     S d4 = 0, gd = 0, bdd = 0, max = 0;
 #pragma omp simd reduction(+ : d4, gd, bdd) reduction(max : max)
     for (int64_t i = block; i < stop; ++i) {
@@ -177,6 +194,8 @@ double update_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, i
   double total = 0;
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t stop = std::min(block + kBlock, end);
+    prefetch(p + stop), prefetch(g + stop), prefetch(m + stop), prefetch(b + stop);
+    if (STORED) prefetch(direction + stop);
     S sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = block; i < stop; ++i) {
@@ -230,6 +249,7 @@ auto with_flag(bool flag, F f) {
 
 struct Chunk {
   int64_t tensor, begin, end;
+  int64_t before;   // elements of the list that come before it
   ApolloSums sums;  // of this chunk
 };
 
@@ -238,7 +258,10 @@ template <class P, class S>
 struct Step {
   ApolloTensor* tensors;
   ApolloSums* sums;
-  ApolloSettings s;
+  const ApolloSettings& s;
+  const int64_t n, stages, threads;
+  std::vector<Chunk> chunks{};
+  std::vector<Scalars<S>> scalars{size_t(n)};
 
   void sum(Chunk& c) const {
     const ApolloTensor& t = tensors[c.tensor];
@@ -254,11 +277,10 @@ struct Step {
 
   void update(Chunk& c) const {
     const ApolloTensor& t = tensors[c.tensor];
-    const Scalars<S> x = scalars_of_update<S>(t, s, sums[c.tensor]);
     c.sums.curvature = with_flag(s.l2 != 0, [&](auto l2) {
       return with_flag(t.direction != nullptr, [&](auto stored) {
         return with_flag(s.stable != 0, [&](auto stable) {
-          return update_chunk<P, S, l2.value, stored.value, stable.value>(t, x, c.begin, c.end);
+          return update_chunk<P, S, l2.value, stored.value, stable.value>(t, scalars[c.tensor], c.begin, c.end);
         });
       });
     });
@@ -266,77 +288,99 @@ struct Step {
 
   void direct(const Chunk& c) const {
     const ApolloTensor& t = tensors[c.tensor];
-    const ApolloSums& total = sums[c.tensor];
-    const S decay = S(s.decay / (total.curvature / double(t.whole_numel)));
-    direction_chunk<P, S>(t, scalars_of_update<S>(t, s, total), decay, c.begin, c.end);
+    const S decay = S(s.decay / (sums[c.tensor].curvature / double(t.whole_numel)));
+    direction_chunk<P, S>(t, scalars[c.tensor], decay, c.begin, c.end);
   }
 
-  void whole(Chunk& c) const {
+  void whole(Chunk& c) {
     sum(c);
     sums[c.tensor] = c.sums;
+    scalars[c.tensor] = scalars_of_update<S>(tensors[c.tensor], s, c.sums);
     update(c);
     sums[c.tensor].curvature = c.sums.curvature;
     if (s.stable) direct(c);
   }
 
-  // The stages of one wave, called by every thread of a team. Each loop ends in a barrier.
-  void wave(std::vector<Chunk>& chunks, int64_t first, int64_t last, int64_t stages) const {
-    const bool at_once = stages == (s.stable ? kSum | kUpdate | kDirection : kSum | kUpdate);
-    const auto is_done = [&](const Chunk& c) { return at_once && c.end - c.begin == tensors[c.tensor].numel; };
+  // Every thread of a team calls this for one wave: the chunks from `first` to `last`.
+  void wave(int64_t first, int64_t last) {
+    const bool all_stages = stages == (s.stable ? kSum | kUpdate | kDirection : kSum | kUpdate);
+    const auto is_whole = [&](const Chunk& c) { return all_stages && c.end - c.begin == tensors[c.tensor].numel; };
+    // This thread's share: chunks that begin in its part of the wave's elements.
+    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+    const int64_t start = chunks[first].before, size = chunks[last - 1].before + chunks[last - 1].end -
+                                                       chunks[last - 1].begin - start;
+    const auto part = [&](int64_t thread) {
+      int64_t k = first;
+      while (k < last && (chunks[k].before - start) * team < thread * size) ++k;
+      return k;
+    };
+    const int64_t low = part(me), high = part(me + 1);
+
     if (stages & kSum) {
-#pragma omp for schedule(dynamic)
-      for (int64_t k = first; k < last; ++k) is_done(chunks[k]) ? whole(chunks[k]) : sum(chunks[k]);
+      for (int64_t k = low; k < high; ++k) is_whole(chunks[k]) ? whole(chunks[k]) : sum(chunks[k]);
+#pragma omp barrier
 #pragma omp single
       for (int64_t k = first; k < last; ++k) {
         const Chunk& c = chunks[k];
-        if (is_done(c)) continue;
+        if (is_whole(c)) continue;
         ApolloSums& total = sums[c.tensor];
         if (c.begin == 0) total = {};
         total.d4 += c.sums.d4, total.gd += c.sums.gd, total.bdd += c.sums.bdd;
         total.max = std::max(total.max, c.sums.max);
       }
     }
+    if (stages & (kUpdate | kDirection)) {
+#pragma omp single
+      for (int64_t k = first; k < last; ++k) {
+        const int64_t i = chunks[k].tensor;
+        if (chunks[k].begin == 0 && !is_whole(chunks[k])) scalars[i] = scalars_of_update<S>(tensors[i], s, sums[i]);
+      }
+    }
     if (stages & kUpdate) {
-#pragma omp for schedule(dynamic)
-      for (int64_t k = last - 1; k >= first; --k)
-        if (!is_done(chunks[k])) update(chunks[k]);
+      for (int64_t k = high - 1; k >= low; --k)
+        if (!is_whole(chunks[k])) update(chunks[k]);
     }
     if ((stages & kUpdate) && s.stable) {
+#pragma omp barrier
 #pragma omp single
       for (int64_t k = first; k < last; ++k) {
         const Chunk& c = chunks[k];
-        if (is_done(c)) continue;
+        if (is_whole(c)) continue;
         if (c.begin == 0) sums[c.tensor].curvature = 0;
         sums[c.tensor].curvature += c.sums.curvature;
       }
     }
     if (stages & kDirection) {
-#pragma omp for schedule(dynamic)
-      for (int64_t k = first; k < last; ++k)
-        if (!is_done(chunks[k])) direct(chunks[k]);
+      for (int64_t k = low; k < high; ++k)
+        if (!is_whole(chunks[k])) direct(chunks[k]);
     }
   }
 
-  void run(int64_t n, int64_t stages, int64_t threads) const {
-    std::vector<Chunk> chunks;
+  void run() {
+    int64_t all = 0;
+    for (int64_t i = 0; i < n; ++i) all += tensors[i].numel;
+    const int64_t team = std::max<int64_t>(1, std::min(threads, all / (kChunk / 2)));
+
     std::vector<int64_t> waves{0};  // where each begins among the chunks; a tensor is never in two
-    int64_t in_wave = 0, all = 0;
+    int64_t before = 0, wave_start = 0;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t numel = tensors[i].numel;
-      if (in_wave > 0 && in_wave + numel > kWave) {
+      if (before > wave_start && before + numel - wave_start > kWave * team) {
         waves.push_back(int64_t(chunks.size()));
-        in_wave = 0;
+        wave_start = before;
       }
-      in_wave += numel, all += numel;
       const int64_t size = numel <= kWhole ? numel : kChunk;
-      for (int64_t begin = 0; begin < numel; begin += size)
-        chunks.push_back({i, begin, std::min(begin + size, numel), {}});
+      for (int64_t begin = 0; begin < numel; begin += size) {
+        const int64_t end = std::min(begin + size, numel);
+        chunks.push_back({i, begin, end, before, {}});
+        before += end - begin;
+      }
     }
     waves.push_back(int64_t(chunks.size()));
 
-    [[maybe_unused]] const int team = int(std::max<int64_t>(1, std::min(threads, all / (kChunk / 4))));
-#pragma omp parallel num_threads(team)
-    for (size_t w = 0; w + 1 < waves.size(); ++w) wave(chunks, waves[w], waves[w + 1], stages);
+#pragma omp parallel num_threads(int(team))
+    for (size_t w = 0; w + 1 < waves.size(); ++w)
+      if (waves[w] < waves[w + 1]) wave(waves[w], waves[w + 1]);
 
     if (!(stages & (s.stable ? kDirection : kUpdate))) return;
     for (int64_t i = 0; i < n; ++i) {
@@ -352,8 +396,8 @@ struct Step {
 // 1 float64, 2 bfloat16, 3 float16; the state is float32, or float64 for float64. `sums` [n] passes from stage to stage.
 extern "C" void apollo_step(ApolloTensor* tensors, ApolloSums* sums, const ApolloSettings* settings, int64_t n,
                             int64_t dtype, int64_t stages, int64_t threads) {
-  if (dtype == 0) Step<float, float>{tensors, sums, *settings}.run(n, stages, threads);
-  if (dtype == 1) Step<double, double>{tensors, sums, *settings}.run(n, stages, threads);
-  if (dtype == 2) Step<BFloat16, float>{tensors, sums, *settings}.run(n, stages, threads);
-  if (dtype == 3) Step<Float16, float>{tensors, sums, *settings}.run(n, stages, threads);
+  if (dtype == 0) Step<float, float>{tensors, sums, *settings, n, stages, threads}.run();
+  if (dtype == 1) Step<double, double>{tensors, sums, *settings, n, stages, threads}.run();
+  if (dtype == 2) Step<BFloat16, float>{tensors, sums, *settings, n, stages, threads}.run();
+  if (dtype == 3) Step<Float16, float>{tensors, sums, *settings, n, stages, threads}.run();
 }

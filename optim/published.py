@@ -1,0 +1,86 @@
+"""Converts optimizer state between `optim.Apollo` and the published implementation of Apollo.
+
+The published one keeps three tensors for each parameter, `exp_avg_grad` (m), `approx_hessian` (B) and `update` (the
+direction d of the last step), and counts steps in a Python int; sigma is no setting there, but a constant of the era.
+Here d is stored only where it cannot be computed again from m and B.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .apollo_math import curvature_offset
+
+# Settings of a group that both know by the same name; the rest (sigma, foreach, ...) only `optim.Apollo` has.
+SHARED = ("lr", "beta", "eps", "warmup", "init_lr", "weight_decay", "weight_decay_type", "rebound")
+
+
+def from_published(state_dict: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """State dict for `Apollo.load_state_dict` from the published optimizer's.
+
+    Args:
+        state_dict: of the published optimizer, over the same parameters in the same order.
+        settings: for every group, what is not in it: `sigma` always (1.0 or 0.01), `weight_decay_type` where the
+            published version fixed it, and settings of `Apollo` alone if their defaults do not suit. These win.
+
+    Raises:
+        ValueError: state that is not the published optimizer's, or no sigma.
+    """
+    if "sigma" not in settings:
+        raise ValueError(
+            "from_published needs sigma, which the published state does not hold: 1.0 (2020) or 0.01 (2021)"
+        )
+    defaults = {"weight_decay_type": "L2", "rebound": "constant", "maximize": False, "foreach": None, "fused": None}
+    groups, state = [], {}
+    for group in state_dict["param_groups"]:
+        known = {key: group[key] for key in SHARED if key in group}
+        extra = {key: group[key] for key in ("initial_lr", "param_names") if key in group}
+        group = {**defaults, "capturable": False, **known, **extra, **settings, "params": group["params"]}
+        groups.append(group)
+        # Kept for L2 decay too where the bound of D, "belief"'s largest |g - m|, is not known any more.
+        stores = group["rebound"] == "belief" or (group["weight_decay"] != 0 and group["weight_decay_type"] != "L2")
+        for i in group["params"]:
+            if i not in state_dict["state"]:
+                continue
+            old = state_dict["state"][i]
+            missing = {"step", "exp_avg_grad", "approx_hessian", "update"} - set(old)
+            if missing:
+                raise ValueError(
+                    f"not a state of the published Apollo: parameter {i} has no {', '.join(sorted(missing))}"
+                )
+            state[i] = {
+                "step": torch.tensor(float(old["step"]), dtype=torch.float32),
+                "exp_avg": old["exp_avg_grad"].clone(),
+                "hessian": old["approx_hessian"].clone(),
+            }
+            if stores:
+                state[i]["direction"] = old["update"].clone()
+    return {"state": state, "param_groups": groups}
+
+
+def to_published(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """State dict of the published optimizer from `Apollo.state_dict()`, without the settings that it does not know."""
+    groups, state = [], {}
+    for group in state_dict["param_groups"]:
+        extra = {key: group[key] for key in ("initial_lr", "param_names") if key in group}
+        known = {key: group[key] for key in SHARED}
+        groups.append({**known, **extra, "base_lr": group.get("initial_lr", group["lr"]), "params": group["params"]})
+        for i in group["params"]:
+            if i in state_dict["state"]:
+                old = state_dict["state"][i]
+                state[i] = {
+                    "step": int(old["step"]),
+                    "exp_avg_grad": old["exp_avg"].clone(),
+                    "approx_hessian": old["hessian"].clone(),
+                    "update": _direction(old, group),
+                }
+    return {"state": state, "param_groups": groups}
+
+
+def _direction(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    if "direction" in state:
+        return state["direction"].clone()
+    bound = state["sigma"] if group["rebound"] == "belief" else group["sigma"]
+    offset = curvature_offset(group["eps"], group["beta"], float(state["step"]), group["rebound"])
+    return state["exp_avg"] / (state["hessian"].abs().clamp_(min=bound) + offset)

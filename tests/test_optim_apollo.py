@@ -1,0 +1,425 @@
+"""What is Apollo's own: its settings and errors, what it keeps, and that its paths take the same step on any memory."""
+
+import copy
+import ctypes
+import math
+import warnings
+
+import pytest
+import torch
+from golden_trajectories import APOLLO, follow, load
+from optim_cases import PATHS, VARIANTS
+from torch import nn
+
+import optim.apollo
+from benchmarks.literal_apollo import LiteralApollo
+from optim import Apollo, fused_cpu
+from optim.published import from_published, to_published
+
+paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+def random_parameters(shapes=((6, 5), (9,), (2, 3, 4, 4)), dtype=torch.float32, seed=0) -> list[nn.Parameter]:
+    draw = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=draw).to(dtype)) for shape in shapes]
+
+
+def clones(params) -> list[nn.Parameter]:
+    """Parameters of the same values and strides."""
+    return [nn.Parameter(torch.empty_like(param).copy_(param.detach())) for param in params]
+
+
+def step_together(*pairs, steps: int, seed: int = 0) -> None:
+    """Gives the parameters of each (optimizer, params) the same gradients, and steps, `steps` times."""
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for first, *others in zip(*(params for _, params in pairs), strict=True):
+            grad = torch.randn(first.shape, generator=draw)
+            for param in (first, *others):
+                param.grad = torch.empty_like(param).copy_(grad)
+        for optimizer, _ in pairs:
+            optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -0.1}, "lr must be a finite number >= 0, got -0.1"),
+        ({"lr": math.nan}, "lr must be a finite number >= 0, got nan"),
+        ({"lr": "0.1"}, "lr must be a finite number >= 0, got '0.1'"),
+        ({"lr": torch.ones(2)}, "lr as a tensor must have 1 element"),
+        ({"lr": 1.0, "beta": 1.0}, "beta must be a finite number in [0, 1)"),
+        ({"lr": 1.0, "eps": 0.0}, "eps must be a finite number > 0"),
+        ({"lr": 1.0, "sigma": math.inf}, "sigma must be a finite number > 0"),
+        ({"lr": 1.0, "warmup": 1.5}, "warmup must be a finite number a whole number of steps >= 0"),
+        ({"lr": 1.0, "init_lr": -1}, "init_lr must be a finite number >= 0"),
+        ({"lr": 1.0, "weight_decay": -1}, "weight_decay must be a finite number >= 0"),
+        ({"lr": 1.0, "weight_decay_type": "l2"}, "unknown weight_decay_type 'l2'; did you mean 'L2'? valid: L2,"),
+        ({"lr": 1.0, "rebound": "believe"}, "unknown rebound 'believe'; did you mean 'belief'?"),
+        ({"lr": 1.0, "foreach": True, "fused": True}, "foreach and fused cannot both be True"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError) as error:
+        Apollo(random_parameters(), **settings)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError):  # in a group of its own too
+        Apollo([{"params": random_parameters(), **settings}], lr=1.0)
+
+
+@paths
+def test_sparse_and_complex_gradients_are_refused_by_name(path):
+    embedding = nn.Embedding(4, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"does not take sparse gradients: parameter 'table\.weight' has one"):
+        Apollo([("table.weight", embedding.weight)], lr=1.0, **path).step()
+    with pytest.raises(RuntimeError, match=r"sparse gradients: the parameter of shape \(4, 3\), number 0 of its group"):
+        Apollo(embedding.parameters(), lr=1.0, **path).step()
+    param = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match="complex gradients"):
+        Apollo([param], lr=1.0, **path).step()
+
+
+@paths
+@variants
+def test_every_path_is_the_literal_one(path, variant):
+    settings = {"warmup": 4, **variant}
+    literal, params = random_parameters(dtype=torch.float64), random_parameters(dtype=torch.float64)
+    step_together((LiteralApollo(literal, **settings), literal), (Apollo(params, **settings, **path), params), steps=8)
+    for x, y in zip(literal, params, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+@variants
+def test_state_bytes(variant):
+    """8 bytes per float32 parameter, 12 only where decoupled decay has to remember the direction."""
+    params = random_parameters()
+    optimizer = Apollo(params, **variant)
+    step_together((optimizer, params), steps=2)
+    bytes_each = 12 if variant.get("weight_decay_type") in ("decoupled", "stable") else 8
+    for param in params:
+        tensors = [x for x in optimizer.state[param].values() if x.numel() > 1]
+        assert sum(x.nbytes for x in tensors) == bytes_each * param.numel()
+
+
+@paths
+@pytest.mark.parametrize("decay", ["decoupled", "stable"])
+@pytest.mark.parametrize("rebound", ["constant", "belief"])
+def test_weight_decay_may_come_and_go(path, decay, rebound):
+    """The direction starts to be stored when it has to be, and is right from the first."""
+    settings = {"lr": 0.01, "warmup": 0, "weight_decay_type": decay, "rebound": rebound}
+    literal, params = random_parameters(dtype=torch.float64), random_parameters(dtype=torch.float64)
+    pairs = (LiteralApollo(literal, **settings), literal), (Apollo(params, **settings, **path), params)
+    for weight_decay in (0.0, 0.02, 0.0, 0.01):
+        for optimizer, _ in pairs:
+            optimizer.param_groups[0]["weight_decay"] = weight_decay
+        step_together(*pairs, steps=3)
+    for x, y in zip(literal, params, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
+@paths
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_parameters_have_float32_state(path, dtype):
+    """The step is the float32 one of the same gradients, its result rounded once; and so after a reload."""
+    settings = {"lr": 0.1, "warmup": 0, "weight_decay": 1e-3, **path}
+    params = random_parameters(dtype=dtype)
+    optimizer = Apollo(params, **settings)
+    exact = [nn.Parameter(param.detach().float()) for param in params]
+    reference = Apollo(exact, **{**settings, "fused": False, "foreach": False})
+    for step in range(6):
+        for param, twin in zip(params, exact, strict=True):
+            param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step)).to(dtype)
+            twin.grad, twin.data = param.grad.float(), param.detach().float()
+        if step == 3:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = Apollo(params, **settings)
+            optimizer.load_state_dict(saved)
+        optimizer.step(), reference.step()
+        for param, twin in zip(params, exact, strict=True):
+            torch.testing.assert_close(param, twin.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
+            for key in ("exp_avg", "hessian"):
+                assert optimizer.state[param][key].dtype is torch.float32
+                torch.testing.assert_close(optimizer.state[param][key], reference.state[twin][key])
+
+
+def test_loading_respects_the_hooks_of_others():
+    params = random_parameters(dtype=torch.bfloat16)
+    optimizer = Apollo(params, lr=0.1)
+    step_together((optimizer, params), steps=2)
+
+    def double(_, state_dict):
+        for state in state_dict["state"].values():
+            state["exp_avg"] = state["exp_avg"] * 2
+        return state_dict
+
+    loaded = Apollo(params, lr=0.1)
+    loaded.register_load_state_dict_pre_hook(double)
+    expected = optimizer.state[params[0]]["exp_avg"] * 2
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(loaded.state[params[0]]["exp_avg"], expected)
+    assert len(loaded._optimizer_load_state_dict_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_converts_as_torch_does(dtype):
+    """Every finite half-precision number read, and multiples of it written, in one step from zero: p = -lr * g."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    grad = every[every.isfinite()]
+    for lr in (1.0, 1.1, 0.3, 0.01, 3.0):
+        param = nn.Parameter(torch.zeros_like(grad))
+        param.grad = grad.clone()
+        Apollo([param], lr=lr, warmup=0, fused=True).step()
+        assert torch.equal(param, (0 - torch.tensor(lr) * grad.float()).to(dtype))
+
+
+def test_fused_takes_any_number_of_threads():
+    shapes = ((300_001,), (65_537,), (7,), (512, 300))
+    finals = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            params = random_parameters(shapes)
+            step_together((Apollo(params, lr=0.1, weight_decay=1e-3, fused=True), params), steps=4)
+            finals.append(params)
+    finally:
+        torch.set_num_threads(threads)
+    for x, y, z in zip(*finals, strict=True):
+        assert torch.equal(x, y) and torch.equal(x, z)
+
+
+@variants
+def test_fused_on_large_tensors(variant):
+    """Tensors of many chunks and waves, which take another way through the kernel than small ones."""
+    shapes = ((300_001,), (5,), (65_536,), (65_537,), (0,), ())
+    literal, params = random_parameters(shapes, torch.float64), random_parameters(shapes, torch.float64)
+    optimizers = LiteralApollo(literal, **variant), Apollo(params, **variant, fused=True)
+    step_together((optimizers[0], literal), (optimizers[1], params), steps=3)
+    for x, y in zip(literal, params, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+def layouts() -> dict[str, nn.Parameter]:
+    buffer = torch.randn(50, generator=torch.Generator().manual_seed(3))
+    image = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(4))
+    return {
+        "channels last": nn.Parameter(image.to(memory_format=torch.channels_last)),
+        "transposed": nn.Parameter(buffer[:12].clone().view(3, 4).t()),
+        "every other": nn.Parameter(buffer[12:32:2]),
+        "one view": nn.Parameter(buffer[32:40]),
+        "the next view": nn.Parameter(buffer[40:49]),
+    }
+
+
+@paths
+@variants
+def test_memory_layouts(path, variant):
+    """Strided parameters and views of one storage step as contiguous ones do, whatever their gradients' strides."""
+    strided = layouts()
+    plain = {name: nn.Parameter(param.detach().double().contiguous()) for name, param in strided.items()}
+    optimizers = Apollo(strided.values(), **variant, **path), LiteralApollo(plain.values(), **variant)
+    for step in range(5):
+        draw = torch.Generator().manual_seed(step)
+        for name, param in strided.items():
+            grad = torch.randn(param.shape, generator=draw)
+            param.grad, plain[name].grad = (grad if step % 2 else torch.empty_like(param).copy_(grad)), grad.double()
+        for optimizer in optimizers:
+            optimizer.step()
+    for name, param in strided.items():
+        torch.testing.assert_close(param.detach().double(), plain[name].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_memory_format_may_change_between_steps():
+    params = [nn.Parameter(torch.randn(2, 3, 4, 5))]
+    others = clones(params)
+    optimizers = Apollo(params, lr=0.1, fused=True), Apollo(others, lr=0.1, foreach=False)
+    step_together(*zip(optimizers, (params, others), strict=True), steps=2)
+    params[0].data = params[0].data.to(memory_format=torch.channels_last)
+    params[0].grad = None
+    step_together(*zip(optimizers, (params, others), strict=True), steps=2)
+    torch.testing.assert_close(params[0].detach(), others[0].detach())
+    assert optimizers[0].state[params[0]]["hessian"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("path", [PATHS["foreach"], PATHS["fused"]], ids=["foreach", "fused"])
+def test_gradients_of_another_dtype(path):
+    """A list of its own for what the fused kernel does not take."""
+    param, twin = random_parameters(((4, 3),), torch.bfloat16)[0], random_parameters(((4, 3),), torch.bfloat16)[0]
+    grad = torch.randn(4, 3)
+    args = {"beta": 0.9, "eps": 1e-4, "sigma": 1.0, "warmup": 0, "init_lr": 0.0, "weight_decay": 0.0}
+    args |= {"lr": 0.1, "weight_decay_type": "L2", "rebound": "constant", "maximize": False}
+    with torch.no_grad():
+        for p, how in ((param, path), (twin, {"foreach": False})):
+            m, h = torch.zeros(4, 3), torch.zeros(4, 3)
+            optim.apollo.apollo([p], [grad], [m], [h], [None], [None], [torch.zeros(())], **args, **how)
+            torch.testing.assert_close(m, grad)
+    assert torch.equal(param, twin)
+
+
+def test_default_path_is_fused():
+    params = random_parameters()
+    default, explicit = random_parameters(), random_parameters()
+    step_together((Apollo(params, lr=0.1, fused=True), params), (Apollo(default, lr=0.1), default), steps=4)
+    assert all(torch.equal(x, y) for x, y in zip(params, default, strict=True))
+    assert fused_cpu.library() is not None, "no compiler here, so nothing was tested"
+    step_together((Apollo(explicit, lr=0.1, fused=False), explicit), steps=4)
+
+
+def test_without_a_compiler_one_warning_and_foreach(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    fused_cpu.library.cache_clear()
+    try:
+        params, others = random_parameters(), random_parameters()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step_together((Apollo(params, lr=0.1, fused=True), params), (Apollo(others, lr=0.1), others), steps=3)
+        messages = [str(w.message) for w in caught if "fused CPU step could not be compiled" in str(w.message)]
+        assert len(messages) == 1 and "no-such-compiler" in messages[0] and "\n" not in messages[0]
+        foreach = random_parameters()
+        step_together((Apollo(foreach, lr=0.1, foreach=True), foreach), steps=3)
+        assert all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(params, others, foreach, strict=True))
+    finally:
+        fused_cpu.library.cache_clear()
+
+
+def test_a_build_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    built = fused_cpu._build()
+    assert built.is_relative_to(tmp_path) and ctypes.CDLL(str(built)).apollo_step
+    written = built.stat().st_mtime_ns
+    assert fused_cpu._build() == built and built.stat().st_mtime_ns == written
+    assert [path.name for path in built.parent.iterdir()] == [built.name]
+
+
+def test_in_place_writes_are_seen_by_autograd():
+    for path in PATHS.values():
+        weight = nn.Parameter(torch.ones(3))
+        loss = (weight * weight).sum()
+        weight.grad = torch.ones(3)
+        Apollo([weight], lr=0.1, **path).step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@paths
+@pytest.mark.parametrize("unscale", [False, True])
+def test_gradient_scaler(path, unscale):
+    """Scaled gradients step as unscaled ones do; a step with an infinity in them advances nothing at all."""
+    scaled, plain = random_parameters(), random_parameters()
+    settings = {"lr": 0.1, "warmup": 3, "weight_decay": 1e-3, "rebound": "belief", **path}
+    optimizer, reference = Apollo(scaled, **settings), Apollo(plain, **settings)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(6):
+        draw = torch.Generator().manual_seed(step)
+        grads = [torch.randn(param.shape, generator=draw) for param in scaled]
+        if step in (0, 3):
+            grads[1][0] = math.inf
+        before = copy.deepcopy([*scaled, *(x for param in scaled for x in optimizer.state[param].values())])
+        optimizer.zero_grad()
+        loss = sum((param * grad).sum() for param, grad in zip(scaled, grads, strict=True))
+        scaler.scale(loss).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        if step in (0, 3):
+            after = [*scaled, *(x for param in scaled for x in optimizer.state[param].values())]
+            assert all(torch.equal(x, y) for x, y in zip(before, after, strict=False))
+            assert all(optimizer.state[param]["step"] == max(step - 1, 0) for param in scaled)
+        else:
+            for param, grad in zip(plain, grads, strict=True):
+                param.grad = grad
+            reference.step()
+    for x, y in zip(scaled, plain, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_compiles_whole(foreach):
+    """With capturable=True torch.compile makes one graph of the step, and does not compile it again for the next."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled, eager = random_parameters(((3, 2), (4,))), random_parameters(((3, 2), (4,)))
+    settings = {"lr": torch.tensor(0.5), "warmup": 2, "weight_decay": 1e-3, "foreach": foreach, "capturable": True}
+    optimizers = Apollo(compiled, **settings), Apollo(eager, **settings)
+    step_together((optimizers[0], compiled), (optimizers[1], eager), steps=1)  # makes the state
+    torch.compiler.reset()
+    optimizers[0].step = torch.compile(optimizers[0].step, backend=backend, fullgraph=True)
+    step_together((optimizers[0], compiled), (optimizers[1], eager), steps=4)
+    assert len(graphs) == 1
+    for x, y in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def published(optimizer: LiteralApollo, params) -> dict:
+    """The literal optimizer's state under the published names."""
+    names = {"exp_avg": "exp_avg_grad", "hessian": "approx_hessian", "direction": "update", "step": "step"}
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    state = {i: {names[key]: value for key, value in x.items()} for i, x in state_dict["state"].items()}
+    groups = [
+        {k: v for k, v in group.items() if k not in ("sigma", "maximize")} for group in state_dict["param_groups"]
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+@pytest.mark.parametrize("name", APOLLO)
+def test_published_checkpoints(name):
+    """A golden trajectory begun by the published optimizer, gone on with here, and ended by the published one again."""
+    golden = load(name)
+
+    class Relay(torch.optim.Optimizer):
+        def __init__(self, params):
+            self.literal, self.steps = LiteralApollo(params, **golden.settings), 0
+            self.param_groups, self.params = self.literal.param_groups, params
+
+        def step(self):
+            if self.steps == 30:
+                self.apollo = Apollo(self.params, **golden.settings)
+                state = from_published(published(self.literal, self.params), sigma=golden.settings["sigma"])
+                self.apollo.load_state_dict(state)
+                self.param_groups = self.apollo.param_groups
+            if self.steps == 50:
+                old = to_published(self.apollo.state_dict())
+                self.literal = LiteralApollo(self.params, **golden.settings)
+                for i, param in enumerate(self.params):
+                    x = old["state"][i]
+                    self.literal.state[param] = {"step": x["step"], "exp_avg": x["exp_avg_grad"]}
+                    self.literal.state[param] |= {"hessian": x["approx_hessian"], "direction": x["update"]}
+                self.param_groups = self.literal.param_groups
+            (self.apollo if 30 <= self.steps < 50 else self.literal).step()
+            self.steps += 1
+
+    trajectory = follow(golden, Relay)
+    assert abs(trajectory - golden.params).max() < 1e-10
+
+
+def test_published_checkpoints_are_checked():
+    params = random_parameters()
+    adam = torch.optim.Adam(params)
+    step_together((adam, params), steps=1)
+    with pytest.raises(ValueError, match="needs sigma"):
+        from_published(adam.state_dict())
+    with pytest.raises(ValueError, match="parameter 0 has no approx_hessian, exp_avg_grad, update"):
+        from_published(adam.state_dict(), sigma=1.0)
+
+
+@pytest.mark.parametrize(("warmup", "capturable"), [(0, False), (5, False), (0, True), (5, True)])
+def test_own_warmup(warmup, capturable):
+    """Learning rates read off a parameter whose direction is 1: B = 0 and m = 1 while gradients are 1 and d is tiny."""
+    param = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    settings = {"warmup": warmup, "init_lr": 0.1, "foreach": False, "capturable": capturable}
+    optimizer = Apollo([param], lr=0.5, sigma=1e9, eps=1e9, **settings)
+    taken = []
+    for _ in range(8):
+        before = param.item()
+        param.grad = torch.full((1,), 1e9, dtype=torch.float64)
+        optimizer.step()
+        taken.append(before - param.item())
+    assert taken == pytest.approx([0.1 + 0.4 * t / warmup if t < warmup else 0.5 for t in range(8)])
