@@ -2,8 +2,8 @@
 
     python -m benchmarks.optimizer_step [--device cpu|cuda] [--shapes resnet110,lstm_1b] [--json FILE] [--plot FILE.png]
 
-For each set of shapes, the median step time of Apollo (single, foreach, fused), of the published Apollo written literally
-(benchmarks/literal_apollo.py) and of torch's SGD, AdamW and RAdam in their forms, as ratios
+For each set of shapes, the median step time of Apollo (single, foreach, fused), of the published Apollo written
+literally (benchmarks/literal_apollo.py) and of torch's SGD, AdamW and RAdam in their forms, as ratios
 
     / AdamW    to torch's fused AdamW, in the same process and the same rounds
     / floor    to the time that the step's transfers alone take at the measured copy bandwidth, each tensor read or
