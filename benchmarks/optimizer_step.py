@@ -1,227 +1,276 @@
-"""Time and memory of one optimizer step on the parameter shapes of the four experiments: no model, no data.
+"""Time and memory of an optimizer step, against torch's fused AdamW, on the parameter shapes of the published models.
 
-    python -m benchmarks.optimizer_step [--device cpu|cuda] [--shapes resnet110,lstm_1b] [--json FILE] [--plot FILE.png]
+    python -m benchmarks.optimizer_step [--device cuda] [--shapes resnet110,lstm_1b] [--json OUT] [--plot OUT.png]
 
-For each set of shapes, the median step time of Apollo (single, foreach, fused), of the published Apollo written
-literally (benchmarks/literal_apollo.py) and of torch's SGD, AdamW and RAdam in their forms, as ratios
+Apollo single-tensor, foreach and fused; the published algorithm written literally (literal_apollo.py); torch's SGD with
+momentum, AdamW and RAdam in the forms they have. Nothing but the step is timed, on gradients that stay.
 
-    / AdamW    to torch's fused AdamW, in the same process and the same rounds
-    / floor    to the time that the step's transfers alone take at the measured copy bandwidth, each tensor read or
-               written once a pass: 10 tensors for Apollo with L2 decay, 7 for AdamW and RAdam, 5 for SGD with momentum
-
-and the bytes of state per parameter. A contender is visited once a round, the order reversed every other round: it is
-made anew, steps twice uncounted, then `steps` times. Weights and gradients are random; parameters are float32.
+All take their turn in every round, in one process, the order reversed every other round; a turn lasts at least
+--seconds. The table gives medians over the rounds. `/ AdamW` is the ratio to fused AdamW's median. `/ floor` compares
+with the time that fused AdamW's 7 transfers of a tensor would take for the transfers that the step cannot do without
+(Apollo: 10, and 11 with L2 decay, which the first of its two passes reads the parameters for; SGD: 5), so it is 1 where
+only memory counts, and may be less where caches help. `GB/s` are these transfers over the time.
 """
 
 import argparse
 import gc
 import json
-import shlex
+import math
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torchvision.models import resnext50_32x4d
 from tqdm import tqdm
 
 from benchmarks.literal_apollo import LiteralApollo
-from classification.models import create_model
-from engine.distributed import World, setup
-from engine.errors import UserError, nearest, run_main
+from benchmarks.model_shapes import SETS, shapes
+from engine.distributed import setup
+from engine.errors import UserError, run_main
 from engine.run_record import describe_environment
 from optim import SGD, AdamW, Apollo, RAdam
 
 BASELINE = "AdamW fused"
-FORMS = {"single": {"foreach": False, "fused": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
-APOLLO = {"lr": 1e-3, "weight_decay": 5e-4, "warmup": 0}
-
-# What makes each contender from parameters, and the transfers of its step.
-CONTENDERS: dict[str, tuple[Callable[..., Optimizer], int]] = {
-    **{f"Apollo {form}": (partial(Apollo, **APOLLO, **how), 10) for form, how in FORMS.items()},
-    "Apollo published": (partial(LiteralApollo, **APOLLO), 10),
-    **{
-        f"SGD {form}": (partial(SGD, lr=1e-3, momentum=0.9, weight_decay=5e-4, **how), 5) for form, how in FORMS.items()
-    },
-    **{f"AdamW {form}": (partial(AdamW, lr=1e-3, weight_decay=5e-4, **how), 7) for form, how in FORMS.items()},
-    "RAdam single": (partial(RAdam, lr=1e-3, weight_decay=5e-4, foreach=False), 7),
-    "RAdam foreach": (partial(RAdam, lr=1e-3, weight_decay=5e-4, foreach=True), 7),
-}
+LR = 1e-6  # small enough for parameters to stay where they are
 
 
-def resnet110() -> list[torch.Size]:
-    return [p.shape for p in create_model("resnet", 10, depth=110).parameters()]
+class Contender(NamedTuple):
+    make: Callable[[list[Tensor], float], torch.optim.Optimizer]  # from parameters and weight decay
+    states: int  # tensors of state
+    temporaries: int  # tensors that a step makes of the whole list, for the check of memory
+    transfers: int | None  # of a parameter's 4 bytes, of a step at its best; None where nobody aims at that
 
 
-def resnext50() -> list[torch.Size]:
-    return [p.shape for p in resnext50_32x4d().parameters()]
+def contenders() -> dict[str, Contender]:
+    def apollo(**how: Any) -> Callable[[list[Tensor], float], torch.optim.Optimizer]:
+        return lambda params, decay: Apollo(params, lr=LR, warmup=0, weight_decay=decay, **how)
 
+    def other(cls: type[torch.optim.Optimizer], **how: Any) -> Callable[[list[Tensor], float], torch.optim.Optimizer]:
+        return lambda params, decay: cls(params, lr=LR, weight_decay=decay, **how)
 
-def transformer_base() -> list[torch.Size]:
-    """6+6 layers of 512 / 2048, and one embedding of 37,000 words shared by both sides and the output."""
-    layers = nn.Transformer(512, 8, 6, 6, 2048)
-    return [torch.Size((37000, 512)), *(p.shape for p in layers.parameters())]
-
-
-def lstm_1b() -> list[torch.Size]:
-    """Embedding 300, LSTM 2 x 2048, adaptive softmax over the 793,470 words of One Billion Words."""
-    parts = (
-        nn.Embedding(793470, 300),
-        nn.LSTM(300, 2048, 2),
-        nn.AdaptiveLogSoftmaxWithLoss(2048, 793470, [60000, 100000, 640000], div_value=4),
-    )
-    return [p.shape for part in parts for p in part.parameters()]
-
-
-# Shapes, and the parameters they must add up to where the paper's model is exactly this one; steps of one visit.
-SHAPES: dict[str, tuple[Callable[[], list[torch.Size]], int | None, int]] = {
-    "resnet110": (resnet110, 1_730_714, 20),
-    "resnext50": (resnext50, 25_028_904, 5),
-    "transformer_base": (transformer_base, None, 3),
-    "lstm_1b": (lstm_1b, None, 1),
-}
+    forms = {"single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+    literal = lambda params, decay: LiteralApollo(params, lr=LR, warmup=0, weight_decay=decay)  # noqa: E731
+    found = {"Apollo literal": Contender(literal, 3, 1, None)}
+    found |= {
+        f"Apollo {form}": Contender(apollo(**how), 2, 4 if form == "foreach" else 1, 10 if form == "fused" else None)
+        for form, how in forms.items()
+    }
+    for name, cls, states, transfers, how in (
+        ("SGD", SGD, 1, 5, {"momentum": 0.9}),
+        ("AdamW", AdamW, 2, 7, {}),
+        ("RAdam", RAdam, 2, None, {}),
+    ):
+        for form, choice in forms.items():
+            if form == "fused" and cls is RAdam:
+                continue  # torch has none
+            temporaries = 3 if form == "foreach" else 1
+            least = transfers if form == "fused" else None
+            found[f"{name} {form}"] = Contender(other(cls, **how, **choice), states, temporaries, least)
+    return found
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizer_step", description="step time of optimizers")
+    parser = argparse.ArgumentParser(description="time and memory of one optimizer step, against torch's fused AdamW")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="comma-separated; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=7, help="visits to each contender; default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every time that was measured")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios to fused AdamW")
+    parser.add_argument("--shapes", default=",".join(SETS), help=f"comma-separated; of {', '.join(SETS)}")
+    parser.add_argument("--contenders", default="", help="comma-separated parts of names to keep, besides the baseline")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.2, help="least length of a turn; at least one step is made")
+    parser.add_argument("--json", metavar="OUT", help="write everything measured to this file")
+    parser.add_argument("--plot", metavar="OUT", help="draw the ratios to fused AdamW")
     options = parser.parse_args(arguments)
-    names = options.shapes.split(",")
-    for name in names:
-        if name not in SHAPES:
-            raise UserError(f"no shapes '{name}'{nearest(name, SHAPES)}; valid: {', '.join(SHAPES)}")
+    for name in options.shapes.split(","):
+        if name not in SETS:
+            raise UserError(f"--shapes: {name!r} is none of {', '.join(SETS)}")
+    kept = {
+        name: contender
+        for name, contender in contenders().items()
+        if name == BASELINE or any(part.lower() in name.lower() for part in options.contenders.split(","))
+    }
 
     world = setup(options.device)
-    environment = describe_environment(world)
-    bandwidth = copy_bandwidth(world)
-    command = shlex.join(["python", "-m", "benchmarks.optimizer_step", *arguments])
-    print(
-        f"{command}\n{environment['device']}, {environment['cpu_threads']} CPU threads, torch {environment['torch']}, "
-    )
-    print(f"{environment['started']}; copying moves {bandwidth / 1e9:.1f} GB/s (read and written)")
-    results = {}
-    for name in names:
-        results[name] = measure(name, world, options.rounds)
-        report(name, results[name], bandwidth)
-    if options.json:
-        written = {"command": command, "environment": environment, "copy_bytes_per_s": bandwidth, "results": results}
-        options.json.write_text(json.dumps(written, indent=1) + "\n")
-    if options.plot:
-        plot(results, environment["device"], options.plot)
-
-
-def measure(name: str, world: World, rounds: int) -> dict:
-    """Step times in ms of every contender on the shapes `name`, its state's bytes, and on CUDA its launches."""
-    shapes, expected, steps = SHAPES[name]
-    with torch.device("meta"):
-        sizes = shapes()
-    numel = sum(size.numel() for size in sizes)
-    if expected not in (None, numel):
-        raise RuntimeError(f"{name} has {numel} parameters, not {expected}")
     torch.manual_seed(0)
-    params = [(0.02 * torch.randn(size, device=world.device)).requires_grad_() for size in sizes]
-    for p in params:
-        p.grad = 0.01 * torch.randn_like(p)
-
-    times: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
-    state: dict[str, float] = {}
-    launches: dict[str, int | None] = {}
-    visits = [list(times) if number % 2 == 0 else list(reversed(times)) for number in range(rounds)]
-    for contender in tqdm([c for visit in visits for c in visit], desc=name, unit="visit", disable=None):
-        optimizer = CONTENDERS[contender][0](params)
-        for _ in range(2):
-            optimizer.step()
-        for _ in range(steps):
-            synchronize(world)
-            started = time.perf_counter()
-            optimizer.step()
-            synchronize(world)
-            times[contender].append(1000 * (time.perf_counter() - started))
-        state[contender] = state_bytes(optimizer) / numel
-        if contender not in launches:
-            launches[contender] = count_launches(optimizer) if world.device.type == "cuda" else None
-        del optimizer
-        gc.collect()
-    return {"parameters": numel, "tensors": len(sizes), "ms": times, "state_bytes": state, "launches": launches}
+    record: dict[str, Any] = describe_environment(world)
+    record["copy_gb_per_s"] = copy_bandwidth(world.device)
+    print("\n".join(f"{key:13} {value}" for key, value in record.items()))
+    record["sets"] = {}
+    for name in options.shapes.split(","):
+        record["sets"][name] = measure(name, kept, options, world.device)
+        print(table(name, record["sets"][name]), flush=True)
+        if options.json:
+            Path(options.json).write_text(json.dumps(record, indent=1))
+    if options.plot:
+        plot(record, Path(options.plot))
+    world.close()
 
 
-def report(name: str, result: dict, bandwidth: float) -> None:
-    medians = {contender: statistics.median(ms) for contender, ms in result["ms"].items()}
-    n = len(result["ms"][BASELINE])
-    print(f"\n{name}: {result['parameters']:,} parameters in {result['tensors']} tensors, n = {n} steps each")
-    counted = any(result["launches"].values())
-    header = f"{'':<18}{'median ms':>11}{'std':>9}{'/ AdamW':>9}{'/ floor':>9}{'state B/param':>15}"
-    print(header + (f"{'launches':>10}" if counted else ""))
-    for contender, ms in result["ms"].items():
-        floor = 1000 * CONTENDERS[contender][1] * 4 * result["parameters"] / bandwidth
-        spread = statistics.stdev(ms) if len(ms) > 1 else 0.0
-        line = f"{contender:<18}{medians[contender]:>11.3f}{spread:>9.3f}{medians[contender] / medians[BASELINE]:>9.2f}"
-        line += f"{medians[contender] / floor:>9.2f}{result['state_bytes'][contender]:>15.2f}"
-        print(line + (f"{result['launches'][contender]:>10}" if counted else ""))
-    published = medians["Apollo published"]
-    ratios = ", ".join(f"{form} {published / medians[f'Apollo {form}']:.1f} x" for form in FORMS)
-    print(f"the published loop's time over Apollo's: {ratios}")
+def measure(
+    name: str, kept: dict[str, Contender], options: argparse.Namespace, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """For each contender: seconds of a step in every round, bytes of state per parameter, launches on a GPU."""
+    decay = SETS[name][2]
+    params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes(name)]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    count = sum(param.numel() for param in params)
+    # Where the states of all at once would fill the memory, each is made for its turn, and given back after it.
+    together = 4 * count * sum(contender.states for contender in kept.values()) < free_memory(device) / 3
+    made: dict[str, torch.optim.Optimizer] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for i in tqdm(range(options.rounds), desc=name, unit="round", leave=False, disable=None):
+        for label in list(kept)[:: 1 if i % 2 == 0 else -1]:
+            contender, result = kept[label], results.setdefault(label, {"seconds": []})
+            needed = 4 * count * (contender.states + contender.temporaries)
+            if label not in made and needed > free_memory(device):
+                result["skipped"] = f"needs {needed / 2**30:.0f} GiB more memory than is free"
+                continue
+            if label not in made:
+                made[label] = contender.make(params, decay)
+                made[label].step()  # makes the state, and compiles what is compiled
+                made[label].step()
+            optimizer = made[label]
+            result["seconds"].append(timed(optimizer, options.seconds, device))
+            if "bytes_per_parameter" not in result:
+                result["bytes_per_parameter"] = state_bytes(optimizer) / count
+                if contender.transfers:
+                    result["transfers"] = contender.transfers + (label.startswith("Apollo") and decay > 0)
+                    result["gb_per_step"] = 4 * count * result["transfers"] / 1e9
+                if device.type == "cuda":
+                    result["launches"] = launches(optimizer)
+            if not together:
+                made.clear()
+                del optimizer
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+    ordered = {label: results[label] for label in kept}
+    for result in ordered.values():
+        if result["seconds"]:
+            result["median_ms"] = 1e3 * statistics.median(result["seconds"])
+    base = ordered[BASELINE]
+    for result in ordered.values():
+        if "median_ms" in result and "median_ms" in base:
+            result["ratio"] = result["median_ms"] / base["median_ms"]
+            if "transfers" in result:
+                result["ratio_to_floor"] = result["ratio"] * base["transfers"] / result["transfers"]
+                result["gb_per_s"] = 1e3 * result["gb_per_step"] / result["median_ms"]
+    return ordered
 
 
-def copy_bandwidth(world: World) -> float:
-    """Bytes read and written per second by a copy of a tensor far larger than any cache, the median of 7."""
-    source = torch.ones(256 * 2**20 // 4 * (8 if world.device.type == "cuda" else 4), device=world.device)
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(9):
-        synchronize(world)
-        started = time.perf_counter()
+def timed(optimizer: torch.optim.Optimizer, seconds: float, device: torch.device) -> float:
+    """Seconds of a step, over as many as fill `seconds`."""
+    synchronize(device)
+    steps, start = 0, time.perf_counter()
+    while True:
+        optimizer.step()
+        steps += 1
+        if device.type != "cuda" or steps % 10 == 0:
+            synchronize(device)
+            spent = time.perf_counter() - start
+            if spent >= seconds:
+                return spent / steps
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """GB/s of copying a tensor of 256 MiB, read and written: the best of a few."""
+    source = torch.ones(2**26, device=device)
+    target = torch.empty_like(source).copy_(source)
+    best = math.inf
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
         target.copy_(source)
-        synchronize(world)
-        seconds.append(time.perf_counter() - started)
-    return 2 * source.numel() * source.element_size() / statistics.median(seconds[2:])
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best / 1e9
 
 
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of the optimizer's tensors, the steps' counts left out: they do not grow with the parameters."""
-    values = [x for state in optimizer.state.values() for key, x in state.items() if key != "step"]
-    return sum(x.numel() * x.element_size() for x in values if isinstance(x, Tensor))
+def launches(optimizer: torch.optim.Optimizer) -> int:
+    """Kernels and copies that one step gives the GPU."""
+    from torch.profiler import ProfilerActivity, profile
 
-
-def count_launches(optimizer: Optimizer) -> int:
-    """Kernels and copies that one step starts on the GPU."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
         optimizer.step()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())
 
 
-def plot(results: dict[str, dict], device: str, path: Path) -> None:
-    """Bars of the median step over that of fused AdamW, one panel a set of shapes."""
-    from matplotlib.figure import Figure
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of state of a parameter's size; counts of steps and other scalars are left out."""
+    states = ((param, x) for param, state in optimizer.state.items() for x in state.values())
+    return sum(x.nbytes for param, x in states if isinstance(x, Tensor) and x.shape == param.shape)
 
-    figure = Figure(figsize=(3.4 * len(results), 4.6), layout="constrained")
-    for axis, (name, result) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
-        medians = {contender: statistics.median(ms) for contender, ms in result["ms"].items()}
-        ratios = {contender: ms / medians[BASELINE] for contender, ms in reversed(medians.items())}
-        colours = ["#D55E00" if contender.startswith("Apollo") else "#0072B2" for contender in ratios]
-        bars = axis.barh(list(ratios), list(ratios.values()), color=colours)
-        axis.bar_label(bars, fmt="%.2g", padding=2, fontsize=8)
-        axis.axvline(1, color="#444444", linewidth=0.8)
-        axis.set(xscale="log", xlabel=f"time / {BASELINE}")
-        axis.set_title(f"{name}\n{result['parameters'] / 1e6:.1f} M in {result['tensors']} tensors", fontsize=10)
-        axis.margins(x=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(device, fontsize=10)
+
+def free_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf  # not Linux: try
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(name: str, results: dict[str, dict[str, Any]]) -> str:
+    rows = [["", "ms", "min", "max", "n", "/ AdamW", "/ floor", "GB/s", "bytes/param", "launches"]]
+    for label, result in results.items():
+        if "median_ms" not in result:
+            rows.append([label, result["skipped"]])
+            continue
+        seconds = result["seconds"]
+        rows.append(
+            [
+                label,
+                f"{result['median_ms']:.2f}",
+                f"{1e3 * min(seconds):.2f}",
+                f"{1e3 * max(seconds):.2f}",
+                str(len(seconds)),
+                *(f"{result[key]:.2f}" if key in result else "" for key in ("ratio", "ratio_to_floor")),
+                f"{result['gb_per_s']:.1f}" if "gb_per_s" in result else "",
+                f"{result['bytes_per_parameter']:.1f}",
+                str(result.get("launches", "")),
+            ]
+        )
+    full = [row for row in rows if len(row) == len(rows[0])]
+    widths = [max(len(row[i]) for row in full) for i in range(len(rows[0]))]
+    count = sum(math.prod(shape) for shape in shapes(name))
+    lines = [f"\n{name}: {count:,} parameters in {len(shapes(name))} tensors, weight decay {SETS[name][2]:g}"]
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=False)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Step times over fused AdamW's, a panel for each set of shapes, on a common logarithmic scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, len(record["sets"]), figsize=(2 + 3.2 * len(record["sets"]), 4), sharey=True, sharex=True, squeeze=False
+    )
+    for panel, (name, results) in zip(panels[0], record["sets"].items(), strict=True):
+        labels = list(results)[::-1]
+        ratios = [results[label].get("ratio", math.nan) for label in labels]
+        colors = ["tab:red" if label.startswith("Apollo") else "tab:gray" for label in labels]
+        bars = panel.barh(labels, ratios, color=colors)
+        panel.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=2, fontsize=8)
+        panel.axvline(1, color="black", linewidth=0.8)
+        panel.set(title=name, xscale="log")
+        panel.margins(x=0.2)
+    figure.supxlabel(f"step time / {BASELINE}   ({record['device']}, torch {record['torch']})", fontsize=9)
+    figure.tight_layout()
     figure.savefig(path, dpi=150)
-
-
-def synchronize(world: World) -> None:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

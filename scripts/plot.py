@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from engine.errors import UserError
 from scripts.runs import Run
@@ -46,7 +47,8 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
                 axis.set(xlabel="epoch", ylabel=label)
                 axis.set_title(f"{place[0]}, {place[1]} schedule", loc="left", fontsize=11)
             axes[0].set_yscale("log")
-            axes[1].legend(loc="lower right")
+            axes[0].legend(loc="upper right")
+            _enlarge_end(axes[1], rows, PANELS[1][0])
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             figure.savefig(path, dpi=150)
@@ -57,19 +59,37 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
 def _draw(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
     """The curves of one panel: `key` of the epochs of each row's runs."""
     others = iter(OTHER_COLOURS * len(rows))
-    ends = []  # where the curves run in their last two fifths
     for row, runs in rows.items():
         name, colour = STYLES.get(row) or (row, next(others))
-        complete = [run for run in runs if run.result]
-        curves = [[epoch[key] for epoch in run.epochs if key in epoch] for run in complete or runs]
-        length = min(map(len, curves))
-        values = np.array([curve[:length] for curve in curves])
-        epochs = np.arange(1, length + 1)
-        label = f"{name} (n = {len(values)}{'' if complete else ', unfinished'})"
+        values = _curves(runs, key)
+        epochs = np.arange(1, values.shape[1] + 1)
+        unfinished = "" if any(run.result for run in runs) else ", unfinished"
+        label = f"{name} (n = {len(values)}{unfinished})"
         axis.plot(epochs, values.mean(0), color=colour, linewidth=1.8, label=label, zorder=3)
         axis.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0, zorder=2)
-        ends.append(values[:, length * 3 // 5 :])
-    if key == "test_top1":  # room for the differences at the end, which the first epochs would squeeze out of sight
-        low, high = min(map(np.min, ends)), max(map(np.max, ends))
-        room = max(high - low, 0.5)
-        axis.set_ylim(low - 1.5 * room, high + 0.1 * room)
+
+
+def _enlarge_end(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
+    """Draw the last third of an accuracy panel once more, enlarged, in the corner that such curves leave free."""
+    curves = [_curves(runs, key) for runs in rows.values()]
+    last = max(values.shape[1] for values in curves)
+    first = max(1, round(last * 2 / 3))
+    ends = [values[:, first - 1 :] for values in curves if values.shape[1] >= first]
+    low, high = min(map(np.min, ends)), max(map(np.max, ends))
+    if first == last or low == high:
+        return
+    room = 0.08 * (high - low)
+    inset = axis.inset_axes((0.55, 0.1, 0.42, 0.36), xlim=(first, last), ylim=(low - room, high + room))
+    _draw(inset, rows, key)
+    inset.spines[:].set(visible=True, color="#999999")
+    inset.tick_params(labelsize=9, color="#999999")
+    inset.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    axis.indicate_inset_zoom(inset, edgecolor="#999999")
+
+
+def _curves(runs: Sequence[Run], key: str) -> np.ndarray:
+    """[seeds, epochs] of the complete runs, or of all where none is complete, as far as all of them have come."""
+    complete = [run for run in runs if run.result]
+    curves = [[epoch[key] for epoch in run.epochs if key in epoch] for run in complete or runs]
+    length = min(map(len, curves))
+    return np.array([curve[:length] for curve in curves])

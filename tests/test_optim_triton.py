@@ -36,8 +36,8 @@ for name in APOLLO:
 
 
 def train(dtype=torch.float32, fused=True, scale=None, lr=0.1, found=(), **settings):
-    step = fused_cuda._fused_cuda_apollo if fused else optim.apollo._single_tensor_apollo
-    optim.apollo._implementation = lambda *_: step
+    chosen = fused_cuda._fused_cuda_apollo if fused else optim.apollo._single_tensor_apollo
+    optim.apollo._implementation = lambda *_: chosen
     draw = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(n, generator=draw).to(dtype)) for n in (50, 5, 0)]
     optimizer = Apollo(params, lr=lr, warmup=2, init_lr=0.01, **settings)
@@ -58,7 +58,8 @@ def train(dtype=torch.float32, fused=True, scale=None, lr=0.1, found=(), **setti
 
 
 def differ(dtype=torch.float32, **settings):
-    return float((train(dtype, **settings) - train(dtype, fused=False, **settings)).abs().max())
+    expected = train(dtype, fused=False, **settings)
+    return float((train(dtype, **settings) - expected).abs().max() / expected.abs().max())
 
 
 results["bfloat16"] = differ(torch.bfloat16, weight_decay=0.01)
@@ -92,9 +93,10 @@ def test_agrees_with_the_single_tensor_step(results, case):
     assert results[case] < 1e-5
 
 
-@pytest.mark.parametrize(("case", "bound"), [("bfloat16", 2**-7), ("float16 stable", 2**-10)])
+@pytest.mark.parametrize(("case", "bound"), [("bfloat16", 2**-5), ("float16 stable", 2**-8)])
 def test_half_precision(results, case, bound):
-    assert results[case] <= 4 * bound
+    """A few roundings of difference in four steps, each a half unit of 8 or 11 bits."""
+    assert results[case] <= bound
 
 
 def test_repeats_itself(results):

@@ -1,0 +1,72 @@
+"""The parameter shapes of the published experiments' models, which is all that an optimizer sees of them."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+Shape = tuple[int, ...]
+
+
+def resnet110() -> list[Shape]:
+    """CIFAR ResNet-110: 3 stages of 18 basic blocks, 1x1 convolutions where the width changes."""
+    shapes: list[Shape] = [(16, 3, 3, 3), (16,), (16,)]
+    before = 16
+    for width in (16, 32, 64):
+        for block in range(18):
+            inputs = before if block == 0 else width
+            shapes += [(width, inputs, 3, 3), (width,), (width,), (width, width, 3, 3), (width,), (width,)]
+            if inputs != width:
+                shapes += [(width, inputs, 1, 1), (width,), (width,)]
+        before = width
+    return [*shapes, (10, 64), (10,)]
+
+
+def resnext50() -> list[Shape]:
+    """ResNeXt-50 32x4d as in torchvision."""
+    import torchvision
+
+    with torch.device("meta"):
+        return shapes_of(torchvision.models.resnext50_32x4d())
+
+
+def transformer_base() -> list[Shape]:
+    """Transformer-base as in fairseq: separate q, k, v; one embedding of 40,000 words for source, target and output."""
+    linear = lambda inputs, outputs: [(outputs, inputs), (outputs,)]  # noqa: E731
+    attention, norm = linear(512, 512) * 4, [(512,), (512,)]
+    feed_forward = linear(512, 2048) + linear(2048, 512)
+    encoder_layer = attention + norm + feed_forward + norm
+    decoder_layer = attention + norm + attention + norm + feed_forward + norm
+    return [(40_000, 512), *(encoder_layer * 6), *(decoder_layer * 6)]
+
+
+def lstm_1b() -> list[Shape]:
+    """The One Billion Words LSTM: 793,470 words in 300 dimensions, 2 layers of 2048, adaptive softmax."""
+    with torch.device("meta"):
+        words = 793_470
+        softmax = nn.AdaptiveLogSoftmaxWithLoss(2048, words, [60_000, 100_000, 640_000], div_value=4)
+        return shapes_of(nn.ModuleList([nn.Embedding(words, 300), nn.LSTM(300, 2048, 2), softmax]))
+
+
+def shapes_of(model: nn.Module) -> list[Shape]:
+    return [tuple(param.shape) for param in model.parameters()]
+
+
+# Name of the set: its shapes, the number of its parameters, and the L2 decay of its Apollo row.
+SETS: dict[str, tuple[Callable[[], list[Shape]], int, float]] = {
+    "resnet110": (resnet110, 1_730_714, 5e-4),
+    "resnext50": (resnext50, 25_028_904, 2e-4),
+    "transformer_base": (transformer_base, 64_618_496, 1e-8),
+    "lstm_1b": (lstm_1b, 509_636_456, 0.0),
+}
+
+
+def shapes(name: str) -> list[Shape]:
+    """The shapes of a set, their sum checked against the published number of parameters."""
+    make, expected, _ = SETS[name]
+    found = make()
+    count = sum(math.prod(shape) for shape in found)
+    if count != expected:
+        raise RuntimeError(f"{name}: {count:,} parameters, not {expected:,}")
+    return found
