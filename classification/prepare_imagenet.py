@@ -142,10 +142,13 @@ def _check(split: LmdbSplit, decode: bool, index: int) -> str | None:
 
 
 def _lock(out: Path) -> IO[str]:
-    """Hold `out` until the file returned is closed: two builds in one folder would destroy each other's files."""
+    """Hold `out` until the file returned is closed: two builds in one folder would destroy each other's files.
+
+    A lockf lock belongs to this process alone: worker processes that outlive a killed build do not keep it.
+    """
     file = open(out / ".lock", "w")  # noqa: SIM115 - the lock lives as long as the file is open
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
         raise UserError(f"{out}: another build is running in this folder: wait for it, or choose another") from None

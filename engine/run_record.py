@@ -180,10 +180,14 @@ def _at(values: Any, dotted: str) -> Any:
 
 
 def _lock(run_dir: Path) -> Any:
-    """Hold the folder until this process ends; two runs in one folder would destroy each other's files."""
+    """Hold the folder until this process ends; two runs in one folder would destroy each other's files.
+
+    lockf's lock belongs to the process, where flock's would be inherited by data workers and live on with them for the
+    moment by which they outlive a killed run.
+    """
     file = open(run_dir / ".lock", "w")  # noqa: SIM115 - the lock lives as long as the file is open
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(
             f"{run_dir}: another process is training in this folder; wait for it, or choose another run_dir"

@@ -247,7 +247,7 @@ def test_does_not_touch_a_finished_build_of_other_images(tree, copy, tmp_path):
 
 def test_two_builds_into_one_folder(tree, tmp_path):
     with open(tmp_path / ".lock", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+        fcntl.lockf(held, fcntl.LOCK_EX)
         done = subprocess.run(command("build", tree, tmp_path), capture_output=True, text=True)
     assert done.returncode == 2
     assert "another build is running in this folder" in done.stderr.splitlines()[-1]
