@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torchvision
 from overrides import override
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from classification.norm_relu import norm_relu
 from engine.errors import nearest
 
 DEPTHS = (20, 32, 44, 56, 110)  # the family's usual members; every 6n+2 can be built
@@ -37,9 +37,8 @@ class BasicBlock(nn.Module):
 
     @override(check_signature=False)  # torch declares Module.forward with no arguments of its own
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x), inplace=True)
+        out = norm_relu(self.bn1, self.conv1(x))
+        return norm_relu(self.bn2, self.conv2(out), self.shortcut(x))
 
 
 class CifarResNet(nn.Module):
@@ -60,7 +59,7 @@ class CifarResNet(nn.Module):
 
     @override(check_signature=False)
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = norm_relu(self.bn1, self.conv1(x))
         x = self.stage3(self.stage2(self.stage1(x)))
         return self.fc(x.mean(dim=(2, 3)))
 

@@ -1,17 +1,9 @@
 """Apollo's fused step on the CPU: one call into csrc/apollo_cpu.cpp for a whole list of tensors.
 
-The C++ has a plain C interface and includes nothing of torch: it compiles in seconds, works with any version of torch,
-and is called through ctypes. It is compiled for this machine's processor at first use and kept in a cache, keyed by its
-source, the compiler and the processor; `python -m optim.fused_cpu` does so beforehand.
+It is compiled at first use (optim/native.py); `python -m optim.fused_cpu` does so beforehand.
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import warnings
 from array import array
 from functools import cache
@@ -23,10 +15,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .layout import lay_out_like
+from .native import NotCompiled, compile_library
 from .sharded import ProcessGroups, join_sums
 
 SOURCE = Path(__file__).parent / "csrc" / "apollo_cpu.cpp"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SUM, UPDATE, DIRECTION = 1, 2, 4
 
@@ -42,15 +34,13 @@ class _Settings(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """The compiled step, or None, after one warning, where it cannot be compiled."""
     try:
-        path = _build()
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+        loaded = ctypes.CDLL(str(compile_library(SOURCE)))
+    except NotCompiled as error:
         warnings.warn(
-            f"Apollo's fused CPU step could not be compiled, the slower foreach step is used instead: {detail}",
+            f"Apollo's fused CPU step could not be compiled, the slower foreach step is used instead: {error}",
             stacklevel=2,
         )
         return None
-    loaded = ctypes.CDLL(str(path))
     loaded.apollo_step.argtypes = [ctypes.c_void_p] * 2 + [ctypes.POINTER(_Settings)] + [ctypes.c_int64] * 4
     loaded.apollo_step.restype = None
     return loaded
@@ -122,51 +112,5 @@ def _fused_cpu_apollo(
         run(DIRECTION)
 
 
-def _build() -> Path:
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler found (CXX, c++, g++, clang++)")
-    version = _run([*compiler.split(), "--version"])
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *FLAGS, version, _processor()]).encode()).hexdigest()[:16]
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
-    folder = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    built = folder / "apollo_optim" / f"apollo_cpu_{key}.so"
-    if built.exists():
-        return built
-    try:
-        built.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        built = (
-            Path(tempfile.mkdtemp(prefix="apollo_optim_")) / built.name
-        )  # no home to write to: for this process alone
-
-    # Several processes may build at once: each into a file of its own, then renamed. Compilers without OpenMP (Apple's)
-    # still vectorise the loops, on one thread.
-    handle, temporary = tempfile.mkstemp(dir=built.parent, suffix=".so")
-    os.close(handle)
-    try:
-        try:
-            _run([*compiler.split(), *FLAGS, "-fopenmp", str(SOURCE), "-o", temporary])
-        except subprocess.CalledProcessError:
-            _run([*compiler.split(), *FLAGS, "-fopenmp-simd", str(SOURCE), "-o", temporary])
-        os.replace(temporary, built)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return built
-
-
-def _run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return f"{platform.machine()} {platform.processor()}"
-
-
 if __name__ == "__main__":
-    print(_build())
+    print(compile_library(SOURCE))
