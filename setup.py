@@ -17,6 +17,9 @@ REQUIREMENTS = [
     "lmdb",
     "simplejpeg",
     "xxhash",
+    "sacremoses",
+    "sacrebleu",
+    "tokenizers",
 ]
 DEVELOPMENT = [
     "pytest",

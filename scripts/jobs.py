@@ -37,6 +37,11 @@ class Job:
     folder: Path
     complete: bool
 
+    @property
+    def length(self) -> tuple[int, str]:
+        """How long the run is, and in which unit: epoch or update."""
+        return next((self.settings[f"{unit}s"], unit) for unit in ("epoch", "update") if f"{unit}s" in self.settings)
+
     def command(self, gpus: int = 1) -> list[str]:
         """What one would type; with several GPUs, under torchrun."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []

@@ -1,4 +1,4 @@
-"""Training loss and test accuracy by epoch: one colour a method, one line of panels a table and schedule."""
+"""Curves of training and of evaluation: one colour a method, one line of two panels a table and schedule."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,12 @@ STYLES = {
     "apollo": ("Apollo", "#D55E00"),
 }
 OTHER_COLOURS = ("#000000", "#8C6D31", "#7F7F7F", "#6A3D9A")
-PANELS = (("train_loss", "training loss"), ("test_top1", "test accuracy (%)"))
+# Two panels a task, told by the second one's key: of classification, language modelling and translation.
+PANELS = (
+    (("train_loss", "training loss"), ("test_top1", "test accuracy (%)")),
+    (("train_ppl", "training perplexity"), ("test_ppl", "test perplexity")),
+    (("train_loss", "training loss"), ("valid_bleu", "BLEU on the validation set")),
+)
 
 
 def plot_curves(runs: Sequence[Run], path: Path) -> None:
@@ -31,24 +36,28 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
     Unfinished runs are drawn where a cell has no complete one. Raises UserError where there is nothing to draw, or no
     such format.
     """
-    lines: dict[tuple[str, str], dict[str, list[Run]]] = {}
+    rows_of: dict[tuple[str, ...], dict[str, list[Run]]] = {}
     for run in runs:
-        if run.epochs:
-            lines.setdefault((run.table, run.schedule), {}).setdefault(run.row, []).append(run)
-    if not lines:
-        raise UserError("nothing to draw: no run has completed an epoch")
+        if run.evaluations:
+            place = (run.table, f"{run.schedule} schedule") if _compares_schedules(run.table, runs) else (run.table,)
+            rows_of.setdefault(place, {}).setdefault(run.row, []).append(run)
+    if not rows_of:
+        raise UserError("nothing to draw: no run has been evaluated yet")
 
     style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
     with matplotlib.rc_context(style | {"grid.color": "#E5E5E5", "grid.linewidth": 0.8, "legend.frameon": False}):
-        figure = Figure(figsize=(11, 4.4 * len(lines)), layout="constrained")
-        for axes, (place, rows) in zip(figure.subplots(len(lines), 2, squeeze=False), lines.items(), strict=True):
-            for axis, (key, label) in zip(axes, PANELS, strict=True):
+        figure = Figure(figsize=(11, 4.4 * len(rows_of)), layout="constrained")
+        grid = figure.subplots(len(rows_of), 2, squeeze=False)
+        for axes, (place, rows) in zip(grid, rows_of.items(), strict=True):
+            first = next(iter(rows.values()))[0]
+            panels = next((two for two in PANELS if two[1][0] in first.evaluations[0]), PANELS[0])
+            for axis, (key, label) in zip(axes, panels, strict=True):
                 _draw(axis, rows, key)
-                axis.set(xlabel="epoch", ylabel=label)
-                axis.set_title(f"{place[0]}, {place[1]} schedule", loc="left", fontsize=11)
+                axis.set(xlabel=first.unit, ylabel=label)
+                axis.set_title(", ".join(place), loc="left", fontsize=11)
             axes[0].set_yscale("log")
             axes[0].legend(loc="upper right")
-            _enlarge_end(axes[1], rows, PANELS[1][0])
+            _enlarge_end(axes[1], rows, panels[1][0])
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             figure.savefig(path, dpi=150)
@@ -56,30 +65,37 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
             raise UserError(f"{path}: {error}") from None
 
 
+def _compares_schedules(table: str, runs: Sequence[Run]) -> bool:
+    """Whether some row of the table has several schedules, which then are drawn apart."""
+    cells = {run.cell for run in runs if run.table == table}
+    return len(cells) > len({row for row, _ in cells})
+
+
 def _draw(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
-    """The curves of one panel: `key` of the epochs of each row's runs."""
+    """The curves of one panel: `key` of the evaluations of each row's runs."""
     others = iter(OTHER_COLOURS * len(rows))
     for row, runs in rows.items():
         name, colour = STYLES.get(row) or (row, next(others))
-        values = _curves(runs, key)
-        epochs = np.arange(1, values.shape[1] + 1)
+        positions, values = _curves(runs, key)
         unfinished = "" if any(run.result for run in runs) else ", unfinished"
         label = f"{name} (n = {len(values)}{unfinished})"
-        axis.plot(epochs, values.mean(0), color=colour, linewidth=1.8, label=label, zorder=3)
-        axis.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0, zorder=2)
+        axis.plot(positions, values.mean(0), color=colour, linewidth=1.8, label=label, zorder=3)
+        axis.fill_between(positions, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0, zorder=2)
 
 
 def _enlarge_end(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
-    """Draw the last third of an accuracy panel once more, enlarged, in the corner that such curves leave free."""
+    """Draw the last third of a panel once more, enlarged, in the corner that its curves leave free."""
     curves = [_curves(runs, key) for runs in rows.values()]
-    last = max(values.shape[1] for values in curves)
-    first = max(1, round(last * 2 / 3))
-    ends = [values[:, first - 1 :] for values in curves if values.shape[1] >= first]
+    last = max(positions[-1] for positions, _ in curves)
+    ends = [values[:, positions >= last * 2 / 3] for positions, values in curves]
+    ends = [values for values in ends if values.size]
     low, high = min(map(np.min, ends)), max(map(np.max, ends))
-    if first == last or low == high:
+    if max(values.shape[1] for values in ends) < 2 or low == high:
         return
     room = 0.08 * (high - low)
-    inset = axis.inset_axes((0.55, 0.1, 0.42, 0.36), xlim=(first, last), ylim=(low - room, high + room))
+    falls = sum(values[:, -1].mean() - values[:, 0].mean() for _, values in curves) < 0
+    corner = (0.55, 0.55 if falls else 0.1, 0.42, 0.36)
+    inset = axis.inset_axes(corner, xlim=(last * 2 / 3, last), ylim=(low - room, high + room))
     _draw(inset, rows, key)
     inset.spines[:].set(visible=True, color="#999999")
     inset.tick_params(labelsize=9, color="#999999")
@@ -87,9 +103,11 @@ def _enlarge_end(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
     axis.indicate_inset_zoom(inset, edgecolor="#999999")
 
 
-def _curves(runs: Sequence[Run], key: str) -> np.ndarray:
-    """[seeds, epochs] of the complete runs, or of all where none is complete, as far as all of them have come."""
-    complete = [run for run in runs if run.result]
-    curves = [[epoch[key] for epoch in run.epochs if key in epoch] for run in complete or runs]
+def _curves(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Positions [evaluations] and values [seeds, evaluations] of the complete runs, or of all where none is complete,
+    as far as all of them have come."""
+    counted = [run for run in runs if run.result] or runs
+    curves = [[line for line in run.evaluations if key in line] for run in counted]
     length = min(map(len, curves))
-    return np.array([curve[:length] for curve in curves])
+    positions = [line[runs[0].unit] for line in curves[0][:length]]
+    return np.array(positions), np.array([[line[key] for line in curve[:length]] for curve in curves])

@@ -1,6 +1,6 @@
 """A small version of a task's main experiment: from nothing to a table and a picture in a few minutes.
 
-    bash scripts/quickstart.sh [--task classification] [--seeds "1 101"] [--runs FOLDER] [key=value ...]
+    bash scripts/quickstart.sh [--task classification|lm|nmt] [--seeds "1 101"] [--runs FOLDER] [key=value ...]
 
 It takes the way of the paper's tables: each run is a `python -m <task>.train` of a config of its own, complete runs are
 skipped and unfinished ones resumed. The seeds of one method train side by side.
@@ -20,10 +20,14 @@ from scripts.arguments import Parser, seeds
 from scripts.jobs import Job, plan, run
 from scripts.plot import plot_curves
 from scripts.report import report
-from scripts.runs import read_epochs, read_runs
+from scripts.runs import read_evaluations, read_runs
 from scripts.tables import CONFIGS
 
-EXPERIMENTS = {"classification": ("digits", ("sgd", "adam", "radam", "apollo"))}  # task to table and rows
+EXPERIMENTS = {  # task to table and rows
+    "classification": ("digits", ("sgd", "adam", "radam", "apollo")),
+    "lm": ("pydoc_topics", ("adam", "radam", "apollo")),
+    "nmt": ("grammar", ("adam", "radam", "apollo")),
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -41,8 +45,8 @@ def main(arguments: list[str]) -> int:
         config: [plan(table, config, seed, options.runs, options.overrides) for seed in options.seeds]
         for config in configs
     }
-    epochs = sum(job.settings["epochs"] for of_config in jobs.values() for job in of_config)
-    with tqdm(total=epochs, unit="epoch", disable=None) as bar:
+    lengths = [job.length for of_config in jobs.values() for job in of_config]
+    with tqdm(total=sum(length for length, _ in lengths), unit=lengths[0][1], disable=None) as bar:
         for config, of_config in jobs.items():
             bar.set_description(f"{config.stem}, seeds {' '.join(map(str, options.seeds))}")
             if bar.disable:
@@ -58,12 +62,11 @@ def main(arguments: list[str]) -> int:
 
 
 def train(jobs: Sequence[Job], bar: tqdm) -> int:
-    """Train all `jobs` side by side while `bar` follows their epochs. What they print is shown only if one fails."""
+    """Train all `jobs` side by side while `bar` follows them. What they print is shown only if one fails."""
     start = bar.n
 
     def follow() -> None:
-        done = sum(len(read_epochs(job.folder / "metrics.jsonl", problems=[])) for job in jobs)
-        bar.update(start + done - bar.n)
+        bar.update(start + sum(map(_done, jobs)) - bar.n)
 
     # Each has its share of the cores: more threads than cores would spend their time waiting for one another.
     threads = min(4, max(1, (os.cpu_count() or 1) // len(jobs)))  # small networks gain nothing from more than four
@@ -76,6 +79,12 @@ def train(jobs: Sequence[Job], bar: tqdm) -> int:
             return status
     follow()
     return 0
+
+
+def _done(job: Job) -> int:
+    """How far the run has come, in the unit of its length."""
+    evaluations = read_evaluations(job.folder / "metrics.jsonl", problems=[])
+    return evaluations[-1][job.length[1]] if evaluations else 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from engine.errors import UserError, run_main
 from engine.run_record import NEUTRAL_KEYS
 from scripts.arguments import Parser
 from scripts.runs import Run, read_runs
-from scripts.tables import ROWS, SCHEDULES, cell_path, load_cell, position, published
+from scripts.tables import ROWS, SCHEDULES, cells, load_cell, position, published
 
 # Keys that may differ from the published cell: those that change no result, the seed, and what changes speed alone.
 NOT_OF_THE_RECIPE = (*NEUTRAL_KEYS, "seed", "compile", "channels_last")
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     parser = Parser(prog="python -m scripts.report", description="The table of a folder of runs.")
     parser.add_argument("folder", type=Path, help="a folder with run folders below it, e.g. runs/cifar10")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw loss and accuracy by epoch (png, pdf, svg)"
+        "--plot", type=Path, metavar="FILE", help="also draw the curves (png, pdf, svg)"
     )
     parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
     options = parser.parse_args(arguments)
@@ -45,8 +45,8 @@ def main(arguments: list[str]) -> None:
         print(f"curves: {options.plot}")
 
 
-def report(table: str, runs: Sequence[Run], cells: Iterable[tuple[str, str]] = (), markdown: bool = False) -> str:
-    """The table of `runs`, with a line for each of `cells` even where no run is; then notes on single runs."""
+def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] = (), markdown: bool = False) -> str:
+    """The table of `runs`, with a line for each cell in `expected` even where no run is; then notes on single runs."""
     facts = published(table)
     title = f"{table}: mean (std) over n seeds"
     header = ["row", "schedule", "final", "best", "n"]
@@ -54,7 +54,7 @@ def report(table: str, runs: Sequence[Run], cells: Iterable[tuple[str, str]] = (
         title = f"{table}: {facts['metric_in_words']}, mean (std) over n seeds; published: over {facts['runs']} runs"
         header += ["published", "difference"]
     lines, notes = [], []
-    for row, schedule in sorted({*cells, *(run.cell for run in runs)}, key=_cell_position):
+    for row, schedule in sorted({*expected, *(run.cell for run in runs)}, key=_cell_position):
         of_cell = [run for run in runs if run.cell == (row, schedule)]
         complete = [run for run in of_cell if run.result]
         finals, bests = [run.result.final for run in complete], [run.result.best for run in complete]
@@ -84,8 +84,8 @@ def _notes(of_cell: Sequence[Run]) -> list[str]:
         notes.append(f"{who}: not the published recipe: {changes}")
     for run in of_cell:
         if not run.result:
-            done = run.epochs[-1]["epoch"] if run.epochs else 0
-            notes.append(f"unfinished: {run.folder}, epoch {done} of {run.config.get('epochs', '?')}")
+            done = run.evaluations[-1][run.unit] if run.evaluations else 0
+            notes.append(f"unfinished: {run.folder}, {run.unit} {done} of {run.config.get(f'{run.unit}s', '?')}")
     return notes
 
 
@@ -104,7 +104,7 @@ def published_cells(table: str) -> dict[tuple[str, str], list[float]]:
 
 @cache
 def _published_recipe(table: str, row: str, schedule: str) -> dict[str, Any]:
-    return load_cell(table, cell_path(table, row, schedule)).model_dump(mode="json")
+    return load_cell(table, cells(table, row)[schedule]).model_dump(mode="json")
 
 
 def changes_to_recipe(run: Run) -> list[str]:

@@ -11,21 +11,27 @@ import shlex
 import sys
 from pathlib import Path
 
-from engine.errors import run_main
+from engine.errors import UserError, run_main
 from scripts.arguments import Parser, positive, seeds
 from scripts.jobs import plan, run
 from scripts.report import report
 from scripts.runs import read_runs
-from scripts.tables import SCHEDULES, TASKS, cell_path
+from scripts.tables import TASKS, cells
 
 SEEDS = "1 101 8191 65537 131071"
 
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
+    configs = cells(options.table, options.row)
+    if not configs:
+        raise UserError(f"{options.table} has no row {options.row}: there is no config of it in configs/{options.table}")
+    schedules = list(configs) if options.schedules is None else list(dict.fromkeys(options.schedules.split()))
+    if not schedules or not set(schedules) <= set(configs):
+        raise UserError(f'--schedules "{options.schedules}" is not one or more of: {", ".join(configs)}')
     jobs = [
-        plan(options.table, cell_path(options.table, options.row, schedule), seed, options.runs, options.overrides)
-        for schedule in options.schedules
+        plan(options.table, configs[schedule], seed, options.runs, options.overrides)
+        for schedule in schedules
         for seed in options.seeds
     ]
     for number, job in enumerate(jobs, start=1):
@@ -56,18 +62,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("table", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("row", help=argparse.SUPPRESS)
     parser.add_argument("--seeds", type=seeds, default=SEEDS, help='default: "%(default)s"')
-    parser.add_argument("--schedules", type=_schedules, default=" ".join(SCHEDULES), help='default: "%(default)s"')
+    parser.add_argument("--schedules", help="default: all of the row's")
     parser.add_argument("--runs", type=Path, default="runs", metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="processes, one GPU each; default: 1")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, e.g. precision=bf16")
     return parser.parse_intermixed_args(arguments)
-
-
-def _schedules(text: str) -> list[str]:
-    names = list(dict.fromkeys(text.split()))
-    if not names or not set(names) <= set(SCHEDULES):
-        raise argparse.ArgumentTypeError(f'"{text}" is not one or more of: {", ".join(SCHEDULES)}')
-    return names
 
 
 def say(text: str) -> None:

@@ -46,11 +46,16 @@ class Run:
     config: dict[str, Any]  # config.yaml: every key, resolved
     recipe: dict[str, Any]  # of environment.json
     result: Result | None  # None where the run is not complete
-    epochs: list[dict[str, Any]]  # the epoch lines of metrics.jsonl
+    evaluations: list[dict[str, Any]]  # the lines of metrics.jsonl that tell of one
 
     @property
     def cell(self) -> tuple[str, str]:
         return self.row, self.schedule
+
+    @property
+    def unit(self) -> str:
+        """What its length is given in, and its evaluations are counted by: epoch or update."""
+        return "epoch" if "epochs" in self.config else "update"
 
 
 def read_runs(*folders: Path) -> tuple[list[Run], list[str]]:
@@ -83,7 +88,7 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
         config,
         recipe=environment.recipe if environment else {},
         result=result if result and result.complete else None,
-        epochs=read_epochs(folder / "metrics.jsonl", problems),
+        evaluations=read_evaluations(folder / "metrics.jsonl", problems),
     )
 
 
@@ -114,8 +119,8 @@ def _check(model: type[ModelT], values: Any, path: Path, problems: list[str]) ->
         return None
 
 
-def read_epochs(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The lines of kind `epoch`. A last line without its end is one that is being written, or was when a run died."""
+def read_evaluations(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The lines of kind `epoch` or `validation`. A last line without its end is being written, or a run died at it."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
@@ -123,16 +128,17 @@ def read_epochs(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     except OSError as error:
         problems.append(f"{path}: {error.strerror}")
         return []
-    epochs, damaged = [], []
+    evaluations, damaged = [], []
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
-            if values["kind"] == "epoch":
-                values["epoch"] += 0  # a number
-                epochs.append(values)
+            if values["kind"] in ("epoch", "validation"):
+                values["epoch"] += 0  # both are numbers
+                values["update"] += 0
+                evaluations.append(values)
         except (ValueError, TypeError, KeyError):
             if line.endswith("\n"):
                 damaged.append(number)
     if damaged:
         problems.append(f"{path}: line {damaged[0]} cannot be read ({len(damaged)} such lines); left out")
-    return epochs
+    return evaluations

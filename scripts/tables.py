@@ -11,9 +11,18 @@ from pydantic import BaseModel
 from engine.config import load_config
 
 CONFIGS = Path("configs")  # commands run from the repository's root
-TASKS = {"cifar10": "classification", "imagenet": "classification", "digits": "classification"}
+TASKS = {
+    "cifar10": "classification",
+    "imagenet": "classification",
+    "one_billion_words": "language_model",
+    "wmt14_en_de": "nmt",
+    # of scripts/quickstart.sh, small and without any download
+    "digits": "classification",
+    "pydoc_topics": "language_model",
+    "grammar": "nmt",
+}
 ROWS = ("sgd", "adam", "radam", "adam_adj", "radam_adj", "apollo")  # in the order of the published tables
-SCHEDULES = ("milestone", "cosine")
+SCHEDULES = ("milestone", "cosine", "inverse_sqrt")
 
 
 def train_module(table: str) -> str:
@@ -26,8 +35,13 @@ def load_cell(table: str, config: Path, overrides: tuple[str, ...] = ()) -> Base
     return load_config(import_module(train_module(table)).Config, config, overrides)
 
 
-def cell_path(table: str, row: str, schedule: str) -> Path:
-    return CONFIGS / table / f"{row}_{schedule}.yaml"
+def cells(table: str, row: str) -> dict[str, Path]:
+    """Schedule to config of each cell of a row: `<row>_<schedule>.yaml`, or `<row>.yaml` where there is but one."""
+    alone = CONFIGS / table / f"{row}.yaml"
+    if alone.exists():
+        return {load_cell(table, alone).schedule.name: alone}
+    paths = {schedule: CONFIGS / table / f"{row}_{schedule}.yaml" for schedule in SCHEDULES}
+    return {schedule: path for schedule, path in paths.items() if path.exists()}
 
 
 @cache

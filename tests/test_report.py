@@ -10,7 +10,7 @@ from engine.errors import UserError
 from scripts.jobs import plan
 from scripts.report import format_table, main, report, spread
 from scripts.runs import read_runs
-from scripts.tables import cell_path, load_cell
+from scripts.tables import cells, load_cell
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,7 +22,7 @@ def in_root(monkeypatch):
 
 def make_run(runs, row, seed, final=None, epochs=3, overrides=(), batchnorm_batch=128):
     """A run folder as train.py leaves it: complete with a `final` value, unfinished without."""
-    config = load_cell("cifar10", cell_path("cifar10", row, "milestone"), (f"seed={seed}", *overrides))
+    config = load_cell("cifar10", cells("cifar10", row)["milestone"], (f"seed={seed}", *overrides))
     folder = runs / f"cifar10/{row}_milestone/seed{seed}"
     folder.mkdir(parents=True)
     save_config(config, folder / "config.yaml")
@@ -30,8 +30,8 @@ def make_run(runs, row, seed, final=None, epochs=3, overrides=(), batchnorm_batc
     with open(folder / "metrics.jsonl", "w") as file:
         for epoch in range(1, epochs + 1):
             file.write(json.dumps({"kind": "train", "epoch": epoch, "update": epoch, "loss": 1.0}) + "\n")
-            file.write(json.dumps({"kind": "epoch", "epoch": epoch, "train_loss": 1 / epoch, "test_top1": 80 + epoch}))
-            file.write("\n")
+            line = {"kind": "epoch", "epoch": epoch, "update": epoch, "train_loss": 1 / epoch, "test_top1": 80 + epoch}
+            file.write(json.dumps(line) + "\n")
     if final is not None:
         (folder / "result.json").write_text(json.dumps({"final": final, "best": final + 0.5, "complete": True}))
     return folder
@@ -116,7 +116,7 @@ def test_half_a_last_line_is_a_run_being_written(tmp_path):
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"kind": "epoch", "epo')
     runs, problems = read_runs(tmp_path)
-    assert [epoch["epoch"] for epoch in runs[0].epochs] == [1, 2, 3]
+    assert [epoch["epoch"] for epoch in runs[0].evaluations] == [1, 2, 3]
     assert problems == []
 
 
@@ -153,7 +153,7 @@ def test_mistakes_end_in_one_line(tmp_path, arguments, message):
 
 def test_planning_refuses_a_folder_with_other_settings(tmp_path):
     make_run(tmp_path, "apollo", 1, 94.0)
-    config = cell_path("cifar10", "apollo", "milestone")
+    config = cells("cifar10", "apollo")["milestone"]
     assert plan("cifar10", config, 1, tmp_path).complete
     assert plan("cifar10", config, 1, tmp_path, ["log_every=1"]).complete
     with pytest.raises(UserError, match=r"other settings \(epochs\).*--runs"):

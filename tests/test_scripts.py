@@ -15,7 +15,9 @@ import pytest
 from engine.errors import UserError
 from scripts.jobs import run
 from scripts.missing import missing
+from scripts.quickstart import EXPERIMENTS
 from scripts.run_row import main as run_row
+from scripts.tables import cells, published
 
 ROOT = Path(__file__).parent.parent
 ON_DIGITS = ["data.name=digits", "model.depth=8", "device=cpu"]
@@ -132,19 +134,41 @@ def test_refusals_are_one_line_and_come_before_any_training(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_row_of_the_table_has_its_script():
-    rows = {path.stem.rpartition("_")[0] for path in ROOT.glob("configs/cifar10/*_*.yaml")}
-    assert {path.stem.removeprefix("cifar_") for path in ROOT.glob("scripts/cifar_*.sh")} == rows
-    for row in rows:
-        assert f"scripts.run_row cifar10 {row} " in (ROOT / f"scripts/cifar_{row}.sh").read_text()
+@pytest.mark.parametrize(
+    ("prefix", "table"),
+    [("cifar", "cifar10"), ("imagenet", "imagenet"), ("lm", "one_billion_words"), ("nmt", "wmt14_en_de")],
+)
+def test_every_row_of_a_table_has_its_script(monkeypatch, prefix, table):
+    monkeypatch.chdir(ROOT)
+    rows = published(table)["cells"]
+    assert {path.stem.removeprefix(f"{prefix}_") for path in ROOT.glob(f"scripts/{prefix}_*.sh")} == set(rows)
+    for row, values in rows.items():
+        assert set(cells(table, row)) == set(values)
+        assert f"scripts.run_row {table} {row} " in (ROOT / f"scripts/{prefix}_{row}.sh").read_text()
 
 
-def test_quickstart_ends_in_a_table_and_a_picture(tmp_path):
-    ended = call(script("quickstart", "--seeds", "1", "--runs", tmp_path, "epochs=1", "device=cpu"))
+def test_a_row_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="cifar10 has no row adamax"):
+        run_row(["cifar10", "adamax"])
+
+
+# The default task is the one that its shortest command runs.
+TASKS_SHORT = {
+    "classification": ["epochs=1"],
+    "lm": ["--task", "lm", "epochs=1"],
+    "nmt": ["--task", "nmt", "updates=20"],
+}
+
+
+@pytest.mark.parametrize("task", EXPERIMENTS)
+def test_quickstart_ends_in_a_table_and_a_picture(tmp_path, task):
+    ended = call(script("quickstart", *TASKS_SHORT[task], "--seeds", "1", "--runs", tmp_path, "device=cpu"))
     assert ended.returncode == 0, ended.stderr
+    table, rows = EXPERIMENTS[task]
     lines = [line.split() for line in ended.stdout.splitlines()]
-    assert [line[0] for line in lines if line[1:2] == ["milestone"]] == ["sgd", "adam", "radam", "apollo"]
-    assert (tmp_path / "digits/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [line[0] for line in lines if line[4:5] == ["1"]] == list(rows)
+    assert (tmp_path / table / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "Traceback" not in ended.stderr
 
 
@@ -199,7 +223,7 @@ def test_setup_uses_an_interpreter_that_has_torch_and_installs_nothing(bare_mach
 def test_package_installs_and_imports_elsewhere(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("optim", "engine", "classification"):
+    for name in ("optim", "engine", "classification", "language_model", "nmt"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md"):
         if (ROOT / name).exists():
