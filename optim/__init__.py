@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from . import lr_scheduler
 from .apollo import Apollo
 from .lr_scheduler import create_schedule
-from .suggest import suggest
+from .settings import suggest
 
 __all__ = [
     "OPTIMIZERS",

@@ -1,18 +1,16 @@
 """Apollo, an adaptive parameter-wise diagonal quasi-Newton method (Ma, arXiv 2009.13586).
 
-Laid out as a file of torch.optim: the class, the state of a group, the step, then the step's arithmetic.
-`_single_tensor_apollo` reads like the algorithm in the paper; the foreach step (apollo_foreach.py) does the same over
-lists of tensors, and the tests hold it to this one.
+Laid out as a file of torch.optim: the class, the state of a group, the step, the algorithm, and the choice between its
+implementations. `_single_tensor_apollo` reads like the algorithm in the paper; the foreach step (apollo_foreach.py) and
+the fused ones (fused_cpu.py, fused_cuda.py) do the same over lists of tensors, and the tests hold them to it.
 
 Where the previous direction d = m / D can be computed again from m and B it is not stored: two state tensors, like
 Adam, instead of the three of the published code. Only decoupled weight decay, which adds to d, needs the third.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from numbers import Real
 from typing import Any
 
 import torch
@@ -26,11 +24,8 @@ from .apollo_foreach import _multi_tensor_apollo
 from .apollo_math import averaging_weight, curvature_offset, norm_eps, warmed_up_lr
 from .fused_cpu import _fused_cpu_apollo
 from .layout import is_dense
+from .settings import check_settings
 from .sharded import ProcessGroups, any_sharded, join, local_shard, process_groups
-from .suggest import suggest
-
-WEIGHT_DECAY_TYPES = ("L2", "decoupled", "stable")
-REBOUNDS = ("constant", "belief")
 
 
 class Apollo(Optimizer):
@@ -75,7 +70,7 @@ class Apollo(Optimizer):
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_settings({**self.defaults, **param_group})
+        check_settings({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     @override
@@ -311,7 +306,7 @@ def _single_tensor_apollo(
         d = exp_avg / curvature
         if direction is not None:
             if weight_decay_type == "stable":
-                d = d.add(param * (weight_decay / (total(curvature.sum()) / numels[i])))
+                d = d.addcmul(param.to(d.dtype), weight_decay / (total(curvature.sum()) / numels[i]))
             elif weight_decay_type == "decoupled":
                 d = d.add(param, alpha=weight_decay)
             direction.copy_(d)
@@ -403,28 +398,3 @@ def _name_of(group: dict[str, Any], index: int) -> str:
     if "param_names" in group:
         return f"parameter {group['param_names'][index]!r}"
     return f"the parameter of shape {tuple(group['params'][index].shape)}, number {index} of its group,"
-
-
-def _check_settings(settings: dict[str, Any]) -> None:
-    lr = settings["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr as a tensor must have 1 element, not shape {tuple(lr.shape)}")
-    rules: dict[str, tuple[Callable[[float], bool], str]] = {
-        "lr": (lambda x: x >= 0, ">= 0"),
-        "beta": (lambda x: 0 <= x < 1, "in [0, 1)"),
-        "eps": (lambda x: x > 0, "> 0"),
-        "sigma": (lambda x: x > 0, "> 0"),
-        "warmup": (lambda x: x >= 0 and x == int(x), "a whole number of steps >= 0"),
-        "init_lr": (lambda x: x >= 0, ">= 0"),
-        "weight_decay": (lambda x: x >= 0, ">= 0"),
-    }
-    if settings["foreach"] and settings["fused"]:
-        raise ValueError("foreach and fused cannot both be True")
-    for name, (holds, rule) in rules.items():
-        value = settings[name]
-        number = isinstance(value, Real) and not isinstance(value, bool) or (name == "lr" and isinstance(value, Tensor))
-        if not (number and math.isfinite(value) and holds(value)):
-            raise ValueError(f"{name} must be a finite number {rule}, got {value!r}")
-    for name, choices in (("weight_decay_type", WEIGHT_DECAY_TYPES), ("rebound", REBOUNDS)):
-        if settings[name] not in choices:
-            raise ValueError(f"unknown {name} {settings[name]!r}{suggest(settings[name], choices)}")

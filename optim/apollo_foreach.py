@@ -4,14 +4,40 @@ The sums over a tensor, which foreach has no operation for, are taken one by one
 vector over the list.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .apollo_math import averaging_weight, curvature_offset, norm_eps, warmed_up_lr
 from .sharded import ProcessGroups, join_sums
 
+# On the CPU a launch costs little and memory much, so a long list goes in parts, whose temporaries stay in cache.
+CPU_PART = 2**17  # elements
 
-def _multi_tensor_apollo(
+
+def _multi_tensor_apollo(params: list[Tensor], *columns: list, **settings: Any) -> None:
+    """The step of parameters of one device and dtype. See optim/apollo.py for the arguments."""
+    for part in _parts(params, shards=columns[6]):
+        _step(params[part], *(column[part] for column in columns), **settings)
+
+
+def _parts(params: list[Tensor], shards: list[ProcessGroups]) -> Iterator[slice]:
+    """Consecutive parts of the list, of CPU_PART elements or of one tensor; the whole where parts gain nothing."""
+    if params[0].device.type != "cpu" or any(shards):  # the ranks must take their sums in step
+        yield slice(None)
+        return
+    first = elements = 0
+    for i, param in enumerate(params):
+        if i > first and elements + param.numel() > CPU_PART:
+            yield slice(first, i)
+            first, elements = i, 0
+        elements += param.numel()
+    yield slice(first, None)
+
+
+def _step(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -35,7 +61,7 @@ def _multi_tensor_apollo(
     capturable: bool,
     grad_scale: Tensor | None,
 ) -> None:
-    """The step of parameters of one device and dtype, with stored directions or without."""
+    """The step of one part, with stored directions or without."""
     dtype = exp_avgs[0].dtype
     before = [step.to(dtype, copy=True) if capturable else step.item() for step in steps]
     torch._foreach_add_(steps, 1)

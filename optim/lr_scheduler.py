@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from .suggest import suggest
+from .settings import suggest
 
 # Each schedule's own settings and their defaults; None must be given.
 SCHEDULES: dict[str, dict[str, Any]] = {

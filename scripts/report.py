@@ -24,9 +24,7 @@ NOT_OF_THE_RECIPE = (*NEUTRAL_KEYS, "seed", "compile", "channels_last")
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="python -m scripts.report", description="The table of a folder of runs.")
     parser.add_argument("folder", type=Path, help="a folder with run folders below it, e.g. runs/cifar10")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw the curves (png, pdf, svg)"
-    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the curves (png, pdf, svg)")
     parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
     options = parser.parse_args(arguments)
 

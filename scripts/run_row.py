@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     configs = cells(options.table, options.row)
     if not configs:
-        raise UserError(f"{options.table} has no row {options.row}: there is no config of it in configs/{options.table}")
+        raise UserError(f"{options.table} has no row {options.row}: configs/{options.table} holds none of that name")
     schedules = list(configs) if options.schedules is None else list(dict.fromkeys(options.schedules.split()))
     if not schedules or not set(schedules) <= set(configs):
         raise UserError(f'--schedules "{options.schedules}" is not one or more of: {", ".join(configs)}')

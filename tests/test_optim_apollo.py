@@ -53,7 +53,7 @@ def step_together(*pairs, steps: int, seed: int = 0) -> None:
         ({"lr": 1.0, "beta": 1.0}, "beta must be a finite number in [0, 1)"),
         ({"lr": 1.0, "eps": 0.0}, "eps must be a finite number > 0"),
         ({"lr": 1.0, "sigma": math.inf}, "sigma must be a finite number > 0"),
-        ({"lr": 1.0, "warmup": 1.5}, "warmup must be a finite number a whole number of steps >= 0"),
+        ({"lr": 1.0, "warmup": 1.5}, "warmup must be a finite number >= 0 and whole, got 1.5"),
         ({"lr": 1.0, "init_lr": -1}, "init_lr must be a finite number >= 0"),
         ({"lr": 1.0, "weight_decay": -1}, "weight_decay must be a finite number >= 0"),
         ({"lr": 1.0, "weight_decay_type": "l2"}, "unknown weight_decay_type 'l2'; did you mean 'L2'? valid: L2,"),
