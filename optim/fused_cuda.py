@@ -6,8 +6,8 @@
 
 The kernels (triton_kernels.py) find the tensors through a table of addresses on the device, which is sent there when an
 address has changed, and kept otherwise. Nothing waits for the device: counts, a gradient scaler's verdict (found_inf)
-and learning rates that are tensors are read there. Chunks are added up in their order: a step repeated is the same, bit for
-bit. See optim/apollo.py for the algorithm and its letters; importing this file needs Triton.
+and learning rates that are tensors are read there. Chunks are added up in their order: a step repeated is the same.
+See optim/apollo.py for the algorithm and its letters; importing this file needs Triton.
 """
 
 import math
