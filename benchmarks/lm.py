@@ -1,0 +1,353 @@
+"""Language modelling: speed and memory of preparing a corpus and of training, against plain ways to do the same.
+
+    python -m benchmarks.lm prepare [--text FILE ...] [--tokens 1 10 50] [--rounds 3]
+    python -m benchmarks.lm train [--precision fp32 bf16] [--optimizers adam radam apollo] [--device cuda] ...
+    python -m benchmarks.lm train --full-size --updates 5
+
+prepare   `python -m language_model.prepare` with one and with two processes against the published way: one process that
+          encodes line by line and pickles a list of lists for each file. All are commands of their own, timed from start
+          to end. Then the peak memory of the command, its workers included, for texts of more and more tokens.
+train     `train_epoch` of language_model/train.py against a bare loop: forward, backward and torch's fused AdamW on one
+          fixed batch, without clipping. Both run in turn, the order reversed every other round.
+--full-size  the published model, 793,470 words and 2 x 2048: each contender alone, in a process of its own, and its
+          memory. On a CPU only train.py runs: 5 updates need some 12 GB.
+
+The text is Python's own manual, repeated, or that of --text files; for training it is noise with the frequencies of
+English (the word of rank r has a share of about 1 / r**1.1), which is what the adaptive softmax's work depends on.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from engine.allocator import keep_freed_memory
+from engine.config import load_config
+from engine.distributed import World, setup
+from engine.errors import UserError, run_main
+from engine.precision import Precision
+from engine.run_record import RunRecord, describe_environment, peak_memory_mb
+from language_model import prepare as preparation
+from language_model.model import LanguageModel
+from language_model.pydoc_topics import paragraphs
+from language_model.source import FOLDERS
+from language_model.train import Config, prepare, synchronize, train_epoch
+from language_model.vocabulary import count_words, counted_vocabulary, load_vocabulary
+from optim import AdamW
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "one_billion_words"
+FILE_BYTES = 41_000_000  # of the benchmark's training files
+EXPONENT = 1.1  # of the word frequencies
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
+    print(describe(setup(options.device)))
+    if options.command == "prepare":
+        measure_preparation(options)
+    else:
+        measure_training(options)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.lm")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("prepare", help="encoding a corpus")
+    command.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="one sentence a line; repeated as needed")
+    command.add_argument("--tokens", type=int, nargs="+", default=[1, 10, 50], help="million tokens, for the memory")
+    command.add_argument("--speed-tokens", type=int, default=10, help="million tokens, for the speed")
+    command.add_argument("--rounds", type=int, default=3)
+    command.set_defaults(device="cpu")
+    command = commands.add_parser("train", help="training")
+    command.add_argument("--words", type=int, default=32_000, help="in the vocabulary (%(default)s)")
+    command.add_argument("--hidden", type=int, default=512)
+    command.add_argument("--cutoffs", type=int, nargs="+", default=[2000, 10_000])
+    command.add_argument("--full-size", action="store_true", help="the published model")
+    command.add_argument("--batch", type=int, default=128)
+    command.add_argument("--precision", nargs="+", default=["fp32"], help="fp32, tf32, bf16, fp16")
+    command.add_argument("--optimizers", nargs="+", default=["apollo"], help="rows of configs/one_billion_words")
+    command.add_argument("--updates", type=int, default=10, help="updates of each contender in a round")
+    command.add_argument("--rounds", type=int, default=5)
+    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    options = parser.parse_args(arguments)
+    if options.command == "train" and options.full_size:
+        options.words, options.hidden, options.cutoffs = 793_470, 2048, [60_000, 100_000, 640_000]
+    return options
+
+
+# Preparation
+
+
+def measure_preparation(options: argparse.Namespace) -> None:
+    lines = text_lines(options.text)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        vocabulary = folder / "vocabulary.txt"
+        vocabulary.write_bytes(counted_vocabulary([count_words(lines)], 3).dump())
+        words = len(load_vocabulary(vocabulary))
+        source = write_source(folder / "text", lines, options.speed_tokens * 1_000_000)
+        tokens = source_tokens(source)
+        print(f"preparing {tokens:,} tokens, {words:,} words in the vocabulary, {options.rounds} rounds\n")
+
+        def ours(workers: int) -> tuple[list[str], Path]:
+            out = folder / f"out{workers}"
+            command = [sys.executable, "-m", "language_model.prepare", str(source), str(out)]
+            return [*command, "--vocabulary", str(vocabulary), "--workers", str(workers)], out
+
+        literal = [sys.executable, "-m", "benchmarks.lm_literal", str(source), str(folder / "literal"), str(vocabulary)]
+        contenders = {
+            "line by line, pickled": (literal, folder / "literal"),
+            "language_model.prepare, 1 process": ours(1),
+            "language_model.prepare, 2 processes": ours(2),
+        }
+        speeds: dict[str, list[float]] = {name: [] for name in contenders}
+        for number in range(options.rounds):
+            for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
+                command, out = contenders[name]
+                subprocess.run(["rm", "-rf", str(out)], check=True)
+                started = time.perf_counter()
+                subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+                speeds[name].append(tokens / (time.perf_counter() - started))
+        baseline = speeds["line by line, pickled"]
+        print(f"{'':<38}{'tokens/s':>12}{'lowest':>12}{'highest':>12}{'ratio':>8}{'bytes/token':>13}")
+        for name, values in speeds.items():
+            ratio = statistics.median(a / b for a, b in zip(values, baseline, strict=True))
+            size = sum(path.stat().st_size for path in contenders[name][1].rglob("*") if path.suffix != ".txt") / tokens
+            middle = statistics.median(values)
+            print(f"{name:<38}{middle:>12,.0f}{min(values):>12,.0f}{max(values):>12,.0f}{ratio:>8.2f}{size:>13.2f}")
+
+        print(f"\n{'million tokens':<20}{'files':>8}{'peak memory, MiB: parent + 2 workers':>40}{'seconds':>10}")
+        for millions in options.tokens:
+            source = write_source(folder / f"text{millions}", lines, millions * 1_000_000)
+            command = [sys.executable, "-m", "language_model.prepare", str(source), str(folder / f"memory{millions}")]
+            started = time.perf_counter()
+            peak = peak_of_tree([*command, "--workers", "2"])
+            files = len(list((source / FOLDERS["train"]).iterdir()))
+            print(f"{millions:<20}{files:>8}{peak:>40,.0f}{time.perf_counter() - started:>10.1f}")
+
+
+def text_lines(files: list[Path] | None) -> list[str]:
+    if files is None:
+        return paragraphs()
+    return [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_source(root: Path, lines: list[str], tokens: int) -> Path:
+    """A source of at least `tokens` tokens, <S> and </S> counted, in files of the benchmark's size."""
+    for folder in FOLDERS.values():
+        (root / folder).mkdir(parents=True)
+    (root / FOLDERS["test"] / preparation.TEST_FILE).write_text("\n".join(lines[:100]) + "\n", encoding="utf-8")
+    repeated, written, number = itertools.cycle(lines), 0, 0
+    while written < tokens:
+        number += 1
+        with open(root / FOLDERS["train"] / f"news.en-{number:05}-of-00100", "w", encoding="utf-8") as file:
+            while written < tokens and file.tell() < FILE_BYTES:
+                some = list(itertools.islice(repeated, 1000))
+                file.write("\n".join(some) + "\n")
+                written += sum(line.count(" ") + 3 for line in some)
+    return root
+
+
+def source_tokens(source: Path) -> int:
+    texts = (path.read_text(encoding="utf-8") for path in source.rglob("news*"))
+    return sum(len(text.split()) + 2 * text.count("\n") for text in texts)
+
+
+def peak_of_tree(command: list[str]) -> float:
+    """Runs `command`; the largest sum of resident memory of it and its children at one time, in MiB."""
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    peak = 0.0
+    while process.poll() is None:
+        peak = max(peak, sum(resident(pid) for pid in tree(process.pid)))
+        time.sleep(0.02)
+    if process.returncode:
+        raise UserError(f"{' '.join(command)} failed with status {process.returncode}")
+    return peak
+
+
+def tree(pid: int) -> Iterator[int]:
+    yield pid
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended
+        return
+    for child in children:
+        yield from tree(int(child))
+
+
+def resident(pid: int) -> float:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+
+# Training
+
+
+def measure_training(options: argparse.Namespace) -> None:
+    tokens = options.batch * 20
+    print(
+        f"LSTM 2 x {options.hidden}, {options.words:,} words, {tokens:,} tokens an update, "
+        f"{options.updates} updates x {options.rounds} rounds\n"
+    )
+    names = [f"train.py, {row}, {p}" for p in options.precision for row in options.optimizers]
+    if not (options.full_size and options.device == "cpu"):
+        names += [f"bare loop, adamw, {precision}" for precision in options.precision]
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = make_corpus(Path(scratch), options)
+        if options.full_size:
+            found = {name: alone(name, corpus, options) for name in names}
+        else:
+            found = in_turn({name: contender(name, corpus, options) for name in names}, options)
+    print(f"{'':<28}{'tokens/s':>10}{'lowest':>10}{'highest':>10}{'optimizer':>15}{'/ bare loop':>13}{'peak MiB':>10}")
+    for name, (seconds, optimizer_ms, memory) in found.items():
+        speeds = [tokens / each for each in seconds]
+        step_ms = 1000 * statistics.median(seconds)
+        share = f"{optimizer_ms:.1f} ms {100 * optimizer_ms / step_ms:>3.0f} %" if optimizer_ms else ""
+        bare = found.get(f"bare loop, adamw, {name.rsplit(', ')[-1]}")
+        ratio = statistics.median(b / a for a, b in zip(seconds, bare[0], strict=True)) if bare else None
+        line = f"{name:<28}{statistics.median(speeds):>10,.0f}{min(speeds):>10,.0f}{max(speeds):>10,.0f}{share:>15}"
+        print(line + (f"{ratio:>13.3f}" if ratio else " " * 13) + (f"{memory:>10,.0f}" if memory else ""))
+
+
+class Contender:
+    """`run(count)` takes that many updates; `optimizer_ms` are samples of the optimizer's share of one."""
+
+    def __init__(self, run: Callable[[int], None], optimizer_ms: list[float]) -> None:
+        self.run, self.optimizer_ms = run, optimizer_ms
+
+
+def contender(name: str, corpus: Path, options: argparse.Namespace) -> Contender:
+    kind, method, precision = name.split(", ")
+    make = train_loop if kind == "train.py" else bare_loop
+    return make(method, precision, corpus, options, setup(options.device))
+
+
+def train_loop(row: str, precision: str, corpus: Path, options: argparse.Namespace, world: World) -> Contender:
+    """The real loop: everything is made by `prepare`, and a round is the end of a `train_epoch`."""
+    config = load_config(
+        Config,
+        CONFIGS / f"{row}.yaml",
+        [
+            f"data.root={corpus}",
+            f"model.hidden={options.hidden}",
+            f"model.cutoffs={options.cutoffs}",
+            f"global_batch={options.batch}",
+            f"precision={precision}",
+            f"device={options.device}",
+            f"log_every={min(5, options.updates)}",
+            f"run_dir={corpus / f'run_{row}_{precision}'}",
+        ],
+    )
+    run = prepare(config, world, RunRecord(config, config.folder, world))
+    bar = tqdm(disable=True)
+
+    def updates(count: int) -> None:
+        run.progress.update_in_epoch = run.data.updates_per_epoch - count
+        if train_epoch(run, bar) is None:
+            raise KeyboardInterrupt  # the loop takes the signal, and asks us to stop
+        run.progress.epoch += 1
+        run.progress.epoch_s, run.progress.totals = 0.0, {}
+
+    return Contender(updates, run.optimizer_ms)
+
+
+def bare_loop(method: str, precision: str, corpus: Path, options: argparse.Namespace, world: World) -> Contender:
+    keep_freed_memory()
+    model = LanguageModel(options.words, hidden=options.hidden, cutoffs=options.cutoffs).to(world.device)
+    optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
+    rank = torch.from_numpy(draw_words(21 * options.batch, options.words, np.random.default_rng(1)))
+    tokens = rank.view(21, options.batch).to(world.device)
+    state, cast = model.zero_state(options.batch), Precision(precision, world.device)
+
+    def updates(count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            with cast.autocast():
+                log_prob, _ = model(tokens[:-1], tokens[1:], state)
+            cast.backward(-log_prob.mean())
+            cast.step(optimizer)
+
+    return Contender(updates, [])
+
+
+Found = tuple[list[float], float | None, float | None]  # seconds an update, each round; ms of the optimizer; peak MiB
+
+
+def in_turn(contenders: dict[str, Contender], options: argparse.Namespace) -> dict[str, Found]:
+    """All in this process, after two updates of each that do not count."""
+    device = setup(options.device).device
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for each in contenders.values():
+        each.run(2)
+        each.optimizer_ms.clear()
+    for number in tqdm(range(options.rounds), unit="round", disable=None):
+        for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
+            synchronize(device)
+            started = time.perf_counter()
+            contenders[name].run(options.updates)
+            synchronize(device)
+            seconds[name].append((time.perf_counter() - started) / options.updates)
+    return {
+        name: (seconds[name], statistics.median(each.optimizer_ms) if each.optimizer_ms else None, None)
+        for name, each in contenders.items()
+    }
+
+
+def alone(name: str, corpus: Path, options: argparse.Namespace) -> Found:
+    """One contender, in a process of its own: its memory is then its alone."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=serve, args=(theirs, name, corpus, options))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        process.join()
+        raise UserError(f"{name}: the process ended with status {process.exitcode} (out of memory?)") from None
+
+
+def serve(pipe: multiprocessing.connection.Connection, name: str, corpus: Path, options: argparse.Namespace) -> None:
+    seconds, optimizer_ms, _ = in_turn({name: contender(name, corpus, options)}, options)[name]
+    pipe.send((seconds, optimizer_ms, peak_memory_mb(setup(options.device).device)))
+
+
+def make_corpus(folder: Path, options: argparse.Namespace) -> Path:
+    """A prepared corpus of noise whose words are as frequent as those of English."""
+    random = np.random.default_rng(0)
+    words = [*(f"w{number}" for number in range(options.words - 3)), "<S>", "<UNK>", "</S>"]
+    counts = np.sort((1e9 / np.arange(1, len(words) + 1) ** EXPONENT).astype(int))[::-1]
+    (folder / "words.txt").write_text("".join(f"{w} {c}\n" for w, c in zip(words, counts, strict=True)))
+    drawn = draw_words((options.updates + 2) * options.batch * 20, options.words - 3, random)
+    lines = [" ".join(f"w{rank}" for rank in drawn[first : first + 25]) for first in range(0, len(drawn), 25)]
+    source = write_source(folder / "text", lines, len(drawn))
+    preparation.build(source, folder / "corpus", vocabulary=folder / "words.txt")
+    return folder / "corpus"
+
+
+def draw_words(count: int, words: int, random: np.random.Generator) -> np.ndarray:
+    """Ranks of `count` words, int64."""
+    shares = np.cumsum(1 / np.arange(1, words + 1) ** EXPONENT)
+    return np.searchsorted(shares, random.random(count) * shares[-1])
+
+
+def describe(world: World) -> str:
+    found = describe_environment(world)
+    return f"{found['device']}, {found['cpu_threads']} CPU threads, torch {found['torch']}, {found['started']}"
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,217 @@
+"""A prepared corpus at rest: one shard for each part of the text, and a manifest that says when they are whole.
+
+    train/NAME.tokens, test/NAME.tokens      ids of all sentences in a row, <S> and </S> included; uint16 where the
+                                             vocabulary has up to 65,536 words, else uint32; little-endian
+    train/NAME.offsets, test/NAME.offsets    where each sentence starts, and where the last one ends; uint32
+    vocabulary.txt                           `word count` a line, in the order of the ids
+    manifest.json                            written last; training reads nothing without it
+
+Files are mapped into memory, read-only. A shard's checksum is compared whenever training opens it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from xxhash import xxh3_64
+
+from engine.errors import UserError
+from language_model.source import Part
+from language_model.vocabulary import Vocabulary, digest, load_vocabulary
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+VOCABULARY = "vocabulary.txt"
+OFFSET = np.dtype("<u4")
+PREPARE_COMMAND = "python -m language_model.prepare SOURCE OUT"
+
+Arrays = tuple[np.ndarray, np.ndarray]  # a shard: ids [tokens], offsets [sentences + 1]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The size of a shard, and how to read it."""
+
+    tokens: int
+    sentences: int
+    read: Callable[[], Arrays]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text to train and to test on, as token ids."""
+
+    train: Sequence[Shard]
+    test: Sequence[Shard]
+    words: int  # in the vocabulary
+    vocabulary_digest: str
+    load_vocabulary: Callable[[], Vocabulary]
+    facts: dict[str, Any]  # for the record of a run: which text this is
+
+
+def token_dtype(words: int) -> np.dtype:
+    return np.dtype("<u2" if words <= 1 << 16 else "<u4")
+
+
+def write_shard(part: Part, vocabulary: Vocabulary, out: Path) -> dict[str, Any]:
+    """Encode `part` to its two files in `out`; returns its entry in the manifest.
+
+    What is in memory is a block of the text and the offsets. Raises UserError, e.g. on a full disk.
+    """
+    path = out / part.name
+    dtype = token_dtype(len(vocabulary))
+    checksum, ends, unknown = xxh3_64(), [np.zeros(1, np.int64)], 0
+    with disk_errors(path):
+        path.parent.mkdir(exist_ok=True)
+        with open(_with(path, ".tokens.tmp"), "wb") as file:
+            for text in part.texts():
+                tokens, lengths = vocabulary.encode(text)
+                unknown += int(np.count_nonzero(tokens == vocabulary.unknown))
+                content = tokens.astype(dtype).tobytes()
+                checksum.update(content)
+                file.write(content)
+                ends.append(ends[-1][-1] + np.cumsum(lengths))
+            _sync(file)
+        offsets = np.concatenate(ends)
+        content = offsets.astype(OFFSET).tobytes()
+        checksum.update(content)
+        with open(_with(path, ".offsets.tmp"), "wb") as file:
+            file.write(content)
+            _sync(file)
+        for suffix in (".tokens", ".offsets"):
+            os.replace(_with(path, f"{suffix}.tmp"), _with(path, suffix))
+    return {
+        "name": part.name,
+        "split": part.split,
+        "file": part.file,
+        "part": part.index,
+        "bytes_per_token": dtype.itemsize,
+        "tokens": int(offsets[-1]),
+        "sentences": len(offsets) - 1,
+        "unknown": unknown,
+        "digest": checksum.hexdigest(),
+    }
+
+
+def damage(entry: dict[str, Any], out: Path) -> str | None:
+    """What is wrong with a shard's files, as far as their sizes tell; None where they are whole."""
+    for suffix, size in _sizes(entry).items():
+        path = _with(out / entry["name"], suffix)
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            return f"{path}: {error.strerror}"
+        if found != size:
+            return f"{path} has {found:,} bytes and should have {size:,}"
+    return None
+
+
+def read_manifest(out: Path) -> dict[str, Any] | None:
+    """The manifest of a finished preparation, or None. Raises UserError where it is damaged or of another format."""
+    path = out / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a manifest ({error!r}): delete it, then prepare again") from None
+    if version != FORMAT:
+        raise UserError(f"{path}: format {version}, this program reads {FORMAT}: prepare again, in another folder")
+    return manifest
+
+
+def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
+    write_atomically(out / MANIFEST, (json.dumps({"format": FORMAT} | manifest, indent=1) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    temporary = _with(path, ".tmp")
+    with disk_errors(path):
+        with open(temporary, "wb") as file:
+            file.write(content)
+            _sync(file)
+        os.replace(temporary, path)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError, such as a full disk, while `path` is written into a UserError that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or path}: {error.strerror}: the shards finished so far are kept; mend that (free some "
+            "space?), then run the same command to go on"
+        ) from None
+
+
+def open_corpus(root: Path) -> Corpus:
+    """The corpus prepared in `root`. Raises UserError, in one line, where something is missing or does not fit."""
+    manifest = read_manifest(root)
+    if manifest is None:
+        raise UserError(f"{root}: no finished corpus there (no {MANIFEST}): {PREPARE_COMMAND} makes one")
+    again = f"run `{PREPARE_COMMAND.replace('OUT', str(root))}` as before: it makes what is missing"
+    vocabulary, dtype = manifest["vocabulary"], np.dtype(manifest["dtype"])
+    try:
+        content = (root / VOCABULARY).read_bytes()
+    except OSError as error:
+        raise UserError(f"{root / VOCABULARY}: {error.strerror}; {again}") from None
+    if digest(content) != vocabulary["sha256"]:
+        raise UserError(
+            f"{root / VOCABULARY} is not the vocabulary that the shards beside it were encoded with: put that one "
+            "back, or delete the folder and prepare again"
+        )
+    splits: dict[str, list[Shard]] = {"train": [], "test": []}
+    for entry in manifest["shards"]:
+        if problem := damage(entry, root):
+            raise UserError(f"{problem}; {again}")
+        if entry["tokens"]:  # an empty file cannot be mapped
+            read = partial(_read_shard, root / entry["name"], dtype, entry["digest"])
+            splits[entry["split"]].append(Shard(entry["tokens"], entry["sentences"], read))
+    facts = {
+        "vocabulary": {"words": vocabulary["words"], "sha256": vocabulary["sha256"]},
+        "train": {key: manifest["train"][key] for key in ("tokens", "sentences", "oov_rate")}
+        | {"files": len(manifest["train"]["files"])},
+        "test": {key: manifest["test"][key] for key in ("tokens", "sentences", "oov_rate", "files")},
+    }
+    return Corpus(
+        splits["train"],
+        splits["test"],
+        vocabulary["words"],
+        vocabulary["sha256"],
+        partial(load_vocabulary, root / VOCABULARY),
+        facts,
+    )
+
+
+def _read_shard(path: Path, dtype: np.dtype, expected: str) -> Arrays:
+    arrays = [np.memmap(_with(path, s), t, "r") for s, t in ((".tokens", dtype), (".offsets", OFFSET))]
+    checksum = xxh3_64()
+    for array in arrays:
+        checksum.update(array)
+    if checksum.hexdigest() != expected:
+        raise UserError(f"{path}.tokens or .offsets is damaged (checksum): delete both, then {PREPARE_COMMAND} again")
+    return arrays[0], arrays[1]
+
+
+def _sizes(entry: dict[str, Any]) -> dict[str, int]:
+    return {
+        ".tokens": entry["tokens"] * entry["bytes_per_token"],
+        ".offsets": (entry["sentences"] + 1) * OFFSET.itemsize,
+    }
+
+
+def _with(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

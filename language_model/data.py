@@ -1,0 +1,164 @@
+"""Batches of token ids: contiguous rows of a shard for training, rows of whole sentences for testing.
+
+Training follows the published batching. In every epoch the shards come in a new order, and the sentences of a shard in
+a new order within it, both a function of (seed, epoch). A shard's tokens, sentence after sentence, are laid out as
+global_batch contiguous rows, and a batch is the next sequence_length columns of all rows: the network's state goes on
+from batch to batch in each row, and starts from zero at a new shard. What does not fill a last batch is dropped: fewer
+than global_batch x sequence_length tokens of a shard, other ones in every epoch. Ranks take neighbouring rows each.
+
+Testing predicts every token exactly once. The stream of all test sentences is cut, where sentences start, into rows of
+about the same length, whose state starts from zero; a row's first <S> is predicted from the </S> that went before it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.errors import UserError, nearest
+from engine.seed import generator
+from language_model.corpus import Arrays, Corpus, open_corpus
+from language_model.pydoc_topics import pydoc_corpus
+
+TEST_STEPS = 64  # columns of a test batch; the state goes on, so they change no result
+NAMES = ("prepared", "pydoc_topics")
+
+
+class DataConfig(Protocol):
+    """The settings under `data:` in a config."""
+
+    name: str
+    root: str
+
+
+class TrainBatch(NamedTuple):
+    """Tokens and the tokens that follow them, both int64 [sequence_length, rows]."""
+
+    tokens: Tensor
+    targets: Tensor
+    starts_shard: bool  # the state must start from zero
+
+
+class ScoredBatch(NamedTuple):
+    """As a TrainBatch, and `counted`, bool [steps, rows]: False where a row has ended."""
+
+    tokens: Tensor
+    targets: Tensor
+    counted: Tensor
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """The corpus `config.name`: one that language_model.prepare made in `config.root`, or Python's own topics."""
+    if config.name == "prepared":
+        return open_corpus(Path(config.root))
+    if config.name == "pydoc_topics":
+        return pydoc_corpus()
+    raise UserError(f"unknown data set '{config.name}'{nearest(config.name, NAMES)}; valid: {', '.join(NAMES)}")
+
+
+class TextData:
+    """Batches of `corpus` on `device`.
+
+    Raises UserError where no shard fills a single batch, or there is nothing to test on.
+    """
+
+    def __init__(
+        self, corpus: Corpus, global_batch: int, sequence_length: int, *, device: torch.device | str, seed: int
+    ) -> None:
+        self.corpus, self.device, self.seed = corpus, device, seed
+        self.global_batch, self.sequence_length = global_batch, sequence_length
+        self.updates_per_epoch = sum(self._updates(shard.tokens) for shard in corpus.train)
+        if not self.updates_per_epoch:
+            largest = max((shard.tokens for shard in corpus.train), default=0)
+            raise UserError(
+                f"global_batch={global_batch} rows of sequence_length={sequence_length} tokens need a shard of "
+                f"{global_batch * sequence_length + 1:,} tokens, and the largest has {largest:,}: lower one of them"
+            )
+        self.test_tokens = sum(shard.tokens for shard in corpus.test)
+        if not self.test_tokens:
+            raise UserError("the test files hold no sentence: prepare the data with others (--test)")
+
+    def _updates(self, tokens: int) -> int:
+        """Batches in a shard: its last token is only ever a target."""
+        return max(0, tokens - 1) // (self.global_batch * self.sequence_length)
+
+    def train_batches(
+        self, epoch: int, rank: int = 0, world_size: int = 1, *, start_update: int = 0
+    ) -> Iterator[TrainBatch]:
+        """The batches of an epoch from its update `start_update` on; of each the rows of `rank`."""
+        rows = self.global_batch // world_size
+        shards = self.corpus.train
+        skip = start_update
+        for index in torch.randperm(len(shards), generator=generator(self.seed, "shards", epoch)).tolist():
+            updates = self._updates(shards[index].tokens)
+            if skip >= updates:
+                skip -= updates
+                continue
+            order = torch.randperm(
+                shards[index].sentences, generator=generator(self.seed, "sentences", epoch, index)
+            ).numpy()
+            length = updates * self.sequence_length
+            stream = sentences_in_order(
+                shards[index].read(), order, rank * rows * length, (rank + 1) * rows * length + 1
+            )
+            # [length + 1, rows]: each row, and the token after it, which the next row starts with. As tokens and
+            # targets then lie in it one after the other, batches are views, made without a copy.
+            columns = np.empty((length + 1, rows), np.int64)
+            columns[:-1], columns[-1] = stream[:-1].reshape(rows, length).T, stream[length::length]
+            columns = torch.from_numpy(columns).to(self.device)
+            for update in range(skip, updates):
+                first, last = update * self.sequence_length, (update + 1) * self.sequence_length
+                yield TrainBatch(columns[first:last], columns[first + 1 : last + 1], starts_shard=update == 0)
+            skip = 0
+
+    def test_batches(self, rows: int, rank: int = 0, world_size: int = 1) -> Iterator[ScoredBatch]:
+        """The test sentences in `rows` rows, of which `rank` takes every world_size-th."""
+        arrays = [shard.read() for shard in self.corpus.test]
+        tokens = np.concatenate([tokens for tokens, _ in arrays])
+        lengths = np.concatenate([np.diff(offsets) for _, offsets in arrays])
+        return scored_batches(tokens, lengths, rows, rank, world_size, device=self.device)
+
+
+def sentences_in_order(shard: Arrays, order: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Tokens `start` to `stop` of the shard's sentences one after the other in `order`; int64 [stop - start]."""
+    tokens, offsets = shard
+    starts = offsets.astype(np.int64)
+    lengths = np.diff(starts)[order]
+    ends = np.cumsum(lengths)
+    first, last = np.searchsorted(ends, start, "right"), np.searchsorted(ends, stop, "left") + 1
+    begin = ends[first] - lengths[first]  # of the first sentence that is needed
+    lengths, before = lengths[first:last], ends[first:last] - lengths[first:last] - begin
+    places = np.repeat(starts[order[first:last]] - before, lengths)
+    places += np.arange(len(places))
+    return tokens[places[start - begin : stop - begin]].astype(np.int64)
+
+
+def scored_batches(
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    rows: int,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    device: torch.device | str,
+) -> Iterator[ScoredBatch]:
+    """Every token of a text as a target exactly once: `tokens` of sentences of these `lengths`, one after the other."""
+    ends = np.cumsum(lengths)
+    cuts = np.unique(ends[np.searchsorted(ends, np.linspace(0, ends[-1], rows + 1)[1:])])
+    bounds = list(zip([0, *cuts[:-1]], cuts, strict=True))[rank::world_size]
+    if not bounds:  # more ranks than rows
+        return
+    longest = max(stop - start for start, stop in bounds)
+    columns = torch.zeros(longest + 1, len(bounds), dtype=torch.int64)
+    counted = torch.zeros(longest, len(bounds), dtype=torch.bool)
+    for row, (start, stop) in enumerate(bounds):
+        columns[0, row] = int(tokens[start - 1])  # the </S> before the row; before the first, that of the last
+        columns[1 : stop - start + 1, row] = torch.from_numpy(tokens[start:stop].astype(np.int64))
+        counted[: stop - start, row] = True
+    columns, counted = columns.to(device), counted.to(device)
+    for first in range(0, longest, TEST_STEPS):
+        last = min(first + TEST_STEPS, longest)
+        yield ScoredBatch(columns[first:last], columns[first + 1 : last + 1], counted[first:last])

@@ -1,0 +1,95 @@
+"""Score a text with a trained model: python -m language_model.evaluate RUN FILE [key=value ...]
+
+RUN is a run folder; its newest checkpoint is used. FILE holds tokenized text, one sentence a line, as the training text
+was. Each sentence is read between <S> and </S>, and a word that is not in the vocabulary as <UNK>. Two perplexities:
+
+    per token    over all that is predicted, as in training: the words, and each sentence's <S> and </S>
+    per word     the same log-probability of the whole text over the words of the file alone, out-of-vocabulary ones
+                 included, so that the marks, whose <S> is easy to predict, do not make the number smaller
+
+key=value changes the run's config, e.g. data.root=FOLDER where the data has moved, or precision, device, eval_rows.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.checkpoint import read_checkpoint, require_same_shapes
+from engine.config import load_config
+from engine.distributed import World, setup
+from engine.errors import UserError, run_main, settings_of
+from engine.precision import create_precision
+from language_model.data import load_corpus, scored_batches
+from language_model.model import LanguageModel
+from language_model.source import Part
+from language_model.train import Config, perplexity, score
+
+USAGE = (
+    "usage: python -m language_model.evaluate RUN FILE [key=value ...]     RUN: a folder that language_model.train made"
+)
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) < 2:
+        print(USAGE)
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    run, file = Path(arguments[0]), Path(arguments[1])
+    config = load_config(Config, run / "config.yaml", arguments[2:])
+    world = setup(config.device)
+    try:
+        found = evaluate_file(config, run, file, world)
+    finally:
+        world.close()
+    if world.is_main:
+        print(
+            "\n".join(f"{name:<26}{value:>14,.{0 if isinstance(value, int) else 2}f}" for name, value in found.items())
+        )
+    return 0
+
+
+def evaluate_file(config: Config, run: Path, file: Path, world: World) -> dict[str, Any]:
+    """What is printed about `file`, by name. Raises UserError where the run, its data or the file cannot be used."""
+    corpus = load_corpus(config.data)
+    saved = read_checkpoint(run, lambda line: print(line, file=sys.stderr))
+    if saved is None:
+        raise UserError(f"{run}: no checkpoint there: train first")
+    if saved["extra"].get("vocabulary") != corpus.vocabulary_digest:
+        raise UserError(f"{run}: trained with another vocabulary than that of {config.data.root}: give its data.root=")
+    tokens, lengths, unknown = _read(file, corpus.load_vocabulary())
+
+    with settings_of("model"):
+        model = LanguageModel(corpus.words, config.model.name, **config.model.model_dump(exclude={"name"}))
+    require_same_shapes(model, saved["model"], run)
+    model.load_state_dict(saved["model"])
+    model.to(world.device)
+    rows = scored_batches(tokens, lengths, config.eval_rows, world.rank, world.world_size, device=world.device)
+    total = score(model, rows, create_precision(config.precision, world.device), world)
+    words = len(tokens) - 2 * len(lengths)
+    return {
+        "sentences": len(lengths),
+        "words": words,
+        "out of vocabulary": unknown,
+        "out of vocabulary, %": 100 * unknown / words,
+        "tokens": len(tokens),
+        "perplexity per token": perplexity(total["loss"] / total["count"]),
+        "perplexity per word": perplexity(total["loss"] / words),
+    }
+
+
+def _read(file: Path, vocabulary: Any) -> tuple[np.ndarray, np.ndarray, int]:
+    """The file's tokens, its sentences' lengths, and how many words are not in the vocabulary."""
+    try:
+        part = Part("test", str(file), 0, 0, file.stat().st_size, path=file)
+        encoded = [vocabulary.encode(text) for text in part.texts()]
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    tokens, lengths = (np.concatenate([pair[which] for pair in encoded] or [[]]) for which in (0, 1))
+    if not len(tokens):
+        raise UserError(f"{file}: there is no sentence in it")
+    return tokens, lengths, int(np.count_nonzero(tokens == vocabulary.unknown))
+
+
+if __name__ == "__main__":
+    run_main(main)

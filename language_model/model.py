@@ -1,0 +1,150 @@
+"""The published language model: an embedding, an LSTM (or GRU, or plain RNN), and an adaptive softmax over all words.
+
+The network's state is one tensor, [parts, layers, rows, hidden] in float32: parts are h and c for an LSTM, h alone for
+the others. It is detached, kept by the training loop, and saved with a checkpoint.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from overrides import override
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import log_softmax, pad
+
+ROWS = 32  # of which a multiple is computed for each cluster of the softmax
+CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+
+
+class LanguageModel(nn.Module):
+    """Predicts each token of `words` different ones from those before it.
+
+    Args:
+        words: size of the vocabulary, whose ids go from the most to the least frequent word.
+        cell: lstm, gru or rnn (tanh).
+        embedding, hidden, layers: sizes; published: 300, 2048, 2.
+        dropout: of the embeddings, between the layers, and of the last layer's output.
+        cutoffs: ids at which the adaptive softmax starts a new cluster; published: 60000, 100000, 640000. The
+            projection of cluster i = 1, 2, ... behind the first cutoff has hidden / div_value**i dimensions.
+
+    Raises:
+        ValueError: an unknown cell, or cutoffs that do not fit the vocabulary.
+    """
+
+    def __init__(
+        self,
+        words: int,
+        cell: str = "lstm",
+        *,
+        embedding: int = 300,
+        hidden: int = 2048,
+        layers: int = 2,
+        dropout: float = 0.1,
+        cutoffs: Sequence[int] = (60_000, 100_000, 640_000),
+        div_value: float = 4.0,
+    ) -> None:
+        super().__init__()
+        if cell not in CELLS:
+            raise ValueError(f"unknown cell '{cell}'; valid: {', '.join(CELLS)}")
+        cutoffs = list(cutoffs)
+        if not cutoffs or cutoffs != sorted(set(cutoffs)) or not 0 < cutoffs[0] <= cutoffs[-1] < words:
+            raise ValueError(f"cutoffs={cutoffs} must rise, from 1 on, and stay below the vocabulary's {words:,} words")
+        if hidden < div_value ** len(cutoffs):
+            raise ValueError(
+                f"hidden={hidden} leaves no dimension to the last of {len(cutoffs)} clusters behind cutoffs"
+            )
+        self.parts = 2 if cell == "lstm" else 1
+        self.embedding = nn.Embedding(words, embedding)
+        self.rnn = CELLS[cell](embedding, hidden, layers, dropout=dropout if layers > 1 else 0.0)
+        self.softmax = nn.AdaptiveLogSoftmaxWithLoss(hidden, words, cutoffs, div_value)
+        self.dropout = nn.Dropout(dropout)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Published: He-uniform embedding, Xavier-uniform recurrent matrices, zero biases; the softmax has torch's own.
+
+        Of each of an LSTM's two bias vectors a layer the forget gate's quarter is 1, so together they add 2.
+        """
+        nn.init.kaiming_uniform_(self.embedding.weight)
+        for parameter in self.rnn.parameters():
+            if parameter.dim() == 2:
+                nn.init.xavier_uniform_(parameter)
+            else:
+                nn.init.zeros_(parameter)
+                if isinstance(self.rnn, nn.LSTM):
+                    nn.init.ones_(parameter.data.chunk(4)[1])  # the gates' order is input, forget, cell, output
+
+    def zero_state(self, rows: int) -> Tensor:
+        """The state that a text starts with."""
+        return self.embedding.weight.new_zeros(self.parts, self.rnn.num_layers, rows, self.rnn.hidden_size)
+
+    @override(check_signature=False)  # torch declares that forward returns None
+    def forward(self, tokens: Tensor, targets: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of `targets`, float32 [steps, rows], and the state after the last step.
+
+        `tokens` and `targets`: int64 [steps, rows], a target being the token that follows.
+        """
+        embedded = self.dropout(self.embedding(tokens))
+        if self.parts == 2:
+            output, (h, c) = self.rnn(embedded, (state[0].contiguous(), state[1].contiguous()))
+            state = torch.stack([h, c])
+        else:
+            output, h = self.rnn(embedded, state[0].contiguous())
+            state = h[None]
+        output = self.dropout(output).flatten(0, 1)
+        log_prob = adaptive_log_prob(self.softmax, output, targets.flatten())
+        return log_prob.view_as(targets), state.detach().float()
+
+
+def adaptive_log_prob(softmax: nn.AdaptiveLogSoftmaxWithLoss, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The `output` of softmax(hidden, targets), float32 [N], for `hidden` [N, features] and `targets` int64 [N].
+
+    Differs from the module's own forward in four things. Under autocast only the matrix products are in half precision:
+    logarithms of probabilities are float32. The device is waited for once, not once a cluster. A cluster that no target
+    falls in gets a gradient of zeros, where the module leaves none: ranks then agree which they have. And clusters take
+    a multiple of ROWS rows: on CPUs, where oneDNN compiles a kernel for each new shape and blocks of ever new sizes
+    fragment the memory, that saves a fifth of an update's time, and memory stays flat.
+    """
+    cluster = sum((targets >= cutoff).long() for cutoff in softmax.cutoffs[:-1])
+    sizes = torch.bincount(cluster, minlength=len(softmax.cutoffs)).tolist()
+    order = cluster.argsort(stable=True)
+    hidden, targets, cluster = hidden[order], targets[order], cluster[order]
+
+    in_head = torch.where(cluster == 0, targets, softmax.shortlist_size + cluster - 1)
+    log_prob = _LogProb.apply(softmax.head(hidden), in_head)
+    low, begin, total = softmax.cutoffs[0], sizes[0], len(targets)
+    for index, (tail, high, size) in enumerate(zip(softmax.tail, softmax.cutoffs[1:], sizes[1:], strict=True), start=1):
+        rows = min(total, -(-size // ROWS) * ROWS)
+        first = min(begin, total - rows)
+        some = slice(first, first + rows)  # the cluster's, and a few of others that do not count
+        in_tail = _LogProb.apply(tail(hidden[some]), (targets[some] - low).clamp(0, high - low - 1))
+        in_tail = torch.where(cluster[some] == index, in_tail, 0.0)
+        log_prob = log_prob + pad(in_tail, (first, total - first - rows))
+        low, begin = high, begin + size
+    return log_prob[order.argsort()]
+
+
+class _LogProb(torch.autograd.Function):
+    """Log-probabilities, float32 [N], of `targets` [N] under `logits` [N, classes] of any precision.
+
+    Its gradient, one-hot minus softmax, is computed in one go: half the time and memory of log_softmax and nll_loss,
+    whose gradients are each as large as the logits in float32.
+    """
+
+    @staticmethod
+    @override(check_signature=False)  # torch declares *args
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        log_prob = log_softmax(logits, 1, dtype=torch.float32)
+        ctx.save_for_backward(log_prob, targets[:, None])
+        ctx.dtype = logits.dtype
+        return log_prob.gather(1, targets[:, None])[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    @override(check_signature=False)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        log_prob, targets = ctx.saved_tensors
+        gradient = gradient[:, None]
+        to_logits = log_prob.exp().mul_(-gradient).scatter_add_(1, targets, gradient)
+        return to_logits.to(ctx.dtype), None

@@ -1,0 +1,291 @@
+"""Encode a text corpus for training: python -m language_model.prepare SOURCE OUT [--vocabulary FILE]
+
+SOURCE is the One Billion Word benchmark, unpacked or as its .tar.gz (language_model/source.py says what is read), or
+any text laid out like it: tokenized, one sentence a line, UTF-8. What comes out stands in language_model/corpus.py;
+docs/data.md says where to get the benchmark and its vocabulary, and how long this takes.
+
+Interrupt it at any moment and run the same command again: finished shards are kept. Memory does not grow with the
+corpus: each process holds the vocabulary and a block of text; of an archive, a few parts of 64 MiB wait for them.
+"""
+
+import argparse
+import fcntl
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from tqdm import tqdm
+
+from engine.errors import UserError, run_main
+from language_model.corpus import (
+    MANIFEST,
+    VOCABULARY,
+    damage,
+    disk_errors,
+    read_manifest,
+    token_dtype,
+    write_atomically,
+    write_manifest,
+    write_shard,
+)
+from language_model.source import ArchiveSource, FolderSource, Part, find_source
+from language_model.vocabulary import (
+    Vocabulary,
+    count_words,
+    counted_vocabulary,
+    digest,
+    load_vocabulary,
+    read_vocabulary,
+)
+
+TEST_FILE = "news.en.heldout-00000-of-00050"
+JOURNAL = "shards.jsonl"  # of an unfinished preparation: what it is made from, the vocabulary, each finished shard
+
+Source = FolderSource | ArchiveSource
+T = TypeVar("T")
+
+
+def main(arguments: list[str]) -> None:
+    options = _parse(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    build(
+        options.source,
+        options.out,
+        vocabulary=options.vocabulary,
+        threshold=options.threshold,
+        tests=options.test,
+        workers=options.workers,
+    )
+
+
+def build(
+    source: Path,
+    out: Path,
+    *,
+    vocabulary: Path | None = None,
+    threshold: int = 3,
+    tests: Iterable[str] = (TEST_FILE,),
+    workers: int = 1,
+) -> None:
+    """Encode `source` into the folder `out`, or make what an earlier preparation left undone there.
+
+    The vocabulary is the file `vocabulary`, or else the words that the training text holds at least `threshold` times.
+    Raises UserError where the source or the vocabulary cannot be used, `out` is in use or made from something else,
+    and on a full disk.
+    """
+    text = find_source(source, sorted(set(tests)))
+    given = read_vocabulary(vocabulary) if vocabulary else None
+    made_from = {
+        "text": digest(json.dumps(text.identity).encode()),
+        "vocabulary": f"file {digest(given.dump())}" if given else f"words that occur {threshold} times",
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    with _lock(out):
+        known, done = _resume(out, made_from)
+        if (out / MANIFEST).exists():
+            logging.info("%s is complete: nothing to do", out)
+            return
+        words = _provide_vocabulary(text, out, known, given, threshold, workers)
+        if words != known:
+            done = {}  # encoded with another vocabulary
+            _append(out, {"vocabulary": words})
+        if done:
+            logging.info("%s: %d shards are there already", out, len(done))
+        encode = partial(_encode, out, words)
+        left = (part for part in _with_bar(text, "encoding") if part.name not in done)
+        for entry in _in_parallel(encode, left, workers):
+            _append(out, entry)
+            done[entry["name"]] = entry
+        _finish(out, made_from, words, list(done.values()))
+
+
+def _resume(out: Path, made_from: dict[str, str]) -> tuple[str | None, dict[str, dict[str, Any]]]:
+    """The vocabulary's digest, and the entries of the whole shards, that an earlier preparation left in `out`.
+
+    A finished one where all is whole keeps its manifest; in any other case there is a journal afterwards, and none.
+    """
+    for leftover in (*out.glob("*.tmp"), *out.glob("*/*.tmp")):
+        leftover.unlink()
+    manifest = read_manifest(out)
+    before, known, entries = made_from, None, []
+    if manifest:
+        before, known, entries = manifest["made_from"], manifest["vocabulary"]["sha256"], manifest["shards"]
+    elif lines := _read_journal(out):
+        before, entries = lines[0], [line for line in lines if "name" in line]
+        known = next((line["vocabulary"] for line in reversed(lines[1:]) if "vocabulary" in line), None)
+    if before != made_from:
+        raise UserError(f"{out} holds other text, or another vocabulary: choose another folder, or delete it")
+    path = out / VOCABULARY
+    if known and (not path.exists() or digest(path.read_bytes()) != known):
+        path.unlink(missing_ok=True)
+    elif manifest and not any(damage(entry, out) for entry in entries):
+        return known, {}
+    whole = {entry["name"]: entry for entry in entries if not damage(entry, out)}
+    lines = [made_from, *([{"vocabulary": known}] if known else []), *whole.values()]
+    write_atomically(out / JOURNAL, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    (out / MANIFEST).unlink(missing_ok=True)
+    return known, whole
+
+
+def _read_journal(out: Path) -> list[dict[str, Any]]:
+    """Its lines; the last one is left out where a kill cut it off."""
+    try:
+        lines = (out / JOURNAL).read_bytes().split(b"\n")[:-1]
+        return [json.loads(line) for line in lines]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"{out / JOURNAL} is damaged ({error}): delete {out}, then prepare again") from None
+
+
+def _append(out: Path, line: dict[str, Any]) -> None:
+    with disk_errors(out / JOURNAL), open(out / JOURNAL, "ab") as file:
+        file.write((json.dumps(line) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _provide_vocabulary(
+    text: Source, out: Path, known: str | None, given: Vocabulary | None, threshold: int, workers: int
+) -> str:
+    """See to it that the vocabulary is in `out`; its digest."""
+    if known and (out / VOCABULARY).exists():
+        return known
+    if given is None:
+        train = (part for part in _with_bar(text, "counting words") if part.split == "train")
+        given = counted_vocabulary(_in_parallel(_count, train, workers), threshold, out)
+    content = given.dump()
+    write_atomically(out / VOCABULARY, content)
+    logging.info("%s: %s words", out / VOCABULARY, f"{len(given):,}")
+    return digest(content)
+
+
+def _finish(out: Path, made_from: dict[str, str], vocabulary: str, entries: list[dict[str, Any]]) -> None:
+    entries.sort(key=lambda entry: (entry["split"], entry["file"], entry["part"]))
+    words = len(_vocabulary(out, vocabulary))
+    manifest = {"made_from": made_from, "vocabulary": {"words": words, "sha256": vocabulary}}
+    manifest["dtype"] = token_dtype(words).str
+    for split in ("train", "test"):
+        of_split = [entry for entry in entries if entry["split"] == split]
+        tokens, sentences, unknown = (
+            sum(entry[key] for entry in of_split) for key in ("tokens", "sentences", "unknown")
+        )
+        if not tokens:
+            raise UserError(
+                f"the {split} files hold no sentence: is this the right SOURCE? --test names the test files"
+            )
+        manifest[split] = {
+            "files": list(dict.fromkeys(entry["file"] for entry in of_split)),
+            "tokens": tokens,
+            "sentences": sentences,
+            "oov_rate": round(unknown / (tokens - 2 * sentences), 6),
+        }
+        logging.info(
+            "%s: %s tokens in %s sentences of %d files, %.2f %% of the words out of vocabulary",
+            split, f"{tokens:,}", f"{sentences:,}", len(manifest[split]["files"]), 100 * manifest[split]["oov_rate"],
+        )  # fmt: skip
+    write_manifest(out, manifest | {"shards": entries})
+    (out / JOURNAL).unlink()
+    logging.info("%s is complete", out)
+
+
+def _with_bar(text: Source, what: str) -> Iterator[Part]:
+    with tqdm(total=text.total, desc=what, unit="B", unit_scale=True, disable=None) as bar:
+        yield from text.parts(bar.update)
+
+
+# What the worker processes do.
+
+
+@lru_cache(1)
+def _vocabulary(out: Path, sha256: str) -> Vocabulary:
+    return load_vocabulary(out / VOCABULARY)
+
+
+def _encode(out: Path, sha256: str, part: Part) -> dict[str, Any]:
+    return write_shard(part, _vocabulary(out, sha256), out)
+
+
+def _count(part: Part) -> Counter[str]:
+    return count_words(part.texts())
+
+
+def _in_parallel(function: Callable[[Part], T], parts: Iterable[Part], workers: int) -> Iterator[T]:
+    """function(part) for each of `parts`, in the order in which they are done; few parts wait at a time."""
+    if workers == 1:
+        yield from map(function, parts)
+        return
+    pending: set[Future[T]] = set()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, _start_worker) as pool:
+        try:
+            for part in parts:
+                pending.add(pool.submit(function, part))
+                if len(pending) > workers:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed (out of memory?): run the same command again, with fewer --workers"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Ctrl-C is the parent's to handle; and where the parent is killed, its workers go too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _die_with(process: multiprocessing.process.BaseProcess) -> None:
+    process.join()
+    os._exit(1)
+
+
+def _lock(out: Path) -> IO[str]:
+    """Hold `out` until the file returned is closed: two preparations in one folder would disturb each other.
+
+    A lockf lock belongs to this process alone: workers that outlive a killed one for a moment do not keep it.
+    """
+    file = open(out / ".lock", "w")  # noqa: SIM115 - the lock lives as long as the file is open
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(
+            f"{out}: another preparation is running in this folder: wait for it, or choose another"
+        ) from None
+    return file
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m language_model.prepare", description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="the unpacked benchmark's folder, or its .tar.gz")
+    parser.add_argument("out", type=Path, help="folder to write to")
+    parser.add_argument(
+        "--vocabulary", type=Path, metavar="FILE", help="`word count` lines; else counted from the text"
+    )
+    parser.add_argument("--threshold", type=int, default=3, help="count at which a counted word is taken (%(default)s)")
+    parser.add_argument(
+        "--test", nargs="+", metavar="NAME", default=[TEST_FILE], help="held-out files to test on (%(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,55 @@
+"""English text that every Python brings along: its reference manual, as `help()` shows it. For runs without a download.
+
+Some 90,000 tokens, not quite the same in every version of Python: a run records the text's hash. The text is cut at
+empty lines, paragraphs that occur twice are kept once, and every tenth of the others is test text.
+"""
+
+import platform
+import re
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+
+from language_model.corpus import Corpus, Shard
+from language_model.vocabulary import Vocabulary, count_words, counted_vocabulary, digest
+
+THRESHOLD = 2  # occurrences in the training text below which a word is <UNK>
+SHARDS = 4
+TEST_EVERY = 10  # paragraphs
+TOKEN = re.compile(r"\w+|([^\w\s])\1*")  # a word, or a sign, once or repeated as in the lines under headings
+
+
+@cache
+def pydoc_corpus() -> Corpus:
+    """The corpus, made anew in each process: it takes less time than reading it from files would be worth."""
+    text = paragraphs()
+    train = [line for number, line in enumerate(text) if number % TEST_EVERY != TEST_EVERY - 1]
+    test = text[TEST_EVERY - 1 :: TEST_EVERY]
+    vocabulary = counted_vocabulary([count_words(train)], THRESHOLD)
+    per_shard = -(-len(train) // SHARDS)
+    shards = [_shard(train[first : first + per_shard], vocabulary) for first in range(0, len(train), per_shard)]
+    held_out = _shard(test, vocabulary)
+    facts = {
+        "vocabulary": {"words": len(vocabulary), "sha256": digest(vocabulary.dump())},
+        "text": {"python": platform.python_version(), "sha256": digest("\n".join(text).encode())},
+        "train": {"tokens": sum(shard.tokens for shard in shards), "sentences": len(train)},
+        "test": {"tokens": held_out.tokens, "sentences": len(test), "files": ["pydoc_data/topics.py"]},
+    }
+    words, sha256 = facts["vocabulary"].values()
+    return Corpus(shards, [held_out], words, sha256, lambda: vocabulary, facts)
+
+
+def paragraphs() -> list[str]:
+    """Every paragraph once, in the order of the topics' names, its words and signs separated by blanks."""
+    from pydoc_data.topics import topics
+
+    parts = (part for name in sorted(topics) for part in re.split(r"\n\s*\n", topics[name]))
+    lines = (" ".join(match.group() for match in TOKEN.finditer(part)) for part in parts)
+    return list(dict.fromkeys(line for line in lines if line))
+
+
+def _shard(lines: Sequence[str], vocabulary: Vocabulary) -> Shard:
+    tokens, lengths = vocabulary.encode("\n".join(lines))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Shard(len(tokens), len(lengths), lambda: (tokens, offsets))

@@ -1,0 +1,157 @@
+"""The text behind a prepared corpus: the unpacked benchmark, or its .tar.gz read as a stream, in parts of bounded size.
+
+    training-monolingual.tokenized.shuffled/news.en-*           what is trained on
+    heldout-monolingual.tokenized.shuffled/news.en.heldout-*    of which the files named are the test set
+
+A part becomes a shard. It is a whole file of up to PART_BYTES, as all of the benchmark's are; a larger file is cut
+after the line in which a multiple of them is reached.
+"""
+
+import io
+import os
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from engine.errors import UserError
+
+FOLDERS = {"train": "training-monolingual.tokenized.shuffled", "test": "heldout-monolingual.tokenized.shuffled"}
+PART_BYTES = 64 << 20  # a training file of the benchmark has 41 MB
+BLOCK_BYTES = 1 << 18  # read, and encoded, at a time
+LINE_BYTES = 16 << 20  # the longest line accepted
+
+
+@dataclass(frozen=True)
+class Part:
+    """Lines `start` to `stop`, in bytes, of a text file; `data` holds them where the file is in an archive."""
+
+    split: str  # train or test
+    file: str  # the file's name
+    index: int  # of this part in the file
+    start: int
+    stop: int
+    path: Path | None = None
+    data: bytes | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}/{self.file}.{self.index:03}"
+
+    def texts(self) -> Iterator[str]:
+        """The text, some whole lines at a time. Raises UserError where it is not UTF-8, or a line too long."""
+        with io.BytesIO(self.data) if self.path is None else open(self.path, "rb") as file:
+            file.seek(0 if self.path is None else self.start)
+            position = self.start
+            while position < self.stop:
+                block = _read_lines(file, min(BLOCK_BYTES, self.stop - position), self.file)
+                if not block:
+                    raise UserError(f"{self.path}: the file has become shorter while it was read: run again")
+                try:
+                    yield block.decode()
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{self.file}: byte {position + error.start:,} (0x{block[error.start]:02x}) is not UTF-8: "
+                        "convert the file to UTF-8, or remove the line"
+                    ) from None
+                position += len(block)
+
+
+class FolderSource:
+    """The unpacked benchmark."""
+
+    def __init__(self, folder: Path, tests: Sequence[str]) -> None:
+        train, held_out = (self._list(folder / name) for name in FOLDERS.values())
+        for name in tests:
+            if name not in held_out:
+                known = f"{next(iter(held_out))} ... ({len(held_out)} files)" if held_out else "nothing"
+                raise UserError(f"{folder / FOLDERS['test'] / name} is not there: --test names files of {known}")
+        self.files = [("train", path) for path in train.values()] + [("test", held_out[name]) for name in sorted(tests)]
+        self.total = sum(path.stat().st_size for _, path in self.files)
+        self.identity = [[split, path.name, path.stat().st_size] for split, path in self.files]
+
+    @staticmethod
+    def _list(folder: Path) -> dict[str, Path]:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not there: SOURCE is the folder (or the .tar.gz) that holds {folder.name}")
+        return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
+
+    def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
+        """All parts, training first; `advance` is told how many of `total` bytes each takes."""
+        for split, path in self.files:
+            start, index, size = 0, 0, path.stat().st_size
+            with open(path, "rb") as file:
+                while start < size:
+                    stop = min(start + PART_BYTES, size)
+                    file.seek(stop - 1)
+                    stop = stop - 1 + len(_read_lines(file, 1, path.name))
+                    yield Part(split, path.name, index, start, stop, path=path)
+                    advance(stop - start)
+                    start, index = stop, index + 1
+
+
+class ArchiveSource:
+    """The benchmark's archive, .tar or .tar.gz, read from its beginning to its end and never unpacked."""
+
+    def __init__(self, archive: Path, tests: Sequence[str]) -> None:
+        self.archive, self.tests = archive, tests
+        self.total = archive.stat().st_size
+        self.identity = [["archive", archive.name, self.total], *(["test", name] for name in sorted(tests))]
+
+    def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
+        """All parts in the archive's order; `advance` is told how many of `total` bytes were read."""
+        found: set[tuple[str, str]] = set()
+        told = 0
+        try:
+            with open(self.archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*", bufsize=BLOCK_BYTES) as tar:
+                for member in tar:
+                    split = self._split_of(member)
+                    if split is None:
+                        continue
+                    name = os.path.basename(member.name)
+                    found.add((split, name))
+                    text, start, index = tar.extractfile(member), 0, 0
+                    while data := _read_lines(text, PART_BYTES, name):
+                        yield Part(split, name, index, start, start + len(data), data=data)
+                        start, index = start + len(data), index + 1
+                        advance(raw.tell() - told)
+                        told = raw.tell()
+        except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise UserError(f"{self.archive}: not a whole .tar or .tar.gz ({error}): download it again") from None
+        missing = [name for name in self.tests if ("test", name) not in found]
+        if missing or not any(split == "train" for split, _ in found):
+            name = f"{FOLDERS['test']}/{missing[0]}" if missing else FOLDERS["train"]
+            raise UserError(f"{self.archive}: there is no {name} in it")
+
+    def _split_of(self, member: tarfile.TarInfo) -> str | None:
+        folder, name = os.path.split(member.name)
+        if not member.isfile() or name.startswith("."):
+            return None
+        folder = os.path.basename(folder)
+        if folder == FOLDERS["train"]:
+            return "train"
+        return "test" if folder == FOLDERS["test"] and name in self.tests else None
+
+
+def find_source(path: Path, tests: Sequence[str]) -> FolderSource | ArchiveSource:
+    """The text at `path`, with the held-out files named `tests`. Raises UserError where something is missing."""
+    if path.is_dir():
+        return FolderSource(path, tests)
+    if path.is_file():
+        return ArchiveSource(path, tests)
+    raise UserError(f"{path} is not there: SOURCE is the unpacked benchmark's folder, or its .tar.gz")
+
+
+def _read_lines(file: BinaryIO, size: int, name: str) -> bytes:
+    """The next `size` bytes, and on to the end of the line."""
+    block = file.read(size)
+    if not block or block.endswith(b"\n"):
+        return block
+    rest = file.readline(LINE_BYTES)
+    if len(rest) == LINE_BYTES and not rest.endswith(b"\n"):
+        raise UserError(f"{name}: a line of more than {LINE_BYTES >> 20} MiB: the text must hold one sentence a line")
+    return block + rest

@@ -1,0 +1,157 @@
+"""The words that a model knows, most frequent first, and text turned into their numbers.
+
+Every sentence is wrapped in <S> and </S>, and a word that is not in the vocabulary becomes <UNK>. A file holds a
+`word count` line for each word. The standard vocabulary of One Billion Words has no line for </S>: it then becomes the
+last word, with the count of <S>, as in the published preprocessing.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+
+from engine.errors import UserError
+
+MARKS = START, END, UNKNOWN = "<S>", "</S>", "<UNK>"
+BREAK = "\0"  # stands for the end of a line among the words of a text; no word of a text file
+COUNTED_AT_ONCE = 4_000_000  # different words held in memory while counting, some 600 MB
+
+
+class Vocabulary:
+    """`words` in the order of their ids, with their `counts`; must hold <S>, </S> and <UNK>."""
+
+    def __init__(self, words: Sequence[str], counts: Sequence[int]) -> None:
+        self.words, self.counts = words, counts
+        ids = {word: index for index, word in enumerate(words)}
+        self.start, self.end, self.unknown = ids[START], ids[END], ids[UNKNOWN]
+        self._ids = _Ids(ids | {BREAK: len(words)})
+        self._ids.unknown = self.unknown
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The sentences of `text`, one a line: ids, uint32 [tokens], and the length of each sentence, int64.
+
+        Words are what Python's str.split() gives. Lines without a word are left out.
+        """
+        text = text.replace(BREAK, "\N{REPLACEMENT CHARACTER}")
+        text += "" if text.endswith("\n") else "\n"
+        # All words of all lines in one go. A line's end leaves two places: for its </S>, and for the next line's <S>.
+        words = text.replace("\n", f" {BREAK} {BREAK} ").split()
+        tokens = np.fromiter(map(self._ids.__getitem__, words), np.uint32, len(words))
+        tokens = np.roll(tokens, 1)
+        places = np.flatnonzero(tokens == len(self.words))
+        starts, ends = places[0::2], places[1::2]
+        tokens[starts], tokens[ends] = self.start, self.end
+        lengths = ends - starts + 1
+        if lengths.min() == 2:
+            tokens, lengths = tokens[np.repeat(lengths > 2, lengths)], lengths[lengths > 2]
+        return tokens, lengths
+
+    def dump(self) -> bytes:
+        return "".join(f"{word} {count}\n" for word, count in zip(self.words, self.counts, strict=True)).encode()
+
+
+class _Ids(dict):
+    """Word to id; what is not there is unknown. Looking up in C is what makes encoding fast."""
+
+    __slots__ = ("unknown",)
+
+    def __missing__(self, word: str) -> int:
+        return self.unknown
+
+
+def digest(content: bytes) -> str:
+    return sha256(content).hexdigest()
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """A file of `word count` lines, put in the order of falling counts. Raises UserError where it is not one."""
+    pairs = sorted(_read_pairs(path), key=itemgetter(1), reverse=True)  # equal counts stay in the file's order
+    counts = dict(pairs)
+    for mark in (START, UNKNOWN):
+        if mark not in counts:
+            raise UserError(f"{path}: there is no line for {mark}: a vocabulary holds {START}, {END} and {UNKNOWN}")
+    counts.setdefault(END, counts[START])
+    return Vocabulary(list(counts), list(counts.values()))
+
+
+def load_vocabulary(path: Path) -> Vocabulary:
+    """A vocabulary as `dump` wrote it: the lines' order is that of the ids."""
+    words, counts = zip(*_read_pairs(path), strict=True)
+    return Vocabulary(words, counts)
+
+
+def _read_pairs(path: Path) -> Iterator[tuple[str, int]]:
+    try:
+        lines = path.read_bytes().decode().removesuffix("\n").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start:,} is not UTF-8: is this a vocabulary?") from None
+    seen = set()
+    for number, line in enumerate(lines, start=1):
+        fields = line.split()
+        if len(fields) != 2 or not fields[1].isdecimal():
+            raise UserError(f"{path}: line {number:,} must be of the form `word count`, not {line[:80]!r}")
+        if fields[0] in seen:
+            raise UserError(f"{path}: line {number:,}: the word {fields[0]!r} is there already")
+        seen.add(fields[0])
+        yield fields[0], int(fields[1])
+
+
+def count_words(texts: Iterable[str]) -> Counter[str]:
+    """How often each word occurs in all `texts` together; <S> counts the lines that have words."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text.split())
+        counts[START] += sum(1 for line in text.split("\n") if line and not line.isspace())
+    return counts
+
+
+def counted_vocabulary(counts: Iterable[Counter[str]], threshold: int, scratch: Path = Path()) -> Vocabulary:
+    """The words that occur at least `threshold` times in all `counts` together; the rest is counted as <UNK>.
+
+    Most frequent first, equal counts in the words' order. However many words there are, COUNTED_AT_ONCE and one of the
+    `counts` are in memory at a time: more are written to files in the folder `scratch`, sorted, and merged in the end.
+    """
+    total: Counter[str] = Counter()
+    spilled: list[Path] = []
+    try:
+        for some in counts:
+            total.update(some)
+            if len(total) > COUNTED_AT_ONCE:
+                spilled.append(_spill(total, scratch / f"counts.{len(spilled)}.tmp"))
+                total.clear()
+        kept = dict.fromkeys(MARKS, 0)
+        runs = [_unspill(path) for path in spilled] + [iter(sorted(total.items()))]
+        for word, same in groupby(heapq.merge(*runs), key=itemgetter(0)):
+            count = sum(count for _, count in same)
+            if count < threshold and word not in MARKS:
+                word = UNKNOWN
+            kept[word] = kept.get(word, 0) + count
+    finally:
+        for path in spilled:
+            path.unlink(missing_ok=True)
+    kept[END] += kept[START]
+    ordered = sorted(kept.items(), key=lambda pair: (-pair[1], pair[0]))
+    return Vocabulary([word for word, _ in ordered], [count for _, count in ordered])
+
+
+def _spill(counts: Counter[str], path: Path) -> Path:
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{word} {count}\n" for word, count in sorted(counts.items()))
+    return path
+
+
+def _unspill(path: Path) -> Iterator[tuple[str, int]]:
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            word, count = line.split()
+            yield word, int(count)

@@ -1,0 +1,59 @@
+"""Averages of the last checkpoints' weights: what the published scores are those of.
+
+They are kept in RUN/averaging/<update>/, apart from the checkpoint to resume from. Named by their update, they are
+the same files whether or not the run was interrupted in between.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import read_checkpoint, write_checkpoint
+from engine.errors import UserError
+
+
+def keep_weights(run_dir: Path, update: int, model: torch.nn.Module, codec_digest: str, last: int) -> None:
+    """Write the weights after `update` updates, and delete all but the `last` newest kept."""
+    folder = run_dir / "averaging" / f"{update:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(folder, {"model": model.state_dict(), "codec": codec_digest}, keep=1)
+    for old in _kept(run_dir)[:-last]:
+        shutil.rmtree(old)
+
+
+def average_weights(run_dir: Path, last: int, codec_digest: str) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """The mean of the `last` newest weights kept (of all, where there are fewer), and the updates they are from.
+
+    Raises UserError where there are none, where they are of different models, or not of the vocabulary `codec_digest`.
+    """
+    folders = _kept(run_dir)[-last:]
+    if not folders:
+        raise UserError(f"{run_dir} holds no weights yet: train until the first multiple of average.every updates")
+    total: dict[str, torch.Tensor] = {}
+    for folder in folders:
+        saved = read_checkpoint(folder, say=lambda text: None)
+        if saved is None:
+            raise UserError(
+                f"{folder} holds no checkpoint.pt: delete the folder, or the last averages fewer (average.last)"
+            )
+        if saved["codec"] != codec_digest:
+            raise UserError(f"{folder} was trained with another vocabulary than {run_dir / 'codec.json'} holds")
+        weights = {name: tensor.double() for name, tensor in saved["model"].items()}
+        different = next((name for name in {**total, **weights} if _shape(total, name) != _shape(weights, name)), None)
+        if total and different:
+            raise UserError(
+                f"{folder} and {folders[0].name} are of different models ({different}: {_shape(weights, different)} "
+                f"and {_shape(total, different)}): only the weights of one run can be averaged"
+            )
+        total = {name: total[name] + tensor for name, tensor in weights.items()} if total else weights
+    mean = {name: (tensor / len(folders)).float() for name, tensor in total.items()}
+    return mean, [int(folder.name) for folder in folders]
+
+
+def _kept(run_dir: Path) -> list[Path]:
+    return sorted(path for path in (run_dir / "averaging").glob("[0-9]*") if path.is_dir())
+
+
+def _shape(weights: dict[str, torch.Tensor], name: str) -> tuple[int, ...] | str:
+    return tuple(weights[name].shape) if name in weights else "absent"

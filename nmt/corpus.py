@@ -1,0 +1,91 @@
+"""Parallel text files, read in chunks that can be worked on apart: where each begins, how many lines, which content.
+
+Lines end with a newline and with nothing else. Common Crawl holds carriage returns, form feeds and Unicode's line
+separators *inside* sentences; whoever splits at those finds the two sides out of step some thousand lines on.
+"""
+
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from engine.errors import UserError
+
+CHUNK = 10_000  # lines
+BLOCK = 1 << 23  # bytes read at once
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file after one pass over its bytes; `starts` holds the offset of every CHUNK-th line, and the file's end."""
+
+    path: Path
+    lines: int
+    starts: tuple[int, ...]
+    sha256: str
+
+    @property
+    def chunks(self) -> int:
+        return len(self.starts) - 1
+
+    def read(self, chunk: int) -> list[str]:
+        """The lines of one chunk; UserError where one is not UTF-8."""
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[chunk])
+            block = file.read(self.starts[chunk + 1] - self.starts[chunk])
+        try:
+            text = block.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = chunk * CHUNK + block.count(b"\n", 0, error.start) + 1
+            raise UserError(
+                f"{self.path}, line {line:,} is not UTF-8 (byte 0x{block[error.start]:02x}): convert the file "
+                "(iconv -f ... -t UTF-8), or remove the line on both sides"
+            ) from None
+        lines = text.removesuffix("\n").split("\n")
+        return [line.removesuffix("\r") for line in lines]
+
+
+def scan(path: Path) -> TextFile:
+    """Read `path` once; UserError where it is missing or empty."""
+    digest, lines, place, starts, last = sha256(), 0, 0, [0], b"\n"
+    try:
+        with open(path, "rb") as file, _bar(path) as bar:
+            while block := file.read(BLOCK):
+                digest.update(block)
+                ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+                every = ends[CHUNK - 1 - lines % CHUNK :: CHUNK]
+                starts += (place + 1 + every).tolist()
+                lines += len(ends)
+                place += len(block)
+                last = block[-1:]
+                bar.update(len(block))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if last != b"\n":  # the last line lacks its end
+        lines += 1
+    if not lines:
+        raise UserError(f"{path} is empty")
+    if starts[-1] != place:
+        starts.append(place)
+    return TextFile(path, lines, tuple(starts), digest.hexdigest())
+
+
+def scan_pair(prefix: Path, source: str, target: str, lines: int | None = None) -> tuple[TextFile, TextFile]:
+    """Both sides of `prefix`; UserError where they differ in length, or have not `lines` lines."""
+    one, other = (scan(prefix.with_name(f"{prefix.name}.{language}")) for language in (source, target))
+    if one.lines != other.lines:
+        raise UserError(
+            f"{one.path} has {one.lines:,} lines and {other.path.name} {other.lines:,}: the two sides must match line "
+            "by line; get the files again"
+        )
+    if lines and one.lines != lines:
+        filtered = "; that is the filtered set, this recipe wants test-full.tgz" if one.lines == 2737 else ""
+        raise UserError(f"{one.path} has {one.lines:,} lines, not the {lines:,} of the published file{filtered}")
+    return one, other
+
+
+def _bar(path: Path) -> tqdm:
+    size = path.stat().st_size
+    return tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, leave=False, disable=None)

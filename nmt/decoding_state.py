@@ -1,0 +1,73 @@
+"""What decoding remembers between two words: keys and values, written once and never moved between hypotheses.
+
+Beam search makes hypotheses children of others at every step. Instead of copying each child the keys and values of its
+ancestors, the K hypotheses of a sentence share one cache with a slot for every hypothesis and step, and a mask says
+which slots are a hypothesis's own ancestors: the mask alone is reordered.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+FIRST_STEPS = 32  # room made for so many words, doubled whenever it is full
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class DecodingState:
+    """Caches for K hypotheses of each of B sentences, over all decoder layers; made by `Transformer.start`."""
+
+    hypotheses: int  # K
+    cross: list[Pair]  # of each layer: keys and values of the source words, [B, heads, S, width / heads]
+    source_mask: torch.Tensor | None  # [B, 1, 1, S], as from Transformer.encode
+    own: list[Pair] = field(default_factory=list)  # of each layer, as `cross`, for K slots a step
+    slots: torch.Tensor | None = None  # [B, 1, K, slots]: which slots are a hypothesis's ancestors, or itself
+    length: int = 0  # words so far
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """The slots that each hypothesis attends to, [B, 1, K, slots so far]; None where that is all of them."""
+        return None if self.hypotheses == 1 else self.slots[..., : self.length * self.hypotheses]
+
+    def next_word(self) -> None:
+        """Make room for one more word of every hypothesis."""
+        start, k = self.length * self.hypotheses, self.hypotheses
+        if k > 1:
+            if self.slots is None:
+                batch, device = self.cross[0][0].shape[0], self.cross[0][0].device
+                self.slots = torch.zeros(batch, 1, k, FIRST_STEPS * k, dtype=torch.bool, device=device)
+            elif start == self.slots.shape[-1]:
+                self.slots = _doubled(self.slots, 3)
+            self.slots[..., start : start + k] = torch.eye(k, dtype=torch.bool, device=self.slots.device)
+        self.length += 1
+
+    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+        """Store the newest word's keys and values, [B, heads, K, width / heads]; returns those of all words so far."""
+        end, k = self.length * self.hypotheses, self.hypotheses
+        if layer == len(self.own):
+            shape = (*keys.shape[:2], FIRST_STEPS * k, keys.shape[3])
+            self.own.append((keys.new_empty(shape), values.new_empty(shape)))
+        elif end > self.own[layer][0].shape[2]:
+            self.own[layer] = tuple(_doubled(cache, 2) for cache in self.own[layer])
+        for cache, new in zip(self.own[layer], (keys, values), strict=True):
+            cache[:, :, end - k : end] = new
+        return tuple(cache[:, :, :end] for cache in self.own[layer])
+
+    def reorder(self, parents: torch.Tensor) -> None:
+        """Hypothesis k becomes a child of hypothesis parents[b, k], [B, K] int64."""
+        if self.hypotheses > 1:
+            past = self.slots[..., : self.length * self.hypotheses]
+            past.copy_(past.gather(2, parents[:, None, :, None].expand_as(past)))
+
+    def keep(self, sentences: torch.Tensor) -> None:
+        """Go on with these sentences alone, [B'] int64."""
+        self.cross = [(keys[sentences], values[sentences]) for keys, values in self.cross]
+        self.own = [(keys[sentences], values[sentences]) for keys, values in self.own]
+        self.source_mask = None if self.source_mask is None else self.source_mask[sentences]
+        self.slots = None if self.slots is None else self.slots[sentences]
+
+
+def _doubled(cache: torch.Tensor, dim: int) -> torch.Tensor:
+    """The cache with as much room again along `dim`; what is there is not yet anything."""
+    return torch.cat((cache, torch.zeros_like(cache)), dim)

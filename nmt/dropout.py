@@ -1,0 +1,41 @@
+"""Dropout whose random numbers cost a sixth on the CPU, where torch's Bernoulli draws take a sixth of a training step.
+
+One 64-bit random number decides about four elements, 16 bits each, so that the probability is rounded to a multiple of
+2**-16; the scale 1 / (1 - p) is that of the rounded one. On other devices it is torch.nn.functional.dropout.
+"""
+
+import torch
+from overrides import override
+from torch.nn.functional import dropout as torch_dropout
+
+LEVELS = 2**16
+
+
+class Dropout(torch.nn.Module):
+    """Zeroes elements with probability `p` while training, and scales the others by 1 / (1 - p)."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"a dropout probability is at least 0 and below 1, not {p}")
+        self.p = p
+        self.dropped_levels = min(round(p * LEVELS), LEVELS - 1)
+
+    @override(check_signature=False)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or not self.dropped_levels:
+            return x
+        if x.device.type != "cpu":
+            return torch_dropout(x, self.p)
+        return x * self.mask(x)
+
+    def mask(self, x: torch.Tensor) -> torch.Tensor:
+        """0 or 1 / (1 - p) for each element of `x`, in its shape and dtype."""
+        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        levels = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform on -2**15 ... 2**15 - 1
+        kept = levels.ge_(self.dropped_levels - LEVELS // 2)
+        return kept.to(x.dtype).mul_(LEVELS / (LEVELS - self.dropped_levels))
+
+    @override
+    def extra_repr(self) -> str:
+        return f"p={self.p}"

@@ -1,0 +1,43 @@
+"""Score a run on its test set: python -m nmt.evaluate RUN [key=value ...]     (also under torchrun)
+
+RUN is a run folder, finished or not. The average of the last weights kept translates the test set, and BLEU is printed
+in the three ways of nmt/scoring.py. Overrides go on top of the run's config: average.last=5 decoding.beam=4
+decoding.length_penalty=1.0 eval_batch=8192 data.root=... device=cpu.
+"""
+
+from pathlib import Path
+
+from engine.errors import UserError, run_main
+from nmt.data import load_data
+from nmt.scoring import all_scores
+from nmt.train import translate_split
+from nmt.trained import open_run
+
+USAGE = "usage: python -m nmt.evaluate RUN [key=value ...]     e.g. runs/grammar/apollo_milestone/seed1 decoding.beam=4"
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    config, codec, model, updates, world = open_run(Path(arguments[0]), arguments[1:])
+    try:
+        data = load_data(config.data.name, config.data.root)
+        if data.codec.digest != codec.digest:
+            raise UserError(f"{config.data.root} has another vocabulary than {arguments[0]}: set data.root")
+        hypotheses = translate_split(model, data.test, config, world)
+    finally:
+        world.close()
+    if world.is_main:
+        scores = all_scores(hypotheses, data.test.references, codec)
+        decoding = config.decoding
+        print(f"{len(data.test):,} pairs, beam {decoding.beam}, length penalty {decoding.length_penalty}")
+        print(f"weights averaged over {len(updates)}: those after {', '.join(map(str, updates))} updates")
+        print(f"sacreBLEU            {scores['bleu']:6.2f}   {scores['signature']}")
+        print(f"tokenized BLEU       {scores['tokenized_bleu']:6.2f}")
+        print(f"compound-split BLEU  {scores['compound_split_bleu']:6.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

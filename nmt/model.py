@@ -1,0 +1,224 @@
+"""The Transformer of "Attention Is All You Need", for training on whole sentences and for decoding word by word.
+
+Three embeddings (source, target, output) are one matrix, scaled by sqrt(width) on the way in. Post-norm is the
+published order, pre-norm the one that trains without warmup. `forward` sees whole target sentences; `step` one more
+word of each hypothesis, with the keys and values of the words before it cached.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from overrides import override
+from pydantic import Field, PositiveInt, model_validator
+from torch.nn.functional import linear
+
+from engine.config import Strict
+from nmt.attention import CrossAttention, Projections, SelfAttention, Size
+from nmt.codec import PAD
+from nmt.decoding_state import DecodingState
+from nmt.dropout import Dropout
+from nmt.loss import smoothed_cross_entropy
+from nmt.rows import to_rows
+
+
+class ModelConfig(Strict):
+    """The defaults are Transformer-base: 44,138,496 parameters and 512 for each word of the joint vocabulary."""
+
+    name: Literal["transformer"] = "transformer"
+    width: PositiveInt = 512
+    inner_width: PositiveInt = 2048  # of the feed-forward sublayers
+    heads: PositiveInt = 8
+    encoder_layers: PositiveInt = 6
+    decoder_layers: PositiveInt = 6
+    norm: Literal["post", "pre"] = "post"
+    dropout: float = Field(0.1, ge=0, lt=1)  # of embeddings and of every sublayer's output
+    attention_dropout: float = Field(0.1, ge=0, lt=1)  # of attention weights
+    activation_dropout: float = Field(0.1, ge=0, lt=1)  # after the feed-forward sublayers' ReLU
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "ModelConfig":
+        if self.width % self.heads or self.width % 2:
+            raise ValueError(f"width must be even and divisible by heads, not {self.width} and {self.heads}")
+        return self
+
+
+def create_model(config: ModelConfig, vocabulary_size: int) -> "Transformer":
+    """The model with its published initialisation, drawn from torch's global generator."""
+    model = Transformer(config, vocabulary_size)
+    model.initialise()
+    return model
+
+
+class Transformer(torch.nn.Module):
+    """Encoder and decoder over one joint vocabulary. Word ids are int64, and PAD fills sentences up at their end."""
+
+    def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = torch.nn.Embedding(vocabulary_size, config.width, padding_idx=PAD)
+        self.dropout = Dropout(config.dropout)
+        self.encoder = torch.nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.decoder = torch.nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        # After a stack of pre-norm layers nothing has been normalised yet; post-norm layers end with it.
+        last_norm = torch.nn.LayerNorm if config.norm == "pre" else torch.nn.Identity
+        self.encoder_norm, self.decoder_norm = last_norm(config.width), last_norm(config.width)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Xavier-uniform matrices, gain 1/sqrt(2) for queries, keys and values; embeddings of std width**-0.5."""
+        torch.nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5)
+        self.embedding.weight[PAD].zero_()
+        for module in self.modules():
+            if isinstance(module, torch.nn.Linear):
+                stacked = isinstance(module, Projections)
+                for matrix in module.weight.split(self.config.width) if stacked else [module.weight]:
+                    torch.nn.init.xavier_uniform_(matrix, gain=2**-0.5 if stacked else 1.0)
+                torch.nn.init.zeros_(module.bias)
+
+    @override(check_signature=False)
+    def forward(
+        self,
+        source: torch.Tensor,
+        target_in: torch.Tensor,
+        target_out: torch.Tensor | None = None,
+        tokens: int = 0,
+        label_smoothing: float = 0.0,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits [B, T, V] for the words that follow `target_in`; or, given `target_out`, the two sums of the loss.
+
+        Args:
+            source: [B, S], each sentence ending with EOS.
+            target_in: [B, T], beginning with BOS.
+            target_out: [B, T], ending with EOS: the words to predict. Then nothing is computed for padded positions,
+                and the result is (loss, nll) of nmt/loss.py, summed over the `tokens` words.
+            tokens: how many words of target_out are not padding, known on the host so that no device is waited for.
+        """
+        hidden = self.decode(target_in, *self.encode(source))
+        if target_out is None:
+            return linear(hidden[: target_in.numel()], self.embedding.weight).view(*target_in.shape, -1)
+        padded = (target_out == PAD).flatten()
+        real = padded.to(torch.uint8).argsort(stable=True)[:tokens]  # nonzero() would make the host wait
+        hidden, words = hidden.index_select(0, real), target_out.flatten()[real]
+        return smoothed_cross_entropy(hidden, self.embedding.weight, words, label_smoothing)
+
+    def encode(self, source: torch.Tensor) -> tuple[torch.Tensor, Size, torch.Tensor | None]:
+        """Memory as rows, its size [B, S], and the mask [B, 1, 1, S] of the words to attend to, None for all."""
+        mask = (source != PAD)[:, None, None]
+        if source.device.type == "cpu" and mask.all():  # elsewhere looking would make the host wait
+            mask = None
+        x = self.embed(source, self.positions(source.shape[1], source.device))
+        for layer in self.encoder:
+            x = layer(x, source.shape, mask)
+        return self.encoder_norm(x), source.shape, mask
+
+    def decode(
+        self, target_in: torch.Tensor, memory: torch.Tensor, memory_size: Size, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Decoder output for whole sentences, as rows; words see those before them, so padding needs no mask."""
+        x = self.embed(target_in, self.positions(target_in.shape[1], target_in.device))
+        for layer in self.decoder:
+            x = layer(x, target_in.shape, *layer.cross_attention.keys_values(memory, memory_size), mask)
+        return self.decoder_norm(x)
+
+    def start(self, source: torch.Tensor, hypotheses: int) -> DecodingState:
+        """Encode, and be ready for the first `step` of `hypotheses` translations of each sentence."""
+        memory, size, mask = self.encode(source)
+        cross = [layer.cross_attention.keys_values(memory, size) for layer in self.decoder]
+        return DecodingState(hypotheses, cross, mask)
+
+    def step(self, words: torch.Tensor, state: DecodingState) -> torch.Tensor:
+        """Logits [B, K, V] for the words that follow `words` [B, K], the newest of each hypothesis; BOS comes first."""
+        state.next_word()
+        x = self.embed(words, self.positions(state.length, words.device)[-1])
+        for index, layer in enumerate(self.decoder):
+            x = layer.step(x, words.shape, state, index)
+        return linear(self.decoder_norm(x), self.embedding.weight)[: words.numel()].view(*words.shape, -1)
+
+    def embed(self, words: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Scaled embeddings of `words` [B, T], `positions` [T, width] or [width] added, dropped out: as rows."""
+        return self.dropout(to_rows(self.embedding(words) * math.sqrt(self.config.width) + positions))
+
+    def positions(self, length: int, device: torch.device) -> torch.Tensor:
+        room = 256 * math.ceil(length / 256)  # so that few tables are made and kept
+        return sinusoids(room, self.config.width, device)[:length]
+
+
+class EncoderLayer(torch.nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(config.width, config.heads, config.attention_dropout)
+        self.feed_forward = FeedForward(config)
+        self.attention_residual, self.feed_forward_residual = Residual(config), Residual(config)
+
+    @override(check_signature=False)
+    def forward(self, x: torch.Tensor, size: Size, mask: torch.Tensor | None) -> torch.Tensor:
+        x = self.attention_residual(x, lambda y: self.self_attention(y, size, mask))
+        return self.feed_forward_residual(x, self.feed_forward)
+
+
+class DecoderLayer(torch.nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(config.width, config.heads, config.attention_dropout)
+        self.cross_attention = CrossAttention(config.width, config.heads, config.attention_dropout)
+        self.feed_forward = FeedForward(config)
+        self.self_residual, self.cross_residual, self.feed_forward_residual = (Residual(config) for _ in range(3))
+
+    @override(check_signature=False)
+    def forward(
+        self, x: torch.Tensor, size: Size, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Whole target sentences of `size` [B, T]; keys and values are the source's, from cross_attention."""
+        x = self.self_residual(x, lambda y: self.self_attention(y, size, causal=True))
+        return self._rest(x, size, keys, values, mask)
+
+    def step(self, x: torch.Tensor, size: Size, state: DecodingState, index: int) -> torch.Tensor:
+        """This layer, number `index`, on the newest words alone, of `size` [B, K]."""
+        x = self.self_residual(x, lambda y: self.self_attention.step(y, size, state, index))
+        return self._rest(x, size, *state.cross[index], state.source_mask)
+
+    def _rest(
+        self, x: torch.Tensor, size: Size, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        x = self.cross_residual(x, lambda y: self.cross_attention(y, size, keys, values, mask))
+        return self.feed_forward_residual(x, self.feed_forward)
+
+
+class Residual(torch.nn.Module):
+    """x + dropout(sublayer(x)), with layer normalisation of the sum (post-norm) or of the sublayer's input (pre)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(config.width)
+        self.dropout = Dropout(config.dropout)
+        self.norm_first = config.norm == "pre"
+
+    @override(check_signature=False)
+    def forward(self, x: torch.Tensor, sublayer: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        if self.norm_first:
+            return x + self.dropout(sublayer(self.norm(x)))
+        return self.norm(x + self.dropout(sublayer(x)))
+
+
+class FeedForward(torch.nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(config.width, config.inner_width)
+        self.outer = torch.nn.Linear(config.inner_width, config.width)
+        self.dropout = Dropout(config.activation_dropout)
+
+    @override(check_signature=False)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(self.dropout(self.inner(x).relu()))
+
+
+@lru_cache(maxsize=16)
+def sinusoids(length: int, width: int, device: torch.device) -> torch.Tensor:
+    """Positions 0, 1, ... as [length, width]: sine and cosine, in turn, of wavelengths from 2 pi to 10,000 * 2 pi."""
+    with torch.inference_mode(False):  # the table outlives the caller's mode
+        frequencies = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000) / width))
+        angles = torch.arange(length, device=device)[:, None] * frequencies
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)

@@ -1,0 +1,197 @@
+"""Parallel text to what training reads: token arrays, offsets, codec and manifest.
+
+    python -m nmt.prepare wmt14_en_de SOURCE OUT      the paper's recipe, from the files that nmt.download gets
+    python -m nmt.prepare files OUT --name NAME --train PREFIX ... --valid PREFIX --test PREFIX --merges N
+    python -m nmt.prepare grammar OUT                 the generated sentences that need no download
+    python -m nmt.prepare verify OUT                  compare what was prepared with its checksums
+
+Three stages (nmt/stages.py): Moses tokens and filters, chunk by chunk over all processes; the BPE, learned on both
+sides of what is left; pieces to ids. A preparation that was interrupted, by whatever, goes on where it was when the
+same command is run again. docs/data.md says how to get WMT14 and how long this takes.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError, run_main
+from nmt import grammar
+from nmt.codec import Codec
+from nmt.corpus import scan_pair
+from nmt.prepared import SPLITS, lock, read_manifest, write_json
+from nmt.recipes import GRAMMAR, RESERVED, WMT14, Recipe
+from nmt.stages import Pair, encode, file_sha256, learn_codec, make_chunks, processes, tokenize
+from nmt.text import RULES, moses
+
+
+def main(arguments: list[str]) -> int:
+    options = _parse(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    if options.command == "verify":
+        bad = verify(options.out)
+        for line in bad:
+            print(line)
+        print(f"{options.out}: {f'{len(bad)} damaged' if bad else 'whole'}")
+        return 1 if bad else 0
+    if options.command == GRAMMAR.name:
+        prepare_grammar(options.out)
+    elif options.command == WMT14.name:
+        prepare(WMT14, options.source, options.out, options.workers)
+    else:
+        if options.name in RESERVED:
+            raise UserError(f"--name {options.name} is the name of a recipe that comes with this: choose another")
+        given = {key: value for key, value in vars(options).items() if key in Recipe.__dataclass_fields__}
+        prepare(Recipe(**given), Path(), options.out, options.workers)
+    return 0
+
+
+def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: bool = False) -> None:
+    """Prepare the files that `recipe` names, below `folder`, into `out`; or finish what was begun there.
+
+    `wait` for another process that prepares into `out`, rather than refuse. Raises UserError where a file is missing,
+    not UTF-8, empty or out of step with its other side, and where `out` is in use or holds other data.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with lock(out, wait):
+        inputs = _scan(recipe, folder)
+        task = _describe(recipe, inputs)
+        work = out / "work"
+        if finished := read_manifest(out):
+            if any(finished.get(key) != value for key, value in task.items()):
+                raise UserError(f"{out} already holds other data, or data of other settings: choose another folder")
+            shutil.rmtree(work, ignore_errors=True)
+            logging.info("%s is complete: nothing to do", out)
+            return
+        _claim(work, task)
+        chunks = {name: make_chunks(name, inputs[name], recipe, work) for name in SPLITS}
+        with processes(workers) as each:
+            counts = {name: tokenize(name, chunks[name], recipe, each) for name in reversed(SPLITS)}
+            codec = learn_codec(chunks["train"], counts["train"]["characters"], recipe, work)
+            splits = {name: encode(name, chunks[name], codec, recipe, out, each) for name in SPLITS}
+        for name, entry in splits.items():
+            splits[name] = {"lines": dict(counts[name]["lines"]) | {"within_pieces": entry["pairs"]}} | entry
+        codec.save(out)
+        made = {"vocabulary": codec.size, "merges": len(codec.merges), "codec": codec.digest, "splits": splits}
+        write_json(out / "manifest.json", task | made)
+        shutil.rmtree(work)
+    logging.info("%s is complete: %s pieces in the vocabulary; lines left:", out, f"{codec.size:,}")
+    logging.info("\n".join(_table(splits)))
+
+
+def prepare_grammar(out: Path, wait: bool = False) -> None:
+    """Generate the sentences of nmt/grammar.py below `out`, and prepare them: a matter of seconds, in this process."""
+    grammar.write(out / "text")
+    prepare(GRAMMAR, out / "text", out, wait=wait)
+
+
+def verify(out: Path) -> list[str]:
+    """What is wrong with the data prepared in `out`: a line for each damaged file, or none."""
+    manifest = read_manifest(out)
+    if manifest is None:
+        raise UserError(f"{out} holds no finished preparation: there is no manifest.json")
+    bad = []
+    if Codec.load(out).digest != manifest["codec"]:
+        bad.append(f"{out / 'codec.json'} is not the one that the data was made with")
+    digests = {out / name: digest for split in SPLITS for name, digest in manifest["splits"][split]["sha256"].items()}
+    for path, digest in digests.items():
+        if not path.exists():
+            bad.append(f"{path} is missing")
+        elif file_sha256(path) != digest:
+            bad.append(f"{path} has changed")
+    return bad
+
+
+def _scan(recipe: Recipe, folder: Path) -> dict[str, list[Pair]]:
+    """Both sides of every split's files; the small splits first, as what is wrong with them is found at once."""
+    for language in (recipe.source, recipe.target):
+        moses(language)  # refuses a language without rules
+    prefixes = {"test": [recipe.test], "valid": [recipe.valid], "train": recipe.train}
+    return {
+        name: [scan_pair(folder / prefix, recipe.source, recipe.target, recipe.lines.get(prefix)) for prefix in found]
+        for name, found in prefixes.items()
+    }
+
+
+def _describe(recipe: Recipe, inputs: dict[str, list[Pair]]) -> dict[str, Any]:
+    """All that the outcome depends on: the head of the manifest."""
+    return {
+        "recipe": recipe.name,
+        "source": recipe.source,
+        "target": recipe.target,
+        "text": RULES,
+        "libraries": {name: version(name) for name in ("sacremoses", "tokenizers")},
+        "settings": {"merges": recipe.merges, "max_length": recipe.max_length, "ratio": recipe.ratio},
+        "inputs": {
+            name: [{file.path.name: {"lines": file.lines, "sha256": file.sha256} for file in pair} for pair in pairs]
+            for name, pairs in inputs.items()
+        },
+    }
+
+
+def _claim(work: Path, task: dict[str, Any]) -> None:
+    """Make `work` the place for this task, or see that it is already."""
+    path = work / "task.json"
+    if not path.exists():
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        write_json(path, task)
+    elif json.loads(path.read_text(encoding="utf-8")) == task:
+        logging.info("going on with the preparation in %s", work)
+    else:
+        raise UserError(f"{work} holds an unfinished preparation of other data or settings: delete it to begin anew")
+
+
+def _table(splits: dict[str, Any]) -> list[str]:
+    """The lines left after each filter, and the share of <unk>, aligned."""
+    filters = list(splits["train"]["lines"])
+    rows = [("split", *filters, "unknown")]
+    for name, entry in splits.items():
+        sides = [side for side in entry.values() if isinstance(side, dict) and "unknown" in side]
+        share = sum(side["unknown"] for side in sides) / sum(side["tokens"] for side in sides)
+        rows.append((name, *(f"{entry['lines'].get(key, entry['pairs']):,}" for key in filters), f"{share:.4%}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m nmt.prepare", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    wmt14 = commands.add_parser(WMT14.name, help="WMT14 English-German as in the paper")
+    wmt14.add_argument("source", type=Path, help="folder with the files that python -m nmt.download gets")
+    files = commands.add_parser("files", help="parallel text of one's own; PREFIX stands for PREFIX.en and PREFIX.de")
+    own = commands.add_parser(GRAMMAR.name, help="generated English-German sentences")
+    verified = commands.add_parser("verify", help="compare prepared data with its checksums")
+    for command in (wmt14, files, own, verified):
+        command.add_argument("out", type=Path, help="folder of the prepared data")
+    for command in (wmt14, files):
+        command.add_argument("--workers", type=_positive, default=_cores(), help="processes (default: all cores)")
+    files.add_argument("--name", required=True, help="data.name in the configs")
+    files.add_argument("--train", required=True, nargs="+", metavar="PREFIX")
+    files.add_argument("--valid", required=True, metavar="PREFIX")
+    files.add_argument("--test", required=True, metavar="PREFIX")
+    files.add_argument("--merges", type=_positive, required=True, help="of the joint BPE, e.g. 8000 for 30,000 pairs")
+    files.add_argument("--max-length", type=_positive, default=250, help="tokens on a side (default: 250)")
+    files.add_argument("--ratio", type=float, default=2.0, help="of the longer side to the shorter (default: 2)")
+    files.add_argument("--source", default="en", help="language (default: en)")
+    files.add_argument("--target", default="de", help="language (default: de)")
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    run_main(main)

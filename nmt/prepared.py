@@ -1,0 +1,64 @@
+"""The folder of prepared data: which files it holds, and its manifest, which is written last.
+
+manifest.json                      recipe, line counts, vocabulary, checksums
+codec.json                         the joint BPE (nmt/codec.py)
+<split>.<language>.bin             ids of all sentences end to end, each with its </s>; uint16 or uint32, little endian
+<split>.<language>.offsets         int64, one more than sentences: where each begins
+valid|test.<language>.txt          the raw text, for sacreBLEU
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+EVALUATED = ("valid", "test")
+
+
+def paths_of(folder: Path, split: str, languages: Sequence[str]) -> list[Path]:
+    """The files of one split."""
+    kinds = ("bin", "offsets", "txt") if split in EVALUATED else ("bin", "offsets")
+    return [folder / f"{split}.{language}.{kind}" for language in languages for kind in kinds]
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, or None where there is none; UserError where it is damaged."""
+    path = folder / "manifest.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a manifest ({error}); delete the folder and prepare the data again") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` so that the file is whole or not there at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextmanager
+def lock(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold `folder`: two preparations in one would destroy each other's files. `wait` for it, or raise UserError.
+
+    A lockf lock belongs to this process alone: worker processes that outlive a killed preparation do not keep it.
+    """
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            raise UserError(
+                f"{folder}: another process is preparing data there: wait for it, or choose another"
+            ) from None
+        yield

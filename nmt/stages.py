@@ -1,0 +1,220 @@
+"""The three stages of nmt/prepare.py: Moses tokens that pass the filters, the BPE, ids.
+
+The first and the last work chunk by chunk, over processes. What a stage has done lies in the work folder, each piece
+whole or not there at all, so that a preparation that was killed goes on with the first piece that is missing.
+"""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from hashlib import sha256
+from itertools import chain
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from engine.errors import UserError
+from nmt.codec import EOS, UNK, Codec, learn
+from nmt.corpus import CHUNK, TextFile
+from nmt.prepared import EVALUATED, paths_of, write_json
+from nmt.recipes import Recipe
+from nmt.text import moses
+
+MAX_EVALUATED = 1000  # tokens; a longer line of a validation or test set is no sentence, but a file that is broken
+
+Pair = tuple[TextFile, TextFile]
+Result = TypeVar("Result")
+Map = Callable[[Callable[["Chunk"], Result], Sequence["Chunk"]], Iterator[Result]]  # keeps the order
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """CHUNK lines of both sides of a split, and where their tokens go."""
+
+    split: str
+    files: Pair
+    index: int  # in the files
+    tokens: tuple[Path, Path]
+    counts: Path  # written last: where it is, the tokens are whole
+
+    @property
+    def lines(self) -> int:
+        return min(CHUNK, self.files[0].lines - self.index * CHUNK)
+
+
+def make_chunks(split: str, pairs: Sequence[Pair], recipe: Recipe, work: Path) -> list[Chunk]:
+    """The chunks of all files of a split, in order."""
+    chunks = []
+    for files in pairs:
+        for index in range(files[0].chunks):
+            stem = f"{split}.{len(chunks):05}"
+            tokens = tuple(work / f"{stem}.{language}" for language in (recipe.source, recipe.target))
+            chunks.append(Chunk(split, files, index, tokens, work / f"{stem}.json"))
+    return chunks
+
+
+@contextmanager
+def processes(workers: int) -> Iterator[Map]:
+    """A map over `workers` processes; with 1, in this one. UserError where the system kills one."""
+    if workers == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker) as pool:
+        try:
+            yield pool.map
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, for lack of memory perhaps: run the same command with fewer --workers"
+            ) from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _begin_worker() -> None:
+    """One thread each, and no longer a life than the parent's: a killed preparation leaves no process behind."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def tokenize(split: str, chunks: Sequence[Chunk], recipe: Recipe, each: Map) -> dict[str, Counter]:
+    """The first stage: tokens of every chunk to its files; lines left after each filter, and counts of characters."""
+    total = {"lines": Counter(), "characters": Counter()}
+    with _bar(f"tokens of {split}", chunks) as bar:
+        for chunk, counts in zip(chunks, each(partial(tokenize_chunk, recipe), chunks), strict=True):
+            for name in total:
+                total[name].update(counts[name])
+            bar.update(chunk.lines)
+    return total
+
+
+def tokenize_chunk(recipe: Recipe, chunk: Chunk) -> dict[str, dict[str, int]]:
+    """Write the tokens of the pairs that pass the filters, unless that is done; the chunk's counts."""
+    if chunk.counts.exists():
+        return json.loads(chunk.counts.read_text(encoding="utf-8"))
+    sides = []
+    for language, file in zip((recipe.source, recipe.target), chunk.files, strict=True):
+        sides.append([moses(language).tokenize(line) for line in file.read(chunk.index)])
+    lengths = np.array([[line.count(" ") + 1 if line else 0 for line in side] for side in sides])
+    longer, shorter = lengths.max(axis=0), lengths.min(axis=0)
+    kept = np.ones(len(longer), dtype=bool)
+    lines = {"read": len(kept)}
+    if chunk.split == "train":
+        filters = {
+            "not_empty": shorter > 0,
+            "within_length": longer <= recipe.max_length,
+            "within_ratio": longer <= recipe.ratio * shorter,
+        }
+        for name, passes in filters.items():
+            kept &= passes
+            lines[name] = int(kept.sum())
+    else:
+        _refuse_long(chunk, longer, "words")
+    characters = Counter()
+    for side, path in zip(sides, chunk.tokens, strict=True):
+        text = "".join(f"{side[index]}\n" for index in np.flatnonzero(kept))
+        characters.update(text)
+        path.write_text(text, encoding="utf-8", newline="")
+    counts = {"lines": lines, "characters": characters}
+    write_json(chunk.counts, counts)
+    return counts
+
+
+def learn_codec(chunks: Sequence[Chunk], characters: Counter, recipe: Recipe, work: Path) -> Codec:
+    """The second stage: the codec in `work`, learned from the training chunks unless that is done."""
+    if (work / "codec.json").exists():
+        return Codec.load(work)
+    if not characters:
+        raise UserError("no training pair is left after the filters: are these the two sides of the same text?")
+    files = list(chain.from_iterable(chunk.tokens for chunk in chunks))
+    logging.info("learning %s merges from both sides of the training text", f"{recipe.merges:,}")
+    codec = learn(files, characters, recipe.merges, recipe.source, recipe.target)
+    codec.save(work)
+    return codec
+
+
+def encode(split: str, chunks: Sequence[Chunk], codec: Codec, recipe: Recipe, out: Path, each: Map) -> dict[str, Any]:
+    """The third stage: the split's arrays and raw text; its pairs, tokens and checksums for the manifest."""
+    dtype = np.dtype("<u2" if codec.size <= 1 << 16 else "<u4")
+    languages = (recipe.source, recipe.target)
+    lengths: dict[str, list[np.ndarray]] = {language: [] for language in languages}
+    unknown = dict.fromkeys(languages, 0)
+    arrays = {language: open(out / f"{split}.{language}.bin", "wb") for language in languages}  # noqa: SIM115
+    try:
+        with _bar(f"ids of {split}", chunks) as bar:
+            work = partial(encode_chunk, recipe, chunks[0].counts.parent, dtype)
+            for chunk, sides in zip(chunks, each(work, chunks), strict=True):
+                for language, (ids, found) in zip(languages, sides, strict=True):
+                    arrays[language].write(ids.tobytes())
+                    lengths[language].append(found)
+                    unknown[language] += int((ids == UNK).sum())
+                bar.update(chunk.lines)
+    finally:
+        for file in arrays.values():
+            file.close()
+    entry: dict[str, Any] = {"pairs": sum(map(len, lengths[recipe.source]))}
+    for side, language in enumerate(languages):
+        offsets = np.concatenate([[0], *lengths[language]]).cumsum(dtype=np.int64)
+        offsets.astype("<i8").tofile(out / f"{split}.{language}.offsets")
+        entry[language] = {"tokens": int(offsets[-1]), "unknown": unknown[language], "token_bytes": dtype.itemsize}
+        if split in EVALUATED:
+            text = "".join(f"{line}\n" for chunk in chunks for line in chunk.files[side].read(chunk.index))
+            (out / f"{split}.{language}.txt").write_text(text, encoding="utf-8", newline="")
+    entry["sha256"] = {path.name: file_sha256(path) for path in paths_of(out, split, languages)}
+    return entry
+
+
+def encode_chunk(recipe: Recipe, work: Path, dtype: np.dtype, chunk: Chunk) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Both sides of a chunk: ids of all sentences end to end, each with its </s>, and the lengths with it."""
+    sides = []
+    for path in chunk.tokens:
+        lines = path.read_bytes().decode().split("\n")[:-1]
+        sides.append([[*ids, EOS] for ids in _codec(work).encode_tokens(lines)])
+    pieces = np.array([max(map(len, pair)) - 1 for pair in zip(*sides, strict=True)], dtype=np.int64)
+    if chunk.split == "train":
+        kept = np.flatnonzero(pieces <= recipe.max_length)
+        sides = [[side[index] for index in kept] for side in sides]
+    else:
+        _refuse_long(chunk, pieces, "pieces")
+    return [
+        (np.fromiter(chain.from_iterable(side), dtype), np.fromiter(map(len, side), np.int64, len(side)))
+        for side in sides
+    ]
+
+
+def file_sha256(path: Path) -> str:
+    digest = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _refuse_long(chunk: Chunk, lengths: np.ndarray, unit: str) -> None:
+    if lengths.max() > MAX_EVALUATED:
+        at = int(lengths.argmax())
+        raise UserError(
+            f"{chunk.files[0].path}, line {chunk.index * CHUNK + at + 1:,}: {lengths[at]:,} {unit} on one side are no "
+            f"sentence to evaluate on (at most {MAX_EVALUATED:,}), and nothing is left out there: repair the files"
+        )
+
+
+@lru_cache(maxsize=1)
+def _codec(folder: Path) -> Codec:
+    return Codec.load(folder)
+
+
+def _bar(what: str, chunks: Sequence[Chunk]) -> tqdm:
+    total = sum(chunk.lines for chunk in chunks)
+    return tqdm(total=total, desc=what, unit="pair", unit_scale=True, disable=None)

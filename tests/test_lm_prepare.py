@@ -1,0 +1,321 @@
+"""Preparing a corpus: equal to the published encoder, restartable, and clear about what is wrong with its input."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lm_corpus import HELD_OUT, TEST_FILES, TRAIN, encode_line_by_line, make_corpus, make_vocabulary
+
+from engine.errors import UserError
+from language_model import source, vocabulary
+from language_model.corpus import open_corpus, token_dtype
+from language_model.prepare import build
+from language_model.vocabulary import Vocabulary, count_words, counted_vocabulary, load_vocabulary, read_vocabulary
+
+WORDS = ["<S>", "the", "a", "<UNK>", "of", "caf\u00e9", ".", "</S>"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    build(corpus, out)
+    return out
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Everything in the folder but the manifest, which names the source, and the lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("manifest.json", ".lock"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def sentences(shard) -> list[list[int]]:
+    tokens, offsets = shard.read()
+    return [tokens[start:stop].tolist() for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+@given(
+    st.lists(
+        st.text(alphabet=" \t\r\n\0a.\u00a0\u2028\x1c", max_size=8) | st.sampled_from([*WORDS, " ", "\n"]), max_size=30
+    ).map("".join)
+)
+def test_encoding_is_the_published_one(text):
+    """Whatever the white space: Unicode's, tabs, carriage returns, lines without words, no line's end at the end."""
+    words = Vocabulary(WORDS, range(len(WORDS)))
+    tokens, lengths = words.encode(text)
+    expected = encode_line_by_line(text, {word: index for index, word in enumerate(WORDS)})
+    assert tokens.tolist() == [token for sentence in expected for token in sentence]
+    assert lengths.tolist() == [len(sentence) for sentence in expected]
+
+
+def test_shards_hold_the_files_sentence_by_sentence(corpus, prepared):
+    words = load_vocabulary(prepared / "vocabulary.txt")
+    ids = {word: index for index, word in enumerate(words.words)}
+    found = open_corpus(prepared)
+    assert len(found.train) == 5 and len(found.test) == 1
+    files = [*sorted((corpus / TRAIN).iterdir()), corpus / HELD_OUT / TEST_FILES[0]]
+    for file, shard in zip(files, [*found.train, *found.test], strict=True):
+        assert sentences(shard) == encode_line_by_line(file.read_text(encoding="utf-8"), ids)
+        assert (shard.sentences, shard.tokens) == (200, sum(map(len, sentences(shard))))
+
+
+def test_manifest_counts_what_is_there(corpus, prepared):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    text = (corpus / HELD_OUT / TEST_FILES[0]).read_text(encoding="utf-8").split()
+    words = set(load_vocabulary(prepared / "vocabulary.txt").words)
+    assert manifest["test"]["files"] == [TEST_FILES[0]] and len(manifest["train"]["files"]) == 5
+    assert manifest["test"]["tokens"] == len(text) + 2 * 200
+    assert manifest["test"]["oov_rate"] == pytest.approx(sum(word not in words for word in text) / len(text), abs=1e-6)
+    assert manifest["vocabulary"]["words"] == len(words) and manifest["dtype"] == "<u2"
+    on_disk = sum(path.stat().st_size for path in (prepared / "train").glob("*.tokens"))
+    assert on_disk == 2 * manifest["train"]["tokens"]
+
+
+def test_counted_vocabulary_is_that_of_the_training_text(corpus, prepared):
+    counts = Counter(word for file in (corpus / TRAIN).iterdir() for word in file.read_text(encoding="utf-8").split())
+    words = load_vocabulary(prepared / "vocabulary.txt")
+    found = dict(zip(words.words, words.counts, strict=True))
+    marks = {"<S>": 1000, "</S>": 1000, "<UNK>": sum(count for count in counts.values() if count < 3)}
+    assert found == {word: count for word, count in counts.items() if count >= 3} | marks
+    assert list(words.counts) == sorted(words.counts, reverse=True)
+
+
+def test_counting_in_little_memory_counts_the_same(corpus, tmp_path, monkeypatch):
+    texts = [file.read_text(encoding="utf-8") for file in sorted((corpus / TRAIN).iterdir())]
+    whole = counted_vocabulary((count_words([text]) for text in texts), 2)
+    monkeypatch.setattr(vocabulary, "COUNTED_AT_ONCE", 700)
+    spilled = counted_vocabulary((count_words([text]) for text in texts), 2, tmp_path)
+    assert spilled.dump() == whole.dump() and not list(tmp_path.iterdir())
+
+
+def test_archive_gives_what_the_folder_gives(corpus, prepared, tmp_path):
+    with tarfile.open(tmp_path / "benchmark.tar.gz", "w:gz") as tar:
+        for name in (HELD_OUT, TRAIN):
+            tar.add(corpus / name, f"benchmark/{name}")
+    build(tmp_path / "benchmark.tar.gz", tmp_path / "out", workers=2)
+    assert content(tmp_path / "out") == content(prepared)
+
+
+def test_large_files_become_several_shards(corpus, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "PART_BYTES", 9_000)
+    monkeypatch.setattr(source, "BLOCK_BYTES", 1_000)
+    with tarfile.open(tmp_path / "benchmark.tar", "w") as tar:
+        tar.add(corpus, "benchmark")
+    for name, text in (("folder", corpus), ("archive", tmp_path / "benchmark.tar")):
+        build(text, tmp_path / name)
+    assert content(tmp_path / "folder") == content(tmp_path / "archive")
+    cut, whole = open_corpus(tmp_path / "folder"), open_corpus(prepared)
+    assert len(cut.train) > 2 * len(whole.train) and max(shard.tokens for shard in cut.train) < 9_000
+    assert [s for shard in cut.train for s in sentences(shard)] == [
+        s for shard in whole.train for s in sentences(shard)
+    ]
+
+
+def test_ids_take_two_bytes_where_the_vocabulary_allows(corpus, tmp_path):
+    assert [token_dtype(words).itemsize for words in (65_536, 65_537)] == [2, 4]
+    many = make_vocabulary(tmp_path / "many.txt", [f"w{number}" for number in range(70_000)] + ["the"])
+    build(corpus, tmp_path / "out", vocabulary=many)
+    shard = open_corpus(tmp_path / "out").train[0]
+    assert shard.read()[0].dtype.itemsize == 4
+    assert int(shard.read()[0].max()) == 70_003  # </S>, without a line of its own in the file, is the last word
+
+
+def test_a_vocabulary_file_is_put_in_the_order_of_counts(tmp_path):
+    (tmp_path / "words").write_text("rare 1\n<S> 7\nfrequent 9\n<UNK> 3\n", encoding="utf-8")
+    words = read_vocabulary(tmp_path / "words")
+    assert list(words.words) == ["frequent", "<S>", "<UNK>", "rare", "</S>"]
+    assert list(words.counts) == [9, 7, 3, 1, 7]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"<UNK> 5\nthe 3\n", ["no line for <S>"]),
+        (b"<S> 5\n</S> 5\nthe 3\n", ["no line for <UNK>"]),
+        (b"<S> 5\n<UNK> 4\nthe\n", ["line 3", "'the'", "word count"]),
+        (b"<S> 5\n<UNK> 4\nthe 3\nthe 2\n", ["line 4", "'the'", "already"]),
+        (b"<S> 5\n<UNK> 4\nt\xffe 3\n", ["byte 15", "UTF-8"]),
+        (None, ["No such file"]),
+    ],
+)
+def test_a_vocabulary_that_is_none_is_refused(corpus, tmp_path, text, words):
+    path = tmp_path / "words.txt"
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises(UserError) as error:
+        build(corpus, tmp_path / "out", vocabulary=path)
+    assert str(path) in str(error.value) and all(word in str(error.value) for word in words), error.value
+
+
+def one_file(root: Path, text: bytes) -> Path:
+    make_corpus(root, files=1, lines=3)
+    (root / TRAIN / "news.en-00001-of-00100").write_bytes(text)
+    return root
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bytes_that_are_not_utf8_are_named(tmp_path, workers):
+    text = one_file(tmp_path / "text", b"a good line\n" * 30_000 + b"a caf\xe9 .\n")
+    with pytest.raises(UserError, match=r"news.en-00001-of-00100: byte 360,005 \(0xe9\) is not UTF-8"):
+        build(text, tmp_path / "out", workers=workers)
+
+
+def test_empty_lines_and_a_line_of_100000_words(tmp_path):
+    text = one_file(tmp_path / "text", b"\n\n  \n" + b"word " * 100_000 + b"\n\n\t\nlast line\n")
+    build(text, tmp_path / "out", threshold=1)
+    (shard,) = open_corpus(tmp_path / "out").train
+    assert np.diff(shard.read()[1]).tolist() == [100_002, 4]
+
+
+def test_a_line_without_an_end_in_sight_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "LINE_BYTES", 1 << 20)
+    text = one_file(tmp_path / "text", b"word " * 500_000)
+    with pytest.raises(UserError, match="news.en-00001-of-00100: a line of more than 1 MiB"):
+        build(text, tmp_path / "out")
+
+
+def test_a_source_that_lacks_something_is_refused(corpus, tmp_path):
+    with pytest.raises(UserError, match="nowhere is not there"):
+        build(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(UserError, match=f"{TRAIN} is not there"):
+        build(tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match="heldout-00009.* is not there: --test names"):
+        build(corpus, tmp_path / "out", tests=["news.en.heldout-00009-of-00050"])
+    with pytest.raises(UserError, match="train files hold no sentence"):
+        build(one_file(tmp_path / "empty", b"\n \n"), tmp_path / "out")
+
+
+def test_an_archive_that_is_damaged_or_lacks_something_is_refused(corpus, tmp_path):
+    archive = tmp_path / "benchmark.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(corpus / TRAIN, f"benchmark/{TRAIN}")
+    with pytest.raises(UserError, match=f"no {HELD_OUT}/{TEST_FILES[0]} in it"):
+        build(archive, tmp_path / "out")
+    os.truncate(archive, archive.stat().st_size // 2)
+    with pytest.raises(UserError, match="not a whole .tar or .tar.gz .*: download it again"):
+        build(archive, tmp_path / "other")
+
+
+def test_a_finished_folder_is_left_alone_and_another_text_refused(corpus, prepared, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*.*")}
+    build(corpus, prepared)
+    assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*.*")} == before | {
+        prepared / ".lock": (prepared / ".lock").stat().st_mtime_ns
+    }
+    for changes in ({"threshold": 2}, {"tests": TEST_FILES}):
+        with pytest.raises(UserError, match="holds other text, or another vocabulary"):
+            build(corpus, prepared, **changes)
+
+
+def test_missing_truncated_and_damaged_shards_are_named_and_made_again(corpus, prepared, tmp_path):
+    out = tmp_path / "out"
+    build(corpus, out)
+    first, second, third = sorted((out / "train").glob("*.tokens"))[:3]
+    first.unlink()
+    with pytest.raises(UserError, match=f"{first.name}: No such file.*prepare"):
+        open_corpus(out)
+    build(corpus, out)
+    os.truncate(second, 1000)
+    with pytest.raises(UserError, match=f"{second.name} has 1,000 bytes and should have [0-9,]+; run"):
+        open_corpus(out)
+    build(corpus, out)
+    assert content(out) == content(prepared)
+    with open(third, "r+b") as file:
+        file.seek(500)
+        file.write(b"\1\2\3\4")
+    with pytest.raises(UserError, match=f"{third.stem}.tokens or .offsets is damaged"):
+        open_corpus(out).train[2].read()
+
+
+def test_a_vocabulary_that_does_not_match_the_shards_is_refused(corpus, prepared, tmp_path):
+    out = tmp_path / "out"
+    build(corpus, out)
+    lines = (out / "vocabulary.txt").read_bytes().splitlines(keepends=True)
+    (out / "vocabulary.txt").write_bytes(b"".join(reversed(lines)))
+    with pytest.raises(UserError, match="not the vocabulary that the shards beside it were encoded with"):
+        open_corpus(out)
+    build(corpus, out)
+    assert content(out) == content(prepared)
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "language_model.prepare", *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("larger"), files=12, lines=140)
+
+
+def test_killed_and_restarted_it_makes_the_same(larger, tmp_path):
+    """Killed in the middle of encoding, twice; its workers end with it, and no shard is made a second time."""
+    for file in (larger / TRAIN).iterdir():
+        file.write_text(40 * file.read_text(encoding="utf-8"), encoding="utf-8")
+    out = tmp_path / "out"
+    for finished in (2, 6):
+        process = subprocess.Popen(command(larger, out, "--workers", 2), stderr=subprocess.DEVNULL)
+        children: list[int] = []
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if (out / "shards.jsonl").exists() and (out / "shards.jsonl").read_bytes().count(b"digest") >= finished:
+                children = [
+                    int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                ]
+                break
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL and not (out / "manifest.json").exists()
+        with pytest.raises(UserError, match="no finished corpus there"):
+            open_corpus(out)
+        while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    early = min((out / "train").glob("*.tokens"), key=lambda path: path.stat().st_mtime_ns)
+    before = early.stat().st_mtime_ns
+    done = subprocess.run(command(larger, out, "--workers", 2), capture_output=True, text=True)
+    assert done.returncode == 0 and "shards are there already" in done.stderr, done.stderr
+    assert early.stat().st_mtime_ns == before and not (out / "shards.jsonl").exists()
+    build(larger, tmp_path / "whole")
+    assert content(out) == content(tmp_path / "whole")
+    assert json.loads((out / "manifest.json").read_text()) == json.loads((tmp_path / "whole/manifest.json").read_text())
+
+
+def test_a_disk_that_fills_up_costs_one_shard(corpus, prepared, tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, resource.RLIM_INFINITY))  # noqa: E731
+    full = subprocess.run(
+        command(corpus, tmp_path / "out", "--workers", 1), capture_output=True, text=True, preexec_fn=limit
+    )
+    errors = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
+    assert full.returncode == 2 and len(errors) == 1 and "Traceback" not in full.stderr, full.stderr
+    assert "File too large" in errors[0] and "run the same command" in errors[0]
+    build(corpus, tmp_path / "out")
+    assert content(tmp_path / "out") == content(prepared)
+
+
+def test_one_folder_takes_one_preparation_at_a_time(corpus, tmp_path):
+    (tmp_path / "out").mkdir()
+    locker = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", locker, str(tmp_path / "out/.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    process.stdout.readline()
+    with pytest.raises(UserError, match="another preparation is running in this folder"):
+        build(corpus, tmp_path / "out")
+    process.communicate(b"\n")
+    build(corpus, tmp_path / "out")

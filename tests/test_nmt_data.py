@@ -1,0 +1,257 @@
+"""Batches: every pair once an epoch, alike for any number of ranks, resumable, and with little padding."""
+
+import json
+import shutil
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.errors import UserError
+from nmt.codec import BOS, EOS, PAD
+from nmt.data import Batch, _cuts, eval_batches, load_data, padding_share, train_batches, updates_per_epoch
+from nmt.grammar import generate
+from nmt.prepare import prepare
+from nmt.recipes import Recipe
+
+SIZES = {"train": 1500, "valid": 60, "test": 50}
+TOKENS = 512
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nmt_data")
+    pairs = iter(generate(sum(SIZES.values())))
+    for split, size in SIZES.items():
+        for language, lines in zip(("en", "de"), zip(*(next(pairs) for _ in range(size)), strict=True), strict=True):
+            (folder / f"{split}.{language}").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    prepare(Recipe("own", ("train",), "valid", "test", merges=300, ratio=2.0), folder, folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def data(root):
+    return load_data("own", root)
+
+
+@pytest.fixture
+def copy(root, tmp_path):
+    return shutil.copytree(root, tmp_path / "copy")
+
+
+def sentences(batch: Batch) -> list[tuple]:
+    """The pairs of a batch as tuples of ids without padding, sorted."""
+    assert batch.sentences == len(batch.source) if batch.tokens else batch.sentences == 0
+    rows = zip(batch.source, batch.target_out, strict=True)
+    pairs = [tuple(tuple(side[side != PAD].tolist()) for side in row) for row in rows]
+    return sorted(pairs) if batch.sentences else []
+
+
+def all_sentences(split):
+    return sorted(
+        ((*split.source(index).tolist(), EOS), (*split.target(index).tolist(), EOS)) for index in range(len(split))
+    )
+
+
+def test_a_split_is_what_was_prepared(data):
+    for split, name in ((data.train, "train"), (data.valid, "valid"), (data.test, "test")):
+        assert len(split) == SIZES[name]
+        assert [len(split.source(i)) for i in range(len(split))] == split.source_lengths.tolist()
+        assert [len(split.target(i)) for i in range(len(split))] == split.target_lengths.tolist()
+    assert [data.codec.decode(data.test.target(i)) for i in range(50)] == data.test.references
+    assert data.codec.encode_lines(data.valid.sources) == [data.valid.source(i).tolist() for i in range(60)]
+    with pytest.raises(ValueError, match="valid and test only"):
+        _ = data.train.references
+
+
+def test_a_batch_is_its_sentences_padded(data):
+    """Against rows put together one by one."""
+    indices = np.array([7, 3, 1200, 3])
+    batch = data.train.batch(indices)
+    assert all(tensor.dtype == torch.int64 for tensor in batch[:3])
+    for row, index in enumerate(indices):
+        source, target = data.train.source(index).tolist(), data.train.target(index).tolist()
+        for tensor, ids in (
+            (batch.source, [*source, EOS]),
+            (batch.target_in, [BOS, *target]),
+            (batch.target_out, [*target, EOS]),
+        ):
+            assert tensor[row].tolist() == ids + [PAD] * (tensor.shape[1] - len(ids))
+    longest = [max(lengths[indices]) + 1 for lengths in (data.train.source_lengths, data.train.target_lengths)]
+    assert [batch.source.shape, batch.target_in.shape, batch.target_out.shape] == [
+        (4, longest[0]),
+        *[(4, longest[1])] * 2,
+    ]
+    assert batch.tokens == int((batch.target_out != PAD).sum()) and batch.sentences == 4
+    assert batch.to(torch.device("cpu")) is batch
+
+
+def test_the_last_sentence_of_the_file_can_be_padded(data):
+    longest, last = int(np.argmax(data.train.longest)), len(data.train) - 1
+    batch = data.train.batch(np.array([longest, last]))
+    assert batch.source[1].tolist()[: data.train.source_lengths[last]] == data.train.source(last).tolist()
+    assert set(batch.source[1].tolist()[data.train.source_lengths[last] + 1 :]) <= {PAD}
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (3, 2), (1, 8), (16, 1)])
+def test_every_pair_once_an_epoch_on_equally_many_updates(data, world_size, accumulation):
+    epochs = [
+        list(train_batches(data.train, TOKENS, 1, 0, rank, world_size, accumulation)) for rank in range(world_size)
+    ]
+    assert {len(updates) for updates in epochs} == {updates_per_epoch(data.train, TOKENS, world_size, accumulation)}
+    assert all(len(batches) == accumulation for updates in epochs for batches in updates)
+    flat = [batch for updates in epochs for batches in updates for batch in batches]
+    assert sorted(chain.from_iterable(map(sentences, flat))) == all_sentences(data.train)
+    if 8 % (world_size * accumulation) == 0:
+        assert max(len(batch.source) * max(batch.source.shape[1], batch.target_in.shape[1]) for batch in flat) <= TOKENS
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (1, 4), (4, 2)])
+def test_an_update_is_the_same_on_any_number_of_ranks_and_passes(data, world_size, accumulation):
+    share = 2048 // (world_size * accumulation)
+    alone = [sentences(batch) for (batch,) in train_batches(data.train, 2048, 5, 3)]
+    ranks = [train_batches(data.train, share, 5, 3, rank, world_size, accumulation) for rank in range(world_size)]
+    together = [sorted(chain(*map(sentences, chain(*batches)))) for batches in zip(*ranks, strict=True)]
+    assert together == alone
+
+
+def test_shares_of_an_update_are_alike(data):
+    """No rank waits for another: their sentences differ in number by one at most, and hardly in length."""
+    for batches in train_batches(data.train, TOKENS, 1, 0, accumulation=4):
+        assert max(batch.sentences for batch in batches) - min(batch.sentences for batch in batches) <= 1
+
+
+def test_the_order_is_a_function_of_seed_and_epoch(data):
+    def order(seed, epoch, start=0):
+        return [sentences(batch) for (batch,) in train_batches(data.train, TOKENS, seed, epoch, start_update=start)]
+
+    first = order(1, 0)
+    assert order(1, 0) == first
+    assert order(1, 0, start=7) == first[7:]
+    for other in (order(1, 1), order(2, 0)):
+        assert other != first and len(other) == len(first)
+        assert sorted(map(tuple, other)) != sorted(map(tuple, first))  # other sentences come together, too
+    assert list(train_batches(data.train, TOKENS, 1, 0, start_update=len(first))) == []
+
+
+def test_the_lengths_of_updates_come_in_no_order(data):
+    widths = [batch.source.shape[1] for (batch,) in train_batches(data.train, TOKENS, 1, 0)]
+    assert widths != sorted(widths) and abs(np.corrcoef(widths, range(len(widths)))[0, 1]) < 0.5
+
+
+def test_a_pass_with_nothing_to_do(data):
+    """More passes than sentences: the ones without get a row that adds nothing to the loss, and no NaN."""
+    width = int(data.train.longest.max())
+    updates = list(train_batches(data.train, width, 1, 0, accumulation=16))
+    idle = [batch for batches in updates for batch in batches if not batch.sentences]
+    assert idle and all(batch.tokens == 0 for batch in idle)
+    assert [tensor.tolist() for tensor in idle[0][:3]] == [[[EOS]], [[BOS]], [[PAD]]]
+    logits = torch.zeros(1, 9, requires_grad=True)
+    loss = torch.nn.functional.cross_entropy(logits, idle[0].target_out[0], ignore_index=PAD, reduction="sum")
+    loss.backward()
+    assert loss.item() == 0 and logits.grad.abs().sum() == 0
+
+
+def test_a_pair_that_fits_no_batch(data):
+    width = int(data.train.longest.max())
+    with pytest.raises(
+        UserError, match=rf"a pair of {width} tokens .* batch of {width - 1}: .* at least {2 * width} for 2"
+    ):
+        next(train_batches(data.train, width - 1, 1, 0, world_size=2))
+    with pytest.raises(UserError, match="global_batch must be at least"):
+        updates_per_epoch(data.train, width - 1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+@pytest.mark.parametrize("max_tokens", [1, 300, 10_000])
+def test_evaluation_takes_every_pair_once(data, world_size, max_tokens):
+    seen = []
+    for rank in range(world_size):
+        for batch, indices in eval_batches(data.valid, max_tokens, rank, world_size):
+            assert [tuple(row[row != PAD].tolist()) for row in batch.target_out] == [
+                (*data.valid.target(index).tolist(), EOS) for index in indices
+            ]
+            assert batch.source.shape[0] * batch.source.shape[1] <= max(max_tokens, data.valid.longest.max())
+            seen += indices.tolist()
+    assert sorted(seen) == list(range(len(data.valid)))
+
+
+def test_evaluation_begins_with_the_longest(data):
+    widths = [max(batch.source.shape[1], batch.target_in.shape[1]) for batch, _ in eval_batches(data.valid, 200)]
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_padding_is_counted_and_small(data):
+    updates = list(train_batches(data.train, TOKENS, 1, 0))
+    total = sum(batch.source.numel() + batch.target_out.numel() for (batch,) in updates)
+    real = int((data.train.source_lengths + data.train.target_lengths + 2).sum())
+    assert padding_share(updates) == pytest.approx(1 - real / total)
+    assert padding_share(updates) < 0.1
+    assert padding_share(train_batches(data.train, 128, 1, 0, accumulation=4)) < 0.1
+
+
+def test_batches_are_full(data):
+    """What fits is used: 8 sentences are the largest step, so nearly all updates come close to the budget."""
+    updates = train_batches(data.train, 4096, 1, 0)
+    costs = [len(batch.source) * max(batch.source.shape[1], batch.target_in.shape[1]) for (batch,) in updates]
+    assert np.median(costs) > 0.9 * 4096
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=300),
+    budget=st.integers(40, 2000),
+    multiple=st.sampled_from([1, 8]),
+)
+def test_cuts(lengths, budget, multiple):
+    longest = np.sort(np.array(lengths, dtype=np.int32))
+    cuts = _cuts(longest, budget, 1, multiple)
+    assert cuts[0] == 0 and cuts[-1] == len(longest) and (np.diff(cuts) > 0).all()
+    for begin, end in zip(cuts, cuts[1:], strict=False):
+        count = end - begin
+        assert count * longest[end - 1] <= budget
+        if end < len(longest):
+            assert (count + multiple) * longest[min(begin + count + multiple, len(longest)) - 1] > budget or (
+                begin + count + multiple > len(longest)
+            )
+            assert count % multiple == 0 or count < multiple
+
+
+def test_data_of_another_recipe_is_refused(root):
+    with pytest.raises(
+        UserError, match="holds data of the recipe 'own', not 'wmt14_en_de': set data.name or data.root"
+    ):
+        load_data("wmt14_en_de", root)
+
+
+def test_missing_data(tmp_path):
+    with pytest.raises(UserError, match=r"holds no prepared data: python -m nmt.prepare"):
+        load_data("own", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train.de.bin", "valid.en.offsets"])
+def test_a_short_or_missing_file_is_named(copy, name):
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[:-8])
+    with pytest.raises(UserError, match=rf"{name} has [\d,]+ bytes, not [\d,]+: prepare the data again"):
+        load_data("own", copy)
+    (copy / name).unlink()
+    with pytest.raises(UserError, match=rf"{name} has 0 bytes"):
+        load_data("own", copy)
+
+
+def test_raw_text_that_does_not_fit_is_named(copy):
+    (copy / "test.de.txt").write_text("one line\n")
+    with pytest.raises(UserError, match=r"test\.de\.txt has 1 lines, not 50"):
+        _ = load_data("own", copy).test.references
+
+
+def test_a_codec_that_does_not_fit_is_named(copy):
+    kept = json.loads((copy / "codec.json").read_text(encoding="utf-8"))
+    kept["merges"] = kept["merges"][:-1]
+    (copy / "codec.json").write_text(json.dumps(kept), encoding="utf-8")
+    with pytest.raises(UserError, match=r"codec\.json is not the one that the data was made with"):
+        load_data("own", copy)
