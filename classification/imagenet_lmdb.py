@@ -25,6 +25,7 @@ import numpy as np
 from xxhash import xxh3_64_digest
 
 from engine.errors import UserError
+from engine.files import write_atomically
 
 FORMAT = 1
 SPLITS = ("train", "val")
@@ -214,13 +215,8 @@ def _damaged(path: Path, how: object) -> UserError:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write `manifest` as complete: after everything else, and in one step."""
-    temporary = folder / f"{MANIFEST}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, **manifest, "complete": True}, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / MANIFEST)
+    text = json.dumps({"format": FORMAT, **manifest, "complete": True}, indent=1)
+    write_atomically(folder / MANIFEST, text + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

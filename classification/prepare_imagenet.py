@@ -9,13 +9,11 @@ was when the same command is run again. docs/data.md says how to get ImageNet, a
 """
 
 import argparse
-import fcntl
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 from tqdm import tqdm
 
@@ -34,6 +32,7 @@ from classification.imagenet_lmdb import (
 )
 from classification.imagenet_source import Item, LabelFiles, find_source, inputs_digest
 from engine.errors import UserError, run_main
+from engine.files import hold
 
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1_000}
 READERS = 16  # threads: most of their time is waiting for the disk
@@ -63,7 +62,7 @@ def build(source: Path, out: Path, label_files: LabelFiles | None = None) -> Non
     if counts != IMAGENET:
         logging.info("note: ImageNet's 2012 set has %s; this one is built all the same", _in_words(IMAGENET))
     out.mkdir(parents=True, exist_ok=True)
-    with _lock(out):
+    with hold(out, "building"):
         inputs = {name: inputs_digest(getattr(found, name), source) for name in SPLITS}
         finished = read_manifest(out)
         if finished and finished["inputs"] != inputs:
@@ -139,20 +138,6 @@ def _check(split: LmdbSplit, decode: bool, index: int) -> str | None:
     except DamagedImage as error:
         return f"{split.name_of(index)} {error}"
     return None
-
-
-def _lock(out: Path) -> IO[str]:
-    """Hold `out` until the file returned is closed: two builds in one folder would destroy each other's files.
-
-    A lockf lock belongs to this process alone: worker processes that outlive a killed build do not keep it.
-    """
-    file = open(out / ".lock", "w")  # noqa: SIM115 - the lock lives as long as the file is open
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UserError(f"{out}: another build is running in this folder: wait for it, or choose another") from None
-    return file
 
 
 def _in_words(counts: dict[str, int]) -> str:

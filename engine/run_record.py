@@ -3,7 +3,6 @@
 `result.json` is written last, so its presence with `"complete": true` means that the run is whole. Only rank 0 writes.
 """
 
-import fcntl
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from engine.config import ConfigError, differences, load_config, save_config
 from engine.distributed import World
 from engine.errors import UserError
+from engine.files import hold, write_atomically
 
 # Keys that do not change what a run computes: a run may be resumed with other values of these.
 NEUTRAL_KEYS = (
@@ -47,7 +47,7 @@ class RunRecord:
         self._metrics = self._log = self._board = None
         if world.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(run_dir)
+            self._lock = hold(run_dir, "training")
             _require_same_settings(config, run_dir)
             save_config(config, run_dir / "config.yaml")
             self._metrics = open(run_dir / "metrics.jsonl", "a+b")  # noqa: SIM115 - open as long as the run
@@ -78,7 +78,7 @@ class RunRecord:
             before = json.loads(path.read_text()) if path.exists() else None
             if before is not None:  # a resumed run: keep what its first part ran on
                 now["resumed_from"] = [*before.pop("resumed_from", []), before]
-            _write_atomically(path, json.dumps(now, indent=1) + "\n")
+            write_atomically(path, json.dumps(now, indent=1) + "\n")
 
     def metrics(self, kind: str, update: int, **values: Any) -> None:
         """Append one line to metrics.jsonl (and to TensorBoard, where asked for)."""
@@ -108,7 +108,7 @@ class RunRecord:
         """Write result.json: the last file of a run."""
         if self.world.is_main:
             self.result = {**result, "wall_s": round(self.wall_s, 1), "complete": True}
-            _write_atomically(self.folder / "result.json", json.dumps(self.result, indent=1) + "\n")
+            write_atomically(self.folder / "result.json", json.dumps(self.result, indent=1) + "\n")
             if self._board:
                 self._board.close()
 
@@ -177,31 +177,6 @@ def _at(values: Any, dotted: str) -> Any:
     for key in dotted.split("."):
         values = values.get(key) if isinstance(values, dict) else None
     return values
-
-
-def _lock(run_dir: Path) -> Any:
-    """Hold the folder until this process ends; two runs in one folder would destroy each other's files.
-
-    lockf's lock belongs to the process, where flock's would be inherited by data workers and live on with them for the
-    moment by which they outlive a killed run.
-    """
-    file = open(run_dir / ".lock", "w")  # noqa: SIM115 - the lock lives as long as the file is open
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(
-            f"{run_dir}: another process is training in this folder; wait for it, or choose another run_dir"
-        ) from None
-    return file
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _tensorboard(run_dir: Path) -> Any:

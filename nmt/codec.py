@@ -7,7 +7,6 @@ data, checkpoints and translations to each other.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +19,7 @@ from tokenizers.pre_tokenizers import Sequence as Steps
 from tokenizers.trainers import BpeTrainer
 
 from engine.errors import UserError
+from engine.files import write_atomically
 from nmt.text import WORD_START, moses
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
@@ -60,9 +60,7 @@ class Codec:
 
     def save(self, folder: str | Path) -> None:
         """Write `folder`/codec.json, whole or not at all."""
-        temporary = Path(folder) / f"{FILE}.tmp"
-        temporary.write_text(self._serialised(), encoding="utf-8")
-        os.replace(temporary, Path(folder) / FILE)
+        write_atomically(Path(folder) / FILE, self._serialised())
 
     def encode(self, line: str, language: str | None = None) -> list[int]:
         """Ids of one raw line, without <s> and </s>; `language` None means the source's. [] for an empty line."""

@@ -24,7 +24,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.errors import UserError, run_main
-from nmt.prepared import lock, write_json
+from engine.files import hold
+from nmt.prepared import write_json
 
 TIMEOUT = 30.0  # seconds of silence after which a mirror is given up
 BLOCK = 1 << 20
@@ -95,7 +96,7 @@ def main(arguments: list[str]) -> int:
 def download(out: Path, archives: Sequence[Archive] = ARCHIVES) -> None:
     """See to it that `out` holds the text files of all `archives`; UserError where one cannot be had."""
     out.mkdir(parents=True, exist_ok=True)
-    with lock(out):
+    with hold(out, "downloading"):
         for archive in archives:
             if all((out / name).exists() for name in archive.members.values()):
                 logging.info("%s: its files are there", archive.name)

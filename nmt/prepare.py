@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError, run_main
+from engine.files import hold
 from nmt import grammar
 from nmt.codec import Codec
 from nmt.corpus import scan_pair
-from nmt.prepared import SPLITS, lock, read_manifest, write_json
+from nmt.prepared import SPLITS, read_manifest, write_json
 from nmt.recipes import GRAMMAR, RESERVED, WMT14, Recipe
 from nmt.stages import Pair, encode, file_sha256, learn_codec, make_chunks, processes, tokenize
 from nmt.text import RULES, moses
@@ -57,7 +58,7 @@ def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: boo
     not UTF-8, empty or out of step with its other side, and where `out` is in use or holds other data.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with lock(out, wait):
+    with hold(out, "preparing data", wait):
         inputs = _scan(recipe, folder)
         task = _describe(recipe, inputs)
         work = out / "work"

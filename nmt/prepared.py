@@ -7,15 +7,13 @@ codec.json                         the joint BPE (nmt/codec.py)
 valid|test.<language>.txt          the raw text, for sacreBLEU
 """
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from engine.files import write_atomically
 
 SPLITS = ("train", "valid", "test")
 EVALUATED = ("valid", "test")
@@ -39,26 +37,4 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` so that the file is whole or not there at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-@contextmanager
-def lock(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Hold `folder`: two preparations in one would destroy each other's files. `wait` for it, or raise UserError.
-
-    A lockf lock belongs to this process alone: worker processes that outlive a killed preparation do not keep it.
-    """
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            raise UserError(
-                f"{folder}: another process is preparing data there: wait for it, or choose another"
-            ) from None
-        yield
+    write_atomically(path, json.dumps(value, ensure_ascii=False, indent=1))

@@ -209,13 +209,13 @@ def train_updates(run: Run, bar: tqdm) -> bool:
     for micro_batches in upcoming(run):
         update(run, micro_batches)
         progress.epoch_s += time.perf_counter() - clock
+        if progress.update % config.log_every == 0:
+            means = close_window(run)
+            bar.set_postfix(epoch=progress.epoch + 1, loss=f"{means['loss']:.4f}")
         bar.update()
 
         is_last = progress.update == config.updates
         validates, keeps = (is_last or progress.update % n == 0 for n in (config.validate_every, config.average.every))
-        if progress.update % config.log_every == 0:
-            means = close_window(run)
-            bar.set_postfix(epoch=progress.epoch + 1, loss=f"{means['loss']:.4f}")
         if validates:
             validate(run)
         if keeps and run.world.is_main:

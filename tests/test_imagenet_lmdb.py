@@ -250,7 +250,7 @@ def test_two_builds_into_one_folder(tree, tmp_path):
         fcntl.lockf(held, fcntl.LOCK_EX)
         done = subprocess.run(command("build", tree, tmp_path), capture_output=True, text=True)
     assert done.returncode == 2
-    assert "another build is running in this folder" in done.stderr.splitlines()[-1]
+    assert "another process is building there" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 

@@ -315,7 +315,7 @@ def test_one_folder_takes_one_preparation_at_a_time(corpus, tmp_path):
         [sys.executable, "-c", locker, str(tmp_path / "out/.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     process.stdout.readline()
-    with pytest.raises(UserError, match="another preparation is running in this folder"):
+    with pytest.raises(UserError, match="another process is preparing a corpus there"):
         build(corpus, tmp_path / "out")
     process.communicate(b"\n")
     build(corpus, tmp_path / "out")

@@ -25,7 +25,7 @@ CONFIG = """
 table: pydoc_topics
 row: apollo
 epochs: 2
-global_batch: 32
+global_batch: 64
 data: {name: pydoc_topics}
 model: {name: lstm, embedding: 16, hidden: 24, layers: 2, dropout: 0.1, cutoffs: [300, 1000]}
 log_every: 1
@@ -163,7 +163,7 @@ def test_asked_to_stop_it_saves_first(config, uninterrupted, tmp_path, signals):
     assert interrupt(process, run_dir, 5, signal.SIGTERM) == 128 + signal.SIGTERM
     checkpoint = saved(run_dir)
     assert checkpoint["progress"]["update_in_epoch"] == len(losses(run_dir)) >= 5
-    assert checkpoint["extra"]["state"].shape == (2, 2, 32, 24) and checkpoint["extra"]["state"].abs().max() > 0
+    assert checkpoint["extra"]["state"].shape == (2, 2, 64, 24) and checkpoint["extra"]["state"].abs().max() > 0
     train(config, run_dir)
     assert_same_end(uninterrupted, run_dir)
 
@@ -182,7 +182,7 @@ def test_two_ranks_are_one_rank(config, tmp_path, signals):
         torch.testing.assert_close(saved(other)["extra"]["state"], saved(one)["extra"]["state"], atol=1e-2, rtol=0)
     assert result(two)["evaluated"] == result(one)["evaluated"]
     recipe = json.loads((two / "environment.json").read_text())["recipe"]
-    assert recipe["world_size"] == 2 and recipe["per_rank_batch"] == 16
+    assert recipe["world_size"] == 2 and recipe["per_rank_batch"] == 32
 
 
 def test_two_ranks_stopped_and_resumed_by_one(config, tmp_path, signals):
@@ -207,7 +207,7 @@ def test_two_ranks_stopped_and_resumed_by_one(config, tmp_path, signals):
     ],
 )
 def test_other_precisions_cells_and_optimizers_learn(config, tmp_path, overrides, signals):
-    run_dir = train(config, tmp_path / "run", "epochs=1", "checkpoint.minutes=60", "global_batch=16", *overrides)
+    run_dir = train(config, tmp_path / "run", "epochs=1", "checkpoint.minutes=60", *overrides)
     assert result(run_dir)["final"] < 0.25 * result(run_dir)["vocabulary"]
     assert saved(run_dir)["extra"]["state"].dtype == torch.float32
 

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from engine.errors import UserError
+from engine.files import hold
 from nmt import corpus, stages
 from nmt.codec import Codec
 from nmt.corpus import scan, scan_pair
 from nmt.grammar import generate
 from nmt.prepare import main, prepare, prepare_grammar, verify
-from nmt.prepared import lock, read_manifest
+from nmt.prepared import read_manifest
 from nmt.recipes import GRAMMAR, WMT14, Recipe
 from nmt.text import moses
 
@@ -319,7 +320,7 @@ def test_two_at_once(text):
     (text / "out").mkdir()
     reader, writer = os.pipe()
     if not (child := os.fork()):
-        with lock(text / "out"):
+        with hold(text / "out", "preparing data"):
             os.write(writer, b"!")
             time.sleep(0.5)
         os._exit(0)
