@@ -54,6 +54,7 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
             for axis, (key, label) in zip(axes, panels, strict=True):
                 _draw(axis, rows, key)
                 axis.set(xlabel=first.unit, ylabel=label)
+                axis.xaxis.set_major_locator(MaxNLocator(integer=True))
                 axis.set_title(", ".join(place), loc="left", fontsize=11)
             axes[0].set_yscale("log")
             axes[0].legend(loc="upper right")
