@@ -4,9 +4,9 @@
     python -m benchmarks.lm train [--precision fp32 bf16] [--optimizers adam radam apollo] [--device cuda] ...
     python -m benchmarks.lm train --full-size --updates 5
 
-prepare   `python -m language_model.prepare` with one and with two processes against the published way: one process that
-          encodes line by line and pickles a list of lists for each file. All are commands of their own, timed from start
-          to end. Then the peak memory of the command, its workers included, for texts of more and more tokens.
+prepare   `python -m language_model.prepare` with one and with two processes against the published way, one process that
+          encodes line by line and pickles a list of lists for each file (benchmarks/lm_literal.py). All are commands,
+          timed from start to end, in turn. Then the command's peak memory, its workers included, for longer texts.
 train     `train_epoch` of language_model/train.py against a bare loop: forward, backward and torch's fused AdamW on one
           fixed batch, without clipping. Both run in turn, the order reversed every other round.
 --full-size  the published model, 793,470 words and 2 x 2048: each contender alone, in a process of its own, and its
@@ -19,6 +19,7 @@ English (the word of rank r has a share of about 1 / r**1.1), which is what the 
 import argparse
 import itertools
 import multiprocessing
+import resource
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from engine.allocator import keep_freed_memory
@@ -38,6 +38,8 @@ from engine.errors import UserError, run_main
 from engine.precision import Precision
 from engine.run_record import RunRecord, describe_environment, peak_memory_mb
 from language_model import prepare as preparation
+from language_model.corpus import open_corpus
+from language_model.data import TextData
 from language_model.model import LanguageModel
 from language_model.pydoc_topics import paragraphs
 from language_model.source import FOLDERS
@@ -46,7 +48,7 @@ from language_model.vocabulary import count_words, counted_vocabulary, load_voca
 from optim import AdamW
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "one_billion_words"
-FILE_BYTES = 41_000_000  # of the benchmark's training files
+FILE_BYTES = 8_200_000  # a fifth of a training file of the benchmark: a short text then has several, too
 EXPONENT = 1.1  # of the word frequencies
 
 
@@ -65,7 +67,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command = commands.add_parser("prepare", help="encoding a corpus")
     command.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="one sentence a line; repeated as needed")
     command.add_argument("--tokens", type=int, nargs="+", default=[1, 10, 50], help="million tokens, for the memory")
-    command.add_argument("--speed-tokens", type=int, default=10, help="million tokens, for the speed")
+    command.add_argument("--speed-tokens", type=int, default=40, help="million tokens, for the speed")
     command.add_argument("--rounds", type=int, default=3)
     command.set_defaults(device="cpu")
     command = commands.add_parser("train", help="training")
@@ -93,7 +95,7 @@ def measure_preparation(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         vocabulary = folder / "vocabulary.txt"
-        vocabulary.write_bytes(counted_vocabulary([count_words(lines)], 3).dump())
+        vocabulary.write_text(counted_vocabulary([count_words(lines)], 3).dump(), encoding="utf-8")
         words = len(load_vocabulary(vocabulary))
         source = write_source(folder / "text", lines, options.speed_tokens * 1_000_000)
         tokens = source_tokens(source)
@@ -111,20 +113,25 @@ def measure_preparation(options: argparse.Namespace) -> None:
             "language_model.prepare, 2 processes": ours(2),
         }
         speeds: dict[str, list[float]] = {name: [] for name in contenders}
+        cpu_s = dict.fromkeys(contenders, 0.0)
         for number in range(options.rounds):
             for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
                 command, out = contenders[name]
                 subprocess.run(["rm", "-rf", str(out)], check=True)
-                started = time.perf_counter()
+                started, cpu_started = time.perf_counter(), cpu_of_children()
                 subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
                 speeds[name].append(tokens / (time.perf_counter() - started))
+                cpu_s[name] += cpu_of_children() - cpu_started
         baseline = speeds["line by line, pickled"]
-        print(f"{'':<38}{'tokens/s':>12}{'lowest':>12}{'highest':>12}{'ratio':>8}{'bytes/token':>13}")
+        header = f"{'tokens/s':>12}{'lowest':>12}{'highest':>12}{'ratio':>8}{'CPU ns/token':>14}{'bytes/token':>13}"
+        print(f"{'':<36}{header}")
         for name, values in speeds.items():
             ratio = statistics.median(a / b for a, b in zip(values, baseline, strict=True))
             size = sum(path.stat().st_size for path in contenders[name][1].rglob("*") if path.suffix != ".txt") / tokens
             middle = statistics.median(values)
-            print(f"{name:<38}{middle:>12,.0f}{min(values):>12,.0f}{max(values):>12,.0f}{ratio:>8.2f}{size:>13.2f}")
+            cpu = 1e9 * cpu_s[name] / options.rounds / tokens
+            line = f"{name:<36}{middle:>12,.0f}{min(values):>12,.0f}{max(values):>12,.0f}"
+            print(f"{line}{ratio:>8.2f}{cpu:>14.0f}{size:>13.2f}")
 
         print(f"\n{'million tokens':<20}{'files':>8}{'peak memory, MiB: parent + 2 workers':>40}{'seconds':>10}")
         for millions in options.tokens:
@@ -161,6 +168,12 @@ def write_source(root: Path, lines: list[str], tokens: int) -> Path:
 def source_tokens(source: Path) -> int:
     texts = (path.read_text(encoding="utf-8") for path in source.rglob("news*"))
     return sum(len(text.split()) + 2 * text.count("\n") for text in texts)
+
+
+def cpu_of_children() -> float:
+    """Seconds of CPU time of all processes started and waited for so far: what a busy machine does not change much."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def peak_of_tree(command: list[str]) -> float:
@@ -247,7 +260,7 @@ def train_loop(row: str, precision: str, corpus: Path, options: argparse.Namespa
             f"global_batch={options.batch}",
             f"precision={precision}",
             f"device={options.device}",
-            f"log_every={min(5, options.updates)}",
+            f"log_every={1 if options.full_size else min(5, options.updates)}",
             f"run_dir={corpus / f'run_{row}_{precision}'}",
         ],
     )
@@ -268,15 +281,15 @@ def bare_loop(method: str, precision: str, corpus: Path, options: argparse.Names
     keep_freed_memory()
     model = LanguageModel(options.words, hidden=options.hidden, cutoffs=options.cutoffs).to(world.device)
     optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
-    rank = torch.from_numpy(draw_words(21 * options.batch, options.words, np.random.default_rng(1)))
-    tokens = rank.view(21, options.batch).to(world.device)
+    data = TextData(open_corpus(corpus), options.batch, 20, device=world.device, seed=1)
+    tokens, targets, _ = next(data.train_batches(0))
     state, cast = model.zero_state(options.batch), Precision(precision, world.device)
 
     def updates(count: int) -> None:
         for _ in range(count):
             optimizer.zero_grad()
             with cast.autocast():
-                log_prob, _ = model(tokens[:-1], tokens[1:], state)
+                log_prob, _ = model(tokens, targets, state)
             cast.backward(-log_prob.mean())
             cast.step(optimizer)
 
@@ -286,12 +299,12 @@ def bare_loop(method: str, precision: str, corpus: Path, options: argparse.Names
 Found = tuple[list[float], float | None, float | None]  # seconds an update, each round; ms of the optimizer; peak MiB
 
 
-def in_turn(contenders: dict[str, Contender], options: argparse.Namespace) -> dict[str, Found]:
-    """All in this process, after two updates of each that do not count."""
+def in_turn(contenders: dict[str, Contender], options: argparse.Namespace, warmup: bool = True) -> dict[str, Found]:
+    """All in this process, after a round of each that does not count (`warmup`)."""
     device = setup(options.device).device
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for each in contenders.values():
-        each.run(2)
+    for each in contenders.values() if warmup else ():
+        each.run(options.updates)
         each.optimizer_ms.clear()
     for number in tqdm(range(options.rounds), unit="round", disable=None):
         for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
@@ -321,7 +334,7 @@ def alone(name: str, corpus: Path, options: argparse.Namespace) -> Found:
 
 
 def serve(pipe: multiprocessing.connection.Connection, name: str, corpus: Path, options: argparse.Namespace) -> None:
-    seconds, optimizer_ms, _ = in_turn({name: contender(name, corpus, options)}, options)[name]
+    seconds, optimizer_ms, _ = in_turn({name: contender(name, corpus, options)}, options, options.device != "cpu")[name]
     pipe.send((seconds, optimizer_ms, peak_memory_mb(setup(options.device).device)))
 
 

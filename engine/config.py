@@ -224,6 +224,8 @@ def _explain(error: ValidationError, model: type[BaseModel], sources: dict[str, 
         return f"{source}: the key '{dotted}' is missing"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] == "value_error":  # one of our own validators: its words say it all
+        if COMMAND_LINE in (place for key, place in sources.items() if key.startswith(f"{dotted}.")):
+            source = COMMAND_LINE
         return f"{source}: {dotted}: {problem['ctx']['error']}{more}"
     return f"{source}: {dotted}: {problem['msg'].removeprefix('Input ')}, not {problem['input']!r}{more}"
 

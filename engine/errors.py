@@ -24,7 +24,8 @@ def settings_of(what: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"{what}: {error}") from error
+        prefix = "" if str(error).startswith(f"{what} ") else f"{what}: "
+        raise UserError(f"{prefix}{error}") from error
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:

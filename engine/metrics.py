@@ -54,5 +54,5 @@ def require_finite(loss: float, update: int) -> None:
     if not math.isfinite(loss):
         raise UserError(
             f"the training loss is {loss} at update {update}: the run has diverged; lower optimizer.lr, lengthen "
-            "schedule.warmup_updates, or use a wider precision. The last checkpoint, saved before this, is kept"
+            "schedule.warmup_updates, or use a wider precision. Checkpoints saved before this are kept"
         )

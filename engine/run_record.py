@@ -46,8 +46,12 @@ class RunRecord:
         self.result = read_result(run_dir)
         self._metrics = self._log = self._board = None
         if world.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._lock = hold(run_dir, "training")
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                self._lock = hold(run_dir, "training")
+            except OSError as error:
+                reason = f"cannot write a run there ({error.strerror})"
+                raise UserError(f"{run_dir}: {reason}; choose another run_dir") from None
             _require_same_settings(config, run_dir)
             save_config(config, run_dir / "config.yaml")
             self._metrics = open(run_dir / "metrics.jsonl", "a+b")  # noqa: SIM115 - open as long as the run
@@ -118,7 +122,7 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "result.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a result ({error}); delete the file to run this cell again") from None
@@ -156,9 +160,14 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def holds_training(run_dir: Path) -> bool:
+    """Whether a run in `run_dir` got as far as a checkpoint or a result; else its folder is free to be used anew."""
+    return (run_dir / "result.json").exists() or any(run_dir.glob("checkpoint*.pt"))
+
+
 def _require_same_settings(config: BaseModel, run_dir: Path) -> None:
     path = run_dir / "config.yaml"
-    if not path.exists():
+    if not path.exists() or not holds_training(run_dir):
         return
     try:
         before = load_config(type(config), path).model_dump(mode="json")

@@ -22,12 +22,14 @@ import numpy as np
 from xxhash import xxh3_64
 
 from engine.errors import UserError
+from engine.files import write_atomically
 from language_model.source import Part
 from language_model.vocabulary import Vocabulary, digest, load_vocabulary
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.txt"
+SUFFIXES = (".tokens", ".offsets")
 OFFSET = np.dtype("<u4")
 PREPARE_COMMAND = "python -m language_model.prepare SOURCE OUT"
 
@@ -77,14 +79,11 @@ def write_shard(part: Part, vocabulary: Vocabulary, out: Path) -> dict[str, Any]
                 checksum.update(content)
                 file.write(content)
                 ends.append(ends[-1][-1] + np.cumsum(lengths))
-            _sync(file)
         offsets = np.concatenate(ends)
         content = offsets.astype(OFFSET).tobytes()
         checksum.update(content)
-        with open(_with(path, ".offsets.tmp"), "wb") as file:
-            file.write(content)
-            _sync(file)
-        for suffix in (".tokens", ".offsets"):
+        _with(path, ".offsets.tmp").write_bytes(content)
+        for suffix in SUFFIXES:
             os.replace(_with(path, f"{suffix}.tmp"), _with(path, suffix))
     return {
         "name": part.name,
@@ -97,6 +96,14 @@ def write_shard(part: Part, vocabulary: Vocabulary, out: Path) -> dict[str, Any]
         "unknown": unknown,
         "digest": checksum.hexdigest(),
     }
+
+
+def wait_for_disk(entry: dict[str, Any], out: Path) -> None:
+    """Return when a shard's files are on the disk itself."""
+    for suffix in SUFFIXES:
+        path = _with(out / entry["name"], suffix)
+        with disk_errors(path), open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def damage(entry: dict[str, Any], out: Path) -> str | None:
@@ -128,16 +135,8 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
 
 
 def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
-    write_atomically(out / MANIFEST, (json.dumps({"format": FORMAT} | manifest, indent=1) + "\n").encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    temporary = _with(path, ".tmp")
-    with disk_errors(path):
-        with open(temporary, "wb") as file:
-            file.write(content)
-            _sync(file)
-        os.replace(temporary, path)
+    with disk_errors(out / MANIFEST):
+        write_atomically(out / MANIFEST, json.dumps({"format": FORMAT} | manifest, indent=1) + "\n")
 
 
 @contextmanager
@@ -192,7 +191,7 @@ def open_corpus(root: Path) -> Corpus:
 
 
 def _read_shard(path: Path, dtype: np.dtype, expected: str) -> Arrays:
-    arrays = [np.memmap(_with(path, s), t, "r") for s, t in ((".tokens", dtype), (".offsets", OFFSET))]
+    arrays = [np.memmap(_with(path, s), t, "r") for s, t in zip(SUFFIXES, (dtype, OFFSET), strict=True)]
     checksum = xxh3_64()
     for array in arrays:
         checksum.update(array)
@@ -210,8 +209,3 @@ def _sizes(entry: dict[str, Any]) -> dict[str, int]:
 
 def _with(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -26,9 +26,7 @@ from language_model.model import LanguageModel
 from language_model.source import Part
 from language_model.train import Config, perplexity, score
 
-USAGE = (
-    "usage: python -m language_model.evaluate RUN FILE [key=value ...]     RUN: a folder that language_model.train made"
-)
+USAGE = "usage: python -m language_model.evaluate RUN FILE [key=value ...]     RUN: a run folder"
 
 
 def main(arguments: list[str]) -> int:
@@ -42,10 +40,8 @@ def main(arguments: list[str]) -> int:
         found = evaluate_file(config, run, file, world)
     finally:
         world.close()
-    if world.is_main:
-        print(
-            "\n".join(f"{name:<26}{value:>14,.{0 if isinstance(value, int) else 2}f}" for name, value in found.items())
-        )
+    for name, value in found.items() if world.is_main else ():
+        print(f"{name:<26}{value:>14,}" if isinstance(value, int) else f"{name:<26}{value:>14,.2f}")
     return 0
 
 

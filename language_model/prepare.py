@@ -9,7 +9,6 @@ corpus: each process holds the vocabulary and a block of text; of an archive, a 
 """
 
 import argparse
-import fcntl
 import json
 import logging
 import multiprocessing
@@ -18,15 +17,16 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from engine.errors import UserError, run_main
+from engine.files import hold, write_atomically
 from language_model.corpus import (
     MANIFEST,
     VOCABULARY,
@@ -34,7 +34,7 @@ from language_model.corpus import (
     disk_errors,
     read_manifest,
     token_dtype,
-    write_atomically,
+    wait_for_disk,
     write_manifest,
     write_shard,
 )
@@ -87,10 +87,10 @@ def build(
     given = read_vocabulary(vocabulary) if vocabulary else None
     made_from = {
         "text": digest(json.dumps(text.identity).encode()),
-        "vocabulary": f"file {digest(given.dump())}" if given else f"words that occur {threshold} times",
+        "vocabulary": f"file {digest(given.dump().encode())}" if given else f"words that occur {threshold} times",
     }
     out.mkdir(parents=True, exist_ok=True)
-    with _lock(out):
+    with hold(out, "preparing a corpus"):
         known, done = _resume(out, made_from)
         if (out / MANIFEST).exists():
             logging.info("%s is complete: nothing to do", out)
@@ -103,9 +103,13 @@ def build(
             logging.info("%s: %d shards are there already", out, len(done))
         encode = partial(_encode, out, words)
         left = (part for part in _with_bar(text, "encoding") if part.name not in done)
-        for entry in _in_parallel(encode, left, workers):
-            _append(out, entry)
-            done[entry["name"]] = entry
+        with ThreadPoolExecutor(1) as disk:  # waits for one shard to be on disk while others are encoded
+            recorded = []
+            for entry in _in_parallel(encode, left, workers):
+                recorded.append(disk.submit(_record, out, entry))
+                done[entry["name"]] = entry
+            for each in recorded:
+                each.result()
         _finish(out, made_from, words, list(done.values()))
 
 
@@ -132,7 +136,8 @@ def _resume(out: Path, made_from: dict[str, str]) -> tuple[str | None, dict[str,
         return known, {}
     whole = {entry["name"]: entry for entry in entries if not damage(entry, out)}
     lines = [made_from, *([{"vocabulary": known}] if known else []), *whole.values()]
-    write_atomically(out / JOURNAL, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    with disk_errors(out / JOURNAL):
+        write_atomically(out / JOURNAL, "".join(json.dumps(line) + "\n" for line in lines))
     (out / MANIFEST).unlink(missing_ok=True)
     return known, whole
 
@@ -155,6 +160,11 @@ def _append(out: Path, line: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def _record(out: Path, entry: dict[str, Any]) -> None:
+    wait_for_disk(entry, out)
+    _append(out, entry)
+
+
 def _provide_vocabulary(
     text: Source, out: Path, known: str | None, given: Vocabulary | None, threshold: int, workers: int
 ) -> str:
@@ -165,9 +175,10 @@ def _provide_vocabulary(
         train = (part for part in _with_bar(text, "counting words") if part.split == "train")
         given = counted_vocabulary(_in_parallel(_count, train, workers), threshold, out)
     content = given.dump()
-    write_atomically(out / VOCABULARY, content)
+    with disk_errors(out / VOCABULARY):
+        write_atomically(out / VOCABULARY, content)
     logging.info("%s: %s words", out / VOCABULARY, f"{len(given):,}")
-    return digest(content)
+    return digest(content.encode())
 
 
 def _finish(out: Path, made_from: dict[str, str], vocabulary: str, entries: list[dict[str, Any]]) -> None:
@@ -254,22 +265,6 @@ def _start_worker() -> None:
 def _die_with(process: multiprocessing.process.BaseProcess) -> None:
     process.join()
     os._exit(1)
-
-
-def _lock(out: Path) -> IO[str]:
-    """Hold `out` until the file returned is closed: two preparations in one folder would disturb each other.
-
-    A lockf lock belongs to this process alone: workers that outlive a killed one for a moment do not keep it.
-    """
-    file = open(out / ".lock", "w")  # noqa: SIM115 - the lock lives as long as the file is open
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UserError(
-            f"{out}: another preparation is running in this folder: wait for it, or choose another"
-        ) from None
-    return file
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

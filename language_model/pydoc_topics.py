@@ -31,7 +31,7 @@ def pydoc_corpus() -> Corpus:
     shards = [_shard(train[first : first + per_shard], vocabulary) for first in range(0, len(train), per_shard)]
     held_out = _shard(test, vocabulary)
     facts = {
-        "vocabulary": {"words": len(vocabulary), "sha256": digest(vocabulary.dump())},
+        "vocabulary": {"words": len(vocabulary), "sha256": digest(vocabulary.dump().encode())},
         "text": {"python": platform.python_version(), "sha256": digest("\n".join(text).encode())},
         "train": {"tokens": sum(shard.tokens for shard in shards), "sentences": len(train)},
         "test": {"tokens": held_out.tokens, "sentences": len(test), "files": ["pydoc_data/topics.py"]},

@@ -54,8 +54,8 @@ class Vocabulary:
             tokens, lengths = tokens[np.repeat(lengths > 2, lengths)], lengths[lengths > 2]
         return tokens, lengths
 
-    def dump(self) -> bytes:
-        return "".join(f"{word} {count}\n" for word, count in zip(self.words, self.counts, strict=True)).encode()
+    def dump(self) -> str:
+        return "".join(f"{word} {count}\n" for word, count in zip(self.words, self.counts, strict=True))
 
 
 class _Ids(dict):

@@ -5,6 +5,8 @@ block of tokens at a time is projected, its loss summed and its gradients comput
 forward pass does the backward's work, and the backward only scales it.
 """
 
+import math
+
 import torch
 from overrides import override
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -58,11 +60,12 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
         # The gradient of a logit is a probability: float16 holds those of unlikely words only when scaled up.
         boost = 2.0**10 if dtype == torch.float16 else 1.0
 
-        size = max(1, BLOCK_ELEMENTS[hidden.device.type] // words)
-        for start in range(0, len(target), size):
+        blocks = math.ceil(len(target) * words / BLOCK_ELEMENTS[hidden.device.type])
+        size = rounded(math.ceil(len(target) / max(1, blocks)), dtype, hidden.device)
+        for start in range(0, len(target), max(1, size)):
             block = slice(start, start + size)
             t = target[block, None]
-            idle = rounded(len(t), dtype, hidden.device) - len(t)
+            idle = size - len(t)
             h = pad(cast_hidden[block], (0, 0, 0, idle))
             log_p = torch.log_softmax((h @ cast_weight.T)[: len(t)], dim=1, dtype=torch.float32)
             nll -= log_p.gather(1, t).sum()

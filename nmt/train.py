@@ -257,7 +257,7 @@ def update(run: Run, micro_batches: list[Batch]) -> None:
     seed_step(config.seed, "step", progress.update, world.rank)
     run.network.train()
     run.optimizer.zero_grad()
-    tokens = torch.tensor(float(sum(batch.tokens for batch in micro_batches)), device=world.device)
+    tokens = torch.full((), float(sum(batch.tokens for batch in micro_batches)), device=world.device)
     # The gradients are averaged over ranks after each has divided by the tokens of all.
     share = world.world_size / world.sum(tokens)
     for index, batch in enumerate(micro_batches):
@@ -298,12 +298,13 @@ def close_window(run: Run) -> dict[str, float]:
         return {}
     require_finite(sums["loss"], progress.update)
     means = {name: sums[name] / sums["tokens"] for name in ("loss", "nll")}
+    norm = float(run.gradient_norm)
     run.record.metrics(
         "train",
         progress.update,
         epoch=progress.epoch + 1,
         **means,
-        gradient_norm=float(run.gradient_norm),
+        gradient_norm=norm if math.isfinite(norm) else None,  # of the last update; an overflow, where it was skipped
         lr=progress.lr,
         tokens_per_s=round(progress.totals["tokens"] / progress.epoch_s, 1),
     )

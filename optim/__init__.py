@@ -67,7 +67,9 @@ def _import(path: str) -> Callable[..., Optimizer]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # importing runs someone else's code, which may raise anything
-        raise ValueError(f"optimizer {path!r} cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(found):
+        raise ValueError(
+            f"optimizer {path!r} cannot be imported: {type(error).__name__}: {error}; is it on PYTHONPATH?"
+        ) from error
+    if not callable(found) or (isinstance(found, type) and not hasattr(found, "step")):
         raise ValueError(f"optimizer {path!r} is not a class or function that makes an optimizer")
     return found

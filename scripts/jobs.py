@@ -15,7 +15,7 @@ import yaml
 
 from engine.config import differences
 from engine.errors import UserError
-from engine.run_record import NEUTRAL_KEYS, read_result
+from engine.run_record import NEUTRAL_KEYS, holds_training, read_result
 from scripts.tables import load_cell, train_module
 
 REFUSED = {
@@ -59,7 +59,7 @@ def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[st
             raise UserError(f"{key}= cannot be set for a row, whose runs each have their own: use {REFUSED[key]}")
     settings = load_cell(table, config, (f"seed={seed}", *overrides))
     folder = runs / settings.folder.relative_to("runs")
-    if (folder / "config.yaml").exists():
+    if (folder / "config.yaml").exists() and holds_training(folder):
         there = load_cell(table, folder / "config.yaml")
         if changed := differences(there.model_dump(mode="json"), settings.model_dump(mode="json"), NEUTRAL_KEYS):
             raise UserError(

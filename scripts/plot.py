@@ -80,7 +80,8 @@ def _draw(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
         positions, values = _curves(runs, key)
         unfinished = "" if any(run.result for run in runs) else ", unfinished"
         label = f"{name} (n = {len(values)}{unfinished})"
-        axis.plot(positions, values.mean(0), color=colour, linewidth=1.8, label=label, zorder=3)
+        marker = "o" if len(positions) == 1 else None  # a line through one point cannot be seen
+        axis.plot(positions, values.mean(0), color=colour, linewidth=1.8, marker=marker, label=label, zorder=3)
         axis.fill_between(positions, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0, zorder=2)
 
 

@@ -11,12 +11,12 @@ import shlex
 import sys
 from pathlib import Path
 
-from engine.errors import UserError, run_main
+from engine.errors import UserError, nearest, run_main
 from scripts.arguments import Parser, positive, seeds
 from scripts.jobs import plan, run
 from scripts.report import report
 from scripts.runs import read_runs
-from scripts.tables import TASKS, cells
+from scripts.tables import TASKS, cells, published
 
 SEEDS = "1 101 8191 65537 131071"
 
@@ -25,7 +25,10 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     configs = cells(options.table, options.row)
     if not configs:
-        raise UserError(f"{options.table} has no row {options.row}: configs/{options.table} holds none of that name")
+        rows = published(options.table)["cells"]
+        raise UserError(
+            f"{options.table} has no row '{options.row}'{nearest(options.row, rows)}; valid: {', '.join(rows)}"
+        )
     schedules = list(configs) if options.schedules is None else list(dict.fromkeys(options.schedules.split()))
     if not schedules or not set(schedules) <= set(configs):
         raise UserError(f'--schedules "{options.schedules}" is not one or more of: {", ".join(configs)}')

@@ -73,3 +73,20 @@ def test_other_ranks_write_nothing(config, tmp_path):
     record.environment(world_size=2)
     record.finish(final=1.0)
     assert not record.folder.exists() and record.position() == {}
+
+
+def test_a_folder_where_nothing_was_trained_is_free_for_other_settings(config, tmp_path):
+    """A misspelt setting is often found after the folder was made: the corrected command must not be refused."""
+    other = load_config(RunConfig, tmp_path / "c.yaml", ["optimizer.lr=0.2"])
+    RunRecord(config, tmp_path / "run", ALONE)
+    RunRecord(other, tmp_path / "run", ALONE)
+    (tmp_path / "run/checkpoint.pt").touch()
+    with pytest.raises(UserError, match="other settings: optimizer.lr"):
+        RunRecord(config, tmp_path / "run", ALONE)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_place_where_no_run_can_be_written(config, tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write a run there .*choose another run_dir"):
+        RunRecord(config, tmp_path / place, ALONE)

@@ -149,7 +149,7 @@ def test_every_row_of_a_table_has_its_script(monkeypatch, prefix, table):
 
 def test_a_row_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError, match="cifar10 has no row adamax"):
+    with pytest.raises(UserError, match="cifar10 has no row 'adamax' .did you mean 'adam'"):
         run_row(["cifar10", "adamax"])
 
 

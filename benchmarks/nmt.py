@@ -1,0 +1,296 @@
+"""Translation: training tokens per second, padding, and sentences decoded per second, each against a named baseline.
+
+    python -m benchmarks.nmt train configs/grammar/apollo.yaml [key=value ...]
+    python -m benchmarks.nmt decode [--width 256 --layers 3 --sentences 100 --steps 30 --beam 5]
+    python -m benchmarks.nmt full-size [--updates 5 --tokens 8192 --precision fp32]
+
+    train       three loops in turn over the batches of the cell's first updates, in target tokens per second:
+                train.py        its `upcoming` and `update`: batches cut from the data, metrics summed and written
+                bare loop       forward, backward, clipping and optimizer of the same model, on the same batches ready
+                                in memory: what is left when everything but the training is taken away
+                torch's own     torch.nn.Transformer of the same size on those batches, cross entropy over all positions
+                and the padding: its share of the tokens of both sides in the cell's first epoch
+    decode      beam search of a random model, which hardly ever ends by itself, for a forced number of steps: with the
+                caches, and decoding the whole hypotheses anew at every step
+    full-size   updates of Transformer-base with a vocabulary of 37,000: seconds, tokens per second, memory
+
+Rounds alternate, and the order is reversed every other round. On a GPU, device=cuda (train) or --device cuda.
+"""
+
+import argparse
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import cross_entropy, linear
+from tqdm import tqdm
+
+from engine.config import load_config
+from engine.distributed import World, setup
+from engine.errors import run_main
+from engine.precision import Precision
+from engine.run_record import RunRecord, describe_environment, peak_memory_mb
+from nmt.beam_search import beam_search
+from nmt.codec import BOS, EOS, PAD
+from nmt.data import Batch, padding_share, train_batches
+from nmt.model import ModelConfig, Transformer, create_model, sinusoids
+from nmt.train import Config, Run, prepare, synchronize, upcoming, update
+from optim import create_optimizer
+
+Contender = Callable[[], float]  # does its round, and returns how much it did
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train")
+    train.add_argument("config")
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument("--updates", type=int, default=20, help="in a round")
+    train.add_argument("--rounds", type=int, default=7)
+    decode = commands.add_parser("decode")
+    for name, default in {"width": 256, "layers": 3, "vocabulary": 8000, "sentences": 100, "words": 20}.items():
+        decode.add_argument(f"--{name}", type=int, default=default)
+    decode.add_argument("--steps", type=int, default=30)
+    decode.add_argument("--beam", type=int, default=5)
+    decode.add_argument("--rounds", type=int, default=5)
+    full = commands.add_parser("full-size")
+    full.add_argument("--updates", type=int, default=5)
+    full.add_argument("--tokens", type=int, default=8192)
+    for command in (decode, full):
+        command.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16", "fp16"))
+        command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    options = parser.parse_args(arguments)
+    {"train": measure_training, "decode": measure_decoding, "full-size": measure_full_size}[options.command](options)
+
+
+def measure_training(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        rounds = options.rounds + 1  # and one that does not count
+        ours = [f"run_dir={scratch}", f"updates={10 * options.updates * rounds}"]
+        config = load_config(Config, options.config, [*options.overrides, *ours])
+        world = setup(config.device)
+        run = prepare(config, world, RunRecord(config, config.folder, world))
+        describe(world, f"{options.config} {' '.join(options.overrides)}, {options.updates} updates a round")
+        batches = list(zip(range(options.updates), upcoming(run), strict=False))
+        passes = [[batch.to(world.device) for batch in micro_batches] for _, micro_batches in batches]
+        speeds = in_turn(
+            {
+                "train.py": lambda: train_py(run, options.updates),
+                "bare loop": bare_loop(run, passes),
+                "torch's own": torchs_own(run, passes),
+            },
+            options.rounds,
+            world,
+        )
+        report("target tokens/s", speeds, "train.py")
+        max_tokens = world.share(config.global_batch, config.accumulation)
+        share = padding_share(train_batches(run.data.train, max_tokens, config.seed, 0))
+        print(f"\npadding: {100 * share:.1f} % of the tokens of both sides, batches of {max_tokens:,} tokens")
+
+
+def train_py(run: Run, updates: int) -> float:
+    """The loop of train_updates from the first update on, without validations and checkpoints."""
+    tokens = 0
+    run.progress.update = run.progress.update_in_epoch = run.progress.epoch = 0
+    for _, micro_batches in zip(range(updates), upcoming(run), strict=False):
+        update(run, micro_batches)
+        tokens += sum(batch.tokens for batch in micro_batches)
+    return tokens
+
+
+def bare_loop(run: Run, updates: list[list[Batch]]) -> Contender:
+    torch.manual_seed(0)
+    model = create_model(run.config.model, run.data.codec.size).to(run.world.device).train()
+    optimizer = create_optimizer(run.config.optimizer.name, model.parameters(), **run.config.optimizer.settings)
+    label_smoothing = run.config.label_smoothing
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        return model(batch.source, batch.target_in, batch.target_out, batch.tokens, label_smoothing)[0]
+
+    return plain_updates(run, model, optimizer, updates, loss_of)
+
+
+def torchs_own(run: Run, updates: list[list[Batch]]) -> Contender:
+    """torch.nn.Transformer with the same embeddings, positions and rates of dropout (it has one for all)."""
+    torch.manual_seed(0)
+    config, words = run.config.model, run.data.codec.size
+    embedding = torch.nn.Embedding(words, config.width, padding_idx=PAD)
+    transformer = torch.nn.Transformer(
+        config.width, config.heads, config.encoder_layers, config.decoder_layers, config.inner_width, config.dropout,
+        batch_first=True, norm_first=config.norm == "pre",
+    )  # fmt: skip
+    model = torch.nn.ModuleList([embedding, transformer]).to(run.world.device).train()
+    optimizer = create_optimizer(run.config.optimizer.name, model.parameters(), **run.config.optimizer.settings)
+    positions = sinusoids(1024, config.width, run.world.device)
+
+    def embed(ids: torch.Tensor) -> torch.Tensor:
+        x = embedding(ids) * math.sqrt(config.width) + positions[: ids.shape[1]]
+        return torch.nn.functional.dropout(x, config.dropout)
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        padded = batch.source == PAD
+        length = batch.target_in.shape[1]
+        later = torch.ones(length, length, dtype=torch.bool, device=padded.device).triu(1)
+        hidden = transformer(
+            embed(batch.source), embed(batch.target_in), tgt_mask=later, tgt_is_causal=True,
+            src_key_padding_mask=padded, memory_key_padding_mask=padded,
+        )  # fmt: skip
+        logits = linear(hidden, embedding.weight).flatten(0, 1).float()
+        target = batch.target_out.flatten()
+        smoothing = run.config.label_smoothing
+        return cross_entropy(logits, target, ignore_index=PAD, reduction="sum", label_smoothing=smoothing)
+
+    return plain_updates(run, model, optimizer, updates, loss_of)
+
+
+def plain_updates(
+    run: Run,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    updates: list[list[Batch]],
+    loss_of: Callable[[Batch], torch.Tensor],
+) -> Contender:
+    cast = Precision(run.config.precision, run.world.device)
+
+    def one_round() -> float:
+        for micro_batches in updates:
+            optimizer.zero_grad()
+            tokens = sum(batch.tokens for batch in micro_batches)
+            for batch in micro_batches:
+                with cast.autocast():
+                    loss = loss_of(batch)
+                cast.backward(loss / tokens)
+            cast.clip(optimizer, model.parameters(), run.config.gradient_clip)
+            cast.step(optimizer)
+        return sum(batch.tokens for micro_batches in updates for batch in micro_batches)
+
+    return one_round
+
+
+class WithoutCaches:
+    """A Transformer to beam_search that decodes whole hypotheses anew at every step; sources are encoded once."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+
+    def start(self, source: torch.Tensor, hypotheses: int) -> "WithoutCaches":
+        memory, _, mask = self.model.encode(source)
+        memory = memory[: source.numel()].unflatten(0, source.shape).repeat_interleave(hypotheses, 0)
+        self.memory, self.hypotheses = memory, hypotheses
+        self.mask = None if mask is None else mask.repeat_interleave(hypotheses, 0)
+        self.words = source.new_empty(len(source), hypotheses, 0)
+        return self
+
+    def step(self, words: torch.Tensor, state: "WithoutCaches") -> torch.Tensor:
+        self.words = torch.cat((self.words, words[..., None]), 2)
+        rows = self.words.flatten(0, 1)
+        hidden = self.model.decode(rows, self.memory.flatten(0, 1), self.memory.shape[:2], self.mask)
+        last = hidden[: rows.numel()].unflatten(0, rows.shape)[:, -1]
+        return linear(last, self.model.embedding.weight).unflatten(0, words.shape)
+
+    def reorder(self, parents: torch.Tensor) -> None:
+        self.words = self.words.gather(1, parents[..., None].expand_as(self.words))
+
+    def keep(self, sentences: torch.Tensor) -> None:
+        self.words = self.words[sentences]
+        of_each = sentences[:, None] * self.hypotheses + torch.arange(self.hypotheses, device=sentences.device)
+        self.memory = self.memory[of_each.flatten()]
+        self.mask = None if self.mask is None else self.mask[of_each.flatten()]
+
+
+def measure_decoding(options: argparse.Namespace) -> None:
+    world = setup(options.device)
+    layers = {"encoder_layers": options.layers, "decoder_layers": options.layers}
+    config = ModelConfig(width=options.width, inner_width=4 * options.width, heads=options.width // 64, **layers)
+    torch.manual_seed(0)
+    model = create_model(config, options.vocabulary).to(world.device).eval()
+    source = random_words(options.sentences, options.words, options.vocabulary).to(world.device)
+    longest = torch.full((options.sentences,), options.steps, device=world.device)
+    cast = Precision(options.precision, world.device)
+    describe(
+        world,
+        f"{options.width} wide, {options.layers}+{options.layers} layers, {options.vocabulary:,} words, "
+        f"{options.precision}; {options.sentences} sentences, beam {options.beam}, {options.steps} forced steps",
+    )
+
+    def decode(decoder: Transformer | WithoutCaches) -> float:
+        with cast.autocast():
+            found = beam_search(decoder, source, options.beam, 0.6, longest)
+        if any(len(hypothesis.words) != options.steps - 1 for hypothesis in found):
+            raise RuntimeError("a hypothesis ended before its last step: this random model will not do")
+        return options.sentences
+
+    contenders = {"with caches": lambda: decode(model), "without": lambda: decode(WithoutCaches(model))}
+    report("sentences/s", in_turn(contenders, options.rounds, world), "with caches")
+
+
+def measure_full_size(options: argparse.Namespace) -> None:
+    world = setup(options.device)
+    torch.manual_seed(0)
+    model = create_model(ModelConfig(), 37_000).to(world.device).train()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    describe(world, f"Transformer-base, {parameters:,} parameters, {options.tokens:,} tokens, {options.precision}")
+    optimizer = create_optimizer("apollo", model.parameters(), lr=0.01, weight_decay=1e-8)
+    cast = Precision(options.precision, world.device)
+    source, target = (random_words(options.tokens // 32, 31, 37_000).to(world.device) for _ in range(2))
+    target_in = torch.cat((torch.full_like(target[:, :1], BOS), target[:, :-1]), 1)
+    print(f"{'update':>6}{'loss':>9}{'s':>9}{'tokens/s':>10}{'peak MiB':>10}")
+    for number in range(1, options.updates + 1):
+        started = time.perf_counter()
+        optimizer.zero_grad()
+        with cast.autocast():
+            loss, _ = model(source, target_in, target, target.numel(), 0.1)
+        cast.backward(loss / target.numel())
+        cast.clip(optimizer, model.parameters(), 1.0)
+        cast.step(optimizer)
+        mean = loss.item() / target.numel()
+        seconds = time.perf_counter() - started
+        speed = target.numel() / seconds
+        print(f"{number:>6}{mean:>9.4f}{seconds:>9.2f}{speed:>10.0f}{peak_memory_mb(world.device):>10.0f}", flush=True)
+
+
+def random_words(sentences: int, words: int, vocabulary: int) -> torch.Tensor:
+    """[sentences, words + 1] random ids, each row ending with EOS."""
+    ids = torch.randint(EOS + 1, vocabulary, (sentences, words + 1))
+    ids[:, -1] = EOS
+    return ids
+
+
+def in_turn(contenders: dict[str, Contender], rounds: int, world: World) -> dict[str, list[float]]:
+    """How much each does a second in each round, after one of each that does not count."""
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in tqdm(range(rounds + 1), unit="round", disable=None):
+        for name in list(contenders) if number % 2 == 0 else list(reversed(contenders)):
+            synchronize(world.device)
+            started = time.perf_counter()
+            done = contenders[name]()
+            synchronize(world.device)
+            if number:
+                speeds[name].append(done / (time.perf_counter() - started))
+    return speeds
+
+
+def report(unit: str, speeds: dict[str, list[float]], ours: str) -> None:
+    print(f"{unit:<18}{'median':>9}{'mean':>9}{'std':>8}{'n':>4}   {ours} / this, in the same round")
+    for name, values in speeds.items():
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        each = [a / b for a, b in zip(speeds[ours], values, strict=True)]
+        ratio = "" if name == ours else f"   {statistics.median(each):.2f}   ({min(each):.2f} .. {max(each):.2f})"
+        print(
+            f"{name:<18}{statistics.median(values):>9.1f}{statistics.mean(values):>9.1f}{spread:>8.1f}{len(values):>4}"
+            f"{ratio}"
+        )
+
+
+def describe(world: World, what: str) -> None:
+    found = describe_environment(world)
+    machine = f"{found['device']}, {found['cpu_threads']} CPU threads, torch {found['torch']}"
+    print(f"{what}\n{machine}, {found['started']}\n", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
