@@ -97,22 +97,23 @@ class TextData:
             if skip >= updates:
                 skip -= updates
                 continue
-            order = torch.randperm(
-                shards[index].sentences, generator=generator(self.seed, "sentences", epoch, index)
-            ).numpy()
-            length = updates * self.sequence_length
-            stream = sentences_in_order(
-                shards[index].read(), order, rank * rows * length, (rank + 1) * rows * length + 1
-            )
-            # [length + 1, rows]: each row, and the token after it, which the next row starts with. As tokens and
-            # targets then lie in it one after the other, batches are views, made without a copy.
-            columns = np.empty((length + 1, rows), np.int64)
-            columns[:-1], columns[-1] = stream[:-1].reshape(rows, length).T, stream[length::length]
-            columns = torch.from_numpy(columns).to(self.device)
+            columns = self._columns(epoch, index, updates * self.sequence_length, rank, rows)
             for update in range(skip, updates):
                 first, last = update * self.sequence_length, (update + 1) * self.sequence_length
                 yield TrainBatch(columns[first:last], columns[first + 1 : last + 1], starts_shard=update == 0)
             skip = 0
+
+    def _columns(self, epoch: int, index: int, length: int, rank: int, rows: int) -> Tensor:
+        """The rows of `rank` in shard `index`, `length` tokens of each and the token after them: [length + 1, rows].
+
+        Tokens and targets lie in it one after the other, and batches are views, made without a copy.
+        """
+        shard = self.corpus.train[index]
+        order = torch.randperm(shard.sentences, generator=generator(self.seed, "sentences", epoch, index)).numpy()
+        stream = sentences_in_order(shard.read(), order, rank * rows * length, (rank + 1) * rows * length + 1)
+        columns = np.empty((length + 1, rows), np.int64)
+        columns[:-1], columns[-1] = stream[:-1].reshape(rows, length).T, stream[length::length]
+        return torch.from_numpy(columns).to(self.device)
 
     def test_batches(self, rows: int, rank: int = 0, world_size: int = 1) -> Iterator[ScoredBatch]:
         """The test sentences in `rows` rows, of which `rank` takes every world_size-th."""

@@ -57,8 +57,6 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
         nll, uniform = hidden.new_zeros(2, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if training else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if training else None
-        # The gradient of a logit is a probability: float16 holds those of unlikely words only when scaled up.
-        boost = 2.0**10 if dtype == torch.float16 else 1.0
 
         blocks = math.ceil(len(target) * words / BLOCK_ELEMENTS[hidden.device.type])
         size = rounded(math.ceil(len(target) / max(1, blocks)), dtype, hidden.device)
@@ -73,11 +71,10 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
             if training:
                 grad = log_p.exp_().sub_(label_smoothing / words)  # p - q
                 grad.scatter_add_(1, t, grad.new_full(t.shape, label_smoothing - 1))
-                grad = pad((grad if boost == 1 else grad.mul_(boost)).to(dtype), (0, 0, 0, idle))
+                grad = pad(grad.to(dtype), (0, 0, 0, idle))
                 grad_hidden[block] = (grad @ cast_weight)[: len(t)]
                 grad_weight += grad.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.boost = boost
         ctx.mark_non_differentiable(nll)
         return (1 - label_smoothing) * nll + label_smoothing * uniform, nll
 
@@ -86,5 +83,4 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
     @override(check_signature=False)
     def backward(ctx: FunctionCtx, scale: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = scale / ctx.boost
         return grad_hidden * scale, grad_weight * scale, None, None, None

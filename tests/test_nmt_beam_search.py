@@ -139,6 +139,35 @@ def test_a_translation_ends_at_its_longest_length():
     assert [len(hypothesis.words) for hypothesis in found] == [0, 4, 39, 1]
 
 
+class Chain:
+    """In a Transformer's place: ends at once with probability 0.5; with 0.4 it says 4, 5, 6, 7, 8, and ends."""
+
+    def start(self, source, hypotheses):
+        return self
+
+    def step(self, words, state):
+        last = words.unsqueeze(2)
+        p = torch.full((*words.shape, 9), 1e-9)
+        p = p.scatter(2, (last + 1).clamp(4, 8), 1.0).scatter(2, torch.full_like(last, EOS), 1e-9)
+        p[words == BOS] = torch.tensor([0, 0, 0.5, 0.1, 0.4, 0, 0, 0, 0]) + 1e-9
+        p[words == 8] = torch.eye(9)[EOS] + 1e-9
+        return p.log()
+
+    def reorder(self, parents):
+        pass
+
+    def keep(self, sentences):
+        pass
+
+
+@pytest.mark.parametrize(("length_penalty", "longer"), [(0.0, False), (0.3, False), (0.6, True), (1.0, True)])
+def test_a_longer_translation_may_still_overtake(length_penalty, longer):
+    """log 0.4 is divided by the penalty of 6 words, log 0.5 by that of one; the search must not stop at the latter."""
+    assert (math.log(0.4) / penalty(6, length_penalty) > math.log(0.5)) == longer
+    (found,) = beam_search(Chain(), torch.tensor([[4, EOS]]), 2, length_penalty, limits(20))
+    assert found.words == ([4, 5, 6, 7, 8] if longer else [])
+
+
 def test_special_words_are_never_produced():
     model = random_model(4, 6)
     found = translate(model, random_sources(20, 6), beam_size=9)  # wider than the vocabulary

@@ -13,6 +13,7 @@ from nmt.codec import BOS, EOS, PAD
 from nmt.dropout import Dropout
 from nmt.loss import smoothed_cross_entropy
 from nmt.model import ModelConfig, create_model, sinusoids
+from nmt.rows import rounded
 
 WORDS = 40
 NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
@@ -199,7 +200,7 @@ def test_the_loss_is_torchs_without_the_padding(label_smoothing, monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 def test_the_loss_in_half_precision(dtype, tolerance):
-    """Probabilities of 10,000 words are below what float16 holds; the gradients must not lose them."""
+    """Of 10,000 words, whose probabilities are hardly more than float16 can hold."""
     torch.manual_seed(0)
     weight = torch.randn(10_000, 32, requires_grad=True)
     hidden = (0.3 * torch.randn(50, 32)).requires_grad_()
@@ -214,6 +215,33 @@ def test_the_loss_in_half_precision(dtype, tolerance):
     ):
         assert mine.dtype == torch.float32
         assert (mine - other).norm() < tolerance * other.norm()
+
+
+def test_rows_come_in_eight_sizes_to_a_power_of_two():
+    cpu = torch.device("cpu")
+    sizes = {rows: rounded(rows, torch.bfloat16, cpu) for rows in range(5000)}
+    assert all(rows <= size <= 1.125 * rows for rows, size in sizes.items())
+    assert len({size for size in sizes.values() if 1024 < size <= 2048}) == 8
+    assert all(rounded(rows, torch.float32, cpu) == rows for rows in (1, 999, 1001))
+    assert rounded(1001, torch.bfloat16, torch.device("cuda")) == 1001
+
+
+def test_idle_rows_change_nothing():
+    """In bfloat16 the 3 x 9 and 3 x 8 words take 28 and 24 rows."""
+    model = small_model().train()
+    source, (target_in, target_out) = sentences(8, 3, 5), targets(4, 7, 1)
+    parameters = list(model.parameters())
+    loss, nll = model(source, target_in, target_out, 15, 0.1)
+    gradients = torch.autograd.grad(loss, parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        half_loss, half_nll = model(source, target_in, target_out, 15, 0.1)
+        assert model.encode(source)[0].shape == (28, 16)
+        logits = model(source, target_in)
+    torch.testing.assert_close((half_loss, half_nll), (loss, nll), rtol=0.03, atol=0)
+    torch.testing.assert_close(logits.float(), model(source, target_in), rtol=0.1, atol=0.2)
+    half_gradients = torch.cat([g.flatten() for g in torch.autograd.grad(half_loss, parameters)])
+    gradients = torch.cat([g.flatten() for g in gradients])
+    assert (half_gradients - gradients).norm() < 0.05 * gradients.norm()
 
 
 def test_a_pass_without_words_has_no_loss_and_no_gradient():
