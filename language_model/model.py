@@ -77,7 +77,8 @@ class LanguageModel(nn.Module):
 
     def zero_state(self, rows: int) -> Tensor:
         """The state that a text starts with."""
-        return self.embedding.weight.new_zeros(self.parts, self.rnn.num_layers, rows, self.rnn.hidden_size)
+        shape = self.parts, self.rnn.num_layers, rows, self.rnn.hidden_size
+        return self.embedding.weight.new_zeros(shape, dtype=torch.float32)
 
     @override(check_signature=False)  # torch declares that forward returns None
     def forward(self, tokens: Tensor, targets: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,7 @@ class Run:
     record: RunRecord
     data: TextData
     model: LanguageModel  # the model itself: evaluated and saved
-    network: torch.nn.Module  # the model as trained: compiled, in DistributedDataParallel
+    network: torch.nn.Module  # the model as trained: in DistributedDataParallel
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     precision: Precision
@@ -145,6 +145,8 @@ def prepare(config: Config, world: World, record: RunRecord) -> Run:
     precision = create_precision(config.precision, world.device)
     if (config.precision, config.model.name, world.device.type) == ("fp16", "lstm", "cpu"):
         raise UserError("precision=fp16: on CPUs there is no LSTM in float16; use precision=bf16")
+    if config.compile:
+        raise UserError("compile=true: torch.compile does not take LSTMs, nor clusters of ever new sizes; leave it out")
     if world.device.type == "cpu":
         keep_freed_memory()
 
@@ -158,9 +160,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> Run:
     with settings_of("optimizer"):
         optimizer = create_optimizer(config.optimizer.name, model.parameters(), **config.optimizer.settings)
     model, optimizer = precision.prepare(model, optimizer)
-    network = torch.compile(model) if config.compile else model
-    if world.world_size > 1:
-        network = precision.data_parallel(network, world.device)
+    network = precision.data_parallel(model, world.device) if world.world_size > 1 else model
     with settings_of("schedule"):
         schedule = create_schedule(
             optimizer,
