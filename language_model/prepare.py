@@ -125,8 +125,12 @@ def _resume(out: Path, made_from: dict[str, str]) -> tuple[str | None, dict[str,
     if manifest:
         before, known, entries = manifest["made_from"], manifest["vocabulary"]["sha256"], manifest["shards"]
     elif lines := _read_journal(out):
-        before, entries = lines[0], [line for line in lines if "name" in line]
-        known = next((line["vocabulary"] for line in reversed(lines[1:]) if "vocabulary" in line), None)
+        before = lines[0]
+        for line in lines[1:]:
+            if "name" in line:
+                entries.append(line)
+            else:  # shards before this line were encoded with another vocabulary
+                known, entries = line["vocabulary"], []
     if before != made_from:
         raise UserError(f"{out} holds other text, or another vocabulary: choose another folder, or delete it")
     path = out / VOCABULARY

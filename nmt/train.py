@@ -218,9 +218,8 @@ def train_updates(run: Run, bar: tqdm) -> bool:
         validates, keeps = (is_last or progress.update % n == 0 for n in (config.validate_every, config.average.every))
         if validates:
             validate(run)
-        if keeps and run.world.is_main:
-            average = config.average
-            keep_weights(run.record.folder, progress.update, run.model, run.data.codec.digest, average.last)
+        if keeps:
+            keep(run)
         wish = agree(run.world, run.stop, run.checkpoints.due(), progress.update)
         if wish != Wish.GO_ON or validates or keeps:
             save(run)
@@ -385,6 +384,14 @@ def test(run: Run) -> dict[str, object]:
         path.write_text("".join(run.data.codec.decode(ids) + "\n" for ids in hypotheses), encoding="utf-8")
     scores = all_scores(hypotheses, run.data.test.references, run.data.codec)
     return {**scores, **run.config.decoding.model_dump(), "averaged_updates": updates}
+
+
+def keep(run: Run) -> None:
+    """Keep the weights for averaging, unless the training loss has become non-finite."""
+    require_finite(run.window.reduce(run.world)["loss"], run.progress.update)
+    if run.world.is_main:
+        digest, last = run.data.codec.digest, run.config.average.last
+        keep_weights(run.record.folder, run.progress.update, run.model, digest, last)
 
 
 def save(run: Run) -> None:
