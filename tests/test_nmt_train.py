@@ -179,7 +179,7 @@ def test_bad_input_is_refused_in_one_line(folder, tmp_path, overrides, words):
 def test_a_run_that_diverges_says_so(folder):
     with pytest.raises(UserError, match=r"^the training loss is nan at update .* lower optimizer.lr[^\n]*$"):
         train_here(folder, "diverged", "optimizer={name: sgd, lr: 1.0e+30}", "gradient_clip=1.0e+30")
-    rarely = ("log_every=1000", "average.every=2", "checkpoint.minutes=60")
+    rarely = ("log_every=1000", "average.every=2", "checkpoint.minutes=60", "schedule={name: constant}")
     with pytest.raises(UserError, match="^the training loss is nan at update 2:"):
         train_here(folder, "diverged_unseen", "optimizer={name: sgd, lr: 1.0e+30}", "gradient_clip=1.0e+30", *rarely)
     assert not (folder / "diverged_unseen/averaging").exists()
