@@ -4,8 +4,9 @@ Laid out as a file of torch.optim: the class, the state of a group, the step, th
 implementations. `_single_tensor_apollo` reads like the algorithm in the paper; the foreach step (apollo_foreach.py) and
 the fused ones (fused_cpu.py, fused_cuda.py) do the same over lists of tensors, and the tests hold them to it.
 
-Where the previous direction d = m / D can be computed again from m and B it is not stored: two state tensors, like
-Adam, instead of the three of the published code. Only decoupled weight decay, which adds to d, needs the third.
+The average m = d * D of the gradient is not stored where it can be computed again from d and B: two state tensors, like
+Adam, instead of the three of the published code. Only decoupled weight decay, which adds to d, needs the third. (Or d =
+m / D might not be stored, instead of m. But a step's sums are of d: with d at hand, they take less reading.)
 """
 
 from collections.abc import Callable
@@ -98,9 +99,9 @@ class Apollo(Optimizer):
         group: dict[str, Any],
         params: list[Tensor],
         grads: list[Tensor],
-        exp_avgs: list[Tensor],
+        exp_avgs: list[Tensor | None],
         hessians: list[Tensor],
-        directions: list[Tensor | None],
+        directions: list[Tensor],
         sigmas: list[Tensor | None],
         steps: list[Tensor],
     ) -> None:
@@ -118,9 +119,9 @@ class Apollo(Optimizer):
             params.append(param)
             grads.append(grad)
             states.append(state)
-        exp_avgs += [state["exp_avg"] for state in states]
+        exp_avgs += [state.get("exp_avg") for state in states]
         hessians += [state["hessian"] for state in states]
-        directions += [state.get("direction") for state in states]
+        directions += [state["direction"] for state in states]
         sigmas += [state.get("sigma") for state in states]
         steps += [state["step"] for state in states]
 
@@ -130,17 +131,16 @@ class Apollo(Optimizer):
         if not state:
             device = param.device if _counts_on_device(group, param) else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["hessian"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            state["direction"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         if belief and "sigma" not in state:
-            # The bound of the step before, from which d is computed again. Before the first step m = 0, so that any
-            # positive bound gives d = 0.
+            # The bound of the step before, from which m is computed again. Before the first step d = 0: any will do.
             state["sigma"] = torch.full((), group["sigma"], dtype=dtype, device=param.device)
-        if group["weight_decay"] != 0 and group["weight_decay_type"] != "L2" and "direction" not in state:
-            # A new parameter, or a weight decay that was zero until now: from here on d has to be remembered.
+        if group["weight_decay"] != 0 and group["weight_decay_type"] != "L2" and "exp_avg" not in state:
+            # A new parameter, or a weight decay that was zero until now: from here on d is more than m / D.
             bound = float(state["sigma"]) if belief else group["sigma"]
             offset = curvature_offset(group["eps"], group["beta"], float(state["step"]), group["rebound"])
-            state["direction"] = state["exp_avg"] / (state["hessian"].abs().clamp_(min=bound) + offset)
+            state["exp_avg"] = state["direction"] * (state["hessian"].abs().clamp_(min=bound) + offset)
 
     @torch.no_grad()
     @override
@@ -156,9 +156,9 @@ class Apollo(Optimizer):
                 raise RuntimeError("Apollo: a step captured in a CUDA graph needs capturable=True")
             params: list[Tensor] = []
             grads: list[Tensor] = []
-            exp_avgs: list[Tensor] = []
+            exp_avgs: list[Tensor | None] = []
             hessians: list[Tensor] = []
-            directions: list[Tensor | None] = []
+            directions: list[Tensor] = []
             sigmas: list[Tensor | None] = []
             steps: list[Tensor] = []
             self._init_group(group, params, grads, exp_avgs, hessians, directions, sigmas, steps)
@@ -191,8 +191,8 @@ class Apollo(Optimizer):
 
 Apollo.__doc__ = r"""Apollo, an adaptive parameter-wise diagonal quasi-Newton method.
 
-    For each parameter tensor, with the state t, m (`exp_avg`), B (`hessian`) and the direction d of the step before,
-    all zero at first:
+    For each parameter tensor, with the state t, m, B (`hessian`) and the direction d of the step before, all zero at
+    first:
 
         g      <-  gradient  (+ weight_decay * p  if weight_decay_type is "L2")
         t      <-  t + 1,   alpha = (1 - beta) / (1 - beta^t)
@@ -216,7 +216,8 @@ Apollo.__doc__ = r"""Apollo, an adaptive parameter-wise diagonal quasi-Newton me
         lr: learning rate; a float or a 1-element tensor.
         beta: decay of the average of the gradient, in [0, 1).
         eps: keeps the 4-norm's division finite, > 0.
-        sigma: lower bound of the rectified curvature, > 0; not used by rebound "belief".
+        sigma: lower bound of the rectified curvature, > 0; not used by rebound "belief". Like beta, eps and rebound it
+            holds for a whole run: m is kept as d * D.
         warmup: number of steps of linear warmup; 0 for none.
         init_lr: learning rate of the first warmup step.
         weight_decay: coefficient of weight decay.
@@ -229,8 +230,8 @@ Apollo.__doc__ = r"""Apollo, an adaptive parameter-wise diagonal quasi-Newton me
             With foreach and fused both None, fused where there is one.
         capturable: keep every scalar on the device, so that the step can be captured in a CUDA graph or compiled whole.
 
-    State, per parameter: `step`, `exp_avg` and `hessian`, and `direction` or `sigma` where they are needed. It is
-    float32 for half-precision parameters (arithmetic too), else of the parameter's dtype.
+    State, per parameter: `step`, `hessian` and `direction`, and `exp_avg` (m, where it is not d * D) or `sigma` where
+    they are needed. It is float32 for half-precision parameters (arithmetic too), else of the parameter's dtype.
 
     Raises:
         ValueError: a setting that is out of range, not finite or unknown.
@@ -243,9 +244,9 @@ Apollo.__doc__ = r"""Apollo, an adaptive parameter-wise diagonal quasi-Newton me
 def _single_tensor_apollo(
     params: list[Tensor],
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
+    exp_avgs: list[Tensor | None],
     hessians: list[Tensor],
-    directions: list[Tensor | None],
+    directions: list[Tensor],
     sigmas: list[Tensor | None],
     steps: list[Tensor],
     shards: list[ProcessGroups],
@@ -265,8 +266,8 @@ def _single_tensor_apollo(
     grad_scale: Tensor | None,
 ) -> None:
     for i, param in enumerate(params):
-        exp_avg, hessian, direction, step = exp_avgs[i], hessians[i], directions[i], steps[i]
-        before = step.to(exp_avg.dtype, copy=True) if capturable else step.item()
+        stored, hessian, d, step = exp_avgs[i], hessians[i], directions[i], steps[i]
+        before = step.to(d.dtype, copy=True) if capturable else step.item()
         t = before + 1
         step += 1
         if numels[i] == 0:
@@ -274,27 +275,27 @@ def _single_tensor_apollo(
         alpha = averaging_weight(beta, t)
         total = partial(join, groups=shards[i])  # of a sharded parameter's sums, over its shards
 
-        grad = grads[i].to(exp_avg.dtype)
+        grad = grads[i].to(d.dtype)
         if grad_scale is not None:
             grad = grad / grad_scale
         if maximize:
             grad = -grad
         if weight_decay != 0 and weight_decay_type == "L2":
             grad = grad.add(param, alpha=weight_decay)
-        delta_g = grad - exp_avg
 
-        # the direction of the step before
-        if direction is None:
+        # the average of the gradient: m = d * D of the step before, and what this gradient changes
+        if stored is None:
             bound = sigmas[i] if rebound == "belief" else sigma
-            d = exp_avg / (hessian.abs().clamp_(min=bound) + curvature_offset(eps, beta, before, rebound))
+            exp_avg = d * (hessian.abs().clamp_(min=bound) + curvature_offset(eps, beta, before, rebound))
         else:
-            d = direction
+            exp_avg = stored
+        delta_g = grad - exp_avg
+        exp_avg.add_(alpha * delta_g)
 
-        # the average of the gradient, and the diagonal Hessian by the weak secant equation along d
+        # the diagonal Hessian, by the weak secant equation along the direction of the step before
         denom = total(d.pow(4).sum()) ** 0.25 + norm_eps(eps, sigma, rebound)
         v = d / denom
         delta = total(-alpha * (delta_g / denom * v).sum() - (hessian * v.square()).sum())
-        exp_avg.add_(alpha * delta_g)
         hessian.add_(delta * v.square())
 
         # the rectified curvature, and the direction of this step
@@ -303,13 +304,11 @@ def _single_tensor_apollo(
             curvature = hessian.abs().clamp_(min=sigmas[i]) + curvature_offset(eps, beta, t, rebound)
         else:
             curvature = hessian.abs().clamp_(min=sigma)
-        d = exp_avg / curvature
-        if direction is not None:
-            if weight_decay_type == "stable":
-                d = d.addcmul(param.to(d.dtype), weight_decay / (total(curvature.sum()) / numels[i]))
-            elif weight_decay_type == "decoupled":
-                d = d.add(param, alpha=weight_decay)
-            direction.copy_(d)
+        torch.div(exp_avg, curvature, out=d)
+        if weight_decay != 0 and weight_decay_type == "stable":
+            d.addcmul_(param.to(d.dtype), weight_decay / (total(curvature.sum()) / numels[i]))
+        elif weight_decay != 0 and weight_decay_type == "decoupled":
+            d.add_(param, alpha=weight_decay)
 
         param.sub_(d * warmed_up_lr(lr, init_lr, warmup, before))
 
@@ -317,9 +316,9 @@ def _single_tensor_apollo(
 def apollo(
     params: list[Tensor],
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
+    exp_avgs: list[Tensor | None],
     hessians: list[Tensor],
-    directions: list[Tensor | None],
+    directions: list[Tensor],
     sigmas: list[Tensor | None],
     steps: list[Tensor],
     *,
@@ -339,12 +338,12 @@ def apollo(
     if any_sharded(params):
         shards = [process_groups(param) for param in params]
         grads = [local_shard(grad, like=param) for grad, param in zip(grads, params, strict=True)]
-        params, exp_avgs, hessians = ([local_shard(x) for x in values] for values in (params, exp_avgs, hessians))
-        directions = [None if x is None else local_shard(x) for x in directions]
+        params, hessians, directions = ([local_shard(x) for x in values] for values in (params, hessians, directions))
+        exp_avgs = [None if x is None else local_shard(x) for x in exp_avgs]
 
     lists: dict[tuple, list[int]] = {}
-    for i, (param, grad, direction) in enumerate(zip(params, grads, directions, strict=True)):
-        key = (param.device, param.dtype, grad.dtype, direction is None, is_dense(param))
+    for i, (param, grad, exp_avg) in enumerate(zip(params, grads, exp_avgs, strict=True)):
+        key = (param.device, param.dtype, grad.dtype, exp_avg is None, is_dense(param))
         lists.setdefault(key, []).append(i)
     for (device, dtype, grad_dtype, _, dense), indices in lists.items():
         step = _implementation(device, dtype, foreach, fused, dense and grad_dtype is dtype)

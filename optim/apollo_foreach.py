@@ -40,9 +40,9 @@ def _parts(params: list[Tensor], shards: list[ProcessGroups]) -> Iterator[slice]
 def _step(
     params: list[Tensor],
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
+    exp_avgs: list[Tensor | None],
     hessians: list[Tensor],
-    directions: list[Tensor | None],
+    directions: list[Tensor],
     sigmas: list[Tensor | None],
     steps: list[Tensor],
     shards: list[ProcessGroups],
@@ -61,8 +61,8 @@ def _step(
     capturable: bool,
     grad_scale: Tensor | None,
 ) -> None:
-    """The step of one part, with stored directions or without."""
-    dtype = exp_avgs[0].dtype
+    """The step of one part, with stored averages or without."""
+    dtype = directions[0].dtype
     before = [step.to(dtype, copy=True) if capturable else step.item() for step in steps]
     torch._foreach_add_(steps, 1)
     now = [t + 1 for t in before]
@@ -78,12 +78,10 @@ def _step(
     if weight_decay != 0 and weight_decay_type == "L2":
         grads = torch._foreach_add(grads, params, alpha=weight_decay)
 
-    if directions[0] is None:
+    if exp_avgs[0] is None:
         bounds = sigmas if rebound == "belief" else [sigma] * len(params)
-        d = _rectify(hessians, bounds, [curvature_offset(eps, beta, t, rebound) for t in before])
-        d = torch._foreach_div(exp_avgs, d)
-    else:
-        d = directions
+        exp_avgs = _rectify(hessians, bounds, [curvature_offset(eps, beta, t, rebound) for t in before])
+        torch._foreach_mul_(exp_avgs, directions)
 
     # delta = -sum(d * (alpha * delta_g + B * d)) / denom^2 and B += delta * d^2 / denom^2, where ||d||_4^2 = ||d^2||_2
     delta_g = torch._foreach_sub(grads, exp_avgs)
@@ -93,32 +91,30 @@ def _step(
         torch._foreach_copy_(sigmas, list(largest.unbind()))
     torch._foreach_mul_(delta_g, alphas)
     torch._foreach_add_(exp_avgs, delta_g)
-    torch._foreach_addcmul_(delta_g, hessians, d)
-    torch._foreach_mul_(delta_g, d)
+    torch._foreach_addcmul_(delta_g, hessians, directions)
+    torch._foreach_mul_(delta_g, directions)
     dot = torch.stack([x.sum() for x in delta_g])
     del delta_g
-    d = torch._foreach_mul(d, d)
-    sums = torch.stack([dot, torch.stack(torch._foreach_norm(d, 2)).square_()], dim=1)
+    squares = torch._foreach_mul(directions, directions)
+    sums = torch.stack([dot, torch.stack(torch._foreach_norm(squares, 2)).square_()], dim=1)
     join_sums(sums, shards)
     denoms = sums[:, 1].sqrt().sqrt_().add_(norm_eps(eps, sigma, rebound))
-    torch._foreach_mul_(d, list((-sums[:, 0] / denoms.square() / denoms.square()).unbind()))
-    torch._foreach_add_(hessians, d)
-    del d
+    torch._foreach_mul_(squares, list((-sums[:, 0] / denoms.square() / denoms.square()).unbind()))
+    torch._foreach_add_(hessians, squares)
+    del squares
 
     bounds = sigmas if rebound == "belief" else [sigma] * len(params)
     curvature = _rectify(hessians, bounds, [curvature_offset(eps, beta, t, rebound) for t in now])
-    d = torch._foreach_div(exp_avgs, curvature)
-    if directions[0] is not None:
-        if weight_decay_type == "stable":
-            totals = torch.stack([x.sum() for x in curvature])
-            join_sums(totals[:, None], shards)
-            decays = [weight_decay * max(n, 1) / x for n, x in zip(numels, totals.unbind(), strict=True)]
-            torch._foreach_add_(d, torch._foreach_mul([p.to(dtype) for p in params], decays))
-        elif weight_decay_type == "decoupled":
-            torch._foreach_add_(d, params, alpha=weight_decay)
-        torch._foreach_copy_(directions, d)
-    torch._foreach_mul_(d, lrs)
-    torch._foreach_sub_(params, d)
+    torch._foreach_copy_(directions, exp_avgs)
+    torch._foreach_div_(directions, curvature)
+    if weight_decay != 0 and weight_decay_type == "stable":
+        totals = torch.stack([x.sum() for x in curvature])
+        join_sums(totals[:, None], shards)
+        decays = [weight_decay * max(n, 1) / x for n, x in zip(numels, totals.unbind(), strict=True)]
+        torch._foreach_add_(directions, torch._foreach_mul([p.to(dtype) for p in params], decays))
+    elif weight_decay != 0 and weight_decay_type == "decoupled":
+        torch._foreach_add_(directions, params, alpha=weight_decay)
+    torch._foreach_sub_(params, torch._foreach_mul(directions, lrs))
 
 
 def _rectify(hessians: list[Tensor], bounds: list, offsets: list) -> list[Tensor]:

@@ -1,6 +1,10 @@
 """Apollo's fused step on the CPU: one call into csrc/apollo_cpu.cpp for a whole list of tensors.
 
 It is compiled at first use (optim/native.py); `python -m optim.fused_cpu` does so beforehand.
+
+The sums over a large tensor that its next step begins with are left by this one, and used if nobody has written to the
+tensor in between: autograd's version counters tell. They are no state: where they are missing, after a resume or a
+step of another kind, they are taken anew, to the same bits.
 """
 
 import ctypes
@@ -9,10 +13,12 @@ from array import array
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .layout import lay_out_like
 from .native import NotCompiled, compile_library
@@ -21,12 +27,16 @@ from .sharded import ProcessGroups, join_sums
 SOURCE = Path(__file__).parent / "csrc" / "apollo_cpu.cpp"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SUM, UPDATE, DIRECTION = 1, 2, 4
+LARGE = 65536  # elements; up to here a tensor is done in one go, in cache: float32 p, g, B and d are 1 MiB then
+
+# Sums over a large tensor after its last step (struct ApolloCarried), and what they are of; by its direction tensor.
+_carried: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class _Settings(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_double) for name in ("lr", "beta", "eps", "sigma", "init_lr", "l2", "decay", "grad_factor")),
-        *((name, ctypes.c_int64) for name in ("warmup", "belief", "stable")),
+        *((name, ctypes.c_int64) for name in ("warmup", "belief", "stable", "whole")),
     ]
 
 
@@ -41,7 +51,7 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    loaded.apollo_step.argtypes = [ctypes.c_void_p] * 2 + [ctypes.POINTER(_Settings)] + [ctypes.c_int64] * 4
+    loaded.apollo_step.argtypes = [ctypes.c_void_p] * 3 + [ctypes.POINTER(_Settings)] + [ctypes.c_int64] * 4
     loaded.apollo_step.restype = None
     return loaded
 
@@ -49,9 +59,9 @@ def library() -> ctypes.CDLL | None:
 def _fused_cpu_apollo(
     params: list[Tensor],
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
+    exp_avgs: list[Tensor | None],
     hessians: list[Tensor],
-    directions: list[Tensor | None],
+    directions: list[Tensor],
     sigmas: list[Tensor | None],
     steps: list[Tensor],
     shards: list[ProcessGroups],
@@ -74,23 +84,34 @@ def _fused_cpu_apollo(
     """The step of parameters of one dtype whose memory has no gaps. See optim/apollo.py for the arguments."""
     if found_inf is not None and found_inf.item():
         return
-    stored, belief = directions[0] is not None, rebound == "belief"
+    stored, belief = exp_avgs[0] is not None, rebound == "belief"
     stable = weight_decay != 0 and weight_decay_type == "stable"
-    grads = lay_out_like(params, grads, exp_avgs, hessians, *([directions] if stored else []))
-    tensors = (params, grads, exp_avgs, hessians, directions if stored else None, sigmas if belief else None, steps)
+    l2, decay = (weight_decay, 0.0) if weight_decay_type == "L2" else (0.0, weight_decay)
+    states = [hessians, directions, exp_avgs] if stored else [hessians, directions]
+    grads = lay_out_like(params, grads, *states)
+
+    large = [] if stable else [i for i, param in enumerate(params) if param.numel() > LARGE]
+    carried = array("d", bytes(32 * len(params)))  # four numbers a tensor
+    is_carried = [0] * len(params)
+    for i in large:
+        found = _carried.get(directions[i])
+        if found is not None and found[0] == _marks(params[i], [state[i] for state in states], l2):
+            carried[4 * i : 4 * i + 4], is_carried[i] = found[1], 1
+
+    tensors = (params, grads, exp_avgs if stored else None, hessians, directions, sigmas if belief else None, steps)
     columns = [[0] * len(params) if column is None else [x.data_ptr() for x in column] for column in tensors]
-    columns += [[param.numel() for param in params], numels]
+    columns += [[param.numel() for param in params], numels, is_carried]
     table = array("q", chain.from_iterable(zip(*columns, strict=True)))  # rows are the struct ApolloTensor
 
     sums = torch.zeros(len(params), 5, dtype=torch.float64)
     factor = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else grad_scale.item())
-    l2, decay = (weight_decay, 0.0) if weight_decay_type == "L2" else (0.0, weight_decay)
-    settings = _Settings(float(lr), beta, eps, sigma, init_lr, l2, decay, factor, int(warmup), belief, stable)
+    settings = _Settings(float(lr), beta, eps, sigma, init_lr, l2, decay, factor, int(warmup), belief, stable, LARGE)
 
     def run(stages: int) -> None:
         library().apollo_step(
             table.buffer_info()[0],
             sums.data_ptr(),
+            carried.buffer_info()[0],
             settings,
             len(params),
             DTYPES[params[0].dtype],
@@ -101,15 +122,22 @@ def _fused_cpu_apollo(
     increment_version(params)  # written to behind autograd's back
     if not any(shards):
         run(SUM | UPDATE | DIRECTION if stable else SUM | UPDATE)
-        return
-    run(SUM)
-    join_sums(sums[:, :3], shards)
-    if belief:
-        join_sums(sums[:, 4:], shards, largest=True)
-    run(UPDATE)
-    if stable:
-        join_sums(sums[:, 3:4], shards)
-        run(DIRECTION)
+    else:
+        run(SUM)
+        join_sums(sums[:, :3], shards)
+        if belief:
+            join_sums(sums[:, 4:], shards, largest=True)
+        run(UPDATE)
+        if stable:
+            join_sums(sums[:, 3:4], shards)
+            run(DIRECTION)
+    for i in large:
+        _carried[directions[i]] = _marks(params[i], [state[i] for state in states], l2), carried[4 * i : 4 * i + 4]
+
+
+def _marks(param: Tensor, states: list[Tensor], l2: float) -> tuple[Any, ...]:
+    """What stays the same as long as nobody writes to a parameter or its state: where they are, and their versions."""
+    return l2 != 0, *((x.data_ptr(), x._version) for x in (param, *states))
 
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ JOIN = 1024  # chunks added up at a time
 def _fused_cuda_apollo(
     params: list[Tensor],
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
+    exp_avgs: list[Tensor | None],
     hessians: list[Tensor],
-    directions: list[Tensor | None],
+    directions: list[Tensor],
     sigmas: list[Tensor | None],
     steps: list[Tensor],
     shards: list[ProcessGroups],
@@ -67,13 +67,13 @@ def _fused_cuda_apollo(
 ) -> None:
     """The step of parameters of one device and dtype, their memory without gaps. For the arguments see apollo.py."""
     device = params[0].device
-    stored, belief, sharded = directions[0] is not None, rebound == "belief", any(shards)
+    stored, belief, sharded = exp_avgs[0] is not None, rebound == "belief", any(shards)
     stable = weight_decay != 0 and weight_decay_type == "stable"
     l2, decay = (weight_decay, 0.0) if weight_decay_type == "L2" else (0.0, weight_decay)
 
-    grads = lay_out_like(params, grads, exp_avgs, hessians, *([directions] if stored else []))
+    grads = lay_out_like(params, grads, hessians, directions, *([exp_avgs] if stored else []))
     chunks, first_chunks, counts = _chunks(tuple(param.numel() for param in params), device)
-    tensors = [params, grads, exp_avgs, hessians, directions if stored else None, sigmas if belief else None, steps]
+    tensors = [params, grads, exp_avgs if stored else None, hessians, directions, sigmas if belief else None, steps]
     columns = [[0] * len(params) if column is None else [x.data_ptr() for x in column] for column in tensors]
     aligned = all(address % 16 == 0 for column in columns[:5] for address in column)
     columns += [[param.numel() for param in params], numels, first_chunks, counts]

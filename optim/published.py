@@ -2,7 +2,7 @@
 
 The published one keeps three tensors for each parameter, `exp_avg_grad` (m), `approx_hessian` (B) and `update` (the
 direction d of the last step), and counts steps in a Python int; sigma is no setting there, but a constant of the era.
-Here d is stored only where it cannot be computed again from m and B.
+Here m is stored only where it cannot be computed again from d and B.
 """
 
 from typing import Any
@@ -51,11 +51,11 @@ def from_published(state_dict: dict[str, Any], **settings: Any) -> dict[str, Any
                 )
             state[i] = {
                 "step": torch.tensor(float(old["step"]), dtype=torch.float32),
-                "exp_avg": old["exp_avg_grad"].clone(),
                 "hessian": old["approx_hessian"].clone(),
+                "direction": old["update"].clone(),
             }
             if stores:
-                state[i]["direction"] = old["update"].clone()
+                state[i]["exp_avg"] = old["exp_avg_grad"].clone()
     return {"state": state, "param_groups": groups}
 
 
@@ -71,16 +71,16 @@ def to_published(state_dict: dict[str, Any]) -> dict[str, Any]:
                 old = state_dict["state"][i]
                 state[i] = {
                     "step": int(old["step"]),
-                    "exp_avg_grad": old["exp_avg"].clone(),
+                    "exp_avg_grad": _exp_avg(old, group),
                     "approx_hessian": old["hessian"].clone(),
-                    "update": _direction(old, group),
+                    "update": old["direction"].clone(),
                 }
     return {"state": state, "param_groups": groups}
 
 
-def _direction(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    if "direction" in state:
-        return state["direction"].clone()
+def _exp_avg(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    if "exp_avg" in state:
+        return state["exp_avg"].clone()
     bound = state["sigma"] if group["rebound"] == "belief" else group["sigma"]
     offset = curvature_offset(group["eps"], group["beta"], float(state["step"]), group["rebound"])
-    return state["exp_avg"] / (state["hessian"].abs().clamp_(min=bound) + offset)
+    return state["direction"] * (state["hessian"].abs().clamp_(min=bound) + offset)

@@ -48,12 +48,12 @@ def _sum_block(
     grad = _load(g, offsets, mask) * factor
     if L2:
         grad += l2 * _load(p, offsets, mask)
-    average = _load(m, offsets, mask)
+    before = _load(d, offsets, mask)
     hessian = _load(h, offsets, mask)
     if STORED:
-        before = _load(d, offsets, mask)
+        average = _load(m, offsets, mask)
     else:
-        before = average / _rectify(hessian, bound, offset)
+        average = before * _rectify(hessian, bound, offset)
     delta_g = grad - average
     square = before * before
     if BELIEF:
@@ -206,15 +206,16 @@ def _update_block(
     grad = _load(g, offsets, mask) * factor
     if L2:
         grad += l2 * param
-    average = _load(m, offsets, mask)
+    before = _load(d, offsets, mask)
     hessian = _load(h, offsets, mask)
     if STORED:
-        before = _load(d, offsets, mask)
+        average = _load(m, offsets, mask)
     else:
-        before = average / _rectify(hessian, bound_before, offset_before)
+        average = before * _rectify(hessian, bound_before, offset_before)
     average += alpha * (grad - average)
     hessian += delta * (before * before)
-    tl.store(m + offsets, average, mask)
+    if STORED:
+        tl.store(m + offsets, average, mask)
     tl.store(h + offsets, hessian, mask)
     curvature = _rectify(hessian, bound, offset)
     if STABLE:
@@ -226,7 +227,7 @@ def _update_block(
         direction = average / curvature
         if STORED:
             direction += decay * param
-            tl.store(d + offsets, direction, mask)
+        tl.store(d + offsets, direction, mask)
         tl.store(p + offsets, (param - lr * direction).to(p.dtype.element_ty), mask)
     return sum
 

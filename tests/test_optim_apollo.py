@@ -95,7 +95,7 @@ def test_every_path_is_the_literal_one(path, variant):
 
 @variants
 def test_state_bytes(variant):
-    """8 bytes per float32 parameter, 12 only where decoupled decay has to remember the direction."""
+    """8 bytes per float32 parameter, 12 only where decoupled decay hides the average in the direction."""
     params = random_parameters()
     optimizer = Apollo(params, **variant)
     step_together((optimizer, params), steps=2)
@@ -109,7 +109,7 @@ def test_state_bytes(variant):
 @pytest.mark.parametrize("decay", ["decoupled", "stable"])
 @pytest.mark.parametrize("rebound", ["constant", "belief"])
 def test_weight_decay_may_come_and_go(path, decay, rebound):
-    """The direction starts to be stored when it has to be, and is right from the first."""
+    """The average starts to be stored when it has to be, and is right from the first."""
     settings = {"lr": 0.01, "warmup": 0, "weight_decay_type": decay, "rebound": rebound}
     literal, params = random_parameters(dtype=torch.float64), random_parameters(dtype=torch.float64)
     pairs = (LiteralApollo(literal, **settings), literal), (Apollo(params, **settings, **path), params)
@@ -141,7 +141,7 @@ def test_half_precision_parameters_have_float32_state(path, dtype):
         optimizer.step(), reference.step()
         for param, twin in zip(params, exact, strict=True):
             torch.testing.assert_close(param, twin.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
-            for key in ("exp_avg", "hessian"):
+            for key in ("direction", "hessian"):
                 assert optimizer.state[param][key].dtype is torch.float32
                 torch.testing.assert_close(optimizer.state[param][key], reference.state[twin][key])
 
@@ -153,14 +153,14 @@ def test_loading_respects_the_hooks_of_others():
 
     def double(_, state_dict):
         for state in state_dict["state"].values():
-            state["exp_avg"] = state["exp_avg"] * 2
+            state["hessian"] = state["hessian"] * 2
         return state_dict
 
     loaded = Apollo(params, lr=0.1)
     loaded.register_load_state_dict_pre_hook(double)
-    expected = optimizer.state[params[0]]["exp_avg"] * 2
+    expected = optimizer.state[params[0]]["hessian"] * 2
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert torch.equal(loaded.state[params[0]]["exp_avg"], expected)
+    assert torch.equal(loaded.state[params[0]]["hessian"], expected)
     assert len(loaded._optimizer_load_state_dict_pre_hooks) == 1
 
 
@@ -254,10 +254,58 @@ def test_gradients_of_another_dtype(path):
     args |= {"lr": 0.1, "weight_decay_type": "L2", "rebound": "constant", "maximize": False}
     with torch.no_grad():
         for p, how in ((param, path), (twin, {"foreach": False})):
-            m, h = torch.zeros(4, 3), torch.zeros(4, 3)
-            optim.apollo.apollo([p], [grad], [m], [h], [None], [None], [torch.zeros(())], **args, **how)
-            torch.testing.assert_close(m, grad)
+            d, h = torch.zeros(4, 3), torch.zeros(4, 3)
+            optim.apollo.apollo([p], [grad], [None], [h], [d], [None], [torch.zeros(())], **args, **how)
+            torch.testing.assert_close(d, grad)
     assert torch.equal(param, twin)
+
+
+LARGER = ((fused_cpu.LARGE + 5,), (30, 50), (2, fused_cpu.LARGE))  # two of them carry sums from step to step
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 1e-2}, {"weight_decay": 1e-2, "rebound": "belief"}])
+@pytest.mark.parametrize("meanwhile", ["nothing", "a resume", "new weights", "new state", "other memory", "foreach"])
+def test_carried_sums(settings, meanwhile):
+    """The fused step takes a large tensor's sums from its last step, unless someone has written to it in between."""
+    settings = {"lr": 0.1, "warmup": 0, **settings}
+    params, twins = (random_parameters(LARGER, torch.float64) for _ in range(2))
+    pairs = [[Apollo(params, fused=True, **settings), params], [Apollo(twins, foreach=False, **settings), twins]]
+    step_together(*pairs, steps=3)
+    for k, (optimizer, mine) in enumerate(pairs):
+        large, state = mine[0], optimizer.state[mine[0]]
+        with torch.no_grad():
+            if meanwhile == "a resume":
+                pairs[k][0] = Apollo(mine, lr=0.1)
+                pairs[k][0].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            elif meanwhile == "new weights":
+                large.copy_(torch.linspace(-1, 1, large.numel()))
+            elif meanwhile == "new state":
+                state["direction"].mul_(0.5)
+            elif meanwhile == "other memory":
+                large.data = torch.linspace(-1, 1, large.numel(), dtype=torch.float64)
+            elif meanwhile == "foreach":
+                optimizer.param_groups[0].update(fused=False, foreach=True)
+    step_together(*pairs, steps=1)
+    pairs[0][0].param_groups[0].update(fused=True, foreach=None)
+    step_together(*pairs, steps=2)
+    for x, y in zip(params, twins, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "settings", [{"weight_decay": 1e-2}, {"rebound": "belief"}, {"weight_decay_type": "decoupled"}]
+)
+def test_sums_carried_and_taken_anew_are_the_same_bits(dtype, settings):
+    settings = {"lr": 0.1, "warmup": 0, "weight_decay": 1e-2, "fused": True, **settings}
+    going_on, resumed = (random_parameters(LARGER, dtype) for _ in range(2))
+    pairs = [(Apollo(going_on, **settings), going_on), (Apollo(resumed, **settings), resumed)]
+    for _ in range(5):
+        step_together(*pairs, steps=1)
+        again = Apollo(resumed, **settings)
+        again.load_state_dict(pairs[1][0].state_dict())
+        pairs[1] = again, resumed
+    assert all(torch.equal(x, y) for x, y in zip(going_on, resumed, strict=True))
 
 
 def test_default_path_is_fused():

@@ -54,7 +54,7 @@ def train(dtype=torch.float32, fused=True, scale=None, lr=0.1, found=(), **setti
                     param.grad /= scale
             optimizer.step()
     state = optimizer.state[params[0]]
-    return torch.cat([x.detach().double().view(-1) for x in (*params, state["exp_avg"], state["step"])])
+    return torch.cat([x.detach().double().view(-1) for x in (*params, state["direction"], state["step"])])
 
 
 def differ(dtype=torch.float32, **settings):

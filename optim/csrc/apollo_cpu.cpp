@@ -1,13 +1,18 @@
 // Apollo's step over a list of tensors on the CPU, in one call. See optim/apollo.py for the algorithm and its letters;
 // optim/fused_cpu.py compiles this file and calls apollo_step through its plain C interface.
 //
-// The list is cut into chunks. A small tensor is one chunk and is done in one go, in cache. A large one takes two passes:
-// first its three sums (and the largest |g - m|), then, when they are known, the update. What these cost is reading
-// memory. So the list goes through in waves that the cores' own caches can hold, each core takes the same chunks in both
-// passes, and in the second one backwards: as much as possible of what the first pass read is then still there.
+// What a step costs is reading memory. A tensor's sums have to be known before its first element can be updated, so that
+// it is read twice. Of the four sums only that of g * d has the new gradient in it; the others (sum_block) are of numbers
+// that the step before wrote, and are taken then, block by block, while these are in cache. The first pass then reads g
+// and d, the second reads g, p, B, d and writes p, B, d: 9 transfers of a tensor's size, where AdamW makes 7. A small
+// tensor is done in one go, in cache.
 //
-// What a chunk sums to does not depend on the thread that does it, and chunks are added up in their order: the result
-// is the same, bit for bit, on any number of threads.
+// The list goes through in waves that the cores' own caches can hold, each core takes the same chunks in both passes,
+// and in the second one backwards: as much as possible of what the first pass read is then still there.
+//
+// What a chunk sums to does not depend on the thread that does it, nor on whether its sums were carried over or are
+// taken anew, and chunks are added up in their order: the result is the same, bit for bit, on any number of threads,
+// and after a resume.
 
 #include <algorithm>
 #include <cmath>
@@ -30,6 +35,7 @@ struct ApolloSettings {
   double l2, decay;        // coefficients of weight decay: added to the gradient, added to the direction
   double grad_factor;      // -1 to maximize, divided by a gradient scaler's scale
   int64_t warmup, belief, stable;
+  int64_t whole;  // a tensor of so many elements, or fewer, is not cut and carries nothing
 };
 
 // One tensor of the list: addresses (0 for none) and numbers of elements, here and over all ranks.
@@ -37,11 +43,18 @@ struct ApolloTensor {
   void *param, *grad, *exp_avg, *hessian, *direction, *sigma;
   float* step;
   int64_t numel, whole_numel;
+  int64_t carried;  // whether ApolloCarried holds what the step before has left
 };
 
-// Sums over a tensor, max being the largest |g - m|. Where a tensor is sharded, the caller joins those of its shards.
+// Sums over a tensor: of d^4, (g - m) d, B d^2 and D, and the largest |g - m|. Where a tensor is sharded, the caller
+// joins those of its shards.
 struct ApolloSums {
   double d4, gd, bdd, curvature, max;
+};
+
+// Sums over a tensor, or this rank's shard of it, after a step: of d^4, m d, B d^2, and for L2 decay of p d.
+struct ApolloCarried {
+  double d4, md, bdd, pd;
 };
 
 // Stages of a step. kDirection is for decay "stable" alone, which needs the mean of D before it can go on.
@@ -53,7 +66,6 @@ namespace {
 
 constexpr int64_t kBlock = 256;    // elements summed in the dtype of the state; blocks are added up in double
 constexpr int64_t kChunk = 16384;  // elements of a chunk
-constexpr int64_t kWhole = 65536;  // up to here a tensor is not cut: 1 MiB of float32 parameter, gradient, two states
 constexpr int64_t kWave = 131072;  // elements of a wave for each thread
 
 // Asks for a block ahead of time: the hardware's own prefetching stops at the end of every page.
@@ -116,6 +128,11 @@ struct Scalars {
   S bound, offset;
 };
 
+// What D adds to the bound, after `steps` steps: eps / alpha with "belief".
+inline double offset_after(double steps, const ApolloSettings& s) {
+  return s.belief ? s.eps * (1 - std::pow(s.beta, steps)) / (1 - s.beta) : 0;
+}
+
 template <class S>
 Scalars<S> scalars_before_sums(const ApolloTensor& t, const ApolloSettings& s) {
   Scalars<S> x{};
@@ -123,7 +140,7 @@ Scalars<S> scalars_before_sums(const ApolloTensor& t, const ApolloSettings& s) {
   x.decay = S(s.decay);
   x.grad_factor = S(s.grad_factor);
   x.bound_before = s.belief ? *static_cast<S*>(t.sigma) : S(s.sigma);
-  x.offset_before = s.belief ? S(s.eps * (1 - std::pow(s.beta, double(*t.step))) / (1 - s.beta)) : S(0);
+  x.offset_before = S(offset_after(*t.step, s));
   return x;
 }
 
@@ -137,7 +154,7 @@ Scalars<S> scalars_of_update(const ApolloTensor& t, const ApolloSettings& s, con
   x.alpha = S(alpha);
   x.delta = S(-(alpha * sums.gd + sums.bdd) / (denom * denom) / (denom * denom));
   x.bound = s.belief ? S(sums.max) : S(s.sigma);
-  x.offset = s.belief ? S(s.eps / alpha) : S(0);
+  x.offset = S(offset_after(before + 1, s));
   return x;
 }
 
@@ -148,78 +165,106 @@ inline S rectify(S b, S bound, S offset) {
   return (a < bound ? bound : a) + offset;
 }
 
+// Adds a block's part of the sums that do not depend on the gradient. Not inlined: the same instructions, and so the same
+// bits, for a block that was updated a moment ago and for one whose sums are not known any more.
+template <class P, class S, bool L2, bool STORED>
+__attribute__((noinline)) void sum_block(ApolloCarried& total, const ApolloTensor& t, S bound, S offset, int64_t begin,
+                                         int64_t end) {
+  const P* __restrict p = static_cast<const P*>(t.param);
+  const S* __restrict m = static_cast<const S*>(t.exp_avg);
+  const S* __restrict b = static_cast<const S*>(t.hessian);
+  const S* __restrict d = static_cast<const S*>(t.direction);
+  S d4 = 0, md = 0, bdd = 0, pd = 0;
+#pragma omp simd reduction(+ : d4, md, bdd, pd)
+  for (int64_t i = begin; i < end; ++i) {
+    const S square = d[i] * d[i];
+    const S average = STORED ? m[i] : d[i] * rectify(b[i], bound, offset);
+    d4 += square * square;
+    md += average * d[i];
+    bdd += b[i] * square;
+    if (L2) pd += load(p[i]) * d[i];
+  }
+  total.d4 += double(d4), total.md += double(md), total.bdd += double(bdd), total.pd += double(pd);
+}
+
+template <class P, class S, bool L2, bool STORED>
+ApolloCarried sum_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, int64_t end) {
+  ApolloCarried total{};
+  for (int64_t block = begin; block < end; block += kBlock)
+    sum_block<P, S, L2, STORED>(total, t, x.bound_before, x.offset_before, block, std::min(block + kBlock, end));
+  return total;
+}
+
+// The sum of g * d, L2 decay's part of g left out, in gd; and the largest |g - m|, with that part, in max.
 template <class P, class S, bool L2, bool STORED, bool BELIEF>
-ApolloSums sum_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, int64_t end) {
+ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, int64_t end) {
   const P* __restrict p = static_cast<const P*>(t.param);
   const P* __restrict g = static_cast<const P*>(t.grad);
   const S* __restrict m = static_cast<const S*>(t.exp_avg);
   const S* __restrict b = static_cast<const S*>(t.hessian);
-  const S* __restrict direction = static_cast<const S*>(t.direction);
+  const S* __restrict d = static_cast<const S*>(t.direction);
   const S l2 = x.l2, factor = x.grad_factor, bound = x.bound_before, offset = x.offset_before;
   ApolloSums total{};
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t stop = std::min(block + kBlock, end);
-    prefetch(g + stop), prefetch(m + stop);
-    if (L2) prefetch(p + stop);
-    if (STORED) prefetch(direction + stop);
-    prefetch(b + stop);
-    S d4 = 0, gd = 0, bdd = 0, max = 0;
-#pragma omp simd reduction(+ : d4, gd, bdd) reduction(max : max)
+    prefetch(g + stop), prefetch(d + stop);
+    S gd = 0, max = 0;
+#pragma omp simd reduction(+ : gd) reduction(max : max)
     for (int64_t i = block; i < stop; ++i) {
-      S grad = load(g[i]) * factor;
-      if (L2) grad += l2 * load(p[i]);
-      const S delta_g = grad - m[i];
-      const S d = STORED ? direction[i] : m[i] / rectify(b[i], bound, offset);
-      d4 += (d * d) * (d * d);
-      gd += delta_g * d;
-      bdd += b[i] * (d * d);
-      if (BELIEF) max = std::fabs(delta_g) > max ? std::fabs(delta_g) : max;
+      const S grad = load(g[i]) * factor;
+      gd += grad * d[i];
+      if (BELIEF) {
+        const S average = STORED ? m[i] : d[i] * rectify(b[i], bound, offset);
+        const S delta_g = std::fabs((L2 ? grad + l2 * load(p[i]) : grad) - average);
+        max = delta_g > max ? delta_g : max;
+      }
     }
-    total.d4 += double(d4), total.gd += double(gd), total.bdd += double(bdd);
+    total.gd += double(gd);
     total.max = std::max(total.max, double(max));
   }
   return total;
 }
 
-// m and B; then d and p, or with STABLE, where the mean of D has to come first, the sum of D.
-template <class P, class S, bool L2, bool STORED, bool STABLE>
-double update_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, int64_t end) {
+// m and B; then d and p and, with CARRY, the sums of them that the next step needs, added to `carried`. With STABLE,
+// where the mean of D has to come first, the sum of D instead, which is returned.
+template <class P, class S, bool L2, bool STORED, bool STABLE, bool CARRY>
+double update_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, int64_t end, ApolloCarried& carried) {
   P* __restrict p = static_cast<P*>(t.param);
   const P* __restrict g = static_cast<const P*>(t.grad);
   S* __restrict m = static_cast<S*>(t.exp_avg);
   S* __restrict b = static_cast<S*>(t.hessian);
-  S* __restrict direction = static_cast<S*>(t.direction);
+  S* __restrict d = static_cast<S*>(t.direction);
   const S l2 = x.l2, decay = x.decay, factor = x.grad_factor, alpha = x.alpha, delta = x.delta, lr = x.lr;
   const S bound_before = x.bound_before, offset_before = x.offset_before, bound = x.bound, offset = x.offset;
   double total = 0;
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t stop = std::min(block + kBlock, end);
-    prefetch(p + stop), prefetch(g + stop), prefetch(m + stop), prefetch(b + stop);
-    if (STORED) prefetch(direction + stop);
+    prefetch(p + stop), prefetch(g + stop), prefetch(b + stop), prefetch(d + stop);
+    if (STORED) prefetch(m + stop);
     S sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = block; i < stop; ++i) {
       const S param = load(p[i]);
       S grad = load(g[i]) * factor;
       if (L2) grad += l2 * param;
-      const S before = STORED ? direction[i] : m[i] / rectify(b[i], bound_before, offset_before);
-      const S average = m[i] + alpha * (grad - m[i]);
+      const S before = d[i];
+      S average = STORED ? m[i] : before * rectify(b[i], bound_before, offset_before);
+      average += alpha * (grad - average);
       const S hessian = b[i] + delta * (before * before);
-      m[i] = average;
+      if (STORED) m[i] = average;
       b[i] = hessian;
       const S curvature = rectify(hessian, bound, offset);
       if (STABLE) {
         sum += curvature;
       } else {
-        S d = average / curvature;
-        if (STORED) {
-          d += decay * param;
-          direction[i] = d;
-        }
-        store(p[i], param - lr * d);
+        S direction = average / curvature;
+        if (STORED) direction += decay * param;
+        d[i] = direction;
+        store(p[i], param - lr * direction);
       }
     }
     total += double(sum);
+    if (CARRY) sum_block<P, S, L2, STORED>(carried, t, bound, offset, block, stop);
   }
   return total;
 }
@@ -249,8 +294,9 @@ auto with_flag(bool flag, F f) {
 
 struct Chunk {
   int64_t tensor, begin, end;
-  int64_t before;   // elements of the list that come before it
-  ApolloSums sums;  // of this chunk
+  int64_t before;         // elements of the list that come before it
+  ApolloSums sums;        // of this chunk, in this step
+  ApolloCarried carried;  // of this chunk, after a step
 };
 
 // P: dtype of parameters and gradients, S: of the state and of all arithmetic.
@@ -258,6 +304,7 @@ template <class P, class S>
 struct Step {
   ApolloTensor* tensors;
   ApolloSums* sums;
+  ApolloCarried* carried;
   const ApolloSettings& s;
   const int64_t n, stages, threads;
   std::vector<Chunk> chunks{};
@@ -266,10 +313,11 @@ struct Step {
   void sum(Chunk& c) const {
     const ApolloTensor& t = tensors[c.tensor];
     const Scalars<S> x = scalars_before_sums<S>(t, s);
-    c.sums = with_flag(s.l2 != 0, [&](auto l2) {
-      return with_flag(t.direction != nullptr, [&](auto stored) {
-        return with_flag(s.belief != 0, [&](auto belief) {
-          return sum_chunk<P, S, l2.value, stored.value, belief.value>(t, x, c.begin, c.end);
+    with_flag(s.l2 != 0, [&](auto l2) {
+      with_flag(t.exp_avg != nullptr, [&](auto stored) {
+        if (!t.carried) c.carried = sum_chunk<P, S, l2.value, stored.value>(t, x, c.begin, c.end);
+        with_flag(s.belief != 0, [&](auto belief) {
+          c.sums = dot_chunk<P, S, l2.value, stored.value, belief.value>(t, x, c.begin, c.end);
         });
       });
     });
@@ -277,10 +325,14 @@ struct Step {
 
   void update(Chunk& c) const {
     const ApolloTensor& t = tensors[c.tensor];
-    c.sums.curvature = with_flag(s.l2 != 0, [&](auto l2) {
-      return with_flag(t.direction != nullptr, [&](auto stored) {
-        return with_flag(s.stable != 0, [&](auto stable) {
-          return update_chunk<P, S, l2.value, stored.value, stable.value>(t, scalars[c.tensor], c.begin, c.end);
+    c.carried = {};
+    with_flag(s.l2 != 0, [&](auto l2) {
+      with_flag(t.exp_avg != nullptr, [&](auto stored) {
+        with_flag(s.stable != 0, [&](auto stable) {
+          with_flag(!s.stable && t.numel > s.whole, [&](auto carry) {
+            c.sums.curvature = update_chunk<P, S, l2.value, stored.value, stable.value, carry.value>(
+                t, scalars[c.tensor], c.begin, c.end, c.carried);
+          });
         });
       });
     });
@@ -292,10 +344,23 @@ struct Step {
     direction_chunk<P, S>(t, scalars[c.tensor], decay, c.begin, c.end);
   }
 
+  void add(ApolloCarried& total, const Chunk& c) const {
+    if (c.begin == 0) total = {};
+    total.d4 += c.carried.d4, total.md += c.carried.md, total.bdd += c.carried.bdd, total.pd += c.carried.pd;
+  }
+
+  // The sums of a step, from those of its gradient, which are in them already, and those that do not depend on it.
+  void complete(int64_t i) const {
+    sums[i].d4 = carried[i].d4, sums[i].bdd = carried[i].bdd;
+    sums[i].gd += s.l2 * carried[i].pd - carried[i].md;
+  }
+
   void whole(Chunk& c) {
     sum(c);
     sums[c.tensor] = c.sums;
-    scalars[c.tensor] = scalars_of_update<S>(tensors[c.tensor], s, c.sums);
+    add(carried[c.tensor], c);
+    complete(c.tensor);
+    scalars[c.tensor] = scalars_of_update<S>(tensors[c.tensor], s, sums[c.tensor]);
     update(c);
     sums[c.tensor].curvature = c.sums.curvature;
     if (s.stable) direct(c);
@@ -325,8 +390,10 @@ struct Step {
         if (is_whole(c)) continue;
         ApolloSums& total = sums[c.tensor];
         if (c.begin == 0) total = {};
-        total.d4 += c.sums.d4, total.gd += c.sums.gd, total.bdd += c.sums.bdd;
+        total.gd += c.sums.gd;
         total.max = std::max(total.max, c.sums.max);
+        if (!tensors[c.tensor].carried) add(carried[c.tensor], c);
+        if (c.end == tensors[c.tensor].numel) complete(c.tensor);
       }
     }
     if (stages & (kUpdate | kDirection)) {
@@ -369,10 +436,10 @@ struct Step {
         waves.push_back(int64_t(chunks.size()));
         wave_start = before;
       }
-      const int64_t size = numel <= kWhole ? numel : kChunk;
+      const int64_t size = numel <= s.whole ? numel : kChunk;
       for (int64_t begin = 0; begin < numel; begin += size) {
         const int64_t end = std::min(begin + size, numel);
-        chunks.push_back({i, begin, end, before, {}});
+        chunks.push_back({i, begin, end, before, {}, {}});
         before += end - begin;
       }
     }
@@ -382,6 +449,8 @@ struct Step {
     for (size_t w = 0; w + 1 < waves.size(); ++w)
       if (waves[w] < waves[w + 1]) wave(waves[w], waves[w + 1]);
 
+    if (stages & kUpdate)
+      for (const Chunk& c : chunks) add(carried[c.tensor], c);
     if (!(stages & (s.stable ? kDirection : kUpdate))) return;
     for (int64_t i = 0; i < n; ++i) {
       *tensors[i].step += 1;
@@ -393,11 +462,13 @@ struct Step {
 }  // namespace
 
 // Runs `stages` of the step of n tensors on up to `threads` threads. dtype is that of parameters and gradients: 0 float32,
-// 1 float64, 2 bfloat16, 3 float16; the state is float32, or float64 for float64. `sums` [n] passes from stage to stage.
-extern "C" void apollo_step(ApolloTensor* tensors, ApolloSums* sums, const ApolloSettings* settings, int64_t n,
-                            int64_t dtype, int64_t stages, int64_t threads) {
-  if (dtype == 0) Step<float, float>{tensors, sums, *settings, n, stages, threads}.run();
-  if (dtype == 1) Step<double, double>{tensors, sums, *settings, n, stages, threads}.run();
-  if (dtype == 2) Step<BFloat16, float>{tensors, sums, *settings, n, stages, threads}.run();
-  if (dtype == 3) Step<Float16, float>{tensors, sums, *settings, n, stages, threads}.run();
+// 1 float64, 2 bfloat16, 3 float16; the state is float32, or float64 for float64. `sums` [n] passes from stage to stage,
+// `carried` [n] from step to step: an update leaves there what the next one may use, of tensors larger than
+// settings->whole and if decay is not stable.
+extern "C" void apollo_step(ApolloTensor* tensors, ApolloSums* sums, ApolloCarried* carried,
+                            const ApolloSettings* settings, int64_t n, int64_t dtype, int64_t stages, int64_t threads) {
+  if (dtype == 0) Step<float, float>{tensors, sums, carried, *settings, n, stages, threads}.run();
+  if (dtype == 1) Step<double, double>{tensors, sums, carried, *settings, n, stages, threads}.run();
+  if (dtype == 2) Step<BFloat16, float>{tensors, sums, carried, *settings, n, stages, threads}.run();
+  if (dtype == 3) Step<Float16, float>{tensors, sums, carried, *settings, n, stages, threads}.run();
 }
