@@ -7,8 +7,10 @@
 // and d, the second reads g, p, B, d and writes p, B, d: 9 transfers of a tensor's size, where AdamW makes 7. A small
 // tensor is done in one go, in cache.
 //
-// The list goes through in waves that the cores' own caches can hold, each core takes the same chunks in both passes,
-// and in the second one backwards: as much as possible of what the first pass read is then still there.
+// Large tensors are cut into chunks, and go through in waves that the cores' own caches can hold where that is possible.
+// Each core takes the same chunks in both passes. Where a tensor's g and d are more than a shared cache holds, the second
+// pass goes backwards, in longer chunks, to find the last of them still there; elsewhere forwards, which hardware
+// prefetching likes better.
 //
 // What a chunk sums to does not depend on the thread that does it, nor on whether its sums were carried over or are
 // taken anew, and chunks are added up in their order: the result is the same, bit for bit, on any number of threads,
@@ -64,15 +66,12 @@ enum { kSum = 1, kUpdate = 2, kDirection = 4 };
 
 namespace {
 
-constexpr int64_t kBlock = 256;    // elements summed in the dtype of the state; blocks are added up in double
-constexpr int64_t kChunk = 16384;  // elements of a chunk
-constexpr int64_t kWave = 131072;  // elements of a wave for each thread
-
-// Asks for a block ahead of time: the hardware's own prefetching stops at the end of every page.
-template <class T>
-inline void prefetch(const T* x) {
-  for (int64_t i = 0; i < kBlock; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + i);
-}
+constexpr int64_t kBlock = 256;        // elements summed in the dtype of the state; blocks are added up in double
+constexpr int64_t kChunk = 16384;      // elements of a chunk
+constexpr int64_t kHuge = 1 << 21;     // a tensor of more elements has more than 16 MiB of g and d in float32
+constexpr int64_t kHugeChunk = 65536;  // elements of its chunks
+constexpr int64_t kWave = 65536;       // elements of a wave for each thread
+constexpr int64_t kLeast = 8192;       // elements that a thread is worth starting for
 
 // Half precision as its bits, converted without branches, so that the loops below vectorise with any compiler.
 struct BFloat16 {
@@ -207,7 +206,6 @@ ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, 
   ApolloSums total{};
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t stop = std::min(block + kBlock, end);
-    prefetch(g + stop), prefetch(d + stop);
     S gd = 0, max = 0;
 #pragma omp simd reduction(+ : gd) reduction(max : max)
     for (int64_t i = block; i < stop; ++i) {
@@ -239,8 +237,6 @@ double update_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, i
   double total = 0;
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t stop = std::min(block + kBlock, end);
-    prefetch(p + stop), prefetch(g + stop), prefetch(b + stop), prefetch(d + stop);
-    if (STORED) prefetch(m + stop);
     S sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = block; i < stop; ++i) {
@@ -355,21 +351,21 @@ struct Step {
     sums[i].gd += s.l2 * carried[i].pd - carried[i].md;
   }
 
-  void whole(Chunk& c) {
+  // All of the step of a tensor that is in one chunk.
+  void whole(int64_t i) {
+    Chunk c{i, 0, tensors[i].numel, 0, {}, {}};
     sum(c);
-    sums[c.tensor] = c.sums;
-    add(carried[c.tensor], c);
-    complete(c.tensor);
-    scalars[c.tensor] = scalars_of_update<S>(tensors[c.tensor], s, sums[c.tensor]);
+    sums[i] = c.sums;
+    if (!tensors[i].carried) carried[i] = c.carried;
+    complete(i);
+    scalars[i] = scalars_of_update<S>(tensors[i], s, sums[i]);
     update(c);
-    sums[c.tensor].curvature = c.sums.curvature;
+    sums[i].curvature = c.sums.curvature;
     if (s.stable) direct(c);
   }
 
   // Every thread of a team calls this for one wave: the chunks from `first` to `last`.
   void wave(int64_t first, int64_t last) {
-    const bool all_stages = stages == (s.stable ? kSum | kUpdate | kDirection : kSum | kUpdate);
-    const auto is_whole = [&](const Chunk& c) { return all_stages && c.end - c.begin == tensors[c.tensor].numel; };
     // This thread's share: chunks that begin in its part of the wave's elements.
     const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
     const int64_t start = chunks[first].before, size = chunks[last - 1].before + chunks[last - 1].end -
@@ -382,12 +378,11 @@ struct Step {
     const int64_t low = part(me), high = part(me + 1);
 
     if (stages & kSum) {
-      for (int64_t k = low; k < high; ++k) is_whole(chunks[k]) ? whole(chunks[k]) : sum(chunks[k]);
+      for (int64_t k = low; k < high; ++k) sum(chunks[k]);
 #pragma omp barrier
 #pragma omp single
       for (int64_t k = first; k < last; ++k) {
         const Chunk& c = chunks[k];
-        if (is_whole(c)) continue;
         ApolloSums& total = sums[c.tensor];
         if (c.begin == 0) total = {};
         total.gd += c.sums.gd;
@@ -400,43 +395,47 @@ struct Step {
 #pragma omp single
       for (int64_t k = first; k < last; ++k) {
         const int64_t i = chunks[k].tensor;
-        if (chunks[k].begin == 0 && !is_whole(chunks[k])) scalars[i] = scalars_of_update<S>(tensors[i], s, sums[i]);
+        if (chunks[k].begin == 0) scalars[i] = scalars_of_update<S>(tensors[i], s, sums[i]);
       }
     }
     if (stages & kUpdate) {
-      for (int64_t k = high - 1; k >= low; --k)
-        if (!is_whole(chunks[k])) update(chunks[k]);
+      const bool backwards = size > kHuge;
+      for (int64_t k = low; k < high; ++k) update(chunks[backwards ? low + high - 1 - k : k]);
     }
     if ((stages & kUpdate) && s.stable) {
 #pragma omp barrier
 #pragma omp single
       for (int64_t k = first; k < last; ++k) {
         const Chunk& c = chunks[k];
-        if (is_whole(c)) continue;
         if (c.begin == 0) sums[c.tensor].curvature = 0;
         sums[c.tensor].curvature += c.sums.curvature;
       }
     }
     if (stages & kDirection) {
-      for (int64_t k = low; k < high; ++k)
-        if (!is_whole(chunks[k])) direct(chunks[k]);
+      for (int64_t k = low; k < high; ++k) direct(chunks[k]);
     }
   }
 
   void run() {
     int64_t all = 0;
     for (int64_t i = 0; i < n; ++i) all += tensors[i].numel;
-    const int64_t team = std::max<int64_t>(1, std::min(threads, all / (kChunk / 2)));
+    const int64_t team = std::max<int64_t>(1, std::min(threads, all / kLeast));
 
+    const bool all_stages = stages == (s.stable ? kSum | kUpdate | kDirection : kSum | kUpdate);
+    std::vector<int64_t> small;     // tensors that are done in one go
     std::vector<int64_t> waves{0};  // where each begins among the chunks; a tensor is never in two
     int64_t before = 0, wave_start = 0;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t numel = tensors[i].numel;
+      if (all_stages && numel <= s.whole) {
+        if (numel) small.push_back(i);
+        continue;
+      }
       if (before > wave_start && before + numel - wave_start > kWave * team) {
         waves.push_back(int64_t(chunks.size()));
         wave_start = before;
       }
-      const int64_t size = numel <= s.whole ? numel : kChunk;
+      const int64_t size = numel <= s.whole ? numel : numel <= kHuge ? kChunk : kHugeChunk;
       for (int64_t begin = 0; begin < numel; begin += size) {
         const int64_t end = std::min(begin + size, numel);
         chunks.push_back({i, begin, end, before, {}, {}});
@@ -446,8 +445,12 @@ struct Step {
     waves.push_back(int64_t(chunks.size()));
 
 #pragma omp parallel num_threads(int(team))
-    for (size_t w = 0; w + 1 < waves.size(); ++w)
-      if (waves[w] < waves[w + 1]) wave(waves[w], waves[w + 1]);
+    {
+      for (size_t w = 0; w + 1 < waves.size(); ++w)
+        if (waves[w] < waves[w + 1]) wave(waves[w], waves[w + 1]);
+#pragma omp for schedule(dynamic)
+      for (size_t k = 0; k < small.size(); ++k) whole(small[k]);
+    }
 
     if (stages & kUpdate)
       for (const Chunk& c : chunks) add(carried[c.tensor], c);
