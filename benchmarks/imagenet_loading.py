@@ -7,8 +7,8 @@ a tree of files and as an LMDB.
 
     torchvision    ImageFolder with RandomResizedCrop(224), RandomHorizontalFlip, ToTensor and Normalize on PIL images
     exact, fast    ImageNetData on the LMDB, up to the normalised batch on the device
-    bare decode    the same bytes, from memory, decoded whole and dropped in one process: by Pillow (what exact decodes
-                   with) and by simplejpeg (fast)
+    bare decode    the same bytes, from memory, decoded whole and dropped in one process: by simplejpeg, which both
+                   decode with, and for comparison by Pillow
 
 All run in turn, the order reversed every other round. Two measures: by the clock, and by the CPU time of the workers
 alone, which a busy machine disturbs less; the device's part of ImageNetData is the main process's and is printed by
@@ -41,7 +41,8 @@ from engine.errors import UserError, run_main
 from engine.run_record import describe_environment
 
 Contender = Callable[[], tuple[float, float]]  # seconds by the clock and of CPU, for all images once
-BARE = {"exact": "bare Pillow", "fast": "bare simplejpeg"}
+DECODERS = ("exact", "fast")
+BARE = "bare simplejpeg"
 
 
 def main(arguments: list[str]) -> int:
@@ -64,10 +65,10 @@ def main(arguments: list[str]) -> int:
         build(tree, Path(scratch) / "lmdb")
         files = [path.read_bytes() for path in sorted(tree.glob("train/*/*"))]
         contenders = {"torchvision": torchvision_loader(tree, options, device)}
-        for decoder in BARE:
+        for decoder in DECODERS:
             contenders[decoder] = our_loader(Path(scratch) / "lmdb", decoder, options, device)
-        contenders[BARE["exact"]] = bare(files, open_rgb)
-        contenders[BARE["fast"]] = bare(files, simplejpeg.decode_jpeg)
+        contenders["bare Pillow"] = bare(files, open_rgb)
+        contenders[BARE] = bare(files, simplejpeg.decode_jpeg)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
         for number in tqdm(range(options.rounds + 1), "rounds", disable=None):
             order = list(contenders) if number % 2 else list(reversed(contenders))
@@ -178,8 +179,8 @@ def print_table(times: dict[str, list[tuple[float, float]]], workers: int, measu
         processes = 1 if is_bare else workers
         cells = [spread([1 / seconds[measure] / processes for seconds in measured], 0)]
         cells.append("" if is_bare else spread(ratios(times, "torchvision", name, measure), 2))
-        if floor := BARE.get(name):
-            cells.append(spread([ratio / processes for ratio in ratios(times, floor, name, measure)], 2))
+        if name in DECODERS:
+            cells.append(spread([ratio / processes for ratio in ratios(times, BARE, name, measure)], 2))
         print(f"  {name:18} {cells[0]:>22}" + "".join(f" {cell:>20}" for cell in cells[1:]))
 
 

@@ -16,12 +16,14 @@ from typing import NamedTuple
 import torch
 from overrides import override
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from classification.augment import Batch, Normalise
 from classification.imagenet_decode import DECODERS, central_view, random_view
 from classification.imagenet_lmdb import MANIFEST, SPLITS, DamagedImage, LmdbSplit, open_splits
 from classification.imagenet_source import FolderSplit, list_folder
+from classification.resize import native_resize
+from engine.allocator import keep_freed_memory, populate
 from engine.errors import UserError
 from engine.seed import derive, generator
 
@@ -86,6 +88,7 @@ class ImageNetData:
         self._normalise = Normalise(MEAN if mean is None else mean, STD if std is None else std, size, device)
         self.seed, self.device, self.on_damaged = seed, torch.device(device), on_damaged
 
+        native_resize()  # compiled here, once, rather than by every worker
         workers = _default_workers() if workers is None else workers
         self._requests = _Requests()
         self._loader = DataLoader(
@@ -95,7 +98,7 @@ class ImageNetData:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_leave_process_group,
+            worker_init_fn=_start_worker,
             multiprocessing_context=start_method if workers else None,
             generator=torch.Generator(),  # DataLoader draws a number an epoch: not from the generator that trains
         )
@@ -198,7 +201,7 @@ class _Batches(Dataset[RawBatch]):
     @override
     def __getitem__(self, request: Request) -> RawBatch:
         count = len(request.indices)
-        pixels = torch.empty(count, self.size, self.size, 3, dtype=torch.uint8)
+        pixels = _empty_batch(count, self.size)
         labels, mirror = torch.full((count,), -1), torch.zeros(count, dtype=torch.bool)
         split, damaged = self.splits[request.split], []
         for place, index in enumerate(request.indices):
@@ -206,15 +209,15 @@ class _Batches(Dataset[RawBatch]):
             candidates = range(index, index + (len(split) if request.split == TRAIN else 1))
             for candidate in candidates:
                 try:
-                    image = self._view(request, candidate % len(split))
+                    labels[place], mirror[place] = self._view(request, candidate % len(split), pixels[place])
                 except DamagedImage as error:
                     damaged.append(f"{split.name_of(candidate % len(split))} {error}")
                     continue
-                pixels[place], labels[place], mirror[place] = image
                 break
         return RawBatch(pixels, labels, mirror, request.split, damaged)
 
-    def _view(self, request: Request, index: int) -> tuple[Tensor, int, bool]:
+    def _view(self, request: Request, index: int, out: Tensor) -> tuple[int, bool]:
+        """Writes one image to `out`; returns its label and whether it is to be mirrored."""
         record = self.splits[request.split][index]
         mirror = False
         if request.split == TRAIN:
@@ -223,7 +226,17 @@ class _Batches(Dataset[RawBatch]):
             choose = partial(random_view, size=self.size, random=random)
         else:
             choose = partial(central_view, resize=self.resize, size=self.size)
-        return DECODERS[self.decoder](record.image, choose, self.size), record.label, mirror
+        DECODERS[self.decoder](record.image, choose, self.size, out)
+        return record.label, mirror
+
+
+def _empty_batch(count: int, size: int) -> Tensor:
+    """uint8 [count, size, size, 3]; a worker's is shared with the training process from the first, not copied to be."""
+    if get_worker_info() is None:
+        return torch.empty(count, size, size, 3, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(count * size * size * 3)  # as torch's default_collate does
+    populate(storage.data_ptr(), storage.nbytes())
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (count, size, size, 3))
 
 
 def _open(root: Path) -> tuple[Split, Split]:
@@ -238,6 +251,7 @@ def _default_workers() -> int:
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def _leave_process_group(worker: int) -> None:
-    """Ctrl-C, and a signal to the whole job, are for the training process: it saves first, then ends its workers."""
+def _start_worker(worker: int) -> None:
+    # Ctrl-C, and a signal to the whole job, are for the training process: it saves first, then ends its workers.
     os.setpgrp()
+    keep_freed_memory()  # a decoded image is large enough for glibc to give it back each time

@@ -1,31 +1,34 @@
 """From a JPEG's bytes to the square of pixels that a network sees; two decoders, one answer.
 
-    exact    Pillow, step by step as torchvision's transforms on PIL images: equal to them bit for bit
-    fast     libjpeg-turbo by way of simplejpeg, decoding no more of the file than the view needs, then torch's resize
+    exact    the pixels of torchvision's transforms on PIL images, bit for bit
+    fast     as exact, but a large image is decoded at a fraction of its size, while that has twice the pixels shown,
+             and what libjpeg-turbo takes without complaint is accepted
 
-Most of the time goes into undoing the file's entropy coding, which must be read from the top: `fast` stops below the
-view, and decodes a large image at a fraction of its size where that still has twice the pixels that are shown. Both use
-bilinear resizing with antialiasing. What `fast` cannot read, such as the CMYK files and the PNG that real ImageNet has
-among its JPEGs, it leaves to `exact`.
+Both decode with libjpeg-turbo by way of simplejpeg, whose pixels are Pillow's, and resize by classification/resize.py.
+Most of the time goes into undoing the file's entropy coding, which must be read from the top: they stop below the view.
+What they cannot read, such as the CMYK files and the PNG that real ImageNet has among its JPEGs, is left to Pillow.
 """
 
 import io
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from random import Random
 from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from classification.imagenet_lmdb import DamagedImage
+from classification.resize import resized_square
 
 BASELINE, PROGRESSIVE, START_OF_SCAN = (0xC0, 0xC1), (0xC2,), 0xDA  # markers of a JPEG's sections
 END_OF_IMAGE = b"\xff\xd9"
+# How often each colour is sampled, across and down: grey, and the ways to have chroma at full or half resolution.
+SAMPLINGS = {b"\x11", b"\x11\x11\x11", b"\x21\x11\x11", b"\x12\x11\x11", b"\x22\x11\x11"}
 ROWS_BELOW = 2  # that smooth chroma upsampling looks at
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of the random crop: its share of the area, its width to its height
 
@@ -64,66 +67,89 @@ def central_view(width: int, height: int, resize: int, size: int) -> View:
     return View((0, 0, width, height), (w, h), (round((w - size) / 2), round((h - size) / 2)))
 
 
-def exact(image: bytes | memoryview, choose: Choose, size: int) -> Tensor:
-    """uint8 [size, size, 3], as torchvision's transforms on PIL images make it. DamagedImage where it is no image."""
+def exact(image: bytes | memoryview, choose: Choose, size: int, out: Tensor | None = None) -> Tensor:
+    """uint8 [size, size, 3], as torchvision's transforms on PIL images make it. DamagedImage where it is no image.
+
+    An image that ends where it should, but is damaged below what the view shows, is not noticed; Pillow might have.
+    """
+    frame = _frame(image)
+    if frame and _sampling(image, frame) in SAMPLINGS and _is_pillows_decoder():
+        height, width = (int.from_bytes(image[frame + at : frame + at + 2], "big") for at in (5, 7))
+        view = choose(width, height)
+        part, rows = _cut(image, frame, height, view.box[3])
+        with suppress(ValueError):
+            return resized_square(simplejpeg.decode_jpeg(part, strict=rows == height), *view, size, out)
+        choose = lambda *_: view  # noqa: E731 - not drawn twice
     picture = open_rgb(image)
-    view = choose(*picture.size)
-    if view.box != (0, 0, *picture.size):
-        picture = picture.crop(view.box)
-    if view.resized != picture.size:
-        picture = picture.resize(view.resized, Image.Resampling.BILINEAR)
-    left, top = view.corner
-    return torch.from_numpy(np.array(picture)[top : top + size, left : left + size])
+    return resized_square(np.asarray(picture), *choose(*picture.size), size, out)
 
 
-def fast(image: bytes | memoryview, choose: Choose, size: int) -> Tensor:
+def fast(image: bytes | memoryview, choose: Choose, size: int, out: Tensor | None = None) -> Tensor:
     """uint8 [size, size, 3], nearly as `exact`. DamagedImage where it is no image."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
     except ValueError:
-        return exact(image, choose, size)
+        return exact(image, choose, size, out)
     view = choose(width, height)
     left, top, right, bottom = view.box
-    part, rows = _cut(image, height, min(bottom + ROWS_BELOW, height))
+    part, rows = _cut(image, _frame(image), height, bottom)
     reduction = min((right - left) / view.resized[0], (bottom - top) / view.resized[1])
     least = (math.ceil(2 * rows / reduction), math.ceil(2 * width / reduction)) if reduction >= 4 else (0, 0)
     try:
         if colours in ("CMYK", "YCCK"):
             raise ValueError("of no colours that are converted here")
-        # Where the file was cut, what is left of it counts as a recoverable error.
         pixels = simplejpeg.decode_jpeg(part, min_height=least[0], min_width=least[1], strict=rows == height)
     except ValueError:
-        return exact(image, lambda *_: view, size)
+        return exact(image, lambda *_: view, size, out)
     if pixels.shape[1] != width:
         scale = round(8 * pixels.shape[1] / width) / 8  # libjpeg scales by eighths, and rounds the size up
         left, top, right, bottom = (round(edge * scale) for edge in view.box)
-    square = torch.from_numpy(np.ascontiguousarray(pixels[top:bottom, left:right]))
-    if view.resized != (right - left, bottom - top):
-        planes = square[None].permute(0, 3, 1, 2)  # in this order: torch then knows it for channels-last, and is faster
-        planes = interpolate(planes, view.resized[::-1], mode="bilinear", antialias=True)
-        square = planes.permute(0, 2, 3, 1)[0]
-    left, top = view.corner
-    return square[top : top + size, left : left + size]
+    return resized_square(pixels, (left, top, right, bottom), view.resized, view.corner, size, out)
 
 
-def _cut(image: bytes | memoryview, height: int, rows: int) -> tuple[bytes | memoryview | bytearray, int]:
-    """A JPEG of `height` rows declared to be `rows` high, so that decoding stops there; and the rows that it now has.
-
-    Only a file whose rows lie in it from top to bottom can be cut: a progressive one is returned as it is. So is one
-    without an end, for the decoder to complain.
-    """
+def _frame(image: bytes | memoryview) -> int:
+    """Where in a JPEG the header of its baseline or progressive frame begins; 0 where that, or the end, is missing."""
     position = 2
-    whole = rows == height or bytes(image[-2:]) != END_OF_IMAGE
-    while not whole and image[position] == 0xFF:
-        marker, length = image[position + 1], int.from_bytes(image[position + 2 : position + 4], "big")
-        if marker in BASELINE:  # the frame's header: length, precision, height, width, ...
-            cut = bytearray(image)
-            cut[position + 5 : position + 7] = rows.to_bytes(2, "big")
-            return cut, rows
-        if marker in PROGRESSIVE or marker == START_OF_SCAN:
-            break
-        position += 2 + length
-    return image, height
+    if bytes(image[-2:]) != END_OF_IMAGE:
+        return 0
+    while position + 10 < len(image) and image[position] == 0xFF and image[position + 1] != START_OF_SCAN:
+        if image[position + 1] in BASELINE + PROGRESSIVE:
+            height, width = image[position + 5 : position + 7], image[position + 7 : position + 9]
+            return position if any(height) and any(width) else 0  # a height of 0 is given below, by another marker
+        position += 2 + int.from_bytes(image[position + 2 : position + 4], "big")
+    return 0
+
+
+def _sampling(image: bytes | memoryview, frame: int) -> bytes:
+    # The header: marker and length (2 bytes each), precision (1), height and width (2 each), the number of colours (1),
+    # and of each colour its name, its sampling and its quantisation (1 each).
+    return bytes(image[frame + 11 : frame + 10 + 3 * image[frame + 9] : 3])
+
+
+def _cut(image: bytes | memoryview, frame: int, height: int, bottom: int) -> tuple[bytes | memoryview | bytearray, int]:
+    """A JPEG of `height` rows declared to end below `bottom`, so that decoding stops there; and the rows it now has.
+
+    Only a file whose rows lie in it from top to bottom can be cut: others, and those without a `frame`, are returned as
+    they are. To the decoder what is left below counts as a recoverable error.
+    """
+    rows = min(bottom + ROWS_BELOW, height)
+    if rows == height or not frame or image[frame + 1] not in BASELINE:
+        return image, height
+    cut = bytearray(image)
+    cut[frame + 5 : frame + 7] = rows.to_bytes(2, "big")
+    return cut, rows
+
+
+@cache
+def _is_pillows_decoder() -> bool:
+    """Whether simplejpeg's pixels are Pillow's: there are builds of Pillow on other libraries than libjpeg-turbo."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (35, 51, 3), dtype=np.uint8))
+    for settings in ({"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}):
+        file = io.BytesIO()
+        noise.save(file, "JPEG", **settings)
+        if not np.array_equal(simplejpeg.decode_jpeg(file.getvalue()), np.asarray(open_rgb(file.getvalue()))):
+            return False
+    return True
 
 
 def open_rgb(image: bytes | memoryview) -> Image.Image:

@@ -338,7 +338,7 @@ def validate(run: Run) -> None:
     )
     run.record.say(
         f"update {progress.update:>6}  epoch {progress.epoch + 1:>3}  train loss {progress.last['train_loss']:.4f}  "
-        f"valid loss {loss:.4f}  ppl {progress.last['valid_ppl']:.3f}  BLEU {bleu:.2f}  lr {progress.lr:.3g}  "
+        f"valid loss {loss:.4f}  ppl {progress.last['valid_ppl']:.5g}  BLEU {bleu:.2f}  lr {progress.lr:.3g}  "
         f"{speed:.0f} tokens/s"
     )
 

@@ -90,7 +90,8 @@ def _fused_cpu_apollo(
     states = [hessians, directions, exp_avgs] if stored else [hessians, directions]
     grads = lay_out_like(params, grads, *states)
 
-    large = [] if stable else [i for i, param in enumerate(params) if param.numel() > LARGE]
+    here = list(map(Tensor.numel, params))
+    large = [] if stable else [i for i, numel in enumerate(here) if numel > LARGE]
     carried = array("d", bytes(32 * len(params)))  # four numbers a tensor
     is_carried = [0] * len(params)
     for i in large:
@@ -99,8 +100,8 @@ def _fused_cpu_apollo(
             carried[4 * i : 4 * i + 4], is_carried[i] = found[1], 1
 
     tensors = (params, grads, exp_avgs if stored else None, hessians, directions, sigmas if belief else None, steps)
-    columns = [[0] * len(params) if column is None else [x.data_ptr() for x in column] for column in tensors]
-    columns += [[param.numel() for param in params], numels, is_carried]
+    columns = [[0] * len(params) if column is None else list(map(Tensor.data_ptr, column)) for column in tensors]
+    columns += [here, numels, is_carried]
     table = array("q", chain.from_iterable(zip(*columns, strict=True)))  # rows are the struct ApolloTensor
 
     sums = torch.zeros(len(params), 5, dtype=torch.float64)

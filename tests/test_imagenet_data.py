@@ -9,9 +9,11 @@ import pytest
 import torch
 from imagenet_images import CLASSES, contents, encoded, make_tree, picture
 from PIL import Image
+from simplejpeg import encode_jpeg
 from torchvision import transforms
 from torchvision.transforms import functional
 
+from classification import imagenet_decode
 from classification.imagenet_data import MEAN, STD, ImageNetData
 from classification.imagenet_decode import DECODERS, central_view, exact, fast, random_view
 from classification.imagenet_lmdb import DamagedImage
@@ -53,6 +55,12 @@ def val_view(width, height):
 KINDS = {
     "rgb": encoded(picture(1, 97, 61)),
     "444": encoded(picture(2, 61, 97), subsampling=0),
+    "422": encoded(picture(14, 61, 97), subsampling=1),
+    "440": encode_jpeg(np.asarray(picture(15, 61, 97)), colorsubsampling="440", colorspace="RGB"),
+    "411": encode_jpeg(np.asarray(picture(16, 61, 97)), colorsubsampling="411", colorspace="RGB"),
+    "no chroma": encoded(picture(17, 61, 97), keep_rgb=True, subsampling=0),
+    "restarts": encoded(picture(18, 97, 61), restart_marker_blocks=3),
+    "coarse": encoded(picture(19, 97, 61), quality=15),
     "progressive": encoded(picture(3, 90, 90), progressive=True),
     "grey": encoded(picture(4, 80, 70, "L")),
     "cmyk": encoded(picture(5, 80, 70, "CMYK")),
@@ -76,6 +84,27 @@ def test_exact_is_torchvision_bit_for_bit(kind):
     assert np.array_equal(exact(KINDS[kind], val_view, SIZE), np.asarray(theirs))
 
 
+@pytest.mark.parametrize("kind", ["rgb", "444", "progressive", "grey", "no chroma"])
+def test_exact_takes_the_fast_way_for_usual_images(kind, monkeypatch):
+    assert imagenet_decode._is_pillows_decoder(), "this Pillow is built on another library"
+    monkeypatch.setattr(imagenet_decode, "open_rgb", None)
+    exact(KINDS[kind], val_view, SIZE)
+
+
+def test_exact_leaves_all_to_a_pillow_of_other_pixels(monkeypatch):
+    ours = [exact(KINDS[kind], val_view, SIZE) for kind in KINDS]
+    monkeypatch.setattr(imagenet_decode, "_is_pillows_decoder", lambda: False)
+    monkeypatch.setattr(imagenet_decode.simplejpeg, "decode_jpeg", None)
+    assert all(torch.equal(exact(KINDS[kind], val_view, SIZE), one) for kind, one in zip(KINDS, ours, strict=True))
+
+
+def test_exact_accepts_what_only_pillow_does():
+    """Data that ends before the image does, though the end of the file is there: the rest is grey."""
+    content = KINDS["rgb"][:-200] + b"\xff\xd9"
+    theirs = transforms.CenterCrop(SIZE)(transforms.Resize(RESIZE)(decoded(content)))
+    assert np.array_equal(exact(content, val_view, SIZE), np.asarray(theirs))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fast_differs_by_less_than_a_level(kind):
     for choose in (*map(train_view, range(20)), val_view):
@@ -86,13 +115,16 @@ def test_fast_differs_by_less_than_a_level(kind):
 
 @pytest.mark.parametrize("settings", [{}, {"subsampling": 0}, {"subsampling": 1}, {"optimize": True}])
 @pytest.mark.parametrize("restart", [False, True])
-def test_fast_stops_below_the_view_without_a_trace(settings, restart):
+@pytest.mark.parametrize("decode", DECODERS.values())
+def test_stops_below_the_view_without_a_trace(decode, settings, restart):
     """A view that needs no resizing must show the pixels of the whole image, wherever in it it lies."""
     content = encoded(picture(12, 120, 150), **settings, **({"restart_marker_rows": 2} if restart else {}))
     whole = np.asarray(decoded(content))
     for top in range(0, 150 - SIZE, 7):
         view = random_view(1, 1, SIZE, Random(0))._replace(box=(40, top, 40 + SIZE, top + SIZE))
-        assert np.array_equal(fast(content, lambda *_, view=view: view, SIZE), whole[top : top + SIZE, 40 : 40 + SIZE])
+        assert np.array_equal(
+            decode(content, lambda *_, view=view: view, SIZE), whole[top : top + SIZE, 40 : 40 + SIZE]
+        )
 
 
 @pytest.mark.parametrize("settings", [{}, {"progressive": True}])
