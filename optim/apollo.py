@@ -12,7 +12,6 @@ m / D might not be stored, instead of m. But a step's sums are of d: with d at h
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -315,9 +314,6 @@ def _single_tensor_apollo(
         param.sub_(d * warmed_up_lr(lr, init_lr, warmup, before))
 
 
-_DEVICE_AND_DTYPE, _DTYPE = attrgetter("device", "dtype"), attrgetter("dtype")
-
-
 def apollo(
     params: list[Tensor],
     grads: list[Tensor],
@@ -339,21 +335,19 @@ def apollo(
     Sorts the parameters into lists of one device and dtype, and gives each list to the implementation that suits it.
     """
     shards: list[ProcessGroups] = [()] * len(params)
-    numels = list(map(Tensor.numel, params))
+    numels = [param.numel() for param in params]
     if any_sharded(params):
         shards = [process_groups(param) for param in params]
         grads = [local_shard(grad, like=param) for grad, param in zip(grads, params, strict=True)]
         params, hessians, directions = ([local_shard(x) for x in values] for values in (params, hessians, directions))
         exp_avgs = [None if x is None else local_shard(x) for x in exp_avgs]
 
-    # The step of a small network takes hardly longer than Python does to go through its parameters: map is the fastest.
-    without_average = [exp_avg is None for exp_avg in exp_avgs]
-    columns = map(_DEVICE_AND_DTYPE, params), map(_DTYPE, grads), without_average, map(is_dense, params)
-    kinds = list(zip(*columns, strict=True))
-    lists: dict[tuple, list[int]] = dict.fromkeys(kinds, ())
-    if len(lists) > 1:
-        lists = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in lists}
-    for ((device, dtype), grad_dtype, _, dense), indices in lists.items():
+    kinds = [
+        (param.device, param.dtype, grad.dtype, exp_avg is None, is_dense(param))
+        for param, grad, exp_avg in zip(params, grads, exp_avgs, strict=True)
+    ]
+    lists = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)}
+    for (device, dtype, grad_dtype, _, dense), indices in lists.items():
         step = _implementation(device, dtype, foreach, fused, dense and grad_dtype is dtype)
         columns = [params, grads, exp_avgs, hessians, directions, sigmas, steps, shards, numels]
         if len(lists) > 1:

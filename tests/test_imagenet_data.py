@@ -341,3 +341,14 @@ def test_settings_and_data_that_cannot_be(root, tmp_path):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match="unfinished build"):
         load(tmp_path)
+
+
+def test_height_given_after_the_pixels():
+    """A JPEG's header may say 0 for the height, and a later marker how high it is: none of the decoders reads that."""
+    content = KINDS["rgb"]
+    frame = content.index(b"\xff\xc0")
+    content = content[: frame + 5] + b"\0\0" + content[frame + 7 :]
+    for decode in DECODERS.values():
+        for choose in (val_view, train_view(0)):
+            with pytest.raises(DamagedImage):
+                decode(content, choose, SIZE)

@@ -379,24 +379,20 @@ struct Step {
 
     if (stages & kSum) {
       for (int64_t k = low; k < high; ++k) sum(chunks[k]);
+    }
 #pragma omp barrier
 #pragma omp single
-      for (int64_t k = first; k < last; ++k) {
-        const Chunk& c = chunks[k];
-        ApolloSums& total = sums[c.tensor];
-        if (c.begin == 0) total = {};
-        total.gd += c.sums.gd;
-        total.max = std::max(total.max, c.sums.max);
-        if (!tensors[c.tensor].carried) add(carried[c.tensor], c);
-        if (c.end == tensors[c.tensor].numel) complete(c.tensor);
+    for (int64_t k = first; k < last; ++k) {
+      const Chunk& c = chunks[k];
+      const int64_t i = c.tensor;
+      if (stages & kSum) {
+        if (c.begin == 0) sums[i] = {};
+        sums[i].gd += c.sums.gd;
+        sums[i].max = std::max(sums[i].max, c.sums.max);
+        if (!tensors[i].carried) add(carried[i], c);
+        if (c.end == tensors[i].numel) complete(i);
       }
-    }
-    if (stages & (kUpdate | kDirection)) {
-#pragma omp single
-      for (int64_t k = first; k < last; ++k) {
-        const int64_t i = chunks[k].tensor;
-        if (chunks[k].begin == 0) scalars[i] = scalars_of_update<S>(tensors[i], s, sums[i]);
-      }
+      if (c.end == tensors[i].numel) scalars[i] = scalars_of_update<S>(tensors[i], s, sums[i]);
     }
     if (stages & kUpdate) {
       const bool backwards = size > kHuge;
