@@ -1,11 +1,13 @@
 """Seeds, metrics, precision, checkpoints: the pieces under the loops."""
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine.allocator import populate
 from engine.checkpoint import Checkpoints, Progress, read_checkpoint, write_checkpoint
 from engine.distributed import World, setup
 from engine.errors import UserError
@@ -213,3 +215,13 @@ def test_freed_memory_is_kept():
     before, done, after = out.split()
     if done == "True":  # glibc
         assert int(after) < int(before) / 100
+
+
+def test_populate_provides_the_pages_at_once():
+    storage = torch.UntypedStorage._new_shared(2**24)
+    if not populate(storage.data_ptr(), storage.nbytes()):
+        pytest.skip("this system cannot")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    storage.fill_(1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100  # of 4,096 pages
+    assert not populate(0, 4096)
