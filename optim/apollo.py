@@ -285,11 +285,10 @@ def _single_tensor_apollo(
             grad = grad.add(param, alpha=weight_decay)
 
         # the average of the gradient: m = d * D of the step before, and what this gradient changes
+        exp_avg = stored
         if stored is None:
             bound = sigmas[i] if rebound == "belief" else sigma
             exp_avg = d * (hessian.abs().clamp_(min=bound) + curvature_offset(eps, beta, before, rebound))
-        else:
-            exp_avg = stored
         delta_g = grad - exp_avg
         exp_avg.add_(alpha * delta_g)
 

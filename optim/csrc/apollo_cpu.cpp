@@ -290,7 +290,7 @@ auto with_flag(bool flag, F f) {
 
 struct Chunk {
   int64_t tensor, begin, end;
-  int64_t before;         // elements of the list that come before it
+  int64_t before;         // elements in the chunks that come before it
   ApolloSums sums;        // of this chunk, in this step
   ApolloCarried carried;  // of this chunk, after a step
 };
@@ -356,7 +356,7 @@ struct Step {
     Chunk c{i, 0, tensors[i].numel, 0, {}, {}};
     sum(c);
     sums[i] = c.sums;
-    if (!tensors[i].carried) carried[i] = c.carried;
+    carried[i] = c.carried;
     complete(i);
     scalars[i] = scalars_of_update<S>(tensors[i], s, sums[i]);
     update(c);
