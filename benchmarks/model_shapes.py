@@ -70,3 +70,16 @@ def shapes(name: str) -> list[Shape]:
     if count != expected:
         raise RuntimeError(f"{name}: {count:,} parameters, not {expected:,}")
     return found
+
+
+def gradients(name: str, dense: bool = False) -> list[torch.Tensor]:
+    """Random gradients of a set's shapes. Unless `dense`, the One Billion Words embedding's is zero but for the rows of
+    a batch's 2,560 words, as in training; these are drawn by Zipf's law, words being in the order of their frequency.
+    """
+    found = [torch.randn(shape) for shape in shapes(name)]
+    if name == "lstm_1b" and not dense:
+        frequencies = 1 / torch.arange(1, len(found[0]) + 1, dtype=torch.float64)
+        words = torch.multinomial(frequencies, 2_560, replacement=True)
+        rows = found[0][words]
+        found[0].zero_()[words] = rows
+    return found

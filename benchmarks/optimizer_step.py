@@ -3,7 +3,8 @@
     python -m benchmarks.optimizer_step [--device cuda] [--shapes resnet110,lstm_1b] [--json OUT] [--plot OUT.png]
 
 Apollo single-tensor, foreach and fused; the published algorithm written literally (literal_apollo.py); torch's SGD with
-momentum, AdamW and RAdam in the forms they have. Nothing but the step is timed, on gradients that stay.
+momentum, AdamW and RAdam in the forms they have. Nothing but the step is timed, on random gradients that stay. In the
+language model's embedding only the rows of a batch's words have one, as in training; --dense gives one to all.
 
 All take their turn in every round, in one process, the order reversed every other round; a turn lasts at least
 --seconds. The table gives medians over the rounds. `/ AdamW` is the ratio to fused AdamW's median. `/ floor` compares
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.literal_apollo import LiteralApollo
-from benchmarks.model_shapes import SETS, shapes
+from benchmarks.model_shapes import SETS, gradients, shapes
 from engine.distributed import setup
 from engine.errors import UserError, run_main
 from engine.run_record import describe_environment
@@ -82,6 +83,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--contenders", default="", help="comma-separated parts of names to keep, besides the baseline")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.2, help="least length of a turn; at least one step is made")
+    parser.add_argument("--dense", action="store_true", help="no gradient is zero, not even the embedding's of lstm_1b")
     parser.add_argument("--json", metavar="OUT", help="write everything measured to this file")
     parser.add_argument("--plot", metavar="OUT", help="draw the ratios to fused AdamW")
     options = parser.parse_args(arguments)
@@ -116,8 +118,8 @@ def measure(
     """For each contender: seconds of a step in every round, bytes of state per parameter, launches on a GPU."""
     decay = SETS[name][2]
     params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes(name)]
-    for param in params:
-        param.grad = torch.randn_like(param)
+    for param, grad in zip(params, gradients(name, options.dense), strict=True):
+        param.grad = grad.to(device)
     count = sum(param.numel() for param in params)
     # Where the states of all at once would fill the memory, each is made for its turn, and given back after it.
     together = 4 * count * sum(contender.states for contender in kept.values()) < free_memory(device) / 3

@@ -308,6 +308,31 @@ def test_sums_carried_and_taken_anew_are_the_same_bits(dtype, settings):
     assert all(torch.equal(x, y) for x, y in zip(going_on, resumed, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("decay", [0.0, 1e-2])
+def test_gradients_that_are_mostly_zero(dtype, decay):
+    """An embedding's: the fused step does not read what the zeros are multiplied with."""
+    settings = {"lr": 0.1, "warmup": 0, "weight_decay": decay}
+    shape, rows = (5_000, 60), ([0, 4_000], [3_999], [], [1_111, 1_112, 4_999], [2_500])
+    params, twins, copies = (random_parameters((shape, (40, 60)), dtype) for _ in range(3))
+    pairs = [(Apollo(params, fused=True, **settings), params), (Apollo(twins, foreach=False, **settings), twins)]
+    pairs += [(Apollo(copies, fused=True, **settings), copies)]
+    generator = torch.Generator().manual_seed(0)
+    for touched in rows:
+        grads = [torch.zeros(x.shape, dtype=dtype) for x in params]
+        for grad in grads:
+            here = [row for row in touched if row < len(grad)]
+            grad[here] = torch.randn(len(here), 60, generator=generator).to(dtype)
+        for optimizer, mine in pairs:
+            for x, grad in zip(mine, grads, strict=True):
+                x.grad = grad.clone() if mine is not copies else torch.where(grad == 0, -grad, grad)  # -0.0 is a zero
+            optimizer.step()
+    bound = {"rtol": 1e-10, "atol": 1e-12} if dtype is torch.float64 else {"rtol": 2e-2, "atol": 1e-3}
+    for x, y, z in zip(params, twins, copies, strict=True):
+        assert torch.equal(x, z)
+        torch.testing.assert_close(x, y, **bound)
+
+
 def test_default_path_is_fused():
     params = random_parameters()
     default, explicit = random_parameters(), random_parameters()

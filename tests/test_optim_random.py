@@ -97,6 +97,8 @@ def test_agrees_with_the_literal_algorithm(
     literal = LiteralApollo(literal_groups, lr=1.0)
     kinds = [kind for _, members in drawn for kind in members]
 
+    # The least D so far. Under "belief" it may come down to eps, which magnifies the rounding of B.
+    least = [1.0] * len(params)
     for step in range(steps):
         if step == drop:
             for group in (*optimizer.param_groups, *literal.param_groups):
@@ -107,14 +109,19 @@ def test_agrees_with_the_literal_algorithm(
             if (step, i) not in absent:
                 param.grad = laid_out(draw(param.shape), layout if alike else "contiguous", dtype, storage)
                 twin.grad = param.grad.double().contiguous()
+        before = [twin.detach().clone() for twin in twins]
         optimizer.step()
         literal.step()
-        for param, twin in zip(params, twins, strict=True):
-            bound = 1e-10 if param.dtype is torch.float64 else 2e-4
+        for i, (param, twin, start) in enumerate(zip(params, twins, before, strict=True)):
+            if twin.grad is not None and twin.numel():
+                curvature = (literal.state[twin]["exp_avg"] / literal.state[twin]["direction"]).abs().nan_to_num(1.0)
+                least[i] = min(least[i], float(curvature.min()) + 1e-4)
+            bound = (1e-10 if param.dtype is torch.float64 else 2e-4) * max(1.0, 1e-2 / least[i])
             rounding = torch.finfo(param.dtype).eps
-            scale = float(twin.detach().abs().max()) if twin.numel() else 0.0
+            # a number that the step takes from 0.5 to 0.00006 has lost digits in any arithmetic
+            scale = float(torch.stack([start, twin.detach()]).abs().max()) if twin.numel() else 0.0
             error = (param.detach().double() - twin.detach()).abs()
-            assert bool((error <= bound * scale + rounding * twin.detach().abs() + 1e-7).all()), (error.max(), scale)
+            assert bool((error <= bound * scale + rounding * twin.detach().abs()).all()), (error.max(), scale)
             if param in optimizer.state and param.dtype is torch.float64:
                 for key in ("direction", "hessian"):
                     torch.testing.assert_close(

@@ -7,6 +7,9 @@
 // and d, the second reads g, p, B, d and writes p, B, d: 9 transfers of a tensor's size, where AdamW makes 7. A small
 // tensor is done in one go, in cache.
 //
+// An embedding's gradient is zero in the rows of all words that the batch has not. Chunks of a gradient are read up to the
+// first block that is not zero, without d, and this part is not read again: 7 transfers, as AdamW's.
+//
 // Large tensors are cut into chunks, and go through in waves that the cores' own caches can hold where that is possible.
 // Each core takes the same chunks in both passes. Where a tensor's g and d are more than a shared cache holds, the second
 // pass goes backwards, in longer chunks, to find the last of them still there; elsewhere forwards, which hardware
@@ -194,6 +197,19 @@ ApolloCarried sum_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begi
   return total;
 }
 
+// Where the first block with anything but zeros begins, or `end`.
+template <class P>
+int64_t first_nonzero(const P* g, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t stop = std::min(block + kBlock, end);
+    int any = 0;
+#pragma omp simd reduction(| : any)
+    for (int64_t i = block; i < stop; ++i) any |= load(g[i]) != 0;
+    if (any) return block;
+  }
+  return end;
+}
+
 // The sum of g * d, L2 decay's part of g left out, in gd; and the largest |g - m|, with that part, in max.
 template <class P, class S, bool L2, bool STORED, bool BELIEF>
 ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, int64_t end) {
@@ -223,12 +239,13 @@ ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, 
   return total;
 }
 
-// m and B; then d and p and, with CARRY, the sums of them that the next step needs, added to `carried`. With STABLE,
+// m and B, with g taken for zero before `start`; then d and p and, with CARRY, the sums of them that the next step needs, added to `carried`. With STABLE,
 // where the mean of D has to come first, the sum of D instead, which is returned.
 template <class P, class S, bool L2, bool STORED, bool STABLE, bool CARRY>
-double update_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, int64_t end, ApolloCarried& carried) {
+double update_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, int64_t start, int64_t end,
+                    ApolloCarried& carried) {
+  static const P zeros[kBlock]{};
   P* __restrict p = static_cast<P*>(t.param);
-  const P* __restrict g = static_cast<const P*>(t.grad);
   S* __restrict m = static_cast<S*>(t.exp_avg);
   S* __restrict b = static_cast<S*>(t.hessian);
   S* __restrict d = static_cast<S*>(t.direction);
@@ -237,11 +254,12 @@ double update_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, i
   double total = 0;
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t stop = std::min(block + kBlock, end);
+    const P* __restrict g = block < start ? zeros : static_cast<const P*>(t.grad) + block;
     S sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = block; i < stop; ++i) {
       const S param = load(p[i]);
-      S grad = load(g[i]) * factor;
+      S grad = load(g[i - block]) * factor;
       if (L2) grad += l2 * param;
       const S before = d[i];
       S average = STORED ? m[i] : before * rectify(b[i], bound_before, offset_before);
@@ -290,6 +308,7 @@ auto with_flag(bool flag, F f) {
 
 struct Chunk {
   int64_t tensor, begin, end;
+  int64_t start;          // the gradient is zero before
   int64_t before;         // elements in the chunks that come before it
   ApolloSums sums;        // of this chunk, in this step
   ApolloCarried carried;  // of this chunk, after a step
@@ -313,7 +332,8 @@ struct Step {
       with_flag(t.exp_avg != nullptr, [&](auto stored) {
         if (!t.carried) c.carried = sum_chunk<P, S, l2.value, stored.value>(t, x, c.begin, c.end);
         with_flag(s.belief != 0, [&](auto belief) {
-          c.sums = dot_chunk<P, S, l2.value, stored.value, belief.value>(t, x, c.begin, c.end);
+          if (!belief.value) c.start = first_nonzero(static_cast<const P*>(t.grad), c.begin, c.end);
+          c.sums = dot_chunk<P, S, l2.value, stored.value, belief.value>(t, x, c.start, c.end);
         });
       });
     });
@@ -327,7 +347,7 @@ struct Step {
         with_flag(s.stable != 0, [&](auto stable) {
           with_flag(!s.stable && t.numel > s.whole, [&](auto carry) {
             c.sums.curvature = update_chunk<P, S, l2.value, stored.value, stable.value, carry.value>(
-                t, scalars[c.tensor], c.begin, c.end, c.carried);
+                t, scalars[c.tensor], c.begin, c.start, c.end, c.carried);
           });
         });
       });
@@ -353,7 +373,7 @@ struct Step {
 
   // All of the step of a tensor that is in one chunk.
   void whole(int64_t i) {
-    Chunk c{i, 0, tensors[i].numel, 0, {}, {}};
+    Chunk c{i, 0, tensors[i].numel, 0, 0, {}, {}};
     sum(c);
     sums[i] = c.sums;
     carried[i] = c.carried;
@@ -434,7 +454,7 @@ struct Step {
       const int64_t size = numel <= s.whole ? numel : numel <= kHuge ? kChunk : kHugeChunk;
       for (int64_t begin = 0; begin < numel; begin += size) {
         const int64_t end = std::min(begin + size, numel);
-        chunks.push_back({i, begin, end, before, {}, {}});
+        chunks.push_back({i, begin, end, begin, before, {}, {}});
         before += end - begin;
       }
     }
