@@ -4,9 +4,12 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Shape = tuple[int, ...]
+
+BATCH = 2_560  # words of a batch of the language model
+SEEN = 800  # steps in which Apollo's direction, shrinking by beta = 0.9 a step, becomes less than any normal float32
 
 
 def resnet110() -> list[Shape]:
@@ -72,14 +75,20 @@ def shapes(name: str) -> list[Shape]:
     return found
 
 
-def gradients(name: str, dense: bool = False) -> list[torch.Tensor]:
-    """Random gradients of a set's shapes. Unless `dense`, the One Billion Words embedding's is zero but for the rows of
-    a batch's 2,560 words, as in training; these are drawn by Zipf's law, words being in the order of their frequency.
+def gradients(name: str, device: torch.device, dense: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+    """Random gradients of a set's shapes, of the steps so far and of the next one.
+
+    These are the same tensors but for the One Billion Words embedding's. Its rows are zero, unless `dense`, but for
+    those of the words in the last SEEN batches, or in the next batch, as in training. Words are in the order of their
+    frequency, and drawn by Zipf's law, which makes more of the rare ones than the corpus has.
     """
-    found = [torch.randn(shape) for shape in shapes(name)]
+    so_far = [torch.randn(shape, device=device) for shape in shapes(name)]
+    following = list(so_far)
     if name == "lstm_1b" and not dense:
-        frequencies = 1 / torch.arange(1, len(found[0]) + 1, dtype=torch.float64)
-        words = torch.multinomial(frequencies, 2_560, replacement=True)
-        rows = found[0][words]
-        found[0].zero_()[words] = rows
-    return found
+        frequencies = 1 / torch.arange(1, len(so_far[0]) + 1, dtype=torch.float64)
+        words = torch.multinomial(frequencies, SEEN * BATCH, replacement=True).to(device)
+        for grads, batch in ((following, words[:BATCH]), (so_far, words)):
+            of_words = torch.zeros_like(grads[0])
+            of_words[batch] = grads[0][batch]
+            grads[0] = of_words
+    return so_far, following

@@ -4,13 +4,14 @@
 
 Apollo single-tensor, foreach and fused; the published algorithm written literally (literal_apollo.py); torch's SGD with
 momentum, AdamW and RAdam in the forms they have. Nothing but the step is timed, on random gradients that stay. In the
-language model's embedding only the rows of a batch's words have one, as in training; --dense gives one to all.
+language model's embedding only the rows of a batch's words have one, and only those of the batches before have state
+that is not zero, as in training; --dense gives a gradient to all.
 
 All take their turn in every round, in one process, the order reversed every other round; a turn lasts at least
 --seconds. The table gives medians over the rounds. `/ AdamW` is the ratio to fused AdamW's median. `/ floor` compares
 with the time that fused AdamW's 7 transfers of a tensor would take for the transfers that the step cannot do without
-(Apollo: 9 on the CPU, on CUDA 10, or 11 with L2 decay; SGD: 5), so it is 1 where only memory counts, and may be less
-where caches help. `GB/s` are these transfers over the time.
+(Apollo: 9, SGD: 5), so it is 1 where only memory counts, and may be less where caches or zeros help. `GB/s` are these
+transfers over the time.
 """
 
 import argparse
@@ -45,21 +46,18 @@ class Contender(NamedTuple):
     transfers: int | None  # of a parameter's 4 bytes, of a step at its best; None where nobody aims at that
 
 
-def contenders(device: str) -> dict[str, Contender]:
+def contenders() -> dict[str, Contender]:
     def apollo(**how: Any) -> Callable[[list[Tensor], float], torch.optim.Optimizer]:
         return lambda params, decay: Apollo(params, lr=LR, warmup=0, weight_decay=decay, **how)
 
     def other(cls: type[torch.optim.Optimizer], **how: Any) -> Callable[[list[Tensor], float], torch.optim.Optimizer]:
         return lambda params, decay: cls(params, lr=LR, weight_decay=decay, **how)
 
-    apollo_transfers = 9 if device == "cpu" else 10
     forms = {"single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
     literal = lambda params, decay: LiteralApollo(params, lr=LR, warmup=0, weight_decay=decay)  # noqa: E731
     found = {"Apollo literal": Contender(literal, 3, 1, None)}
     found |= {
-        f"Apollo {form}": Contender(
-            apollo(**how), 2, 4 if form == "foreach" else 1, apollo_transfers if form == "fused" else None
-        )
+        f"Apollo {form}": Contender(apollo(**how), 2, 4 if form == "foreach" else 1, 9 if form == "fused" else None)
         for form, how in forms.items()
     }
     for name, cls, states, transfers, how in (
@@ -83,7 +81,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--contenders", default="", help="comma-separated parts of names to keep, besides the baseline")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.2, help="least length of a turn; at least one step is made")
-    parser.add_argument("--dense", action="store_true", help="no gradient is zero, not even the embedding's of lstm_1b")
+    parser.add_argument("--dense", action="store_true", help="no gradient is zero, lstm_1b's embedding's neither")
     parser.add_argument("--json", metavar="OUT", help="write everything measured to this file")
     parser.add_argument("--plot", metavar="OUT", help="draw the ratios to fused AdamW")
     options = parser.parse_args(arguments)
@@ -92,7 +90,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--shapes: {name!r} is none of {', '.join(SETS)}")
     kept = {
         name: contender
-        for name, contender in contenders(options.device).items()
+        for name, contender in contenders().items()
         if name == BASELINE or any(part.lower() in name.lower() for part in options.contenders.split(","))
     }
 
@@ -118,8 +116,7 @@ def measure(
     """For each contender: seconds of a step in every round, bytes of state per parameter, launches on a GPU."""
     decay = SETS[name][2]
     params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes(name)]
-    for param, grad in zip(params, gradients(name, options.dense), strict=True):
-        param.grad = grad.to(device)
+    so_far, following = gradients(name, device, options.dense)
     count = sum(param.numel() for param in params)
     # Where the states of all at once would fill the memory, each is made for its turn, and given back after it.
     together = 4 * count * sum(contender.states for contender in kept.values()) < free_memory(device) / 3
@@ -134,16 +131,16 @@ def measure(
                 continue
             if label not in made:
                 made[label] = contender.make(params, decay)
-                made[label].step()  # makes the state, and compiles what is compiled
-                made[label].step()
+                for grads in (so_far, following):  # makes the state, and compiles what is compiled
+                    for param, grad in zip(params, grads, strict=True):
+                        param.grad = grad
+                    made[label].step()
             optimizer = made[label]
             result["seconds"].append(timed(optimizer, options.seconds, device))
             if "bytes_per_parameter" not in result:
                 result["bytes_per_parameter"] = state_bytes(optimizer) / count
                 if contender.transfers:
                     result["transfers"] = contender.transfers
-                    if label.startswith("Apollo") and device.type == "cuda" and decay > 0:
-                        result["transfers"] += 1  # the first of its two passes reads the parameters too
                     result["gb_per_step"] = 4 * count * result["transfers"] / 1e9
                 if device.type == "cuda":
                     result["launches"] = launches(optimizer)

@@ -1,10 +1,7 @@
 """Apollo's fused step on the CPU: one call into csrc/apollo_cpu.cpp for a whole list of tensors.
 
-It is compiled at first use (optim/native.py); `python -m optim.fused_cpu` does so beforehand.
-
-The sums over a large tensor that its next step begins with are left by this one, and used if nobody has written to the
-tensor in between: autograd's version counters tell. They are no state: where they are missing, after a resume or a
-step of another kind, they are taken anew, to the same bits.
+It is compiled at first use (optim/native.py); `python -m optim.fused_cpu` does so beforehand. Large tensors carry sums
+over from step to step (carried.py), which are the same bits when they are taken anew.
 """
 
 import ctypes
@@ -13,13 +10,12 @@ from array import array
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.utils.weak import WeakIdKeyDictionary
 
+from .carried import left_by_steps, marks
 from .layout import lay_out_like
 from .native import NotCompiled, compile_library
 from .sharded import ProcessGroups, join_sums
@@ -28,9 +24,6 @@ SOURCE = Path(__file__).parent / "csrc" / "apollo_cpu.cpp"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SUM, UPDATE, DIRECTION = 1, 2, 4
 LARGE = 65536  # elements; up to here a tensor is done in one go, in cache: float32 p, g, B and d are 1 MiB then
-
-# Sums over a large tensor after its last step (struct ApolloCarried), and what they are of; by its direction tensor.
-_carried: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class _Settings(ctypes.Structure):
@@ -95,8 +88,8 @@ def _fused_cpu_apollo(
     carried = array("d", bytes(32 * len(params)))  # four numbers a tensor
     is_carried = [0] * len(params)
     for i in large:
-        found = _carried.get(directions[i])
-        if found is not None and found[0] == _marks(params[i], [state[i] for state in states], l2):
+        found = left_by_steps.get(directions[i])
+        if found is not None and found[0] == (l2 != 0, marks([x[i] for x in (params, *states)])):
             carried[4 * i : 4 * i + 4], is_carried[i] = found[1], 1
 
     tensors = (params, grads, exp_avgs if stored else None, hessians, directions, sigmas if belief else None, steps)
@@ -133,12 +126,8 @@ def _fused_cpu_apollo(
             join_sums(sums[:, 3:4], shards)
             run(DIRECTION)
     for i in large:
-        _carried[directions[i]] = _marks(params[i], [state[i] for state in states], l2), carried[4 * i : 4 * i + 4]
-
-
-def _marks(param: Tensor, states: list[Tensor], l2: float) -> tuple[Any, ...]:
-    """What stays the same as long as nobody writes to a parameter or its state: where they are, and their versions."""
-    return l2 != 0, *((x.data_ptr(), x._version) for x in (param, *states))
+        key = l2 != 0, marks([x[i] for x in (params, *states)])
+        left_by_steps[directions[i]] = key, carried[4 * i : 4 * i + 4]
 
 
 if __name__ == "__main__":

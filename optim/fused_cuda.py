@@ -1,12 +1,17 @@
 """Apollo's fused step on a GPU: three Triton launches for a whole list of tensors, five with decay "stable".
 
-    sum_chunks      for each chunk of the list: its part of the three sums (and of the largest |g - m|)
+    sum_chunks      for each chunk of the list: its part of the sums that are not carried over from the last step
     make_scalars    for each tensor: adds up its chunks, makes the scalars of its update, counts the step
     update_chunks   for each chunk: m, B, d, p
 
 The kernels (triton_kernels.py) find the tensors through a table of addresses on the device, which is sent there when an
 address has changed, and kept otherwise. Nothing waits for the device: counts, a gradient scaler's verdict (found_inf)
 and learning rates that are tensors are read there. Chunks are added up in their order: a step repeated is the same.
+
+As on the CPU, an update leaves all sums for the next step but that of g * d (carried.py), so that the first launch
+reads g and d alone. Not with rebound "belief", which needs all of m, nor with decay "stable", and not where
+capturable=True: when a CUDA graph is replayed, nobody can ask whether they still hold.
+
 See optim/apollo.py for the algorithm and its letters; importing this file needs Triton.
 """
 
@@ -14,16 +19,19 @@ import math
 from collections import OrderedDict
 from contextlib import nullcontext
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from .carried import left_by_steps, marks
 from .layout import lay_out_like
 from .sharded import ProcessGroups, join_sums
 from .triton_kernels import (
+    CURVATURE,
+    MAX,
     SCALARS,
     SUMS,
     direct_chunks,
@@ -71,7 +79,8 @@ def _fused_cuda_apollo(
     stable = weight_decay != 0 and weight_decay_type == "stable"
     l2, decay = (weight_decay, 0.0) if weight_decay_type == "L2" else (0.0, weight_decay)
 
-    grads = lay_out_like(params, grads, hessians, directions, *([exp_avgs] if stored else []))
+    states = [hessians, directions, exp_avgs] if stored else [hessians, directions]
+    grads = lay_out_like(params, grads, *states)
     chunks, first_chunks, counts = _chunks(tuple(param.numel() for param in params), device)
     tensors = [params, grads, exp_avgs if stored else None, hessians, directions, sigmas if belief else None, steps]
     columns = [[0] * len(params) if column is None else [x.data_ptr() for x in column] for column in tensors]
@@ -81,7 +90,11 @@ def _fused_cuda_apollo(
     if _is_capturing(device):
         _captured.append((chunks, table))
 
-    partials = torch.empty(len(chunks), SUMS.value, dtype=torch.float64, device=device)
+    carry = not (belief or stable or capturable)
+    key = l2 != 0, marks([*params, *chain.from_iterable(states)])
+    found = left_by_steps.pop(directions[0], None)
+    carried = carry and found is not None and found[0] == key
+    partials = found[1] if carried else torch.empty(len(chunks), SUMS.value, dtype=torch.float64, device=device)
     sums = torch.empty(len(params), SUMS.value, dtype=torch.float64, device=device)
     scalars = torch.empty(len(params), SCALARS.value, dtype=torch.float32, device=device)
     lr_tensor = isinstance(lr, Tensor)
@@ -91,38 +104,44 @@ def _fused_cuda_apollo(
     log_beta, one_minus_beta = math.log(beta) if beta > 0 else -1e30, 1 - beta
     norm_eps = eps if belief else eps / sigma
     flags = {"SCALED": grad_scale is not None, "ALIGNED": aligned, "CHUNK": CHUNK, "BLOCK": BLOCK}
-    flags |= {"P": DTYPES[params[0].dtype], "L2": l2 != 0, "STORED": stored}
-    found = {"FOUND_INF": found_inf is not None}
+    # Without fused multiply-adds, sums are the same where they are carried over and where they are taken anew.
+    flags |= {"P": DTYPES[params[0].dtype], "L2": l2 != 0, "STORED": stored, "enable_fp_fusion": False}
+    skipping = {"FOUND_INF": found_inf is not None}
 
     increment_version(params)  # written to behind autograd's back
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if len(chunks):
             sum_chunks[(len(chunks),)](
                 table, chunks, partials, l2, factor, sigma, eps, log_beta, one_minus_beta, grad_scale,
-                BELIEF=belief, **flags,
+                BELIEF=belief, CARRIED=carried, **flags,
             )  # fmt: skip
         if sharded:
             join_chunks[(len(params),)](table, partials, sums, JOIN=JOIN)
-            join_sums(sums[:, :3], shards)
+            join_sums(sums[:, : MAX.value], shards)
             if belief:
-                join_sums(sums[:, 3:4], shards, largest=True)
+                join_sums(sums[:, MAX.value : CURVATURE.value], shards, largest=True)
         make_scalars[(len(params),)](
-            table, partials, sums, scalars, lr, init_lr, warmup, log_beta, one_minus_beta, eps, norm_eps, sigma, decay,
-            found_inf, LR_TENSOR=lr_tensor, BELIEF=belief, SHARDED=sharded, JOIN=JOIN, **found,
+            table, partials, sums, scalars, lr, init_lr, warmup, log_beta, one_minus_beta, eps, norm_eps, sigma, l2,
+            decay, found_inf,
+            L2=l2 != 0, LR_TENSOR=lr_tensor, BELIEF=belief, SHARDED=sharded, JOIN=JOIN, **skipping,
         )  # fmt: skip
         if len(chunks):
             update_chunks[(len(chunks),)](
-                table, chunks, partials, scalars, l2, factor, grad_scale, found_inf, STABLE=stable, **flags, **found
-            )
+                table, chunks, partials, scalars, l2, factor, grad_scale, found_inf,
+                STABLE=stable, CARRY=carry, **flags, **skipping,
+            )  # fmt: skip
+        if carry:
+            key = l2 != 0, marks([*params, *chain.from_iterable(states)])
+            left_by_steps[directions[0]] = key, partials
         if not stable:
             return
         if sharded:
             join_chunks[(len(params),)](table, partials, sums, JOIN=JOIN)
-            join_sums(sums[:, 4:], shards)
+            join_sums(sums[:, CURVATURE.value :], shards)
         make_stable_decay[(len(params),)](table, partials, sums, scalars, decay, SHARDED=sharded, JOIN=JOIN)
         if len(chunks):
             direct_chunks[(len(chunks),)](
-                table, chunks, scalars, found_inf, P=flags["P"], ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK, **found
+                table, chunks, scalars, found_inf, P=flags["P"], ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK, **skipping
             )
 
 

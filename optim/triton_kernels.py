@@ -13,8 +13,9 @@ PARAM, GRAD, EXP_AVG, HESSIAN, DIRECTION, SIGMA, STEP, NUMEL, WHOLE_NUMEL, FIRST
 )
 # Columns of the scalars of a tensor's step. D = max(|B|, bound) + offset, in the step before and in this one.
 LR, ALPHA, DELTA, BOUND_BEFORE, OFFSET_BEFORE, BOUND, OFFSET, DECAY, SCALARS = (tl.constexpr(i) for i in range(9))
-# Columns of the sums over a tensor or chunk.
-D4, GD, BDD, MAX, CURVATURE, SUMS = (tl.constexpr(i) for i in range(6))
+# Columns of the sums over a tensor or chunk: of d^4, B d^2, m d and (with L2 decay) p d, which a step may leave for the
+# next one; of g d (L2 decay's part of g left out); the largest |g - m|; and of D.
+D4, BDD, MD, PD, GD, MAX, CURVATURE, SUMS = (tl.constexpr(i) for i in range(8))
 
 
 @triton.jit
@@ -41,31 +42,51 @@ def _load(pointer, offsets, mask):
 
 
 @triton.jit
+def _sum_state(param, average, hessian, direction, d4, bdd, md, pd, L2: tl.constexpr):
+    """Adds a block's part of the sums that do not depend on the gradient, lane by lane."""
+    square = direction * direction
+    if L2:
+        pd += param * direction
+    return d4 + square * square, bdd + hessian * square, md + average * direction, pd
+
+
+@triton.jit
+def _store_state_sums(out, d4, bdd, md, pd):
+    # In float64 the order in which a kernel adds up the lanes leaves no trace.
+    tl.store(out + D4, tl.sum(d4.to(tl.float64), 0))
+    tl.store(out + BDD, tl.sum(bdd.to(tl.float64), 0))
+    tl.store(out + MD, tl.sum(md.to(tl.float64), 0))
+    tl.store(out + PD, tl.sum(pd.to(tl.float64), 0))
+
+
+@triton.jit
 def _sum_block(
-    p, g, m, h, d, offsets, mask, l2, factor, bound, offset, d4, gd, bdd, largest,
-    L2: tl.constexpr, STORED: tl.constexpr, BELIEF: tl.constexpr,
+    p, g, m, h, d, offsets, mask, l2, factor, bound, offset, d4, bdd, md, pd, gd, largest,
+    L2: tl.constexpr, STORED: tl.constexpr, BELIEF: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
     grad = _load(g, offsets, mask) * factor
-    if L2:
-        grad += l2 * _load(p, offsets, mask)
     before = _load(d, offsets, mask)
-    hessian = _load(h, offsets, mask)
-    if STORED:
-        average = _load(m, offsets, mask)
-    else:
-        average = before * _rectify(hessian, bound, offset)
-    delta_g = grad - average
-    square = before * before
-    if BELIEF:
-        largest = tl.maximum(largest, tl.abs(delta_g))
-    return d4 + square * square, gd + delta_g * before, bdd + hessian * square, largest
+    gd += grad * before
+    if not CARRIED:
+        hessian = _load(h, offsets, mask)
+        param = 0.0
+        if L2:
+            param = _load(p, offsets, mask)
+        if STORED:
+            average = _load(m, offsets, mask)
+        else:
+            average = before * _rectify(hessian, bound, offset)
+        d4, bdd, md, pd = _sum_state(param, average, hessian, before, d4, bdd, md, pd, L2)
+        if BELIEF:
+            largest = tl.maximum(largest, tl.abs(grad + l2 * param - average))
+    return d4, bdd, md, pd, gd, largest
 
 
 @triton.jit
 def sum_chunks(
     table, chunks, partials, l2, factor, sigma, eps, log_beta, one_minus_beta, grad_scale,
-    P: tl.constexpr, L2: tl.constexpr, STORED: tl.constexpr, BELIEF: tl.constexpr, SCALED: tl.constexpr,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, L2: tl.constexpr, STORED: tl.constexpr, BELIEF: tl.constexpr, CARRIED: tl.constexpr,
+    SCALED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     row = table + tl.load(chunks + 2 * chunk) * COLUMNS
@@ -85,27 +106,30 @@ def sum_chunks(
         offset = (eps * (1 - tl.exp(before * log_beta)) / one_minus_beta).to(tl.float32)
 
     d4 = tl.zeros([BLOCK], tl.float32)
-    gd = tl.zeros([BLOCK], tl.float32)
     bdd = tl.zeros([BLOCK], tl.float32)
+    md = tl.zeros([BLOCK], tl.float32)
+    pd = tl.zeros([BLOCK], tl.float32)
+    gd = tl.zeros([BLOCK], tl.float32)
     largest = tl.zeros([BLOCK], tl.float32)
     here = tl.minimum(tl.load(row + NUMEL) - begin, CHUNK).to(tl.int32)
     full = here // BLOCK * BLOCK
     for i in range(0, full, BLOCK):
         offsets = begin + i + tl.arange(0, BLOCK)
-        d4, gd, bdd, largest = _sum_block(
-            p, g, m, h, d, offsets, None, l2, factor, bound, offset, d4, gd, bdd, largest, L2, STORED, BELIEF
-        )
+        d4, bdd, md, pd, gd, largest = _sum_block(
+            p, g, m, h, d, offsets, None, l2, factor, bound, offset, d4, bdd, md, pd, gd, largest,
+            L2, STORED, BELIEF, CARRIED,
+        )  # fmt: skip
     if full < here:
         rest = full + tl.arange(0, BLOCK)
-        d4, gd, bdd, largest = _sum_block(
-            p, g, m, h, d, begin + rest, rest < here, l2, factor, bound, offset, d4, gd, bdd, largest,
-            L2, STORED, BELIEF,
+        d4, bdd, md, pd, gd, largest = _sum_block(
+            p, g, m, h, d, begin + rest, rest < here, l2, factor, bound, offset, d4, bdd, md, pd, gd, largest,
+            L2, STORED, BELIEF, CARRIED,
         )  # fmt: skip
     out = partials + chunk * SUMS
-    tl.store(out + D4, tl.sum(d4, 0).to(tl.float64))
-    tl.store(out + GD, tl.sum(gd, 0).to(tl.float64))
-    tl.store(out + BDD, tl.sum(bdd, 0).to(tl.float64))
-    tl.store(out + MAX, tl.max(largest, 0).to(tl.float64))
+    tl.store(out + GD, tl.sum(gd.to(tl.float64), 0))
+    if not CARRIED:
+        _store_state_sums(out, d4, bdd, md, pd)
+        tl.store(out + MAX, tl.max(largest, 0).to(tl.float64))
 
 
 @triton.jit
@@ -134,29 +158,34 @@ def join_chunks(table, partials, sums, JOIN: tl.constexpr):
     tensor = tl.program_id(0).to(tl.int64)
     row = table + tensor * COLUMNS
     out = sums + tensor * SUMS
-    tl.store(out + D4, _joined(partials, row, D4, JOIN, False))
-    tl.store(out + GD, _joined(partials, row, GD, JOIN, False))
-    tl.store(out + BDD, _joined(partials, row, BDD, JOIN, False))
-    tl.store(out + CURVATURE, _joined(partials, row, CURVATURE, JOIN, False))
-    tl.store(out + MAX, _joined(partials, row, MAX, JOIN, True))
+    for column in tl.static_range(SUMS):
+        tl.store(out + column, _joined(partials, row, column, JOIN, column == MAX))
+
+
+@triton.jit
+def _sum_of(sums, partials, row, tensor, COLUMN: tl.constexpr, SHARDED: tl.constexpr, JOIN: tl.constexpr):
+    """One sum over a tensor: joined over the ranks already, or else over its chunks here."""
+    if SHARDED:
+        total = tl.load(sums + tensor * SUMS + COLUMN)
+    else:
+        total = _joined(partials, row, COLUMN, JOIN, COLUMN == MAX)
+    return total
 
 
 @triton.jit
 def make_scalars(
-    table, partials, sums, scalars, lr, init_lr, warmup, log_beta, one_minus_beta, eps, norm_eps, sigma, decay,
-    found_inf, LR_TENSOR: tl.constexpr, BELIEF: tl.constexpr, SHARDED: tl.constexpr, FOUND_INF: tl.constexpr,
-    JOIN: tl.constexpr,
+    table, partials, sums, scalars, lr, init_lr, warmup, log_beta, one_minus_beta, eps, norm_eps, sigma, l2, decay,
+    found_inf, L2: tl.constexpr, LR_TENSOR: tl.constexpr, BELIEF: tl.constexpr, SHARDED: tl.constexpr,
+    FOUND_INF: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
     tensor = tl.program_id(0).to(tl.int64)
     row = table + tensor * COLUMNS
-    if SHARDED:
-        d4 = tl.load(sums + tensor * SUMS + D4)
-        gd = tl.load(sums + tensor * SUMS + GD)
-        bdd = tl.load(sums + tensor * SUMS + BDD)
-    else:
-        d4 = _joined(partials, row, D4, JOIN, False)
-        gd = _joined(partials, row, GD, JOIN, False)
-        bdd = _joined(partials, row, BDD, JOIN, False)
+    d4 = _sum_of(sums, partials, row, tensor, D4, SHARDED, JOIN)
+    bdd = _sum_of(sums, partials, row, tensor, BDD, SHARDED, JOIN)
+    gd = _sum_of(sums, partials, row, tensor, GD, SHARDED, JOIN)
+    gd -= _sum_of(sums, partials, row, tensor, MD, SHARDED, JOIN)
+    if L2:
+        gd += l2 * _sum_of(sums, partials, row, tensor, PD, SHARDED, JOIN)
     if LR_TENSOR:
         lr = tl.load(lr)
     counted = 1.0
@@ -177,10 +206,7 @@ def make_scalars(
     tl.store(out + DELTA, delta.to(tl.float32))
     tl.store(out + DECAY, decay)
     if BELIEF:
-        if SHARDED:
-            largest = tl.load(sums + tensor * SUMS + MAX)
-        else:
-            largest = _joined(partials, row, MAX, JOIN, True)
+        largest = _sum_of(sums, partials, row, tensor, MAX, SHARDED, JOIN)
         state = _address(row, SIGMA, tl.float32, False)
         sigma_before = tl.load(state)
         bound = tl.where(counted > 0, largest.to(tl.float32), sigma_before)
@@ -199,8 +225,8 @@ def make_scalars(
 
 @triton.jit
 def _update_block(
-    p, g, m, h, d, offsets, mask, l2, factor, lr, alpha, delta, bound_before, offset_before, bound, offset, decay, sum,
-    L2: tl.constexpr, STORED: tl.constexpr, STABLE: tl.constexpr,
+    p, g, m, h, d, offsets, mask, l2, factor, lr, alpha, delta, bound_before, offset_before, bound, offset, decay,
+    curvatures, d4, bdd, md, pd, L2: tl.constexpr, STORED: tl.constexpr, STABLE: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
     param = _load(p, offsets, mask)
     grad = _load(g, offsets, mask) * factor
@@ -220,25 +246,31 @@ def _update_block(
     curvature = _rectify(hessian, bound, offset)
     if STABLE:
         if mask is None:
-            sum += curvature
+            curvatures += curvature
         else:
-            sum += tl.where(mask, curvature, 0.0)
+            curvatures += tl.where(mask, curvature, 0.0)
     else:
         direction = average / curvature
         if STORED:
             direction += decay * param
+        rounded = (param - lr * direction).to(p.dtype.element_ty)
         tl.store(d + offsets, direction, mask)
-        tl.store(p + offsets, (param - lr * direction).to(p.dtype.element_ty), mask)
-    return sum
+        tl.store(p + offsets, rounded, mask)
+        if CARRY:  # as a sum taken anew would have it
+            if not STORED:
+                average = direction * curvature
+            d4, bdd, md, pd = _sum_state(rounded.to(tl.float32), average, hessian, direction, d4, bdd, md, pd, L2)
+    return curvatures, d4, bdd, md, pd
 
 
 @triton.jit
 def update_chunks(
     table, chunks, partials, scalars, l2, factor, grad_scale, found_inf,
-    P: tl.constexpr, L2: tl.constexpr, STORED: tl.constexpr, STABLE: tl.constexpr, SCALED: tl.constexpr,
-    FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, L2: tl.constexpr, STORED: tl.constexpr, STABLE: tl.constexpr, CARRY: tl.constexpr,
+    SCALED: tl.constexpr, FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0).to(tl.int64)
+    """The last chunks first: their gradients and directions, read a moment ago, may still be in the L2 cache."""
+    chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     tensor = tl.load(chunks + 2 * chunk)
     row = table + tensor * COLUMNS
     begin = tl.load(chunks + 2 * chunk + 1) * CHUNK
@@ -263,21 +295,29 @@ def update_chunks(
     if FOUND_INF:
         here = tl.where(tl.load(found_inf) == 0, here, 0)
     full = here // BLOCK * BLOCK
-    sum = tl.zeros([BLOCK], tl.float32)
+    curvatures = tl.zeros([BLOCK], tl.float32)
+    d4 = tl.zeros([BLOCK], tl.float32)
+    bdd = tl.zeros([BLOCK], tl.float32)
+    md = tl.zeros([BLOCK], tl.float32)
+    pd = tl.zeros([BLOCK], tl.float32)
     for i in range(0, full, BLOCK):
         offsets = begin + i + tl.arange(0, BLOCK)
-        sum = _update_block(
+        curvatures, d4, bdd, md, pd = _update_block(
             p, g, m, h, d, offsets, None, l2, factor, lr, alpha, delta, bound_before, offset_before, bound, offset,
-            decay, sum, L2, STORED, STABLE,
+            decay, curvatures, d4, bdd, md, pd, L2, STORED, STABLE, CARRY,
         )  # fmt: skip
     if full < here:
         rest = full + tl.arange(0, BLOCK)
-        sum = _update_block(
+        curvatures, d4, bdd, md, pd = _update_block(
             p, g, m, h, d, begin + rest, rest < here, l2, factor, lr, alpha, delta, bound_before, offset_before, bound,
-            offset, decay, sum, L2, STORED, STABLE,
+            offset, decay, curvatures, d4, bdd, md, pd, L2, STORED, STABLE, CARRY,
         )  # fmt: skip
+    out = partials + chunk * SUMS
     if STABLE:
-        tl.store(partials + chunk * SUMS + CURVATURE, tl.sum(sum, 0).to(tl.float64))
+        tl.store(out + CURVATURE, tl.sum(curvatures, 0).to(tl.float64))
+    if CARRY:  # noqa: SIM102  (older compilers of Triton do not take both at once)
+        if here > 0:  # a step that is skipped leaves the sums as they are
+            _store_state_sums(out, d4, bdd, md, pd)
 
 
 @triton.jit
@@ -285,10 +325,7 @@ def make_stable_decay(table, partials, sums, scalars, decay, SHARDED: tl.constex
     """Decay "stable": the coefficient is divided by the mean of D over the tensor."""
     tensor = tl.program_id(0).to(tl.int64)
     row = table + tensor * COLUMNS
-    if SHARDED:
-        total = tl.load(sums + tensor * SUMS + CURVATURE)
-    else:
-        total = _joined(partials, row, CURVATURE, JOIN, False)
+    total = _sum_of(sums, partials, row, tensor, CURVATURE, SHARDED, JOIN)
     mean = total / tl.load(row + WHOLE_NUMEL).to(tl.float64)
     tl.store(scalars + tensor * SCALARS + DECAY, (decay / mean).to(tl.float32))
 

@@ -333,6 +333,41 @@ def test_gradients_that_are_mostly_zero(dtype, decay):
         torch.testing.assert_close(x, y, **bound)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_direction_without_gradients_ends_at_zero(dtype):
+    """It shrinks by beta = 0.5 a step, to zero and not to subnormal numbers; then the parameter stands still."""
+    param, twin = random_parameters(((1000,),), dtype)[0], random_parameters(((1000,),), dtype)[0]
+    optimizer, single = (
+        Apollo([x], lr=0.1, beta=0.5, warmup=0, **how) for x, how in ((param, {"fused": True}), (twin, PATHS["single"]))
+    )
+    step_together((optimizer, [param]), (single, [twin]), steps=2)
+    direction = optimizer.state[param]["direction"]
+    least, steps = torch.finfo(dtype).tiny, 0
+    param.grad, twin.grad = torch.zeros_like(param), torch.zeros_like(twin)
+    while direction.any():
+        assert direction[direction != 0].abs().min() >= least
+        optimizer.step(), single.step()
+        steps += 1
+    assert -math.log2(least) / 2 < steps < -math.log2(least) + 20
+    before = param.detach().clone()
+    optimizer.step()
+    assert torch.equal(param, before) and optimizer.state[param]["step"] == steps + 3
+    torch.testing.assert_close(param, twin)
+
+
+@paths
+def test_what_is_not_finite_spreads_over_its_tensor(path):
+    """Where neither a gradient nor a direction is, too: the fused step must not take these for done."""
+    grad = torch.zeros(2000)
+    grad[:3] = torch.tensor([1.0, math.inf, 1.0])
+    params = [nn.Parameter(torch.ones(2000)), nn.Parameter(torch.ones(2000))]
+    optimizer = Apollo(params, lr=0.1, warmup=0, **path)
+    for first, second in ((grad, torch.ones(2000)), (torch.zeros(2000), torch.ones(2000))):
+        params[0].grad, params[1].grad = first, second
+        optimizer.step()
+    assert params[0].isnan().all() and params[1].isfinite().all()
+
+
 def test_default_path_is_fused():
     params = random_parameters()
     default, explicit = random_parameters(), random_parameters()

@@ -7,8 +7,10 @@
 // and d, the second reads g, p, B, d and writes p, B, d: 9 transfers of a tensor's size, where AdamW makes 7. A small
 // tensor is done in one go, in cache.
 //
-// An embedding's gradient is zero in the rows of all words that the batch has not. Chunks of a gradient are read up to the
-// first block that is not zero, without d, and this part is not read again: 7 transfers, as AdamW's.
+// An embedding's gradient is zero in the rows of all words that the batch has not. The first pass reads d only beside blocks
+// of a gradient that are not zero, and the second does not read zeros again: 7 transfers, as AdamW's. Where d is zero too
+// nothing changes, and p and B are not touched: 2 transfers. d, which shrinks by beta a step, is zero once it is less than
+// the least normal number, some 800 steps after a word was last seen.
 //
 // Large tensors are cut into chunks, and go through in waves that the cores' own caches can hold where that is possible.
 // Each core takes the same chunks in both passes. Where a tensor's g and d are more than a shared cache holds, the second
@@ -20,9 +22,11 @@
 // and after a resume.
 
 #include <algorithm>
+#include <bitset>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -71,7 +75,7 @@ namespace {
 
 constexpr int64_t kBlock = 256;        // elements summed in the dtype of the state; blocks are added up in double
 constexpr int64_t kChunk = 16384;      // elements of a chunk
-constexpr int64_t kHuge = 1 << 21;     // a tensor of more elements has more than 16 MiB of g and d in float32
+constexpr int64_t kHuge = 1 << 20;     // a tensor of more elements has more than 8 MiB of g and d in float32
 constexpr int64_t kHugeChunk = 65536;  // elements of its chunks
 constexpr int64_t kWave = 65536;       // elements of a wave for each thread
 constexpr int64_t kLeast = 8192;       // elements that a thread is worth starting for
@@ -197,22 +201,22 @@ ApolloCarried sum_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begi
   return total;
 }
 
-// Where the first block with anything but zeros begins, or `end`.
-template <class P>
-int64_t first_nonzero(const P* g, int64_t begin, int64_t end) {
-  for (int64_t block = begin; block < end; block += kBlock) {
-    const int64_t stop = std::min(block + kBlock, end);
-    int any = 0;
+// Whether a block is zero all over. One that is not says so at once, as a rule.
+template <class X>
+bool is_zero(const X* __restrict x, int64_t begin, int64_t end) {
+  if (load(x[begin]) != 0) return false;
+  int any = 0;
 #pragma omp simd reduction(| : any)
-    for (int64_t i = block; i < stop; ++i) any |= load(g[i]) != 0;
-    if (any) return block;
-  }
-  return end;
+  for (int64_t i = begin; i < end; ++i) any |= load(x[i]) != 0;
+  return !any;
 }
 
-// The sum of g * d, L2 decay's part of g left out, in gd; and the largest |g - m|, with that part, in max.
+using Blocks = std::bitset<kHugeChunk / kBlock>;  // one bit for each block of a chunk
+
+// The sum of g * d, L2 decay's part of g left out, in gd; and the largest |g - m|, with that part, in max. Notes in `zeros`
+// which blocks of the gradient are zero, where that is of use: not with BELIEF, which needs all of m.
 template <class P, class S, bool L2, bool STORED, bool BELIEF>
-ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, int64_t end) {
+ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, int64_t end, Blocks& zeros) {
   const P* __restrict p = static_cast<const P*>(t.param);
   const P* __restrict g = static_cast<const P*>(t.grad);
   const S* __restrict m = static_cast<const S*>(t.exp_avg);
@@ -222,6 +226,10 @@ ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, 
   ApolloSums total{};
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t stop = std::min(block + kBlock, end);
+    if (!BELIEF && is_zero(g, block, stop)) {
+      zeros.set((block - begin) / kBlock);
+      continue;
+    }
     S gd = 0, max = 0;
 #pragma omp simd reduction(+ : gd) reduction(max : max)
     for (int64_t i = block; i < stop; ++i) {
@@ -239,12 +247,12 @@ ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, 
   return total;
 }
 
-// m and B, with g taken for zero before `start`; then d and p and, with CARRY, the sums of them that the next step needs, added to `carried`. With STABLE,
-// where the mean of D has to come first, the sum of D instead, which is returned.
+// m and B, with the gradient's blocks in `zeros` not read; then d and p and, with CARRY, the sums of them that the next step
+// needs, added to `carried`. With STABLE, where the mean of D has to come first, the sum of D instead, which is returned.
 template <class P, class S, bool L2, bool STORED, bool STABLE, bool CARRY>
-double update_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, int64_t start, int64_t end,
+double update_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, int64_t end, const Blocks& zeros,
                     ApolloCarried& carried) {
-  static const P zeros[kBlock]{};
+  static const P nothing[kBlock]{};
   P* __restrict p = static_cast<P*>(t.param);
   S* __restrict m = static_cast<S*>(t.exp_avg);
   S* __restrict b = static_cast<S*>(t.hessian);
@@ -254,7 +262,9 @@ double update_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, i
   double total = 0;
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t stop = std::min(block + kBlock, end);
-    const P* __restrict g = block < start ? zeros : static_cast<const P*>(t.grad) + block;
+    const bool zero = zeros[(block - begin) / kBlock];
+    if (!L2 && !STORED && zero && std::isfinite(delta) && is_zero(d, block, stop)) continue;
+    const P* __restrict g = zero ? nothing : static_cast<const P*>(t.grad) + block;
     S sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = block; i < stop; ++i) {
@@ -273,7 +283,7 @@ double update_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, i
       } else {
         S direction = average / curvature;
         if (STORED) direction += decay * param;
-        d[i] = direction;
+        d[i] = std::fabs(direction) < std::numeric_limits<S>::min() ? S(0) : direction;
         store(p[i], param - lr * direction);
       }
     }
@@ -308,8 +318,8 @@ auto with_flag(bool flag, F f) {
 
 struct Chunk {
   int64_t tensor, begin, end;
-  int64_t start;          // the gradient is zero before
   int64_t before;         // elements in the chunks that come before it
+  Blocks zeros;           // where its gradient is zero
   ApolloSums sums;        // of this chunk, in this step
   ApolloCarried carried;  // of this chunk, after a step
 };
@@ -332,8 +342,7 @@ struct Step {
       with_flag(t.exp_avg != nullptr, [&](auto stored) {
         if (!t.carried) c.carried = sum_chunk<P, S, l2.value, stored.value>(t, x, c.begin, c.end);
         with_flag(s.belief != 0, [&](auto belief) {
-          if (!belief.value) c.start = first_nonzero(static_cast<const P*>(t.grad), c.begin, c.end);
-          c.sums = dot_chunk<P, S, l2.value, stored.value, belief.value>(t, x, c.start, c.end);
+          c.sums = dot_chunk<P, S, l2.value, stored.value, belief.value>(t, x, c.begin, c.end, c.zeros);
         });
       });
     });
@@ -347,7 +356,7 @@ struct Step {
         with_flag(s.stable != 0, [&](auto stable) {
           with_flag(!s.stable && t.numel > s.whole, [&](auto carry) {
             c.sums.curvature = update_chunk<P, S, l2.value, stored.value, stable.value, carry.value>(
-                t, scalars[c.tensor], c.begin, c.start, c.end, c.carried);
+                t, scalars[c.tensor], c.begin, c.end, c.zeros, c.carried);
           });
         });
       });
@@ -373,7 +382,7 @@ struct Step {
 
   // All of the step of a tensor that is in one chunk.
   void whole(int64_t i) {
-    Chunk c{i, 0, tensors[i].numel, 0, 0, {}, {}};
+    Chunk c{i, 0, tensors[i].numel, 0, {}, {}, {}};
     sum(c);
     sums[i] = c.sums;
     carried[i] = c.carried;
@@ -454,7 +463,7 @@ struct Step {
       const int64_t size = numel <= s.whole ? numel : numel <= kHuge ? kChunk : kHugeChunk;
       for (int64_t begin = 0; begin < numel; begin += size) {
         const int64_t end = std::min(begin + size, numel);
-        chunks.push_back({i, begin, end, begin, before, {}, {}});
+        chunks.push_back({i, begin, end, before, {}, {}, {}});
         before += end - begin;
       }
     }
