@@ -193,7 +193,7 @@ def _serve(pipe: Connection, make: Callable[..., Contender], images: Path, optio
         except EOFError:
             return
         updates(count)
-        synchronize(world)
+        world.synchronize()
         pipe.send("done")
 
 
@@ -205,10 +205,10 @@ def measure(contenders: dict[str, Contender], options: argparse.Namespace, world
     for number in tqdm(range(options.rounds), unit="round", disable=None):
         names = list(contenders) if number % 2 == 0 else list(reversed(contenders))
         for name in names:
-            synchronize(world)
+            world.synchronize()
             started = time.perf_counter()
             contenders[name](options.updates)
-            synchronize(world)
+            world.synchronize()
             speeds[name].append(options.updates * options.batch / (time.perf_counter() - started))
     return speeds
 
@@ -255,11 +255,6 @@ def describe(options: argparse.Namespace, world: World) -> str:
         f"images: {options.data or 'noise'}\n"
         f"{found['device']}, {found['cpu_threads']} CPU threads, torch {found['torch']}, {found['started']}\n"
     )
-
-
-def synchronize(world: World) -> None:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)
 
 
 if __name__ == "__main__":

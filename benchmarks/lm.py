@@ -43,7 +43,7 @@ from language_model.data import TextData
 from language_model.model import LanguageModel
 from language_model.pydoc_topics import paragraphs
 from language_model.source import FOLDERS
-from language_model.train import Config, prepare, synchronize, train_epoch
+from language_model.train import Config, prepare, train_epoch
 from language_model.vocabulary import count_words, counted_vocabulary, load_vocabulary
 from optim import AdamW
 
@@ -301,17 +301,17 @@ Found = tuple[list[float], float | None, float | None]  # seconds an update, eac
 
 def in_turn(contenders: dict[str, Contender], options: argparse.Namespace, warmup: bool = True) -> dict[str, Found]:
     """All in this process, after a round of each that does not count (`warmup`)."""
-    device = setup(options.device).device
+    world = setup(options.device)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for each in contenders.values() if warmup else ():
         each.run(options.updates)
         each.optimizer_ms.clear()
     for number in tqdm(range(options.rounds), unit="round", disable=None):
         for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
-            synchronize(device)
+            world.synchronize()
             started = time.perf_counter()
             contenders[name].run(options.updates)
-            synchronize(device)
+            world.synchronize()
             seconds[name].append((time.perf_counter() - started) / options.updates)
     return {
         name: (seconds[name], statistics.median(each.optimizer_ms) if each.optimizer_ms else None, None)

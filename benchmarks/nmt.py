@@ -37,7 +37,7 @@ from nmt.beam_search import beam_search
 from nmt.codec import BOS, EOS, PAD
 from nmt.data import Batch, padding_share, train_batches
 from nmt.model import ModelConfig, Transformer, create_model, sinusoids
-from nmt.train import Config, Run, prepare, synchronize, upcoming, update
+from nmt.train import Config, Run, prepare, upcoming, update
 from optim import create_optimizer
 
 Contender = Callable[[], float]  # does its round, and returns how much it did
@@ -265,10 +265,10 @@ def in_turn(contenders: dict[str, Contender], rounds: int, world: World) -> dict
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in tqdm(range(rounds + 1), unit="round", disable=None):
         for name in list(contenders) if number % 2 == 0 else list(reversed(contenders)):
-            synchronize(world.device)
+            world.synchronize()
             started = time.perf_counter()
             done = contenders[name]()
-            synchronize(world.device)
+            world.synchronize()
             if number:
                 speeds[name].append(done / (time.perf_counter() - started))
     return speeds

@@ -25,7 +25,7 @@ from engine.distributed import World, setup
 from engine.errors import UserError, run_main, settings_of
 from engine.interrupt import StopRequest, Wish, agree
 from engine.metrics import Sums, require_finite
-from engine.precision import Precision, create_precision
+from engine.precision import Precision, create_precision, optimizer_step
 from engine.run_record import RunRecord, peak_memory_mb
 from engine.seed import seed_step
 from optim import create_optimizer
@@ -236,7 +236,8 @@ def train_epoch(run: Run, bar: tqdm) -> dict[str, float] | None:
             damaged = run.data.take_damaged()
             run.window.add(loss=loss * len(labels), correct=correct, count=len(labels), damaged=damaged)
         progress.lr = float(run.optimizer.param_groups[0]["lr"])
-        if optimizer_step(run):
+        sample = run.optimizer_ms if progress.update % config.log_every == 0 else None
+        if optimizer_step(run.precision, run.optimizer, world, sample):
             run.schedule.step()  # an update that the scaler skips advances nothing
         progress.update += 1
         progress.update_in_epoch += 1
@@ -262,18 +263,6 @@ def train_epoch(run: Run, bar: tqdm) -> dict[str, float] | None:
         "lr": progress.lr,
         "examples_per_s": round(totals["count"] / progress.epoch_s, 1),
     }
-
-
-def optimizer_step(run: Run) -> bool:
-    """One optimizer step, timed once an interval of log_every; False where the scaler skipped it."""
-    if run.progress.update % run.config.log_every:
-        return run.precision.step(run.optimizer)
-    synchronize(run.world.device)
-    started = time.perf_counter()
-    taken = run.precision.step(run.optimizer)
-    synchronize(run.world.device)
-    run.optimizer_ms.append(1000 * (time.perf_counter() - started))
-    return taken
 
 
 def close_window(run: Run) -> dict[str, float]:
@@ -334,11 +323,6 @@ def save(run: Run) -> None:
     window = run.window.gather(run.world)
     require_finite(float(window[:, 0].sum()), run.progress.update)
     run.checkpoints.save(run.progress, extra={"window": window, "record": run.record.position()})
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ class World:
         if self.world_size > 1:
             dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
 
+    def synchronize(self) -> None:
+        """Wait until the device has done everything given to it, so that a clock can be read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def copy_buffers(self, model: torch.nn.Module) -> None:
         """Give every rank rank 0's buffers (BatchNorm statistics differ by rank), so that all evaluate one model."""
         if self.world_size > 1:

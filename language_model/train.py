@@ -24,7 +24,7 @@ from engine.distributed import World, setup
 from engine.errors import UserError, run_main, settings_of
 from engine.interrupt import StopRequest, Wish, agree
 from engine.metrics import Sums, require_finite
-from engine.precision import Precision, create_precision
+from engine.precision import Precision, create_precision, optimizer_step
 from engine.run_record import RunRecord, peak_memory_mb
 from engine.seed import seed_step
 from language_model.data import ScoredBatch, TextData, load_corpus
@@ -234,7 +234,8 @@ def train_epoch(run: Run, bar: tqdm) -> dict[str, float] | None:
         run.state = torch.cat(states, 2)
         clip_gradients(run)
         progress.lr = float(run.optimizer.param_groups[0]["lr"])
-        if optimizer_step(run):
+        sample = run.optimizer_ms if progress.update % config.log_every == 0 else None
+        if optimizer_step(run.precision, run.optimizer, world, sample):
             run.schedule.step()  # an update that the scaler skips advances nothing
         progress.update += 1
         progress.update_in_epoch += 1
@@ -273,18 +274,6 @@ def clip_gradients(run: Run) -> None:
     run.precision.clip(run.optimizer, parameters, math.inf)  # takes the loss's scale off, and no more
     for parameter in parameters:
         torch.nn.utils.clip_grad_norm_(parameter, limit)
-
-
-def optimizer_step(run: Run) -> bool:
-    """One optimizer step, timed once an interval of log_every; False where the scaler skipped it."""
-    if run.progress.update % run.config.log_every:
-        return run.precision.step(run.optimizer)
-    synchronize(run.world.device)
-    started = time.perf_counter()
-    taken = run.precision.step(run.optimizer)
-    synchronize(run.world.device)
-    run.optimizer_ms.append(1000 * (time.perf_counter() - started))
-    return taken
 
 
 def close_window(run: Run) -> dict[str, float]:
@@ -369,11 +358,6 @@ def gather_state(run: Run) -> torch.Tensor:
     state = run.state.new_zeros(parts, layers, run.config.global_batch, hidden)
     state[:, :, run.world.rank * rows : (run.world.rank + 1) * rows] = run.state
     return run.world.sum(state)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from engine.distributed import World, setup
 from engine.errors import UserError, run_main, settings_of
 from engine.interrupt import StopRequest, Wish, agree
 from engine.metrics import Sums, require_finite
-from engine.precision import Precision, create_precision
+from engine.precision import Precision, create_precision, optimizer_step
 from engine.run_record import RunRecord, peak_memory_mb
 from engine.seed import seed_step
 from nmt.averaging import average_weights, keep_weights
@@ -269,22 +269,11 @@ def update(run: Run, micro_batches: list[Batch]) -> None:
         run.window.add(loss=loss, nll=nll, tokens=batch.tokens)
     run.gradient_norm = run.precision.clip(run.optimizer, run.model.parameters(), config.gradient_clip)
     progress.lr = float(run.optimizer.param_groups[0]["lr"])
-    if optimizer_step(run):
+    sample = run.optimizer_ms if progress.update % config.log_every == 0 else None
+    if optimizer_step(run.precision, run.optimizer, world, sample):
         run.schedule.step()  # an update that the scaler skips advances nothing
     progress.update += 1
     progress.update_in_epoch += 1
-
-
-def optimizer_step(run: Run) -> bool:
-    """One optimizer step, timed once an interval of log_every; False where the scaler skipped it."""
-    if run.progress.update % run.config.log_every:
-        return run.precision.step(run.optimizer)
-    synchronize(run.world.device)
-    started = time.perf_counter()
-    taken = run.precision.step(run.optimizer)
-    synchronize(run.world.device)
-    run.optimizer_ms.append(1000 * (time.perf_counter() - started))
-    return taken
 
 
 def close_window(run: Run) -> dict[str, float]:
@@ -401,11 +390,6 @@ def save(run: Run) -> None:
     run.checkpoints.save(
         run.progress, extra={"window": window, "record": run.record.position(), "codec": run.data.codec.digest}
     )
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":
