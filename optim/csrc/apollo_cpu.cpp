@@ -164,16 +164,16 @@ Scalars<S> scalars_of_update(const ApolloTensor& t, const ApolloSettings& s, con
   return x;
 }
 
-// A NaN in b stays one, as with torch's clamp.
-template <class S>
+// D. A NaN in b stays one, as with torch's clamp.
+template <bool BELIEF, class S>
 inline S rectify(S b, S bound, S offset) {
-  const S a = std::fabs(b);
-  return (a < bound ? bound : a) + offset;
+  const S a = std::fabs(b), rectified = a < bound ? bound : a;
+  return BELIEF ? rectified + offset : rectified;
 }
 
 // Adds a block's part of the sums that do not depend on the gradient. Not inlined: the same instructions, and so the same
 // bits, for a block that was updated a moment ago and for one whose sums are not known any more.
-template <class P, class S, bool L2, bool STORED>
+template <class P, class S, bool L2, bool STORED, bool BELIEF>
 __attribute__((noinline)) void sum_block(ApolloCarried& total, const ApolloTensor& t, S bound, S offset, int64_t begin,
                                          int64_t end) {
   const P* __restrict p = static_cast<const P*>(t.param);
@@ -184,7 +184,7 @@ __attribute__((noinline)) void sum_block(ApolloCarried& total, const ApolloTenso
 #pragma omp simd reduction(+ : d4, md, bdd, pd)
   for (int64_t i = begin; i < end; ++i) {
     const S square = d[i] * d[i];
-    const S average = STORED ? m[i] : d[i] * rectify(b[i], bound, offset);
+    const S average = STORED ? m[i] : d[i] * rectify<BELIEF>(b[i], bound, offset);
     d4 += square * square;
     md += average * d[i];
     bdd += b[i] * square;
@@ -193,11 +193,13 @@ __attribute__((noinline)) void sum_block(ApolloCarried& total, const ApolloTenso
   total.d4 += double(d4), total.md += double(md), total.bdd += double(bdd), total.pd += double(pd);
 }
 
-template <class P, class S, bool L2, bool STORED>
+template <class P, class S, bool L2, bool STORED, bool BELIEF>
 ApolloCarried sum_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, int64_t end) {
   ApolloCarried total{};
-  for (int64_t block = begin; block < end; block += kBlock)
-    sum_block<P, S, L2, STORED>(total, t, x.bound_before, x.offset_before, block, std::min(block + kBlock, end));
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t stop = std::min(block + kBlock, end);
+    sum_block<P, S, L2, STORED, BELIEF>(total, t, x.bound_before, x.offset_before, block, stop);
+  }
   return total;
 }
 
@@ -209,6 +211,12 @@ bool is_zero(const X* __restrict x, int64_t begin, int64_t end) {
 #pragma omp simd reduction(| : any)
   for (int64_t i = begin; i < end; ++i) any |= load(x[i]) != 0;
   return !any;
+}
+
+template <class S>
+void clear_subnormal(S* __restrict x, int64_t begin, int64_t end) {
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) x[i] = std::fabs(x[i]) < std::numeric_limits<S>::min() ? S(0) : x[i];
 }
 
 using Blocks = std::bitset<kHugeChunk / kBlock>;  // one bit for each block of a chunk
@@ -236,7 +244,7 @@ ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, 
       const S grad = load(g[i]) * factor;
       gd += grad * d[i];
       if (BELIEF) {
-        const S average = STORED ? m[i] : d[i] * rectify(b[i], bound, offset);
+        const S average = STORED ? m[i] : d[i] * rectify<BELIEF>(b[i], bound, offset);
         const S delta_g = std::fabs((L2 ? grad + l2 * load(p[i]) : grad) - average);
         max = delta_g > max ? delta_g : max;
       }
@@ -249,7 +257,7 @@ ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, 
 
 // m and B, with the gradient's blocks in `zeros` not read; then d and p and, with CARRY, the sums of them that the next step
 // needs, added to `carried`. With STABLE, where the mean of D has to come first, the sum of D instead, which is returned.
-template <class P, class S, bool L2, bool STORED, bool STABLE, bool CARRY>
+template <class P, class S, bool L2, bool STORED, bool BELIEF, bool STABLE, bool CARRY>
 double update_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, int64_t end, const Blocks& zeros,
                     ApolloCarried& carried) {
   static const P nothing[kBlock]{};
@@ -272,23 +280,24 @@ double update_chunk(const ApolloTensor& t, const Scalars<S>& x, int64_t begin, i
       S grad = load(g[i - block]) * factor;
       if (L2) grad += l2 * param;
       const S before = d[i];
-      S average = STORED ? m[i] : before * rectify(b[i], bound_before, offset_before);
+      S average = STORED ? m[i] : before * rectify<BELIEF>(b[i], bound_before, offset_before);
       average += alpha * (grad - average);
       const S hessian = b[i] + delta * (before * before);
       if (STORED) m[i] = average;
       b[i] = hessian;
-      const S curvature = rectify(hessian, bound, offset);
+      const S curvature = rectify<BELIEF>(hessian, bound, offset);
       if (STABLE) {
         sum += curvature;
       } else {
         S direction = average / curvature;
         if (STORED) direction += decay * param;
-        d[i] = std::fabs(direction) < std::numeric_limits<S>::min() ? S(0) : direction;
+        d[i] = direction;
         store(p[i], param - lr * direction);
       }
     }
     total += double(sum);
-    if (CARRY) sum_block<P, S, L2, STORED>(carried, t, bound, offset, block, stop);
+    if (zero && !STABLE) clear_subnormal(d, block, stop);
+    if (CARRY) sum_block<P, S, L2, STORED, BELIEF>(carried, t, bound, offset, block, stop);
   }
   return total;
 }
@@ -304,7 +313,7 @@ void direction_chunk(const ApolloTensor& t, const Scalars<S>& x, S decay, int64_
 #pragma omp simd
   for (int64_t i = begin; i < end; ++i) {
     const S param = load(p[i]);
-    const S d = m[i] / rectify(b[i], bound, offset) + decay * param;
+    const S d = m[i] / rectify<true>(b[i], bound, offset) + decay * param;
     direction[i] = d;
     store(p[i], param - lr * d);
   }
@@ -340,8 +349,8 @@ struct Step {
     const Scalars<S> x = scalars_before_sums<S>(t, s);
     with_flag(s.l2 != 0, [&](auto l2) {
       with_flag(t.exp_avg != nullptr, [&](auto stored) {
-        if (!t.carried) c.carried = sum_chunk<P, S, l2.value, stored.value>(t, x, c.begin, c.end);
         with_flag(s.belief != 0, [&](auto belief) {
+          if (!t.carried) c.carried = sum_chunk<P, S, l2.value, stored.value, belief.value>(t, x, c.begin, c.end);
           c.sums = dot_chunk<P, S, l2.value, stored.value, belief.value>(t, x, c.begin, c.end, c.zeros);
         });
       });
@@ -353,10 +362,13 @@ struct Step {
     c.carried = {};
     with_flag(s.l2 != 0, [&](auto l2) {
       with_flag(t.exp_avg != nullptr, [&](auto stored) {
-        with_flag(s.stable != 0, [&](auto stable) {
-          with_flag(!s.stable && t.numel > s.whole, [&](auto carry) {
-            c.sums.curvature = update_chunk<P, S, l2.value, stored.value, stable.value, carry.value>(
-                t, scalars[c.tensor], c.begin, c.end, c.zeros, c.carried);
+        with_flag(s.belief != 0, [&](auto belief) {
+          with_flag(s.stable != 0, [&](auto stable) {
+            with_flag(!s.stable && t.numel > s.whole, [&](auto carry) {
+              c.sums.curvature =
+                  update_chunk<P, S, l2.value, stored.value, belief.value, stable.value, carry.value>(
+                      t, scalars[c.tensor], c.begin, c.end, c.zeros, c.carried);
+            });
           });
         });
       });
