@@ -75,19 +75,25 @@ def contenders() -> dict[str, Contender]:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="time and memory of one optimizer step, against torch's fused AdamW")
+    parser = argparse.ArgumentParser(
+        description="time and memory of one optimizer step, against torch's fused AdamW",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--shapes", default=",".join(SETS), help=f"comma-separated; of {', '.join(SETS)}")
     parser.add_argument("--contenders", default="", help="comma-separated parts of names to keep, besides the baseline")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
     parser.add_argument("--seconds", type=float, default=0.2, help="least length of a turn; at least one step is made")
-    parser.add_argument("--dense", action="store_true", help="no gradient is zero, lstm_1b's embedding's neither")
+    parser.add_argument("--dense", action="store_true", help="no gradient is zero, not even the embedding's of lstm_1b")
     parser.add_argument("--json", metavar="OUT", help="write everything measured to this file")
     parser.add_argument("--plot", metavar="OUT", help="draw the ratios to fused AdamW")
     options = parser.parse_args(arguments)
     for name in options.shapes.split(","):
         if name not in SETS:
             raise UserError(f"--shapes: {name!r} is none of {', '.join(SETS)}")
+    for part in options.contenders.split(","):
+        if not any(part.lower() in name.lower() for name in contenders()):
+            raise UserError(f"--contenders: {part!r} is in none of the names: {', '.join(contenders())}")
     kept = {
         name: contender
         for name, contender in contenders().items()

@@ -64,6 +64,8 @@ def create_optimizer(name: str, params: ParamsT, **settings: Any) -> Optimizer:
 
 def _import(path: str) -> Callable[..., Optimizer]:
     module, _, attribute = path.rpartition(".")
+    if not module or not attribute:
+        raise ValueError(f"optimizer {path!r} is no dotted path, package.module.Class")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # importing runs someone else's code, which may raise anything

@@ -76,6 +76,8 @@ class Apollo(Optimizer):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for group in state_dict["param_groups"]:
+            check_settings({**self.defaults, **group})
         # torch casts loaded state to the parameter's dtype. Ours stays float32 where parameters are half precision, so
         # the tensors are taken once more from what was loaded, after any hook of the user's has had its say.
         loaded: dict[str, Any] = {}
@@ -230,6 +232,9 @@ Apollo.__doc__ = r"""Apollo, an adaptive parameter-wise diagonal quasi-Newton me
             dtype is supported: float32, bfloat16, float16, and float64 on the CPU; foreach where not.
             With foreach and fused both None, fused where there is one.
         capturable: keep every scalar on the device, so that the step can be captured in a CUDA graph or compiled whole.
+
+    Write to parameters in place under `torch.no_grad()`, not through `.data` or a numpy view: the fused steps carry
+    sums over from step to step, and would not notice. With L2 decay one step would then use an old parameter in a sum.
 
     State, per parameter: `step`, `hessian` and `direction`, and `exp_avg` (m, where it is not d * D) or `sigma` where
     they are needed. It is float32 for half-precision parameters (arithmetic too), else of the parameter's dtype.

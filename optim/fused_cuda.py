@@ -91,7 +91,7 @@ def _fused_cuda_apollo(
         _captured.append((chunks, table))
 
     carry = not (belief or stable or capturable)
-    key = l2 != 0, marks([*params, *chain.from_iterable(states)])
+    key = l2 != 0, sigma, marks([*params, *chain.from_iterable(states)])
     found = left_by_steps.pop(directions[0], None)
     carried = carry and found is not None and found[0] == key
     partials = found[1] if carried else torch.empty(len(chunks), SUMS.value, dtype=torch.float64, device=device)
@@ -131,7 +131,7 @@ def _fused_cuda_apollo(
                 STABLE=stable, CARRY=carry, **flags, **skipping,
             )  # fmt: skip
         if carry:
-            key = l2 != 0, marks([*params, *chain.from_iterable(states)])
+            key = l2 != 0, sigma, marks([*params, *chain.from_iterable(states)])
             left_by_steps[directions[0]] = key, partials
         if not stable:
             return

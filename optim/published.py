@@ -31,6 +31,8 @@ def from_published(state_dict: dict[str, Any], **settings: Any) -> dict[str, Any
         raise ValueError(
             "from_published needs sigma, which the published state does not hold: 1.0 (2020) or 0.01 (2021)"
         )
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError("not an optimizer's state dict: it has no state or no param_groups")
     defaults = {"weight_decay_type": "L2", "rebound": "constant", "maximize": False, "foreach": None, "fused": None}
     groups, state = [], {}
     for group in state_dict["param_groups"]:

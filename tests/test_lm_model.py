@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from language_model.model import LanguageModel, adaptive_log_prob
+from language_model.model import LanguageModel, adaptive_log_prob, cpu_has_bf16_lstm
 
 SMALL = {"embedding": 12, "hidden": 16, "layers": 2, "dropout": 0.0, "cutoffs": [10, 50]}
 WORDS = 100
@@ -121,3 +121,11 @@ def test_settings_that_do_not_fit_are_refused(settings, words):
     with pytest.raises(ValueError) as error:
         LanguageModel(WORDS, **SMALL | settings)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_asking_for_a_bf16_lstm_draws_no_random_numbers():
+    """A run that asks in its first step must go on as one that does not: a resumed run asks again."""
+    cpu_has_bf16_lstm.cache_clear()
+    before = torch.get_rng_state()
+    cpu_has_bf16_lstm()
+    assert torch.equal(torch.get_rng_state(), before)

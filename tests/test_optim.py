@@ -202,6 +202,7 @@ def test_table_covers_what_is_exported():
         ("sgd", {"lr": 1.0, "momentun": 0.9}, "has no setting 'momentun'; did you mean 'momentum'?"),
         ("apollo", {}, "optimizer 'apollo' needs the setting 'lr'"),
         ("sgd", {"lr": -1.0}, "optimizer 'sgd': Invalid learning rate: -1.0"),
+        (".Optimizer", {"lr": 1.0}, "'.Optimizer' is no dotted path, package.module.Class"),
         ("nowhere.Optimizer", {"lr": 1.0}, "'nowhere.Optimizer' cannot be imported: ModuleNotFoundError"),
         ("torch.optim.Nothing", {"lr": 1.0}, "'torch.optim.Nothing' cannot be imported: AttributeError"),
         ("torch.pi", {"lr": 1.0}, "'torch.pi' is not a class or function"),

@@ -264,7 +264,9 @@ LARGER = ((fused_cpu.LARGE + 5,), (30, 50), (2, fused_cpu.LARGE))  # two of them
 
 
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 1e-2}, {"weight_decay": 1e-2, "rebound": "belief"}])
-@pytest.mark.parametrize("meanwhile", ["nothing", "a resume", "new weights", "new state", "other memory", "foreach"])
+@pytest.mark.parametrize(
+    "meanwhile", ["nothing", "a resume", "new weights", "new state", "other memory", "foreach", "another sigma"]
+)
 def test_carried_sums(settings, meanwhile):
     """The fused step takes a large tensor's sums from its last step, unless someone has written to it in between."""
     settings = {"lr": 0.1, "warmup": 0, **settings}
@@ -283,6 +285,8 @@ def test_carried_sums(settings, meanwhile):
                 state["direction"].mul_(0.5)
             elif meanwhile == "other memory":
                 large.data = torch.linspace(-1, 1, large.numel(), dtype=torch.float64)
+            elif meanwhile == "another sigma":
+                optimizer.param_groups[0]["sigma"] = 0.5
             elif meanwhile == "foreach":
                 optimizer.param_groups[0].update(fused=False, foreach=True)
     step_together(*pairs, steps=1)
@@ -517,6 +521,17 @@ def test_published_checkpoints_are_checked():
         from_published(adam.state_dict())
     with pytest.raises(ValueError, match="parameter 0 has no approx_hessian, exp_avg_grad, update"):
         from_published(adam.state_dict(), sigma=1.0)
+    with pytest.raises(ValueError, match="no state or no param_groups"):
+        from_published({}, sigma=1.0)
+
+
+def test_loaded_settings_are_checked():
+    optimizer = Apollo(random_parameters(), lr=0.1)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["sigma"] = -1.0
+    with pytest.raises(ValueError, match="sigma must be a finite number > 0, got -1.0"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["sigma"] == 1.0
 
 
 @pytest.mark.parametrize(("warmup", "capturable"), [(0, False), (5, False), (0, True), (5, True)])

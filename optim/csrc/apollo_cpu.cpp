@@ -7,10 +7,11 @@
 // and d, the second reads g, p, B, d and writes p, B, d: 9 transfers of a tensor's size, where AdamW makes 7. A small
 // tensor is done in one go, in cache.
 //
-// An embedding's gradient is zero in the rows of all words that the batch has not. The first pass reads d only beside blocks
+// An embedding's gradient is zero in the rows of words that are not in the batch. The first pass reads d only beside blocks
 // of a gradient that are not zero, and the second does not read zeros again: 7 transfers, as AdamW's. Where d is zero too
-// nothing changes, and p and B are not touched: 2 transfers. d, which shrinks by beta a step, is zero once it is less than
-// the least normal number, some 800 steps after a word was last seen.
+// and there is no weight decay, nothing changes, and p and B are not touched: 2 transfers. d, which shrinks by beta a step,
+// is zero once it is less than the least normal number, some 800 steps after a word was last seen. (Not so with rebound
+// "belief", which needs the largest |g - m| and so reads everything first; nor does it carry sums.)
 //
 // Large tensors are cut into chunks, and go through in waves that the cores' own caches can hold where that is possible.
 // Each core takes the same chunks in both passes. Where a tensor's g and d are more than a shared cache holds, the second
@@ -44,7 +45,7 @@ struct ApolloSettings {
   double l2, decay;        // coefficients of weight decay: added to the gradient, added to the direction
   double grad_factor;      // -1 to maximize, divided by a gradient scaler's scale
   int64_t warmup, belief, stable;
-  int64_t whole;  // a tensor of so many elements, or fewer, is not cut and carries nothing
+  int64_t whole;  // a tensor of so many elements, or fewer, is not cut and carries nothing; at most kHugeChunk
 };
 
 // One tensor of the list: addresses (0 for none) and numbers of elements, here and over all ranks.
@@ -364,7 +365,7 @@ struct Step {
       with_flag(t.exp_avg != nullptr, [&](auto stored) {
         with_flag(s.belief != 0, [&](auto belief) {
           with_flag(s.stable != 0, [&](auto stable) {
-            with_flag(!s.stable && t.numel > s.whole, [&](auto carry) {
+            with_flag(!s.stable && !s.belief && t.numel > s.whole, [&](auto carry) {
               c.sums.curvature =
                   update_chunk<P, S, l2.value, stored.value, belief.value, stable.value, carry.value>(
                       t, scalars[c.tensor], c.begin, c.end, c.zeros, c.carried);
@@ -504,7 +505,7 @@ struct Step {
 // Runs `stages` of the step of n tensors on up to `threads` threads. dtype is that of parameters and gradients: 0 float32,
 // 1 float64, 2 bfloat16, 3 float16; the state is float32, or float64 for float64. `sums` [n] passes from stage to stage,
 // `carried` [n] from step to step: an update leaves there what the next one may use, of tensors larger than
-// settings->whole and if decay is not stable.
+// settings->whole, unless decay is stable or rebound belief.
 extern "C" void apollo_step(ApolloTensor* tensors, ApolloSums* sums, ApolloCarried* carried,
                             const ApolloSettings* settings, int64_t n, int64_t dtype, int64_t stages, int64_t threads) {
   if (dtype == 0) Step<float, float>{tensors, sums, carried, *settings, n, stages, threads}.run();
