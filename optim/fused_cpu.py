@@ -83,13 +83,16 @@ def _fused_cpu_apollo(
     states = [hessians, directions, exp_avgs] if stored else [hessians, directions]
     grads = lay_out_like(params, grads, *states)
 
+    def worked_on(i: int) -> tuple:
+        return l2 != 0, sigma, marks([x[i] for x in (params, *states)])
+
     here = list(map(Tensor.numel, params))
     large = [] if stable or belief else [i for i, numel in enumerate(here) if numel > LARGE]
     carried = array("d", bytes(32 * len(params)))  # four numbers a tensor
     is_carried = [0] * len(params)
     for i in large:
         found = left_by_steps.get(directions[i])
-        if found is not None and found[0] == (l2 != 0, sigma, marks([x[i] for x in (params, *states)])):
+        if found is not None and found[0] == worked_on(i):
             carried[4 * i : 4 * i + 4], is_carried[i] = found[1], 1
 
     tensors = (params, grads, exp_avgs if stored else None, hessians, directions, sigmas if belief else None, steps)
@@ -126,8 +129,7 @@ def _fused_cpu_apollo(
             join_sums(sums[:, 3:4], shards)
             run(DIRECTION)
     for i in large:
-        key = l2 != 0, sigma, marks([x[i] for x in (params, *states)])
-        left_by_steps[directions[i]] = key, carried[4 * i : 4 * i + 4]
+        left_by_steps[directions[i]] = worked_on(i), carried[4 * i : 4 * i + 4]
 
 
 if __name__ == "__main__":

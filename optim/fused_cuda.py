@@ -91,9 +91,12 @@ def _fused_cuda_apollo(
         _captured.append((chunks, table))
 
     carry = not (belief or stable or capturable)
-    key = l2 != 0, sigma, marks([*params, *chain.from_iterable(states)])
+
+    def worked_on() -> tuple:
+        return l2 != 0, sigma, marks([*params, *chain.from_iterable(states)])
+
     found = left_by_steps.pop(directions[0], None)
-    carried = carry and found is not None and found[0] == key
+    carried = carry and found is not None and found[0] == worked_on()
     partials = found[1] if carried else torch.empty(len(chunks), SUMS.value, dtype=torch.float64, device=device)
     sums = torch.empty(len(params), SUMS.value, dtype=torch.float64, device=device)
     scalars = torch.empty(len(params), SCALARS.value, dtype=torch.float32, device=device)
@@ -131,8 +134,7 @@ def _fused_cuda_apollo(
                 STABLE=stable, CARRY=carry, **flags, **skipping,
             )  # fmt: skip
         if carry:
-            key = l2 != 0, sigma, marks([*params, *chain.from_iterable(states)])
-            left_by_steps[directions[0]] = key, partials
+            left_by_steps[directions[0]] = worked_on(), partials
         if not stable:
             return
         if sharded:
