@@ -33,9 +33,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from classification.imagenet_data import MEAN, STD, TRAIN, ImageNetData, Request
-from classification.imagenet_decode import central_view, exact, fast, open_rgb, random_view
-from classification.prepare_imagenet import build
+from classification.imagenet.data import MEAN, STD, TRAIN, ImageNetData, Request
+from classification.imagenet.decode import central_view, exact, fast, open_rgb, random_view
+from classification.imagenet.prepare import build
 from engine.distributed import World
 from engine.errors import UserError, run_main
 from engine.run_record import describe_environment

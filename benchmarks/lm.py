@@ -38,11 +38,11 @@ from engine.errors import UserError, run_main
 from engine.precision import Precision
 from engine.run_record import RunRecord, describe_environment, peak_memory_mb
 from language_model import prepare as preparation
-from language_model.corpus import open_corpus
 from language_model.data import TextData
 from language_model.model import LanguageModel
-from language_model.pydoc_topics import paragraphs
-from language_model.source import FOLDERS
+from language_model.prepared import open_corpus
+from language_model.raw_text import FOLDERS
+from language_model.toy_text import paragraphs
 from language_model.train import Config, prepare, train_epoch
 from language_model.vocabulary import count_words, counted_vocabulary, load_vocabulary
 from optim import AdamW

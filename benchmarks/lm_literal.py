@@ -8,7 +8,7 @@ import pickle
 import sys
 from pathlib import Path
 
-from language_model.source import FOLDERS
+from language_model.raw_text import FOLDERS
 
 
 def main(source: Path, out: Path, vocabulary: Path) -> None:

@@ -4,7 +4,7 @@
     folder              any tree of small images, train/<class>/* and test/<class>/*
     digits              scikit-learn's 8x8 digits as 32x32 RGB: ships with the package, needs no download
 
-`imagenet` is too large for that: its images are read and decoded in training (classification/imagenet_data.py).
+`imagenet` is too large for that: its images are read and decoded in training (classification/imagenet/data.py).
 
 A reader returns the images as they are, with the set's augmentation and its published normalisation where it has one;
 `classification/augment.py` makes batches of them on the device.
@@ -32,7 +32,7 @@ from classification.augment import Augmentation, ImageData, Images
 from engine.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from classification.imagenet_data import ImageNetData
+    from classification.imagenet.data import ImageNetData
 
 __all__ = ["DATASETS", "ImageData", "load_data"]
 
@@ -70,7 +70,7 @@ def load_data(config: DataConfig, device: torch.device | str, seed: int) -> "Ima
     and for missing, corrupt or inconsistent data.
     """
     if config.name == "imagenet":
-        from classification.imagenet_data import ImageNetData  # here, as the other sets do without its libraries
+        from classification.imagenet.data import ImageNetData  # here, as the other sets do without its libraries
 
         given = {name: getattr(config, name) for name in IMAGENET_SETTINGS}
         chosen = {name: value for name, value in given.items() if value is not None}

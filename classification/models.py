@@ -14,7 +14,7 @@ import torchvision
 from overrides import override
 from torch import Tensor, nn
 
-from classification.norm_relu import norm_relu
+from classification.native.norm_relu import norm_relu
 from engine.errors import nearest
 
 DEPTHS = (20, 32, 44, 56, 110)  # the family's usual members; every 6n+2 can be built

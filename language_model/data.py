@@ -20,8 +20,8 @@ from torch import Tensor
 
 from engine.errors import UserError, nearest
 from engine.seed import generator
-from language_model.corpus import Arrays, Corpus, open_corpus
-from language_model.pydoc_topics import pydoc_corpus
+from language_model.prepared import Arrays, Corpus, open_corpus
+from language_model.toy_text import pydoc_corpus
 
 TEST_STEPS = 64  # columns of a test batch; the state goes on, so they change no result
 NAMES = ("prepared", "pydoc_topics")

@@ -23,7 +23,7 @@ from engine.errors import UserError, run_main, settings_of
 from engine.precision import create_precision
 from language_model.data import load_corpus, scored_batches
 from language_model.model import LanguageModel
-from language_model.source import Part
+from language_model.raw_text import Part
 from language_model.train import Config, perplexity, score
 
 USAGE = "usage: python -m language_model.evaluate RUN FILE [key=value ...]     RUN: a run folder"

@@ -1,7 +1,7 @@
 """Encode a text corpus for training: python -m language_model.prepare SOURCE OUT [--vocabulary FILE]
 
-SOURCE is the One Billion Word benchmark, unpacked or as its .tar.gz (language_model/source.py says what is read), or
-any text laid out like it: tokenized, one sentence a line, UTF-8. What comes out stands in language_model/corpus.py;
+SOURCE is the One Billion Word benchmark, unpacked or as its .tar.gz (language_model/raw_text.py says what is read), or
+any text laid out like it: tokenized, one sentence a line, UTF-8. What comes out stands in language_model/prepared.py;
 docs/data.md says where to get the benchmark and its vocabulary, and how long this takes.
 
 Interrupt it at any moment and run the same command again: finished shards are kept. Memory does not grow with the
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from engine.errors import UserError, run_main
 from engine.files import hold, write_atomically
-from language_model.corpus import (
+from language_model.prepared import (
     MANIFEST,
     VOCABULARY,
     damage,
@@ -38,7 +38,7 @@ from language_model.corpus import (
     write_manifest,
     write_shard,
 )
-from language_model.source import ArchiveSource, FolderSource, Part, find_source
+from language_model.raw_text import ArchiveSource, FolderSource, Part, find_source
 from language_model.vocabulary import (
     Vocabulary,
     count_words,

@@ -19,9 +19,9 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.seed import derive
 from nmt.codec import BOS, EOS, PAD, Codec
-from nmt.prepare import prepare_grammar
+from nmt.prepare.command import prepare_grammar
+from nmt.prepare.recipes import GRAMMAR
 from nmt.prepared import EVALUATED, read_manifest
-from nmt.recipes import GRAMMAR
 
 JITTER = 1.0  # tokens; measured on Multi30k at 4,096 tokens a batch: 3.9 % padding instead of 3.1 %
 ROWS_MULTIPLE = (

@@ -2,7 +2,7 @@
 
 Laid out as a file of torch.optim: the class, the state of a group, the step, the algorithm, and the choice between its
 implementations. `_single_tensor_apollo` reads like the algorithm in the paper; the foreach step (apollo_foreach.py) and
-the fused ones (fused_cpu.py, fused_cuda.py) do the same over lists of tensors, and the tests hold them to it.
+the fused ones (fused/cpu.py, fused/cuda.py) do the same over lists of tensors, and the tests hold them to it.
 
 The average m = d * D of the gradient is not stored where it can be computed again from d and B: two state tensors, like
 Adam, instead of the three of the published code. Only decoupled weight decay, which adds to d, needs the third. (Or d =
@@ -20,11 +20,10 @@ from torch.compiler import is_compiling
 from torch.optim.optimizer import Optimizer, ParamsT
 from typing_extensions import override
 
-from . import fused_cpu
 from .apollo_foreach import _multi_tensor_apollo
 from .apollo_math import averaging_weight, curvature_offset, norm_eps, warmed_up_lr
-from .fused_cpu import _fused_cpu_apollo
-from .layout import is_dense
+from .fused import cpu as fused_cpu
+from .fused.layout import is_dense
 from .settings import check_settings
 from .sharded import ProcessGroups, any_sharded, join, local_shard, process_groups
 
@@ -379,9 +378,9 @@ def _implementation(
 def _fused_step(device: torch.device, dtype: torch.dtype) -> Callable[..., None] | None:
     """The fused step for parameters of this device and dtype, if there is one."""
     if device.type == "cpu":
-        return _fused_cpu_apollo if dtype in fused_cpu.DTYPES and fused_cpu.library() else None
+        return fused_cpu._fused_cpu_apollo if dtype in fused_cpu.DTYPES and fused_cpu.library() else None
     if device.type == "cuda" and find_spec("triton"):
-        from . import fused_cuda  # not at the top: it needs Triton
+        from .fused import cuda as fused_cuda  # not at the top: it needs Triton
 
         return fused_cuda._fused_cuda_apollo if dtype in fused_cuda.DTYPES else None
     return None

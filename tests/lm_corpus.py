@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from language_model.pydoc_topics import paragraphs
+from language_model.toy_text import paragraphs
 
 TRAIN, HELD_OUT = "training-monolingual.tokenized.shuffled", "heldout-monolingual.tokenized.shuffled"
 TEST_FILES = ("news.en.heldout-00000-of-00050", "news.en.heldout-00001-of-00050")

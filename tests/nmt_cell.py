@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nmt.grammar import generate
-from nmt.prepare import main as prepare
+from nmt.prepare.command import main as prepare
+from nmt.prepare.toy_text import generate
 from nmt.train import main as train
 
 CONFIG = """

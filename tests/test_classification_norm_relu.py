@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from classification import norm_relu as module
 from classification.models import create_model
-from classification.norm_relu import library, norm_relu
+from classification.native import norm_relu as module
+from classification.native.norm_relu import library, norm_relu
 from optim.native import NotCompiled
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from classification import resize
-from classification.resize import resized_square
+from classification.native import resize
+from classification.native.resize import resized_square
 from optim.native import NotCompiled
 
 

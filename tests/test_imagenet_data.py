@@ -13,11 +13,11 @@ from simplejpeg import encode_jpeg
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from classification import imagenet_decode
-from classification.imagenet_data import MEAN, STD, ImageNetData
-from classification.imagenet_decode import DECODERS, central_view, exact, fast, random_view
-from classification.imagenet_lmdb import DamagedImage
-from classification.prepare_imagenet import build
+from classification.imagenet import decode as imagenet_decode
+from classification.imagenet.data import MEAN, STD, ImageNetData
+from classification.imagenet.decode import DECODERS, central_view, exact, fast, random_view
+from classification.imagenet.lmdb import DamagedImage
+from classification.imagenet.prepare import build
 from engine.errors import UserError
 from engine.seed import derive
 

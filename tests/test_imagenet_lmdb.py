@@ -19,9 +19,9 @@ import pytest
 from imagenet_images import CLASSES, encoded, make_tars, make_tree, picture
 from scipy.io import savemat
 
-from classification import imagenet_lmdb
-from classification.imagenet_lmdb import LmdbSplit, SplitWriter, open_splits, read_manifest
-from classification.prepare_imagenet import build, main, verify
+from classification.imagenet import lmdb as imagenet_lmdb
+from classification.imagenet.lmdb import LmdbSplit, SplitWriter, open_splits, read_manifest
+from classification.imagenet.prepare import build, main, verify
 from engine.errors import UserError
 
 
@@ -45,7 +45,7 @@ def copy(built, tmp_path):
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(imagenet_lmdb, "CHUNK", 4)
-    monkeypatch.setattr("classification.prepare_imagenet.CHUNK", 4)
+    monkeypatch.setattr("classification.imagenet.prepare.CHUNK", 4)
 
 
 def records(split):
@@ -175,7 +175,7 @@ def test_truncated_tar_is_named(tree, tmp_path):
 
 
 def test_map_grows_from_smaller_than_one_chunk(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr("classification.prepare_imagenet.SplitWriter", lambda *a: SplitWriter(*a, map_size=16384))
+    monkeypatch.setattr("classification.imagenet.prepare.SplitWriter", lambda *a: SplitWriter(*a, map_size=16384))
     build(tree, tmp_path / "out")
     assert records(open_splits(tmp_path / "out")[0]) == expected(tree, "train")
 
@@ -194,7 +194,7 @@ def build_until(moment, tree, out):
 
         return call
 
-    writer, module = imagenet_lmdb.SplitWriter, "classification.prepare_imagenet"
+    writer, module = imagenet_lmdb.SplitWriter, "classification.imagenet.prepare"
     for owner, name in ((writer, "_write"), (writer, "append"), (writer, "close"), (imagenet_lmdb.os, "replace")):
         setattr(owner, name, counted(getattr(owner, name)))
     for name in ("write_manifest", "_read"):

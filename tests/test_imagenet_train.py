@@ -11,8 +11,8 @@ import pytest
 import torch
 from imagenet_images import CLASSES, make_tree
 
+from classification.imagenet.prepare import build
 from classification.models import create_model
-from classification.prepare_imagenet import build
 
 CONFIG = """
 table: imagenet_small

@@ -9,10 +9,10 @@ from lm_corpus import make_corpus
 
 from engine.errors import UserError
 from engine.seed import generator
-from language_model.corpus import Corpus, Shard, open_corpus
 from language_model.data import TEST_STEPS, TextData, scored_batches
 from language_model.prepare import build
-from language_model.pydoc_topics import paragraphs, pydoc_corpus
+from language_model.prepared import Corpus, Shard, open_corpus
+from language_model.toy_text import paragraphs, pydoc_corpus
 
 SEED, ROWS, STEPS = 7, 6, 5
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from lm_corpus import HELD_OUT, TEST_FILES, TRAIN, encode_line_by_line, make_corpus, make_vocabulary
 
 from engine.errors import UserError
-from language_model import source, vocabulary
-from language_model.corpus import open_corpus, token_dtype
+from language_model import raw_text, vocabulary
 from language_model.prepare import build
+from language_model.prepared import open_corpus, token_dtype
 from language_model.vocabulary import Vocabulary, count_words, counted_vocabulary, load_vocabulary, read_vocabulary
 
 WORDS = ["<S>", "the", "a", "<UNK>", "of", "caf\u00e9", ".", "</S>"]
@@ -112,8 +112,8 @@ def test_archive_gives_what_the_folder_gives(corpus, prepared, tmp_path):
 
 
 def test_large_files_become_several_shards(corpus, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(source, "PART_BYTES", 9_000)
-    monkeypatch.setattr(source, "BLOCK_BYTES", 1_000)
+    monkeypatch.setattr(raw_text, "PART_BYTES", 9_000)
+    monkeypatch.setattr(raw_text, "BLOCK_BYTES", 1_000)
     with tarfile.open(tmp_path / "benchmark.tar", "w") as tar:
         tar.add(corpus, "benchmark")
     for name, text in (("folder", corpus), ("archive", tmp_path / "benchmark.tar")):
@@ -183,7 +183,7 @@ def test_empty_lines_and_a_line_of_100000_words(tmp_path):
 
 
 def test_a_line_without_an_end_in_sight_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(source, "LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(raw_text, "LINE_BYTES", 1 << 20)
     text = one_file(tmp_path / "text", b"word " * 500_000)
     with pytest.raises(UserError, match="news.en-00001-of-00100: a line of more than 1 MiB"):
         build(text, tmp_path / "out")

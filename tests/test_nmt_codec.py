@@ -14,7 +14,7 @@ from sacremoses import MosesPunctNormalizer, MosesTokenizer
 from engine.errors import UserError
 from nmt import codec as codec_module
 from nmt.codec import BOS, EOS, PAD, SPECIALS, UNK, Codec, learn
-from nmt.grammar import generate
+from nmt.prepare.toy_text import generate
 from nmt.text import WORD_START, moses
 
 SENTENCES = {

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from engine.errors import UserError
 from nmt.codec import BOS, EOS, PAD
 from nmt.data import Batch, _cuts, eval_batches, load_data, padding_share, train_batches, updates_per_epoch
-from nmt.grammar import generate
-from nmt.prepare import prepare
-from nmt.recipes import Recipe
+from nmt.prepare.command import prepare
+from nmt.prepare.recipes import Recipe
+from nmt.prepare.toy_text import generate
 
 SIZES = {"train": 1500, "valid": 60, "test": 50}
 TOKENS = 512

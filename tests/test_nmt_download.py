@@ -11,8 +11,8 @@ from threading import Thread
 import pytest
 
 from engine.errors import UserError
-from nmt.download import ARCHIVES, Archive, download, sgm_to_text
-from nmt.recipes import WMT14
+from nmt.prepare.download import ARCHIVES, Archive, download, sgm_to_text
+from nmt.prepare.recipes import WMT14
 
 SGM = (
     '<srcset setid="newstest2014" srclang="any">\n<doc docid="1">\n<p>\n<seg id="1"> A  dog &amp; a cat. </seg>\n'

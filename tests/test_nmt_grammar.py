@@ -2,9 +2,9 @@
 
 import pytest
 
-from nmt import grammar_words as words
-from nmt.grammar import CASES, Clause, Phrase, Speaker, _finish, _german_noun, generate
-from nmt.grammar_words import Adjective
+from nmt.prepare import toy_words as words
+from nmt.prepare.toy_text import CASES, Clause, Phrase, Speaker, _finish, _german_noun, generate
+from nmt.prepare.toy_words import Adjective
 
 RED, DARK = Adjective("red", "rot", "rot"), Adjective("dark", "dunkel", "dunkl")
 HE = Phrase(1, ("he", "him"), {"nom": "er", "acc": "ihn", "dat": "ihm"}, is_pronoun=True)

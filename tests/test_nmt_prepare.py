@@ -14,13 +14,13 @@ import pytest
 
 from engine.errors import UserError
 from engine.files import hold
-from nmt import corpus, stages
 from nmt.codec import Codec
-from nmt.corpus import scan, scan_pair
-from nmt.grammar import generate
-from nmt.prepare import main, prepare, prepare_grammar, verify
+from nmt.prepare import raw_text, stages
+from nmt.prepare.command import main, prepare, prepare_grammar, verify
+from nmt.prepare.raw_text import scan, scan_pair
+from nmt.prepare.recipes import GRAMMAR, WMT14, Recipe
+from nmt.prepare.toy_text import generate
 from nmt.prepared import read_manifest
-from nmt.recipes import GRAMMAR, WMT14, Recipe
 from nmt.text import moses
 
 SIZES = {"train": 400, "valid": 30, "test": 30}
@@ -43,7 +43,7 @@ def text(tmp_path):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(corpus, "CHUNK", 32)
+    monkeypatch.setattr(raw_text, "CHUNK", 32)
     monkeypatch.setattr(stages, "CHUNK", 32)
 
 
@@ -87,7 +87,7 @@ def test_what_comes_out_is_what_went_in(text, small_chunks):
 def test_neither_chunks_nor_processes_change_the_outcome(text, monkeypatch):
     prepare(RECIPE, text, text / "whole")
     prepare(RECIPE, text, text / "parallel", workers=2)
-    monkeypatch.setattr(corpus, "CHUNK", 32)
+    monkeypatch.setattr(raw_text, "CHUNK", 32)
     monkeypatch.setattr(stages, "CHUNK", 32)
     prepare(RECIPE, text, text / "chunks")
     assert files_of(text / "whole") == files_of(text / "parallel") == files_of(text / "chunks")
@@ -140,7 +140,7 @@ def test_empty_lines_are_kept_where_they_are_evaluated(text):
 @pytest.mark.parametrize("lines", [1, 31, 32, 33, 64, 100])
 @pytest.mark.parametrize("end", ["", "\n"])
 def test_chunks_are_the_file(tmp_path, small_chunks, monkeypatch, lines, end):
-    monkeypatch.setattr(corpus, "BLOCK", 7)
+    monkeypatch.setattr(raw_text, "BLOCK", 7)
     content = [f"Zeile {number} ä" * (number % 5) for number in range(lines - 1)] + ["ende"]
     (tmp_path / "file").write_bytes(("\n".join(content) + end).encode())
     file = scan(tmp_path / "file")

@@ -13,7 +13,8 @@ from torch import nn
 
 import optim.apollo
 from benchmarks.literal_apollo import LiteralApollo
-from optim import Apollo, fused_cpu
+from optim import Apollo
+from optim.fused import cpu as fused_cpu
 from optim.native import compile_library
 from optim.published import from_published, to_published
 

@@ -22,8 +22,9 @@ from golden_trajectories import APOLLO, errors, follow, load
 from torch import nn
 
 import optim.apollo
-from optim import Apollo, fused_cuda
-from optim.carried import left_by_steps
+from optim import Apollo
+from optim.fused import cuda as fused_cuda
+from optim.fused.carried_sums import left_by_steps
 
 # Chunks of a few blocks, so that the small golden tensors take several, the last one not full.
 fused_cuda.CHUNK, fused_cuda.BLOCK, fused_cuda.JOIN = 32, 16, 1
@@ -161,7 +162,8 @@ def test_compiles_for_gpus(monkeypatch, tmp_path, capability, dtype, case):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton.language as tl
 
-    from optim import fused_cuda, triton_kernels
+    from optim.fused import cuda as fused_cuda
+    from optim.fused import triton_kernels
 
     stable, belief = case == "stable", case == "belief"
     scaled = stable or belief  # the cases with a gradient scaler, a learning rate on the device, and shards

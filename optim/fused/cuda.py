@@ -8,7 +8,7 @@ The kernels (triton_kernels.py) find the tensors through a table of addresses on
 address has changed, and kept otherwise. Nothing waits for the device: counts, a gradient scaler's verdict (found_inf)
 and learning rates that are tensors are read there. Chunks are added up in their order: a step repeated is the same.
 
-As on the CPU, an update leaves all sums for the next step but that of g * d (carried.py), so that the first launch
+As on the CPU, an update leaves all sums for the next step but that of g * d (carried_sums.py), so that the first launch
 reads g and d alone. Not with rebound "belief", which needs all of m, nor with decay "stable", and not where
 capturable=True: when a CUDA graph is replayed, nobody can ask whether they still hold.
 
@@ -26,9 +26,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .carried import left_by_steps, marks
+from ..sharded import ProcessGroups, join_sums
+from .carried_sums import left_by_steps, marks
 from .layout import lay_out_like
-from .sharded import ProcessGroups, join_sums
 from .triton_kernels import (
     CURVATURE,
     MAX,

@@ -1,5 +1,5 @@
 // relu(batch_norm(x) + shortcut) and its gradients for channels-last tensors on the CPU, each in two passes over memory.
-// classification/norm_relu.py compiles this file, says what is computed, and calls it through its plain C interface.
+// classification/native/norm_relu.py compiles this file, says what is computed, and calls it through its plain C interface.
 //
 // A tensor is `rows` rows of `channels` values. Rows are cut into chunks of a fixed size, whose sums are added up in
 // their order: the result is the same, bit for bit, on any number of threads. Within a chunk, channels go by groups of

@@ -1,7 +1,7 @@
 """relu(batch_norm(x) + shortcut): torch's own operators, and on the CPU one native function in their place.
 
 Convolutions on the CPU are fastest channels-last, but there torch's batch norm runs below the speed of memory, most of
-all with few channels, and costs a CIFAR ResNet a quarter of its time. csrc/norm_relu.cpp passes over memory twice
+all with few channels, and costs a CIFAR ResNet a quarter of its time. norm_relu.cpp passes over memory twice
 forward and twice backward, ReLU and addition included. Statistics are summed in float32 by blocks, in float64 beyond.
 """
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from optim.native import NotCompiled, compile_library
 
-SOURCE = Path(__file__).parent / "csrc" / "norm_relu.cpp"
+SOURCE = Path(__file__).with_name("norm_relu.cpp")
 LANES = 16  # the native function takes channels in groups of so many
 
 
@@ -90,7 +90,7 @@ ADDRESSES = (
 
 
 class _Arguments(ctypes.Structure):
-    """struct NormRelu of csrc/norm_relu.cpp."""
+    """struct NormRelu of norm_relu.cpp."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ADDRESSES),

@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-from language_model.corpus import Corpus, Shard
+from language_model.prepared import Corpus, Shard
 from language_model.vocabulary import Vocabulary, count_words, counted_vocabulary, digest
 
 THRESHOLD = 2  # occurrences in the training text below which a word is <UNK>

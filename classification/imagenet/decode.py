@@ -4,7 +4,7 @@
     fast     as exact, but a large image is decoded at a fraction of its size, while that has twice the pixels shown,
              and what libjpeg-turbo takes without complaint is accepted
 
-Both decode with libjpeg-turbo by way of simplejpeg, whose pixels are Pillow's, and resize by classification/resize.py.
+Both decode with libjpeg-turbo by way of simplejpeg, whose pixels are Pillow's, and resize by native/resize.py.
 Most of the time goes into undoing the file's entropy coding, which must be read from the top: they stop below the view.
 What they cannot read, such as the CMYK files and the PNG that real ImageNet has among its JPEGs, is left to Pillow.
 """
@@ -22,8 +22,8 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from classification.imagenet_lmdb import DamagedImage
-from classification.resize import resized_square
+from classification.imagenet.lmdb import DamagedImage
+from classification.native.resize import resized_square
 
 BASELINE, PROGRESSIVE, START_OF_SCAN = (0xC0, 0xC1), (0xC2,), 0xDA  # markers of a JPEG's sections
 END_OF_IMAGE = b"\xff\xd9"

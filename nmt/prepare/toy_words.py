@@ -1,4 +1,4 @@
-"""The words of nmt/grammar.py, with all of their forms that cannot be derived."""
+"""The words of nmt/prepare/toy_text.py, with all of their forms that cannot be derived."""
 
 from typing import NamedTuple
 

@@ -1,6 +1,6 @@
 """ImageNet in training: worker processes read and decode, the device mirrors and normalises.
 
-Reads the LMDB that `classification/prepare_imagenet.py` makes, or a folder tree as it is. What image k of epoch e looks
+Reads the LMDB that `classification/imagenet/prepare.py` makes, or a folder tree as it is. What image k of epoch e looks
 like is a function of (seed, e, k): the number of workers, of ranks, of accumulated passes and of interruptions do not
 change it. Workers hand over uint8 pixels, a quarter of what float32 would take to move.
 """
@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from classification.augment import Batch, Normalise
-from classification.imagenet_decode import DECODERS, central_view, random_view
-from classification.imagenet_lmdb import MANIFEST, SPLITS, DamagedImage, LmdbSplit, open_splits
-from classification.imagenet_source import FolderSplit, list_folder
-from classification.resize import native_resize
+from classification.imagenet.decode import DECODERS, central_view, random_view
+from classification.imagenet.lmdb import MANIFEST, SPLITS, DamagedImage, LmdbSplit, open_splits
+from classification.imagenet.raw import FolderSplit, list_folder
+from classification.native.resize import native_resize
 from engine.allocator import keep_freed_memory, populate
 from engine.errors import UserError
 from engine.seed import derive, generator
@@ -57,7 +57,7 @@ class ImageNetData:
     """Training and validation images in batches on a device; the interface of `augment.ImageData`.
 
     `size` is the side of the square that the network sees, `resize` the shorter side that validation images are resized
-    to before (default: 256 / 224 of `size`). `decoder` is exact or fast (classification/imagenet_decode.py). A damaged
+    to before (default: 256 / 224 of `size`). `decoder` is exact or fast (classification/imagenet/decode.py). A damaged
     training image is an error, or with `on_damaged="skip"` the next image takes its place; a damaged validation image
     is always an error, as accuracy is over all of them. `workers`: processes (default: this rank's share of the cores).
     """

@@ -1,5 +1,5 @@
 // Apollo's step over a list of tensors on the CPU, in one call. See optim/apollo.py for the algorithm and its letters;
-// optim/fused_cpu.py compiles this file and calls apollo_step through its plain C interface.
+// optim/fused/cpu.py compiles this file and calls apollo_step through its plain C interface.
 //
 // What a step costs is reading memory. A tensor's sums have to be known before its first element can be updated, so that
 // it is read twice. Of the four sums only that of g * d has the new gradient in it; the others (sum_block) are of numbers

@@ -29,7 +29,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from classification.imagenet_lmdb import DamagedImage, Record
+from classification.imagenet.lmdb import DamagedImage, Record
 from engine.errors import UserError
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from engine.errors import UserError
 from nmt.codec import EOS, UNK, Codec, learn
-from nmt.corpus import CHUNK, TextFile
+from nmt.prepare.raw_text import CHUNK, TextFile
+from nmt.prepare.recipes import Recipe
 from nmt.prepared import EVALUATED, paths_of, write_json
-from nmt.recipes import Recipe
 from nmt.text import moses
 
 MAX_EVALUATED = 1000  # tokens; a longer line of a validation or test set is no sentence, but a file that is broken

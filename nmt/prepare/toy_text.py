@@ -7,7 +7,7 @@ second, verb first and verb final; separable verbs, perfect with haben and sein,
 relative and subordinate clauses; contractions (im, zur) and compounds. What the sentences say is often odd, but both
 sides are correct and the German follows from the English, so that a model can learn to get nearly all of it right.
 
-Everything is a function of a fixed seed: the same files on every machine. The words are in nmt/grammar_words.py.
+Everything is a function of a fixed seed: the same files on every machine. The words are in nmt/prepare/toy_words.py.
 """
 
 import os
@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from nmt import grammar_words as words
-from nmt.grammar_words import Adjective, Noun, Verb
+from nmt.prepare import toy_words as words
+from nmt.prepare.toy_words import Adjective, Noun, Verb
 
 SIZES = {"train": 8_000, "valid": 500, "test": 500}
 SEED = 2009

@@ -1,5 +1,5 @@
 // A square of a resized part of an RGB image: Pillow's bilinear resampling of 8-bit images, and its very bytes.
-// classification/resize.py compiles this file and calls resize_square through its plain C interface.
+// classification/native/resize.py compiles this file and calls resize_square through its plain C interface.
 //
 // Pillow filters one axis, then the other, and rounds to 8 bits in between. Each output is a sum over the inputs that a
 // triangle covers, 2 scales wide and not less than 2 pixels; its weights are computed in double and kept as integers

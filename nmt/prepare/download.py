@@ -1,4 +1,4 @@
-"""Get the text of WMT14 English-German: python -m nmt.download OUT          (1.7 GB of archives, 1.4 GB of text)
+"""Get the text of WMT14 English-German: python -m nmt.prepare.download OUT     (1.7 GB of archives, 1.4 GB of text)
 
 Each archive is taken from the first mirror that has it (or from OUT, where somebody has put it) and compared with its
 checksum; then the files that the recipe names are unpacked from it. Run the command again after an interruption:
@@ -85,7 +85,7 @@ ARCHIVES = (
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m nmt.download", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m nmt.prepare.download", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for the archives and the text")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)

@@ -1,7 +1,7 @@
-"""Apollo's fused step on the CPU: one call into csrc/apollo_cpu.cpp for a whole list of tensors.
+"""Apollo's fused step on the CPU: one call into apollo_cpu.cpp for a whole list of tensors.
 
-It is compiled at first use (optim/native.py); `python -m optim.fused_cpu` does so beforehand. Large tensors carry sums
-over from step to step (carried.py), which are the same bits when they are taken anew.
+It is compiled at first use (optim/native.py); `python -m optim.fused.cpu` does so beforehand. Large tensors carry sums
+over from step to step (carried_sums.py), which are the same bits when they are taken anew.
 """
 
 import ctypes
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .carried import left_by_steps, marks
+from ..native import NotCompiled, compile_library
+from ..sharded import ProcessGroups, join_sums
+from .carried_sums import left_by_steps, marks
 from .layout import lay_out_like
-from .native import NotCompiled, compile_library
-from .sharded import ProcessGroups, join_sums
 
-SOURCE = Path(__file__).parent / "csrc" / "apollo_cpu.cpp"
+SOURCE = Path(__file__).with_name("apollo_cpu.cpp")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SUM, UPDATE, DIRECTION = 1, 2, 4
 LARGE = 65536  # elements; up to here a tensor is done in one go, in cache: float32 p, g, B and d are 1 MiB then

@@ -23,7 +23,7 @@ from xxhash import xxh3_64
 
 from engine.errors import UserError
 from engine.files import write_atomically
-from language_model.source import Part
+from language_model.raw_text import Part
 from language_model.vocabulary import Vocabulary, digest, load_vocabulary
 
 FORMAT = 1

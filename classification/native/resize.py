@@ -1,6 +1,6 @@
 """A square of a resized part of an image: Pillow's bilinear resampling, to the bit, by one native function.
 
-Pillow resizes all of a picture, in loops that use no vector instructions; csrc/resize.cpp computes the same bytes in a
+Pillow resizes all of a picture, in loops that use no vector instructions; resize.cpp computes the same bytes in a
 fraction of the time. Where it cannot be compiled, or an unknown Pillow computes something else, Pillow does the work.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from optim.native import NotCompiled, compile_library
 
-SOURCE = Path(__file__).parent / "csrc" / "resize.cpp"
+SOURCE = Path(__file__).with_name("resize.cpp")
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Pair = tuple[int, int]  # a width and a height, or left and top

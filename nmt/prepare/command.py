@@ -1,11 +1,11 @@
 """Parallel text to what training reads: token arrays, offsets, codec and manifest.
 
-    python -m nmt.prepare wmt14_en_de SOURCE OUT      the paper's recipe, from the files that nmt.download gets
+    python -m nmt.prepare wmt14_en_de SOURCE OUT      the paper's recipe, from the files that nmt.prepare.download gets
     python -m nmt.prepare files OUT --name NAME --train PREFIX ... --valid PREFIX --test PREFIX --merges N
     python -m nmt.prepare grammar OUT                 the generated sentences that need no download
     python -m nmt.prepare verify OUT                  compare what was prepared with its checksums
 
-Three stages (nmt/stages.py): Moses tokens and filters, chunk by chunk over all processes; the BPE, learned on both
+Three stages (stages.py): Moses tokens and filters, chunk by chunk over all processes; the BPE, learned on both
 sides of what is left; pieces to ids. A preparation that was interrupted, by whatever, goes on where it was when the
 same command is run again. docs/data.md says how to get WMT14 and how long this takes.
 """
@@ -19,14 +19,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError, run_main
+from engine.errors import UserError
 from engine.files import hold
-from nmt import grammar
 from nmt.codec import Codec
-from nmt.corpus import scan_pair
+from nmt.prepare import toy_text
+from nmt.prepare.raw_text import scan_pair
+from nmt.prepare.recipes import GRAMMAR, RESERVED, WMT14, Recipe
+from nmt.prepare.stages import Pair, encode, file_sha256, learn_codec, make_chunks, processes, tokenize
 from nmt.prepared import SPLITS, read_manifest, write_json
-from nmt.recipes import GRAMMAR, RESERVED, WMT14, Recipe
-from nmt.stages import Pair, encode, file_sha256, learn_codec, make_chunks, processes, tokenize
 from nmt.text import RULES, moses
 
 
@@ -85,8 +85,8 @@ def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: boo
 
 
 def prepare_grammar(out: Path, wait: bool = False) -> None:
-    """Generate the sentences of nmt/grammar.py below `out`, and prepare them: a matter of seconds, in this process."""
-    grammar.write(out / "text")
+    """Generate the sentences of toy_text.py below `out`, and prepare them: a matter of seconds, in this process."""
+    toy_text.write(out / "text")
     prepare(GRAMMAR, out / "text", out, wait=wait)
 
 
@@ -163,7 +163,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m nmt.prepare", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     wmt14 = commands.add_parser(WMT14.name, help="WMT14 English-German as in the paper")
-    wmt14.add_argument("source", type=Path, help="folder with the files that python -m nmt.download gets")
+    wmt14.add_argument("source", type=Path, help="folder with the files that python -m nmt.prepare.download gets")
     files = commands.add_parser("files", help="parallel text of one's own; PREFIX stands for PREFIX.en and PREFIX.de")
     own = commands.add_parser(GRAMMAR.name, help="generated English-German sentences")
     verified = commands.add_parser("verify", help="compare prepared data with its checksums")
@@ -192,7 +192,3 @@ def _positive(text: str) -> int:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-if __name__ == "__main__":
-    run_main(main)
