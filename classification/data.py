@@ -18,28 +18,30 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from classification.augment import Augmentation, ImageData, Images
+from engine.config import Strict
 from engine.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from classification.imagenet.data import ImageNetData
 
-__all__ = ["DATASETS", "ImageData", "load_data"]
+__all__ = ["DATASETS", "DataConfig", "ImageData", "load_data"]
 
 log = logging.getLogger(__name__)
 
 NATURAL_IMAGES = Augmentation(padding=4, flip=True)
-IMAGENET_SETTINGS = ("mean", "std", "size", "resize", "decoder", "on_damaged", "workers")  # arguments of ImageNetData
+IMAGENET_ALONE = ("size", "resize", "decoder", "on_damaged", "workers")  # settings that the other sets do not have
 DOWNLOAD_TIMEOUT = 15.0  # seconds of silence after which a download is given up
 
 
@@ -54,13 +56,26 @@ class Dataset(NamedTuple):
     std: Sequence[float] | None = None
 
 
-class DataConfig(Protocol):
+class DataConfig(Strict):
     """The settings under `data:` in a config."""
 
-    name: str
-    root: str
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
+    name: Literal["cifar10", "cifar100", "folder", "digits", "imagenet"]
+    root: str = "data"
+    mean: list[float] | None = None  # per channel, of images in 0..1; default: the data set's own
+    std: list[float] | None = None
+    # imagenet alone; ImageNetData says what they mean, and has the defaults
+    size: PositiveInt | None = None
+    resize: PositiveInt | None = None
+    decoder: Literal["exact", "fast"] | None = None
+    on_damaged: Literal["error", "skip"] | None = None
+    workers: NonNegativeInt | None = None
+
+    @model_validator(mode="after")
+    def _imagenet_alone(self) -> "DataConfig":
+        for key in IMAGENET_ALONE:
+            if self.name != "imagenet" and getattr(self, key) is not None:
+                raise ValueError(f"data.{key} is a setting of data.name=imagenet alone")
+        return self
 
 
 def load_data(config: DataConfig, device: torch.device | str, seed: int) -> "ImageData | ImageNetData":
@@ -72,7 +87,7 @@ def load_data(config: DataConfig, device: torch.device | str, seed: int) -> "Ima
     if config.name == "imagenet":
         from classification.imagenet.data import ImageNetData  # here, as the other sets do without its libraries
 
-        given = {name: getattr(config, name) for name in IMAGENET_SETTINGS}
+        given = {name: getattr(config, name) for name in ("mean", "std", *IMAGENET_ALONE)}
         chosen = {name: value for name, value in given.items() if value is not None}
         return ImageNetData(Path(config.root), device=device, seed=seed, **chosen)
     if config.name not in DATASETS:

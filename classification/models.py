@@ -12,12 +12,21 @@ from collections.abc import Callable
 
 import torchvision
 from overrides import override
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from classification.native.norm_relu import norm_relu
+from engine.config import Strict
 from engine.errors import nearest
 
 DEPTHS = (20, 32, 44, 56, 110)  # the family's usual members; every 6n+2 can be built
+
+
+class ModelConfig(Strict):
+    """The settings under `model:` in a config."""
+
+    name: str  # of MODELS
+    depth: PositiveInt | None = None
 
 
 class BasicBlock(nn.Module):

@@ -33,11 +33,12 @@ class Progress:
     update: int = 0  # optimizer updates taken, over all epochs
     update_in_epoch: int = 0
     lr: float = 0.0  # of the last update
-    totals: dict[str, float] = field(default_factory=dict)  # metrics of the epoch under way, as far as logged
-    epoch_s: float = 0.0  # seconds of training, evaluation and saving left out: in this epoch
-    train_s: float = 0.0  # and in the completed ones
+    since_evaluation: dict[str, float] = field(default_factory=dict)  # sums of training metrics, as far as logged
+    since_evaluation_s: float = 0.0  # seconds of training alone, without evaluating and saving
+    trained_on: float = 0.0  # examples or tokens up to the last evaluation
+    train_s: float = 0.0  # seconds of training alone up to the last evaluation
     best: float | None = None  # best evaluation so far
-    last: dict[str, float] = field(default_factory=dict)  # metrics of the last completed epoch
+    last: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
 
 
 class Checkpoints:
@@ -79,6 +80,11 @@ class Checkpoints:
         if missing := [name for name in (*self.parts, "progress", "extra") if name not in state]:
             raise UserError(
                 f"{self.folder}: the checkpoint lacks {', '.join(missing)}: another program's; use another run_dir"
+            )
+        if state["progress"].keys() != vars(progress).keys():
+            raise UserError(
+                f"{self.folder}: the checkpoint is of another version of this program, and cannot be continued: choose "
+                "another run_dir, or delete the folder"
             )
         for name, part in self.parts.items():
             if isinstance(part, torch.nn.Module):

@@ -1,6 +1,8 @@
 """One process or many: reads torchrun's environment, picks nccl or gloo, and counts things once over all ranks."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +41,15 @@ class World:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 runs the block before the others do: it downloads or makes what they then find."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
 
     def synchronize(self) -> None:
         """Wait until the device has done everything given to it, so that a clock can be read."""

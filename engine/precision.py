@@ -1,20 +1,18 @@
 """Mixed precision as one path: autocast and a gradient scaler, each of which may be disabled, never a forked loop.
 
-    precision.zero_grad ... with precision.autocast(): loss = ...; precision.backward(loss); precision.step(optimizer)
+    optimizer.zero_grad() ... with precision.autocast(): loss = ...; precision.backward(loss); precision.step(optimizer)
 
 fp32 is full precision everywhere; tf32 lets CUDA matrix products round their inputs to 10 mantissa bits; bf16 and fp16
 run autocast, fp16 with dynamic loss scaling. Parameters, gradients and optimizer state stay float32 in all of them.
 apex-O1 and apex-O2 leave the same steps to NVIDIA's apex, where one that can is installed (engine/apex_adapter.py).
 """
 
-import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.distributed import World
 from engine.errors import UserError
 
 AUTOCAST_DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,30 +76,3 @@ class Precision:
 
     def load_state_dict(self, state: dict) -> None:
         self.scaler.load_state_dict(state)
-
-
-def optimizer_step(
-    precision: Precision, optimizer: torch.optim.Optimizer, world: World, milliseconds: list[float] | None = None
-) -> bool:
-    """Take the optimizer step; False where the scaler skipped it. Its time is appended to `milliseconds`, if given.
-
-    To be given now and then, not every step: a clock has to wait for the device.
-    """
-    if milliseconds is None:
-        return precision.step(optimizer)
-    world.synchronize()
-    started = time.perf_counter()
-    taken = precision.step(optimizer)
-    world.synchronize()
-    milliseconds.append(1000 * (time.perf_counter() - started))
-    return taken
-
-
-def create_precision(name: str, device: torch.device) -> Precision:
-    """The precision called `name` in a config. Raises UserError where the device or the installation lacks it."""
-    if not name.startswith("apex-"):
-        return Precision(name, device)
-    from engine.apex_adapter import ApexPrecision, require_apex
-
-    require_apex(name, device)
-    return ApexPrecision(name, device)

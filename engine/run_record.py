@@ -22,6 +22,7 @@ from engine.config import ConfigError, differences, load_config, save_config
 from engine.distributed import World
 from engine.errors import UserError
 from engine.files import hold, write_atomically
+from engine.machine import cpu_name
 
 # Keys that do not change what a run computes: a run may be resumed with other values of these.
 NEUTRAL_KEYS = (
@@ -73,6 +74,11 @@ class RunRecord:
         if self.world.is_main:
             tqdm.write(text, file=sys.stderr)
             self._log.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}  {text}\n")
+
+    def say_complete(self) -> int:
+        """Say that the run is whole; returns the exit status of a command that has nothing to do."""
+        self.say(f"{self.folder} is complete: nothing to do")
+        return 0
 
     def environment(self, **recipe: Any) -> None:
         """Write environment.json; `recipe` is the effective recipe (world size, per-rank batch, accumulation, ...)."""
@@ -143,7 +149,7 @@ def describe_environment(world: World) -> dict[str, Any]:
         "numpy": numpy.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "device": torch.cuda.get_device_name(world.device) if cuda else _cpu_name(),
+        "device": torch.cuda.get_device_name(world.device) if cuda else cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "git": _git_revision(),
@@ -207,12 +213,3 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return revision + ("+changes" if changes else "")
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.machine()

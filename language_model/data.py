@@ -12,26 +12,26 @@ about the same length, whose state starts from zero; a row's first <S> is predic
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import UserError, nearest
+from engine.config import Strict
+from engine.errors import UserError
 from engine.seed import generator
 from language_model.prepared import Arrays, Corpus, open_corpus
 from language_model.toy_text import pydoc_corpus
 
 TEST_STEPS = 64  # columns of a test batch; the state goes on, so they change no result
-NAMES = ("prepared", "pydoc_topics")
 
 
-class DataConfig(Protocol):
+class DataConfig(Strict):
     """The settings under `data:` in a config."""
 
-    name: str
-    root: str
+    name: Literal["prepared", "pydoc_topics"]  # a folder that language_model.prepare wrote, or Python's own topics
+    root: str = "data/one_billion_words"  # of prepared
 
 
 class TrainBatch(NamedTuple):
@@ -52,11 +52,7 @@ class ScoredBatch(NamedTuple):
 
 def load_corpus(config: DataConfig) -> Corpus:
     """The corpus `config.name`: one that language_model.prepare made in `config.root`, or Python's own topics."""
-    if config.name == "prepared":
-        return open_corpus(Path(config.root))
-    if config.name == "pydoc_topics":
-        return pydoc_corpus()
-    raise UserError(f"unknown data set '{config.name}'{nearest(config.name, NAMES)}; valid: {', '.join(NAMES)}")
+    return open_corpus(Path(config.root)) if config.name == "prepared" else pydoc_corpus()
 
 
 class TextData:

@@ -20,7 +20,7 @@ from engine.checkpoint import read_checkpoint, require_same_shapes
 from engine.config import load_config
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main, settings_of
-from engine.precision import create_precision
+from engine.run import create_precision
 from language_model.data import load_corpus, scored_batches
 from language_model.model import LanguageModel
 from language_model.raw_text import Part
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
 def evaluate_file(config: Config, run: Path, file: Path, world: World) -> dict[str, Any]:
     """What is printed about `file`, by name. Raises UserError where the run, its data or the file cannot be used."""
     corpus = load_corpus(config.data)
-    saved = read_checkpoint(run, lambda line: print(line, file=sys.stderr))
+    saved = read_checkpoint(run, _say)
     if saved is None:
         raise UserError(f"{run}: no checkpoint there: train first")
     if saved["extra"].get("vocabulary") != corpus.vocabulary_digest:
@@ -61,7 +61,7 @@ def evaluate_file(config: Config, run: Path, file: Path, world: World) -> dict[s
     model.load_state_dict(saved["model"])
     model.to(world.device)
     rows = scored_batches(tokens, lengths, config.eval_rows, world.rank, world.world_size, device=world.device)
-    total = score(model, rows, create_precision(config.precision, world.device), world)
+    total = score(model, rows, create_precision(config.precision, world.device, _say), world)
     words = len(tokens) - 2 * len(lengths)
     return {
         "sentences": len(lengths),
@@ -69,9 +69,13 @@ def evaluate_file(config: Config, run: Path, file: Path, world: World) -> dict[s
         "out of vocabulary": unknown,
         "out of vocabulary, %": 100 * unknown / words,
         "tokens": len(tokens),
-        "perplexity per token": perplexity(total["loss"] / total["count"]),
+        "perplexity per token": perplexity(total["loss"] / total["tokens"]),
         "perplexity per word": perplexity(total["loss"] / words),
     }
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _read(file: Path, vocabulary: Any) -> tuple[np.ndarray, np.ndarray, int]:

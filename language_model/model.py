@@ -7,16 +7,31 @@ the others. It is detached, kept by the training loop, and saved with a checkpoi
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from overrides import override
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import log_softmax, pad
 
+from engine.config import Strict
+
 ROWS = 32  # of which a multiple is computed for each cluster of the softmax
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+
+
+class ModelConfig(Strict):
+    """The settings under `model:` in a config; LanguageModel says what they mean."""
+
+    name: Literal["lstm", "gru", "rnn"]
+    cutoffs: list[PositiveInt]
+    embedding: PositiveInt = 300
+    hidden: PositiveInt = 2048
+    layers: PositiveInt = 2
+    dropout: float = Field(0.1, ge=0, lt=1)
+    div_value: float = Field(4.0, ge=1)
 
 
 class LanguageModel(nn.Module):

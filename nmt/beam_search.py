@@ -13,14 +13,23 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from engine.config import Strict
 from nmt.codec import BOS, EOS, PAD
 from nmt.model import Transformer
 
 LONGER = 50  # a translation may be so many words longer than its source, as published
 DROP_SHARE = 0.8  # finished sentences leave the batch once no more than this share is still going on
+
+
+class DecodingConfig(Strict):
+    """The settings under `decoding:` in a config."""
+
+    beam: PositiveInt = 5
+    length_penalty: NonNegativeFloat = 0.6
 
 
 class Hypothesis(NamedTuple):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.config import Strict
 from engine.errors import UserError
 from engine.seed import derive
 from nmt.codec import BOS, EOS, PAD, Codec
@@ -27,6 +28,13 @@ JITTER = 1.0  # tokens; measured on Multi30k at 4,096 tokens a batch: 3.9 % padd
 ROWS_MULTIPLE = (
     8  # sentences in an update, where that many fit: it then divides evenly among 2, 4 or 8 ranks and passes
 )
+
+
+class DataConfig(Strict):
+    """The settings under `data:` in a config."""
+
+    name: str  # of the recipe that the data were prepared by
+    root: str
 
 
 class Batch(NamedTuple):

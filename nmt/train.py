@@ -1,60 +1,35 @@
 """Train a translation model: python -m nmt.train CONFIG [key=value ...]     (also under torchrun)
 
-The whole run, top to bottom: config, distributed, seed, data, model, optimizer, schedule, resume; then update after
-update, with a validation and weights kept for averaging every so many; at the end the average of the last kept weights
-translates the test set. Batches are counted in tokens; losses are in nats per target token, EOS counted, padding not.
-
-Interrupt it at any moment and run the same command again: it goes on where it was, and on the CPU it ends with
-bit-identical weights.
+The whole run, top to bottom: main, train, train_epoch with the loop itself, which validates and keeps weights every so
+many updates, the score of their average on the test set; `prepare`, below, makes all that they work with. Batches are
+counted in tokens; losses are in nats per target token, EOS counted, padding not. Interrupt it at any moment and run the
+same command again: it goes on where it was, and on the CPU it ends with bit-identical weights.
 """
 
 import math
-import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from statistics import median
+from contextlib import closing
+from dataclasses import dataclass
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
-from engine.allocator import keep_freed_memory
-from engine.checkpoint import Checkpoints, Progress
-from engine.config import RunConfig, Strict, load_config
+from engine import run as runs
+from engine.config import RunConfig
 from engine.distributed import World, setup
-from engine.errors import UserError, run_main, settings_of
-from engine.interrupt import StopRequest, Wish, agree
+from engine.errors import run_main
+from engine.interrupt import Wish
 from engine.metrics import Sums, require_finite
-from engine.precision import Precision, create_precision, optimizer_step
-from engine.run_record import RunRecord, peak_memory_mb
+from engine.run_record import RunRecord
 from engine.seed import seed_step
-from nmt.averaging import average_weights, keep_weights
-from nmt.beam_search import translate
+from nmt.averaging import AverageConfig, average_weights, keep_weights
+from nmt.beam_search import DecodingConfig, translate
 from nmt.codec import EOS
-from nmt.data import Batch, ParallelData, Split, eval_batches, load_data, train_batches, updates_per_epoch
+from nmt.data import DataConfig, ParallelData, Split, eval_batches, load_data, train_batches, updates_per_epoch
 from nmt.model import ModelConfig, Transformer, create_model
 from nmt.scoring import all_scores, sacre_bleu
-from optim import create_optimizer
-from optim.lr_scheduler import create_schedule
 
 USAGE = "usage: python -m nmt.train CONFIG [key=value ...]     e.g. configs/wmt14_en_de/apollo.yaml"
-METRICS = ("loss", "nll", "tokens")
-
-
-class DataConfig(Strict):
-    name: str  # of the recipe that the data were prepared by
-    root: str
-
-
-class AverageConfig(Strict):
-    every: PositiveInt  # updates between the weights kept
-    last: PositiveInt = 10  # how many are kept and averaged
-
-
-class DecodingConfig(Strict):
-    beam: PositiveInt = 5
-    length_penalty: NonNegativeFloat = 0.6
 
 
 class Config(RunConfig):  # global_batch: tokens of an update, the longer side with its padding counted
@@ -69,283 +44,123 @@ class Config(RunConfig):  # global_batch: tokens of an update, the longer side w
     eval_batch: PositiveInt = 4096  # tokens per rank, in validation and in decoding
 
 
-@dataclass
-class Run:
-    """What the loop works with, made once by `prepare`."""
+@dataclass(kw_only=True)
+class TranslationRun(runs.Run):
+    METRICS, COUNTED = ("loss", "nll", "tokens"), "tokens"
 
     config: Config
-    world: World
-    record: RunRecord
+    model: Transformer
     data: ParallelData
-    model: Transformer  # the model itself: evaluated and saved
-    network: torch.nn.Module  # the model as trained: with several ranks, in DistributedDataParallel
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    precision: Precision
-    window: Sums  # training metrics since the last log line
-    progress: Progress  # its totals and epoch_s count from the last validation on
-    checkpoints: Checkpoints
-    stop: StopRequest
     gradient_norm: torch.Tensor | None = None  # of the last update, before clipping
-    optimizer_ms: list[float] = field(default_factory=list)  # a sample, one an interval of log_every
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else 2
-    config = load_config(Config, arguments[0], arguments[1:])
-    world = setup(config.device)
-    try:
+    config = runs.read_arguments(Config, arguments, USAGE)
+    with closing(setup(config.device)) as world:
         return train(config, world)
-    finally:
-        world.close()
 
 
 def train(config: Config, world: World) -> int:
     """Train to the end, or until a signal asks to stop; returns the exit status."""
     record = RunRecord(config, config.folder, world, config.tensorboard)
     if record.complete:
-        record.say(f"{record.folder} is complete: nothing to do")
-        return 0
+        return record.say_complete()
     run = prepare(config, world, record)
-    progress = run.progress
-    with tqdm(
-        total=config.updates, initial=progress.update, unit="update", disable=None if world.is_main else True
-    ) as bar:
-        if not train_updates(run, bar):
-            record.say(
-                f"stopped at update {progress.update} by {run.stop.signal.name}; saved: the same command goes on"
-            )
-            return run.stop.exit_status
-    tested = test(run)
-    record.finish(
-        table=config.table,
-        row=config.row,
-        schedule=config.schedule.name,
-        seed=config.seed,
-        metric="bleu",
-        final=tested["bleu"],
-        best=progress.best,
-        updates=progress.update,
-        epochs=progress.epoch,
-        evaluated=len(run.data.test),
-        parameters=sum(parameter.numel() for parameter in run.model.parameters()),
-        vocabulary=run.data.codec.size,
-        **{name: value for name, value in tested.items() if name != "bleu"},
-        tokens_per_s=round(progress.last["tokens"] / progress.train_s, 1),
-        optimizer_ms_per_step=round(median(run.optimizer_ms), 3) if run.optimizer_ms else None,
-        peak_memory_mb=round(peak_memory_mb(world.device), 1),
-    )
-    record.say(f"done: test BLEU {tested['bleu']:.2f} ({tested['signature']}); {record.folder}/result.json")
+    with runs.progress_bar(run, config.updates) as bar:
+        while run.progress.update < config.updates:
+            if not train_epoch(run, bar):
+                return runs.say_stopped(run)
+    finish(run, score_test_set(run))
     return 0
 
 
-def prepare(config: Config, world: World, record: RunRecord) -> Run:
-    """Build everything the loop needs, and take up the run folder's last checkpoint if there is one."""
-    max_tokens = world.share(config.global_batch, config.accumulation)
-    precision = create_precision(config.precision, world.device)
-    if world.device.type == "cpu":
-        keep_freed_memory()
-
-    if not world.is_main:
-        world.barrier()  # rank 0 may have to make the data, the others then find them
-    data = load_data(config.data.name, config.data.root)
-    if world.is_main:
-        world.barrier()
-
-    seed_step(config.seed, "initialisation")
-    model = create_model(config.model, data.codec.size).to(world.device)
-    with settings_of("optimizer"):
-        optimizer = create_optimizer(config.optimizer.name, model.parameters(), **config.optimizer.settings)
-    model, optimizer = precision.prepare(model, optimizer)
-    if config.compile:  # the layers, where the time goes; embeddings and loss stay as they are
-        for layer in (*model.encoder, *model.decoder):
-            layer.compile(dynamic=True)
-    network = model if world.world_size == 1 else precision.data_parallel(model, world.device)
-    with settings_of("schedule"):
-        schedule = create_schedule(optimizer, config.schedule.name, total=config.updates, **config.schedule.settings)
-
-    window = Sums(METRICS, world.device)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
-    progress = Progress()
-    checkpoints = Checkpoints(
-        record.folder, parts, world, config.checkpoint.keep, config.checkpoint.minutes, say=record.say
-    )
-    saved = checkpoints.restore(progress)
-    if saved:
-        if saved["codec"] != data.codec.digest:
-            raise UserError(
-                f"{record.folder} was trained with another vocabulary than that of {config.data.root}: "
-                "choose another run_dir, or the data.root it was trained from"
-            )
-        window.scatter(saved["window"], world)
-        record.say(f"resuming at epoch {progress.epoch + 1}, update {progress.update}")
-    record.rewind(saved and saved["record"])
-    if world.is_main:
-        data.codec.save(record.folder)  # so that the run folder can translate without the data
-    record.environment(
-        world_size=world.world_size,
-        global_batch=config.global_batch,
-        per_rank_batch=max_tokens * config.accumulation,
-        accumulation=config.accumulation,
-        updates_per_epoch=updates_per_epoch(data.train, max_tokens, world.world_size, config.accumulation),
-        vocabulary=data.codec.size,
-        codec=data.codec.digest,
-        train_pairs=len(data.train),
-        valid_pairs=len(data.valid),
-        test_pairs=len(data.test),
-    )
-    return Run(
-        config, world, record, data, model, network, optimizer, schedule, precision, window, progress, checkpoints,
-        stop=StopRequest(),
+def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
+    """Train to the end of the epoch, or of the run; False where a signal asked to stop before it (all is saved then)."""
+    config, world, progress = run.config, run.world, run.progress
+    per_pass = world.share(config.global_batch, config.accumulation)
+    batches = train_batches(
+        run.data.train, per_pass, config.seed, progress.epoch, world.rank, world.world_size, config.accumulation,
+        start_update=progress.update_in_epoch,
     )  # fmt: skip
+    runs.start_clock(run)
+    for passes in batches:
+        run.network.train()
+        seed_step(config.seed, "step", progress.update, world.rank)
+        run.optimizer.zero_grad()
+        tokens = torch.full((), float(sum(batch.tokens for batch in passes)), device=world.device)
+        # The gradients are averaged over ranks after each has divided by the tokens of all.
+        share = world.world_size / world.sum(tokens)
+        for index, batch in enumerate(passes):
+            is_last = index == len(passes) - 1
+            source, target_in, target_out = batch.to(world.device)[:3]
+            with runs.averaged_over_ranks(run, is_last):
+                with run.precision.autocast():
+                    loss, nll = run.network(source, target_in, target_out, batch.tokens, config.label_smoothing)
+                run.precision.backward(loss * share, is_last)
+            run.window.add(loss=loss, nll=nll, tokens=batch.tokens)
+        run.gradient_norm = run.precision.clip(run.optimizer, run.model.parameters(), config.gradient_clip)
+        wish = runs.end_update(run, bar)
 
-
-def train_updates(run: Run, bar: tqdm) -> bool:
-    """Train to the last update; False where a signal asked to stop before it (everything is saved then)."""
-    config, progress = run.config, run.progress
-    clock = time.perf_counter()
-    for micro_batches in upcoming(run):
-        update(run, micro_batches)
-        progress.epoch_s += time.perf_counter() - clock
-        if progress.update % config.log_every == 0:
-            means = close_window(run)
-            bar.set_postfix(epoch=progress.epoch + 1, loss=f"{means['loss']:.4f}")
-        bar.update()
-
-        is_last = progress.update == config.updates
-        validates, keeps = (is_last or progress.update % n == 0 for n in (config.validate_every, config.average.every))
+        is_end = progress.update == config.updates
+        validates, keeps = (is_end or progress.update % n == 0 for n in (config.validate_every, config.average.every))
+        if validates or progress.update % config.log_every == 0:
+            log(run, bar)
         if validates:
             validate(run)
         if keeps:
-            keep(run)
-        wish = agree(run.world, run.stop, run.checkpoints.due(), progress.update)
-        if wish != Wish.GO_ON or validates or keeps:
-            save(run)
-        if is_last:
-            break
-        if wish == Wish.STOP:
-            return False
-        clock = time.perf_counter()
+            keep_for_average(run)
+        if validates or keeps or wish != Wish.GO_ON:
+            runs.save(run)
+        if is_end or wish == Wish.STOP:
+            return is_end
+    runs.end_epoch(run)
     return True
 
 
-def upcoming(run: Run) -> Iterator[list[Batch]]:
-    """The passes of every update from where the run is to its end, on this rank, epoch after epoch."""
-    config, world, progress = run.config, run.world, run.progress
-    max_tokens = world.share(config.global_batch, config.accumulation)
-    while progress.update < config.updates:
-        yield from train_batches(
-            run.data.train,
-            max_tokens,
-            config.seed,
-            progress.epoch,
-            world.rank,
-            world.world_size,
-            config.accumulation,
-            start_update=progress.update_in_epoch,
-        )
-        progress.epoch += 1
-        progress.update_in_epoch = 0
+def log(run: TranslationRun, bar: tqdm) -> None:
+    """Record the training metrics since the last log line."""
+    if sums := runs.close_window(run):
+        norm = float(run.gradient_norm)  # of the last update; an overflow, where it was skipped
+        runs.log_window(run, bar, **means(sums), gradient_norm=norm if math.isfinite(norm) else None)
 
 
-def update(run: Run, micro_batches: list[Batch]) -> None:
-    """One optimizer update from the mean loss of all target tokens, over all ranks and passes."""
-    config, world, progress = run.config, run.world, run.progress
-    seed_step(config.seed, "step", progress.update, world.rank)
-    run.network.train()
-    run.optimizer.zero_grad()
-    tokens = torch.full((), float(sum(batch.tokens for batch in micro_batches)), device=world.device)
-    # The gradients are averaged over ranks after each has divided by the tokens of all.
-    share = world.world_size / world.sum(tokens)
-    for index, batch in enumerate(micro_batches):
-        is_last = index == len(micro_batches) - 1
-        source, target_in, target_out = batch.to(world.device)[:3]
-        with nullcontext() if is_last or world.world_size == 1 else run.network.no_sync():
-            with run.precision.autocast():
-                loss, nll = run.network(source, target_in, target_out, batch.tokens, config.label_smoothing)
-            run.precision.backward(loss * share, is_last)
-        run.window.add(loss=loss, nll=nll, tokens=batch.tokens)
-    run.gradient_norm = run.precision.clip(run.optimizer, run.model.parameters(), config.gradient_clip)
-    progress.lr = float(run.optimizer.param_groups[0]["lr"])
-    sample = run.optimizer_ms if progress.update % config.log_every == 0 else None
-    if optimizer_step(run.precision, run.optimizer, world, sample):
-        run.schedule.step()  # an update that the scaler skips advances nothing
-    progress.update += 1
-    progress.update_in_epoch += 1
+def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
+    """Mean label-smoothed loss and nll per target token; the names begin with `split`."""
+    return {f"{split}{name}": sums[name] / sums["tokens"] for name in ("loss", "nll")}
 
 
-def close_window(run: Run) -> dict[str, float]:
-    """Record the training metrics since the last log line, and add them to the totals since the last validation."""
-    sums = run.window.reduce(run.world)
-    run.window.zero()
-    progress = run.progress
-    progress.totals = {name: progress.totals.get(name, 0.0) + value for name, value in sums.items()}
-    if not sums["tokens"]:  # the interval ended with a log line
-        return {}
-    require_finite(sums["loss"], progress.update)
-    means = {name: sums[name] / sums["tokens"] for name in ("loss", "nll")}
-    norm = float(run.gradient_norm)
-    run.record.metrics(
-        "train",
-        progress.update,
-        epoch=progress.epoch + 1,
-        **means,
-        gradient_norm=norm if math.isfinite(norm) else None,  # of the last update; an overflow, where it was skipped
-        lr=progress.lr,
-        tokens_per_s=round(progress.totals["tokens"] / progress.epoch_s, 1),
-    )
-    return means
-
-
-def validate(run: Run) -> None:
+def validate(run: TranslationRun) -> None:
     """Loss and BLEU on the validation set, recorded beside the mean training loss since the last time."""
-    close_window(run)
-    progress, totals = run.progress, run.progress.totals
-    loss, nll = validation_loss(run, run.data.valid)
+    progress, sums = run.progress, run.progress.since_evaluation
+    valid = means(validation_sums(run, run.data.valid), "valid_")
     hypotheses = translate_split(run.model, run.data.valid, run.config, run.world)
     bleu, _ = sacre_bleu([run.data.codec.decode(ids) for ids in hypotheses], run.data.valid.references)
-    tokens = progress.last.get("tokens", 0.0) + totals["tokens"]
-    speed = round(totals["tokens"] / progress.epoch_s, 1)
-    progress.train_s += progress.epoch_s
-    progress.epoch_s, progress.totals = 0.0, {}
     progress.best = max(bleu, progress.best or 0.0)
-    progress.last = {
-        "train_loss": totals["loss"] / totals["tokens"],
-        "train_nll": totals["nll"] / totals["tokens"],
-        "valid_loss": loss,
-        "valid_nll": nll,
-        "valid_ppl": math.exp(min(nll, 700.0)),
-        "valid_bleu": bleu,
-        "lr": progress.lr,
-        "tokens": tokens,  # trained on so far
-        "tokens_per_s": speed,
-    }
-    run.record.metrics(
-        "validation", progress.update, epoch=progress.epoch + 1, **progress.last, wall_s=round(run.record.wall_s, 1)
-    )
+    trained = means(sums, "train_") | {"tokens": progress.trained_on + sums["tokens"]}
+    valid |= {"valid_ppl": math.exp(min(valid["valid_nll"], 700.0)), "valid_bleu": bleu}
+    runs.record_evaluation(run, "validation", trained, valid)
+    last = progress.last
     run.record.say(
-        f"update {progress.update:>6}  epoch {progress.epoch + 1:>3}  train loss {progress.last['train_loss']:.4f}  "
-        f"valid loss {loss:.4f}  ppl {progress.last['valid_ppl']:.5g}  BLEU {bleu:.2f}  lr {progress.lr:.3g}  "
-        f"{speed:.0f} tokens/s"
+        f"update {progress.update:>6}  epoch {progress.epoch + 1:>3}  train loss {last['train_loss']:.4f}  "
+        f"valid loss {last['valid_loss']:.4f}  ppl {last['valid_ppl']:.5g}  BLEU {bleu:.2f}  lr {last['lr']:.3g}  "
+        f"{last['tokens_per_s']:.0f} tokens/s"
     )
 
 
 @torch.no_grad()
-def validation_loss(run: Run, split: Split) -> tuple[float, float]:
-    """Label-smoothed loss and nll per target token, each pair counted exactly once over all ranks."""
+def validation_sums(run: TranslationRun, split: Split) -> dict[str, float]:
+    """Sums of label-smoothed loss, nll and target tokens, each pair counted exactly once over all ranks."""
     run.model.eval()
-    world, sums = run.world, Sums((*METRICS, "count"), run.world.device)
+    world, sums = run.world, Sums((*run.METRICS, "pairs"), run.world.device)
     for batch, indices in eval_batches(split, run.config.eval_batch, world.rank, world.world_size):
         source, target_in, target_out = batch.to(world.device)[:3]
         with run.precision.autocast():
             loss, nll = run.model(source, target_in, target_out, batch.tokens, run.config.label_smoothing)
-        sums.add(loss=loss, nll=nll, tokens=batch.tokens, count=len(indices))
+        sums.add(loss=loss, nll=nll, tokens=batch.tokens, pairs=len(indices))
     total = sums.reduce(world)
-    if total["count"] != len(split):
-        raise RuntimeError(f"evaluated {total['count']:.0f} pairs of {len(split)}")
-    return total["loss"] / total["tokens"], total["nll"] / total["tokens"]
+    if total["pairs"] != len(split):
+        raise RuntimeError(f"evaluated {total['pairs']:.0f} pairs of {len(split)}")
+    return total
 
 
 def translate_split(model: Transformer, split: Split, config: Config, world: World) -> list[list[int]]:
@@ -362,7 +177,15 @@ def translate_split(model: Transformer, split: Split, config: Config, world: Wor
     return [row[: row.index(EOS)] for row in rows]
 
 
-def test(run: Run) -> dict[str, object]:
+def keep_for_average(run: TranslationRun) -> None:
+    """Keep the weights for averaging, unless the training loss has become non-finite."""
+    require_finite(run.window.reduce(run.world)["loss"], run.progress.update)
+    if run.world.is_main:
+        digest, last = run.data.codec.digest, run.config.average.last
+        keep_weights(run.record.folder, run.progress.update, run.model, digest, last)
+
+
+def score_test_set(run: TranslationRun) -> dict[str, object]:
     """Scores of the averaged weights on the test set; the translations are written to the run folder."""
     run.world.barrier()  # rank 0 has written the last weights
     weights, updates = average_weights(run.record.folder, run.config.average.last, run.data.codec.digest)
@@ -375,21 +198,60 @@ def test(run: Run) -> dict[str, object]:
     return {**scores, **run.config.decoding.model_dump(), "averaged_updates": updates}
 
 
-def keep(run: Run) -> None:
-    """Keep the weights for averaging, unless the training loss has become non-finite."""
-    require_finite(run.window.reduce(run.world)["loss"], run.progress.update)
-    if run.world.is_main:
-        digest, last = run.data.codec.digest, run.config.average.last
-        keep_weights(run.record.folder, run.progress.update, run.model, digest, last)
-
-
-def save(run: Run) -> None:
-    """Write a checkpoint, unless the training loss has become non-finite: such weights must not push out good ones."""
-    window = run.window.gather(run.world)
-    require_finite(float(window[:, 0].sum()), run.progress.update)
-    run.checkpoints.save(
-        run.progress, extra={"window": window, "record": run.record.position(), "codec": run.data.codec.digest}
+def finish(run: TranslationRun, scores: dict[str, object]) -> None:
+    """Write result.json, and say what came out."""
+    bleu = scores.pop("bleu")
+    runs.write_result(
+        run,
+        metric="bleu",
+        final=bleu,
+        updates=run.progress.update,
+        evaluated=len(run.data.test),
+        vocabulary=run.data.codec.size,
+        **scores,
     )
+    run.record.say(f"done: test BLEU {bleu:.2f} ({scores['signature']}); {run.record.folder}/result.json")
+
+
+def prepare(config: Config, world: World, record: RunRecord) -> TranslationRun:
+    """Build everything the loop needs, and take up the run folder's last checkpoint if there is one."""
+    per_pass = world.share(config.global_batch, config.accumulation)
+    precision = runs.create_precision(config.precision, world.device, record.say)
+    with world.main_first():  # it may have to make the data
+        data = load_data(config.data.name, config.data.root)
+
+    seed_step(config.seed, "initialisation")
+    model = create_model(config.model, data.codec.size).to(world.device)
+    model, optimizer = runs.with_optimizer(model, config, precision)
+    if config.compile:  # the layers, where the time goes; embeddings and loss stay as they are
+        for layer in (*model.encoder, *model.decoder):
+            layer.compile(dynamic=True)
+
+    run = runs.assemble(
+        TranslationRun,
+        config,
+        world,
+        record,
+        precision,
+        model,
+        optimizer,
+        total=config.updates,
+        data=data,
+        vocabulary=data.codec.digest,
+    )
+    runs.restore(run)
+    if world.is_main:
+        data.codec.save(record.folder)  # so that the run folder can translate without the data
+    runs.write_environment(
+        run,
+        updates_per_epoch=updates_per_epoch(data.train, per_pass, world.world_size, config.accumulation),
+        vocabulary=data.codec.size,
+        codec=data.codec.digest,
+        train_pairs=len(data.train),
+        valid_pairs=len(data.valid),
+        test_pairs=len(data.test),
+    )
+    return run
 
 
 if __name__ == "__main__":

@@ -1,0 +1,316 @@
+"""What the three training loops share: the objects of a run, and the steps that are the same in every task.
+
+A train.py calls these functions in the order in which they stand here:
+
+    read_arguments                                                       in `main`
+    create_precision, with_optimizer, assemble, restore, write_environment        in `prepare`
+    start_clock, averaged_over_ranks, end_update, close_window, log_window, save        in `train_epoch`
+    record_evaluation, end_epoch                                         after an evaluation
+    say_stopped, write_result                                                      at the end
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from engine.allocator import keep_freed_memory
+from engine.apex_adapter import ApexPrecision, require_apex
+from engine.checkpoint import Checkpoints, Progress
+from engine.config import RunConfig, load_config
+from engine.distributed import World
+from engine.errors import UserError, settings_of
+from engine.interrupt import StopRequest, Wish, agree
+from engine.machine import cpu_has_bf16
+from engine.metrics import Sums, require_finite
+from engine.precision import Precision
+from engine.run_record import RunRecord, peak_memory_mb
+from optim import create_optimizer
+from optim.lr_scheduler import create_schedule
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+RunT = TypeVar("RunT", bound="Run")
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What a loop works with. `assemble` makes it once; a task's subclass adds what that task needs besides."""
+
+    METRICS: ClassVar[tuple[str, ...]]  # sums over a window: of the loss first, then the task's own
+    COUNTED: ClassVar[str]  # the one of METRICS that counts what is trained on, e.g. "examples" or "tokens"
+
+    config: RunConfig
+    world: World
+    record: RunRecord
+    model: torch.nn.Module  # the model itself: evaluated and saved
+    network: torch.nn.Module  # the model as trained: perhaps compiled, perhaps in DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    precision: Precision
+    window: Sums  # training metrics since the last log line
+    progress: Progress
+    checkpoints: Checkpoints
+    stop: StopRequest
+    vocabulary: str | None = None  # digest of the data's; a checkpoint made with another is refused
+    clock: float = 0.0  # when the training that is being timed began
+    optimizer_ms: list[float] = field(default_factory=list)  # a sample, one an interval of log_every
+
+
+def read_arguments(config: type[ConfigT], arguments: list[str], usage: str) -> ConfigT:
+    """The config that a command line `CONFIG [key=value ...]` names; without one the usage is printed, and that is all.
+
+    Raises UserError for a config that cannot be used.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)
+        raise SystemExit(0 if arguments else 2)
+    return load_config(config, arguments[0], arguments[1:])
+
+
+def create_precision(name: str, device: torch.device, say: Callable[[str], None]) -> Precision:
+    """The precision called `name` in a config; `say` gets a warning where it is far slower than fp32.
+
+    Raises UserError where the device or the installation lacks it.
+    """
+    if name.startswith("apex-"):
+        require_apex(name, device)
+        return ApexPrecision(name, device)
+    if name == "bf16" and device.type == "cpu" and cpu_has_bf16() is False:
+        # torch 2.13, a product of two 1024 x 1024 matrices on one core of an AMD EPYC, oneDNN kept to AVX2: 47 times
+        say("warning: this CPU has no bf16 arithmetic, and bf16 is some 50 times slower on it: use precision=fp32")
+    return Precision(name, device)
+
+
+def with_optimizer(
+    model: torch.nn.Module, config: RunConfig, precision: Precision
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The model as `precision` wants it, and the config's optimizer over its parameters."""
+    with settings_of("optimizer"):
+        optimizer = create_optimizer(config.optimizer.name, model.parameters(), **config.optimizer.settings)
+    return precision.prepare(model, optimizer)
+
+
+def assemble(
+    kind: type[RunT],
+    config: RunConfig,
+    world: World,
+    record: RunRecord,
+    precision: Precision,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    total: int,
+    updates_per_unit: int = 1,
+    network: torch.nn.Module | None = None,
+    **own: Any,
+) -> RunT:
+    """A Run of class `kind` at its beginning, with its schedule, metrics and checkpoints; `own` are the fields it adds.
+
+    The schedule counts in units of `updates_per_unit` updates, and the run has `total` of them. `network` is the model
+    as it is called in training, e.g. compiled; by default the model itself.
+    """
+    with settings_of("schedule"):
+        schedule = create_schedule(
+            optimizer,
+            config.schedule.name,
+            updates_per_unit=updates_per_unit,
+            total=total,
+            **config.schedule.settings,
+        )
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    network = model if network is None else network
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
+    return kind(
+        config=config,
+        world=world,
+        record=record,
+        model=model,
+        network=precision.data_parallel(network, world.device) if world.world_size > 1 else network,
+        optimizer=optimizer,
+        schedule=schedule,
+        precision=precision,
+        window=Sums(kind.METRICS, world.device),
+        progress=Progress(),
+        checkpoints=Checkpoints(
+            record.folder, parts, world, config.checkpoint.keep, config.checkpoint.minutes, say=record.say
+        ),
+        stop=StopRequest(),
+        **own,
+    )
+
+
+def restore(run: Run) -> dict[str, Any] | None:
+    """Take up the run folder's last checkpoint, and rewind the record to it; returns what `save` was given besides.
+
+    None where there is no checkpoint: the run begins. Raises UserError where it is not one of this run.
+    """
+    saved = run.checkpoints.restore(run.progress)
+    if saved:
+        if saved["vocabulary"] != run.vocabulary:
+            raise UserError(
+                f"{run.record.folder} was trained with another vocabulary than that of the data: choose another "
+                "run_dir, or the data.root that it was trained from"
+            )
+        run.window.scatter(saved["window"], run.world)
+        run.record.say(f"resuming at epoch {run.progress.epoch + 1}, update {run.progress.update}")
+    run.record.rewind(saved and saved["record"])
+    return saved
+
+
+def write_environment(run: Run, **own: Any) -> None:
+    """Write environment.json: the machine, and the recipe as it is on this number of ranks; `own` are the task's."""
+    config, world = run.config, run.world
+    run.record.environment(
+        world_size=world.world_size,
+        global_batch=config.global_batch,
+        per_rank_batch=config.global_batch // world.world_size,
+        accumulation=config.accumulation,
+        **own,
+    )
+
+
+def progress_bar(run: Run, updates: int) -> tqdm:
+    """A bar over the run's `updates`; shown by rank 0, and on a terminal alone."""
+    disable = None if run.world.is_main else True
+    return tqdm(total=updates, initial=run.progress.update, unit="update", disable=disable)
+
+
+def start_clock(run: Run) -> None:
+    """Training begins, or goes on: what was done since the last update is not counted as training time."""
+    run.clock = time.perf_counter()
+
+
+def averaged_over_ranks(run: Run, is_last: bool) -> AbstractContextManager:
+    """Context of one pass of an update: after the last pass, and not before, the ranks average their gradients."""
+    return nullcontext() if is_last or run.world.world_size == 1 else run.network.no_sync()
+
+
+def end_update(run: Run, bar: tqdm) -> Wish:
+    """Take the optimizer's and the schedule's step, and count the update; returns what the ranks agree to do next."""
+    progress = run.progress
+    progress.lr = float(run.optimizer.param_groups[0]["lr"])
+    # The step is timed now and then, not every time: a clock has to wait for the device.
+    step = _timed_step if progress.update % run.config.log_every == 0 else _step
+    if step(run):
+        run.schedule.step()  # an update that the scaler skips advances nothing
+    progress.update += 1
+    progress.update_in_epoch += 1
+    now = time.perf_counter()
+    progress.since_evaluation_s += now - run.clock
+    run.clock = now
+    bar.update()
+    return agree(run.world, run.stop, run.checkpoints.due(), progress.update)
+
+
+def _step(run: Run) -> bool:
+    return run.precision.step(run.optimizer)
+
+
+def _timed_step(run: Run) -> bool:
+    run.world.synchronize()
+    started = time.perf_counter()
+    taken = _step(run)
+    run.world.synchronize()
+    run.optimizer_ms.append(1000 * (time.perf_counter() - started))
+    return taken
+
+
+def close_window(run: Run) -> dict[str, float] | None:
+    """The sums of METRICS over all ranks since the last call, None where there are none; a new window begins.
+
+    They are added to those since the last evaluation. Raises UserError where the loss is not finite.
+    """
+    sums = run.window.reduce(run.world)
+    run.window.zero()
+    totals = run.progress.since_evaluation
+    run.progress.since_evaluation = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+    if not sums[run.COUNTED]:
+        return None
+    require_finite(sums["loss"], run.progress.update)
+    return sums
+
+
+def log_window(run: Run, bar: tqdm, **means: float | None) -> None:
+    """Write a line of training metrics: `means` over the window just closed, the learning rate and the speed."""
+    progress = run.progress
+    run.record.metrics("train", progress.update, epoch=progress.epoch + 1, **means, lr=progress.lr, **_speed(run))
+    shown = {name: f"{mean:.4g}" for name, mean in means.items() if mean is not None}
+    bar.set_postfix(epoch=progress.epoch + 1, **shown)
+
+
+def save(run: Run, **own: torch.Tensor) -> None:
+    """Write a checkpoint, unless the training loss has become non-finite: such weights must not push out good ones.
+
+    `own` is what the task saves besides; `restore` returns it. Every rank calls this, with the same values.
+    """
+    window = run.window.gather(run.world)
+    require_finite(float(window[:, 0].sum()), run.progress.update)
+    extra = {"window": window, "record": run.record.position(), "vocabulary": run.vocabulary}
+    run.checkpoints.save(run.progress, extra | own)
+    start_clock(run)
+
+
+def record_evaluation(run: Run, kind: str, trained: dict[str, float], evaluated: dict[str, float]) -> None:
+    """Write a line of the evaluation's metrics and those of the training since the last one; a new interval begins.
+
+    `kind` names the line: epoch, validation. The metrics are kept as `progress.last`.
+    """
+    progress = run.progress
+    progress.last = trained | evaluated | {"lr": progress.lr} | _speed(run)
+    progress.trained_on += progress.since_evaluation[run.COUNTED]
+    progress.train_s += progress.since_evaluation_s
+    progress.since_evaluation, progress.since_evaluation_s = {}, 0.0
+    run.record.metrics(
+        kind, progress.update, epoch=progress.epoch + 1, **progress.last, wall_s=round(run.record.wall_s, 1)
+    )
+    start_clock(run)
+
+
+def end_epoch(run: Run) -> None:
+    """The next epoch begins, at its first update."""
+    run.progress.epoch += 1
+    run.progress.update_in_epoch = 0
+
+
+def say_stopped(run: Run) -> int:
+    """Say that a signal has stopped the run, which is saved; returns the exit status."""
+    run.record.say(
+        f"stopped at update {run.progress.update} by {run.stop.signal.name}; saved: the same command goes on"
+    )
+    return run.stop.exit_status
+
+
+def write_result(run: Run, metric: str, final: float, **own: Any) -> None:
+    """Write result.json: `final` is the run's `metric`, and `own` are the task's further keys."""
+    config, progress = run.config, run.progress
+    run.record.finish(
+        table=config.table,
+        row=config.row,
+        schedule=config.schedule.name,
+        seed=config.seed,
+        metric=metric,
+        final=final,
+        best=progress.best,
+        epochs=progress.epoch,
+        **own,
+        parameters=parameter_count(run.model),
+        **{f"{run.COUNTED}_per_s": round(progress.trained_on / progress.train_s, 1)},
+        optimizer_ms_per_step=round(median(run.optimizer_ms), 3) if run.optimizer_ms else None,
+        peak_memory_mb=round(peak_memory_mb(run.world.device), 1),
+    )
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _speed(run: Run) -> dict[str, float]:
+    """Examples or tokens a second since the last evaluation, by the name under which it is recorded."""
+    progress = run.progress
+    return {f"{run.COUNTED}_per_s": round(progress.since_evaluation[run.COUNTED] / progress.since_evaluation_s, 1)}
