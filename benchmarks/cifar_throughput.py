@@ -33,11 +33,12 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from classification.models import create_model
-from classification.train import Config, Run, prepare, train_epoch
+from classification.train import Config, prepare, train_epoch
 from engine.config import load_config
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main
 from engine.precision import Precision
+from engine.run import end_epoch
 from engine.run_record import RunRecord, describe_environment
 from optim import SGD, Apollo
 
@@ -91,17 +92,11 @@ def train_loop(images: Path, precision: str, options: argparse.Namespace, world:
 
     def updates(count: int) -> None:
         run.progress.update_in_epoch = options.updates - count
-        if train_epoch(run, bar) is None:
+        if not train_epoch(run, bar):
             raise KeyboardInterrupt  # the loop takes the signal, and asks us to stop
-        start_next_epoch(run)
+        end_epoch(run)  # without an evaluation and a checkpoint: they are no part of training
 
     return updates
-
-
-def start_next_epoch(run: Run) -> None:
-    """What `finish_epoch` does to the position, without evaluation and checkpoint: they are no part of training."""
-    run.progress.epoch += 1
-    run.progress.update_in_epoch, run.progress.epoch_s, run.progress.totals = 0, 0.0, {}
 
 
 def bare_loop(precision: str, options: argparse.Namespace, world: World) -> Contender:

@@ -36,6 +36,7 @@ from engine.config import load_config
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main
 from engine.precision import Precision
+from engine.run import end_epoch
 from engine.run_record import RunRecord, describe_environment, peak_memory_mb
 from language_model import prepare as preparation
 from language_model.data import TextData
@@ -269,10 +270,9 @@ def train_loop(row: str, precision: str, corpus: Path, options: argparse.Namespa
 
     def updates(count: int) -> None:
         run.progress.update_in_epoch = run.data.updates_per_epoch - count
-        if train_epoch(run, bar) is None:
+        if not train_epoch(run, bar):
             raise KeyboardInterrupt  # the loop takes the signal, and asks us to stop
-        run.progress.epoch += 1
-        run.progress.epoch_s, run.progress.totals = 0.0, {}
+        end_epoch(run)
 
     return Contender(updates, run.optimizer_ms)
 

@@ -4,8 +4,8 @@
     python -m benchmarks.nmt decode [--width 256 --layers 3 --sentences 100 --steps 30 --beam 5]
     python -m benchmarks.nmt full-size [--updates 5 --tokens 8192 --precision fp32]
 
-    train       three loops in turn over the batches of the cell's first updates, in target tokens per second:
-                train.py        its `upcoming` and `update`: batches cut from the data, metrics summed and written
+    train       three loops in turn over the last updates of the cell's first epoch, in target tokens per second:
+                train.py        its `train_epoch`: batches cut from the data, metrics summed and written
                 bare loop       forward, backward, clipping and optimizer of the same model, on the same batches ready
                                 in memory: what is left when everything but the training is taken away
                 torch's own     torch.nn.Transformer of the same size on those batches, cross entropy over all positions
@@ -30,14 +30,14 @@ from tqdm import tqdm
 
 from engine.config import load_config
 from engine.distributed import World, setup
-from engine.errors import run_main
+from engine.errors import UserError, run_main
 from engine.precision import Precision
 from engine.run_record import RunRecord, describe_environment, peak_memory_mb
 from nmt.beam_search import beam_search
 from nmt.codec import BOS, EOS, PAD
-from nmt.data import Batch, padding_share, train_batches
+from nmt.data import Batch, padding_share, train_batches, updates_per_epoch
 from nmt.model import ModelConfig, Transformer, create_model, sinusoids
-from nmt.train import Config, Run, prepare, upcoming, update
+from nmt.train import Config, TranslationRun, prepare, train_epoch
 from optim import create_optimizer
 
 Contender = Callable[[], float]  # does its round, and returns how much it did
@@ -70,39 +70,44 @@ def main(arguments: list[str]) -> None:
 def measure_training(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         rounds = options.rounds + 1  # and one that does not count
-        ours = [f"run_dir={scratch}", f"updates={10 * options.updates * rounds}"]
+        never = 10 * options.updates * rounds
+        ours = [f"run_dir={scratch}", f"updates={never}", f"validate_every={never}", f"average.every={never}"]
         config = load_config(Config, options.config, [*options.overrides, *ours])
         world = setup(config.device)
         run = prepare(config, world, RunRecord(config, config.folder, world))
         describe(world, f"{options.config} {' '.join(options.overrides)}, {options.updates} updates a round")
-        batches = list(zip(range(options.updates), upcoming(run), strict=False))
-        passes = [[batch.to(world.device) for batch in micro_batches] for _, micro_batches in batches]
+        max_tokens = world.share(config.global_batch, config.accumulation)
+        epoch = [run.data.train, max_tokens, config.seed, 0, world.rank, world.world_size, config.accumulation]
+        start = updates_per_epoch(run.data.train, max_tokens, world.world_size, config.accumulation) - options.updates
+        if start < 0:
+            raise UserError(f"--updates {options.updates}: an epoch of {options.config} has fewer")
+        updates = list(train_batches(*epoch, start_update=start))
+        tokens = sum(batch.tokens for passes in updates for batch in passes)
+        there = [[batch.to(world.device) for batch in passes] for passes in updates]
         speeds = in_turn(
             {
-                "train.py": lambda: train_py(run, options.updates),
-                "bare loop": bare_loop(run, passes),
-                "torch's own": torchs_own(run, passes),
+                "train.py": lambda: train_py(run, start, tokens),
+                "bare loop": bare_loop(run, there),
+                "torch's own": torchs_own(run, there),
             },
             options.rounds,
             world,
         )
         report("target tokens/s", speeds, "train.py")
-        max_tokens = world.share(config.global_batch, config.accumulation)
-        share = padding_share(train_batches(run.data.train, max_tokens, config.seed, 0))
+        share = padding_share(train_batches(*epoch))
         print(f"\npadding: {100 * share:.1f} % of the tokens of both sides, batches of {max_tokens:,} tokens")
 
 
-def train_py(run: Run, updates: int) -> float:
-    """The loop of train_updates from the first update on, without validations and checkpoints."""
-    tokens = 0
-    run.progress.update = run.progress.update_in_epoch = run.progress.epoch = 0
-    for _, micro_batches in zip(range(updates), upcoming(run), strict=False):
-        update(run, micro_batches)
-        tokens += sum(batch.tokens for batch in micro_batches)
+def train_py(run: TranslationRun, start: int, tokens: int) -> float:
+    """The first epoch's updates from `start` on, which have `tokens`, without validations and checkpoints."""
+    run.progress.update = run.progress.epoch = 0
+    run.progress.update_in_epoch = start
+    if not train_epoch(run, tqdm(disable=True)):
+        raise KeyboardInterrupt  # the loop takes the signal, and asks us to stop
     return tokens
 
 
-def bare_loop(run: Run, updates: list[list[Batch]]) -> Contender:
+def bare_loop(run: TranslationRun, updates: list[list[Batch]]) -> Contender:
     torch.manual_seed(0)
     model = create_model(run.config.model, run.data.codec.size).to(run.world.device).train()
     optimizer = create_optimizer(run.config.optimizer.name, model.parameters(), **run.config.optimizer.settings)
@@ -114,7 +119,7 @@ def bare_loop(run: Run, updates: list[list[Batch]]) -> Contender:
     return plain_updates(run, model, optimizer, updates, loss_of)
 
 
-def torchs_own(run: Run, updates: list[list[Batch]]) -> Contender:
+def torchs_own(run: TranslationRun, updates: list[list[Batch]]) -> Contender:
     """torch.nn.Transformer with the same embeddings, positions and rates of dropout (it has one for all)."""
     torch.manual_seed(0)
     config, words = run.config.model, run.data.codec.size
@@ -148,7 +153,7 @@ def torchs_own(run: Run, updates: list[list[Batch]]) -> Contender:
 
 
 def plain_updates(
-    run: Run,
+    run: TranslationRun,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     updates: list[list[Batch]],

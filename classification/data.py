@@ -32,6 +32,7 @@ from tqdm import tqdm
 from classification.augment import Augmentation, ImageData, Images
 from engine.config import Strict
 from engine.errors import UserError, nearest
+from engine.machine import core_count
 
 if TYPE_CHECKING:
     from classification.imagenet.data import ImageNetData
@@ -228,7 +229,7 @@ def _decode(paths: Sequence[str]) -> Tensor:
     # Pillow decodes without Python's lock, but around a small image's decoding there is much that holds it: more
     # threads would only wait for one another.
     bar = tqdm(total=len(paths), desc="reading images", unit="image", disable=None)
-    with bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with bar, ThreadPoolExecutor(min(4, core_count())) as pool:
         for count in pool.map(decode, parts):
             bar.update(count)
     return torch.from_numpy(pixels)

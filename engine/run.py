@@ -81,8 +81,12 @@ def create_precision(name: str, device: torch.device, say: Callable[[str], None]
         require_apex(name, device)
         return ApexPrecision(name, device)
     if name == "bf16" and device.type == "cpu" and cpu_has_bf16() is False:
-        # torch 2.13, a product of two 1024 x 1024 matrices on one core of an AMD EPYC, oneDNN kept to AVX2: 47 times
-        say("warning: this CPU has no bf16 arithmetic, and bf16 is some 50 times slower on it: use precision=fp32")
+        # Products of two 1024 x 1024 matrices by torch 2.14 on an AMD EPYC, whose oneDNN was kept from using bf16
+        # arithmetic by ONEDNN_MAX_CPU_ISA: with AVX2 some 50 to 100 times the time of fp32, with AVX-512 2 times.
+        say(
+            "warning: this CPU has no bf16 arithmetic (AVX-512-BF16, AMX, or ARM's BF16), so precision=bf16 is slower "
+            "than fp32, up to 100 times without AVX-512: use precision=fp32"
+        )
     return Precision(name, device)
 
 

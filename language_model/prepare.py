@@ -27,12 +27,14 @@ from tqdm import tqdm
 
 from engine.errors import UserError, run_main
 from engine.files import hold, write_atomically
+from engine.machine import core_count
+from engine.manifest import MANIFEST, read_manifest
 from language_model.prepared import (
-    MANIFEST,
+    FORMAT,
+    MANIFEST_KEYS,
     VOCABULARY,
     damage,
     disk_errors,
-    read_manifest,
     token_dtype,
     wait_for_disk,
     write_manifest,
@@ -120,7 +122,7 @@ def _resume(out: Path, made_from: dict[str, str]) -> tuple[str | None, dict[str,
     """
     for leftover in (*out.glob("*.tmp"), *out.glob("*/*.tmp")):
         leftover.unlink()
-    manifest = read_manifest(out)
+    manifest = read_manifest(out, MANIFEST_KEYS, FORMAT)
     before, known, entries = made_from, None, []
     if manifest:
         before, known, entries = manifest["made_from"], manifest["vocabulary"]["sha256"], manifest["shards"]
@@ -282,7 +284,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--test", nargs="+", metavar="NAME", default=[TEST_FILE], help="held-out files to test on (%(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+    parser.add_argument("--workers", type=int, default=core_count(), help="processes (%(default)s)")
     return parser.parse_args(arguments)
 
 

@@ -23,11 +23,12 @@ from xxhash import xxh3_64
 
 from engine.errors import UserError
 from engine.files import write_atomically
+from engine.manifest import MANIFEST, read_manifest
 from language_model.raw_text import Part
 from language_model.vocabulary import Vocabulary, digest, load_vocabulary
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST_KEYS = ("format", "made_from", "vocabulary", "dtype", "train", "test", "shards")
 VOCABULARY = "vocabulary.txt"
 SUFFIXES = (".tokens", ".offsets")
 OFFSET = np.dtype("<u4")
@@ -119,21 +120,6 @@ def damage(entry: dict[str, Any], out: Path) -> str | None:
     return None
 
 
-def read_manifest(out: Path) -> dict[str, Any] | None:
-    """The manifest of a finished preparation, or None. Raises UserError where it is damaged or of another format."""
-    path = out / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format"]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a manifest ({error!r}): delete it, then prepare again") from None
-    if version != FORMAT:
-        raise UserError(f"{path}: format {version}, this program reads {FORMAT}: prepare again, in another folder")
-    return manifest
-
-
 def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
     with disk_errors(out / MANIFEST):
         write_atomically(out / MANIFEST, json.dumps({"format": FORMAT} | manifest, indent=1) + "\n")
@@ -153,7 +139,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def open_corpus(root: Path) -> Corpus:
     """The corpus prepared in `root`. Raises UserError, in one line, where something is missing or does not fit."""
-    manifest = read_manifest(root)
+    manifest = read_manifest(root, MANIFEST_KEYS, FORMAT)
     if manifest is None:
         raise UserError(f"{root}: no finished corpus there (no {MANIFEST}): {PREPARE_COMMAND} makes one")
     again = f"run `{PREPARE_COMMAND.replace('OUT', str(root))}` as before: it makes what is missing"

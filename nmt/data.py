@@ -18,11 +18,12 @@ from torch import Tensor
 
 from engine.config import Strict
 from engine.errors import UserError
+from engine.manifest import read_manifest
 from engine.seed import derive
 from nmt.codec import BOS, EOS, PAD, Codec
 from nmt.prepare.command import prepare_grammar
 from nmt.prepare.recipes import GRAMMAR
-from nmt.prepared import EVALUATED, read_manifest
+from nmt.prepared import EVALUATED, MANIFEST_KEYS
 
 JITTER = 1.0  # tokens; measured on Multi30k at 4,096 tokens a batch: 3.9 % padding instead of 3.1 %
 ROWS_MULTIPLE = (
@@ -165,10 +166,10 @@ def load_data(name: str, root: str | Path) -> ParallelData:
     Raises UserError, in one line, for data that is missing, damaged or of another recipe.
     """
     root = Path(root)
-    manifest = read_manifest(root)
+    manifest = read_manifest(root, MANIFEST_KEYS)
     if manifest is None and name == GRAMMAR.name:
         prepare_grammar(root, wait=True)
-        manifest = read_manifest(root)
+        manifest = read_manifest(root, MANIFEST_KEYS)
     if manifest is None:
         raise UserError(f"{root} holds no prepared data: python -m nmt.prepare --help says how to make it")
     if manifest["recipe"] != name:

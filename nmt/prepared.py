@@ -12,28 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
 from engine.files import write_atomically
 
 SPLITS = ("train", "valid", "test")
 EVALUATED = ("valid", "test")
+MANIFEST_KEYS = ("recipe", "source", "target", "codec", "splits")
 
 
 def paths_of(folder: Path, split: str, languages: Sequence[str]) -> list[Path]:
     """The files of one split."""
     kinds = ("bin", "offsets", "txt") if split in EVALUATED else ("bin", "offsets")
     return [folder / f"{split}.{language}.{kind}" for language in languages for kind in kinds]
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest, or None where there is none; UserError where it is damaged."""
-    path = folder / "manifest.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a manifest ({error}); delete the folder and prepare the data again") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -75,7 +75,7 @@ def train(config: Config, world: World) -> int:
 
 
 def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
-    """Train to the end of the epoch, or of the run; False where a signal asked to stop before it (all is saved then)."""
+    """Train to the end of the epoch, or of the run; False where a signal asked to stop before (all is saved then)."""
     config, world, progress = run.config, run.world, run.progress
     per_pass = world.share(config.global_batch, config.accumulation)
     batches = train_batches(

@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.errors import run_main
+from engine.machine import core_count
 from scripts.arguments import Parser, seeds
 from scripts.jobs import Job, plan, run
 from scripts.plot import plot_curves
@@ -69,7 +70,7 @@ def train(jobs: Sequence[Job], bar: tqdm) -> int:
         bar.update(start + sum(map(_done, jobs)) - bar.n)
 
     # Each has its share of the cores: more threads than cores would spend their time waiting for one another.
-    threads = min(4, max(1, (os.cpu_count() or 1) // len(jobs)))  # small networks gain nothing from more than four
+    threads = min(4, max(1, core_count() // len(jobs)))  # small networks gain nothing from more than four
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     commands = [job.command() for job in jobs if not job.complete]
     with tempfile.TemporaryFile("w+") as output:

@@ -2,6 +2,8 @@
 
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,13 @@ import torch
 
 from engine.allocator import populate
 from engine.checkpoint import Checkpoints, Progress, read_checkpoint, write_checkpoint
+from engine.config import RunConfig
 from engine.distributed import World, setup
 from engine.errors import UserError
+from engine.manifest import read_manifest
 from engine.metrics import Sums, require_finite
 from engine.precision import Precision
+from engine.run import create_precision, read_arguments
 from engine.seed import derive, generator, seed_step
 
 CPU = torch.device("cpu")
@@ -89,6 +94,60 @@ def test_an_overflowing_fp16_step_advances_nothing():
 def test_tf32_needs_cuda():
     with pytest.raises(UserError, match="tf32"):
         Precision("tf32", CPU)
+
+
+@pytest.mark.parametrize(
+    ("description", "warned"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni", True),
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16", False),
+        ("flags\t\t: fpu amx_bf16 amx_tile", False),
+        ("Features\t: fp asimd asimdhp", True),
+        ("Features\t: fp asimd bf16 i8mm", False),
+        ("Processor\t: one that does not say what it can do", False),
+    ],
+)
+def test_bf16_on_a_cpu_without_it_brings_one_warning(tmp_path, monkeypatch, description, warned):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{description}\n\nprocessor\t: 1\n{description}\n")
+    monkeypatch.setattr("engine.machine.CPU_INFO", tmp_path / "cpuinfo")
+    said = []
+    for name in ("fp32", "bf16"):
+        create_precision(name, CPU, said.append)
+    assert len(said) == warned and all("precision=fp32" in line for line in said)
+    create_precision("bf16", torch.device("cuda"), pytest.fail)
+
+
+def test_cores_are_those_that_the_process_may_use():
+    program = """if True:
+        import os
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        from engine.machine import core_count
+        print(core_count())
+    """
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+def test_without_a_config_the_usage_is_printed(capsys):
+    for arguments, status in (([], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as exit:
+            read_arguments(RunConfig, arguments, "usage: this way")
+        assert exit.value.code == status and capsys.readouterr().out == "usage: this way\n"
+
+
+def test_a_manifest_is_whole_or_refused(tmp_path):
+    assert read_manifest(tmp_path, ("words",), 3) is None
+    for content, message in (
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"format": 3}', "lacks words"),
+        ('{"words": 1}', "lacks format"),
+        ('{"format": 2, "words": 1}', "format 2 .* reads format 3"),
+    ):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=rf"manifest\.json .*{message}"):
+            read_manifest(tmp_path, ("format", "words"), 3)
+    (tmp_path / "manifest.json").write_text('{"format": 3, "words": 1}')
+    assert read_manifest(tmp_path, ("format", "words"), 3) == {"format": 3, "words": 1}
 
 
 def test_the_global_batch_must_divide():
@@ -176,6 +235,14 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
             _checkpoints(tmp_path, other).restore(Progress())
 
 
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    progress = Progress()
+    progress.epoch_s = 1.0  # a value that this version does not know
+    _checkpoints(tmp_path, torch.nn.Linear(2, 3)).save(progress)
+    with pytest.raises(UserError, match="another version of this program"):
+        _checkpoints(tmp_path, torch.nn.Linear(2, 3)).restore(Progress())
+
+
 def test_a_full_disk_loses_nothing(tmp_path):
     """A file-size limit of the process stands for the full disk: the write fails the same way, in the middle."""
     import resource
@@ -198,9 +265,6 @@ def test_a_full_disk_loses_nothing(tmp_path):
 
 def test_freed_memory_is_kept():
     """Page faults of a step that allocates and frees 64 MiB, in a process of its own: the setting is for good."""
-    import subprocess
-    import sys
-
     program = """if True:
         import resource, torch
         from engine.allocator import keep_freed_memory

@@ -20,9 +20,10 @@ from imagenet_images import CLASSES, encoded, make_tars, make_tree, picture
 from scipy.io import savemat
 
 from classification.imagenet import lmdb as imagenet_lmdb
-from classification.imagenet.lmdb import LmdbSplit, SplitWriter, open_splits, read_manifest
+from classification.imagenet.lmdb import LmdbSplit, SplitWriter, open_splits
 from classification.imagenet.prepare import build, main, verify
 from engine.errors import UserError
+from engine.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_holds_the_untouched_files_and_their_labels(tree, built):
     assert records(train) == expected(tree, "train")
     assert records(val) == expected(tree, "val")
     manifest = read_manifest(built)
-    assert (manifest["complete"], manifest["classes"]) == (True, list(CLASSES))
+    assert manifest["classes"] == list(CLASSES)
     assert {name: split["images"] for name, split in manifest["splits"].items()} == {"train": 24, "val": 12}
     assert verify(built, decode=True) == []
 
@@ -311,11 +312,10 @@ def test_damaged_manifest_is_refused(copy, content):
         open_splits(copy)
 
 
-def test_manifest_without_its_mark_missing_or_of_another_build_is_refused(copy):
+def test_manifest_that_is_missing_or_of_another_build_is_refused(copy):
     path = copy / "manifest.json"
     manifest = json.loads(path.read_text())
     for changed, message in (
-        ({"complete": False}, "unfinished build"),
         ({"format": 2}, "is of format 2"),
         ({"splits": manifest["splits"] | {"val": {"images": 11}}}, "belong to different builds"),
     ):

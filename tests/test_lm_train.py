@@ -288,7 +288,7 @@ def refused(command_of_task, arguments: list[str], capsys=None) -> str:
         (["global_batch=31", "accumulation=2"], ["31", "not divisible"]),
         (["global_batch=2000"], ["global_batch=2000", "sequence_length=20", "40,001"]),
         (["gradient_clip=-1"], ["gradient_clip", "-1"]),
-        (["precision=fp16"], ["precision=fp16", "bf16"]),
+        (["precision=fp16"], ["precision=fp16", "precision=fp32"]),
         (["compile=true"], ["compile=true", "leave it out"]),
         (["optimizer={name: sgd, lr: 1.0e+30}", "gradient_clip=null"], ["loss is", "at update", "diverged"]),
     ],

@@ -14,13 +14,13 @@ import pytest
 
 from engine.errors import UserError
 from engine.files import hold
+from engine.manifest import read_manifest
 from nmt.codec import Codec
 from nmt.prepare import raw_text, stages
 from nmt.prepare.command import main, prepare, prepare_grammar, verify
 from nmt.prepare.raw_text import scan, scan_pair
 from nmt.prepare.recipes import GRAMMAR, WMT14, Recipe
 from nmt.prepare.toy_text import generate
-from nmt.prepared import read_manifest
 from nmt.text import moses
 
 SIZES = {"train": 400, "valid": 30, "test": 30}
@@ -237,7 +237,7 @@ def test_verify_names_what_is_damaged(text):
     assert verify(out) == [f"{out}/train.de.bin has changed", f"{out}/valid.en.txt is missing"]
     assert main(["verify", str(out)]) == 1
     (out / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest\.json: not a manifest"):
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         verify(out)
     with pytest.raises(UserError, match="no finished preparation"):
         verify(text)

@@ -148,12 +148,15 @@ def test_two_ranks_stopped_and_resumed(folder):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_it_learns_in_half_precision(folder, precision):
+def test_it_learns_in_half_precision(folder, precision, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text("flags : fpu avx2\n")
+    monkeypatch.setattr("engine.machine.CPU_INFO", tmp_path / "cpuinfo")
     ours = (f"precision={precision}", "updates=60", "validate_every=60", "average.every=60", "checkpoint.minutes=60")
     optimizer = "optimizer={name: adamw, lr: 3.0e-3, betas: [0.9, 0.98]}"
     run_dir = train_here(folder, precision, *ours, optimizer, "schedule={name: constant}")
     losses = [line["loss"] for line in metrics(run_dir, "train")]
     assert losses[-1] < 0.85 * losses[0]
+    assert (run_dir / "log.txt").read_text().count("no bf16 arithmetic") == (precision == "bf16")
 
 
 @pytest.mark.parametrize(

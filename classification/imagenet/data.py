@@ -20,11 +20,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from classification.augment import Batch, Normalise
 from classification.imagenet.decode import DECODERS, central_view, random_view
-from classification.imagenet.lmdb import MANIFEST, SPLITS, DamagedImage, LmdbSplit, open_splits
+from classification.imagenet.lmdb import SPLITS, DamagedImage, LmdbSplit, open_splits
 from classification.imagenet.raw import FolderSplit, list_folder
 from classification.native.resize import native_resize
 from engine.allocator import keep_freed_memory, populate
 from engine.errors import UserError
+from engine.machine import core_count
+from engine.manifest import MANIFEST
 from engine.seed import derive, generator
 
 log = logging.getLogger(__name__)
@@ -247,8 +249,7 @@ def _open(root: Path) -> tuple[Split, Split]:
 
 def _default_workers() -> int:
     """One for each core that this rank may call its own, up to 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(16, core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def _start_worker(worker: int) -> None:

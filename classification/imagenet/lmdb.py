@@ -26,10 +26,11 @@ from xxhash import xxh3_64_digest
 
 from engine.errors import UserError
 from engine.files import write_atomically
+from engine.manifest import MANIFEST, read_manifest
 
 FORMAT = 1
 SPLITS = ("train", "val")
-MANIFEST = "manifest.json"
+MANIFEST_KEYS = ("format", "source", "inputs", "splits", "classes")
 CHUNK = 256  # images in one transaction, about 28 MB of ImageNet
 DIGEST_BYTES = 8
 FIRST_MAP = 1 << 30  # bytes of address space; it doubles when full
@@ -214,29 +215,14 @@ def _damaged(path: Path, how: object) -> UserError:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest` as complete: after everything else, and in one step."""
-    text = json.dumps({"format": FORMAT, **manifest, "complete": True}, indent=1)
+    """Write `manifest`: after everything else, and in one step."""
+    text = json.dumps({"format": FORMAT, **manifest}, indent=1)
     write_atomically(folder / MANIFEST, text + "\n")
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished build, or None. Raises UserError for a damaged one, and for another format's."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        format_, complete = manifest["format"], manifest["complete"]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): delete it, then run the build again") from None
-    if format_ != FORMAT:
-        raise UserError(f"{path} is of format {format_} and this program reads format {FORMAT}: build it again")
-    return manifest if complete else None
 
 
 def open_splits(folder: Path) -> tuple[LmdbSplit, LmdbSplit]:
     """The training and the validation split of a finished build; UserError where it is not finished or not whole."""
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, MANIFEST_KEYS, FORMAT)
     if manifest is None:
         raise UserError(
             f"{folder} holds an unfinished build ({MANIFEST} is missing): run `{BUILD_COMMAND}` to finish it"

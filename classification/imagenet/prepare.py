@@ -20,19 +20,20 @@ from tqdm import tqdm
 from classification.imagenet.decode import open_rgb
 from classification.imagenet.lmdb import (
     CHUNK,
-    MANIFEST,
+    FORMAT,
+    MANIFEST_KEYS,
     SPLITS,
     DamagedImage,
     LmdbSplit,
     Record,
     SplitWriter,
     open_splits,
-    read_manifest,
     write_manifest,
 )
 from classification.imagenet.raw import Item, LabelFiles, find_source, inputs_digest
 from engine.errors import UserError
 from engine.files import hold
+from engine.manifest import MANIFEST, read_manifest
 
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1_000}
 READERS = 16  # threads: most of their time is waiting for the disk
@@ -64,7 +65,7 @@ def build(source: Path, out: Path, label_files: LabelFiles | None = None) -> Non
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, "building"):
         inputs = {name: inputs_digest(getattr(found, name), source) for name in SPLITS}
-        finished = read_manifest(out)
+        finished = read_manifest(out, MANIFEST_KEYS, FORMAT)
         if finished and finished["inputs"] != inputs:
             raise UserError(f"{out} already holds other images: choose another folder, or delete it")
         if finished:
@@ -114,7 +115,7 @@ def verify(out: Path, decode: bool = False) -> list[str]:
 
     Raises UserError where there is no finished build, or its files are truncated or do not belong together.
     """
-    manifest = read_manifest(out)
+    manifest = read_manifest(out, MANIFEST_KEYS, FORMAT)
     bad = []
     for name, split in zip(SPLITS, open_splits(out), strict=True):
         if split.content_digest() != manifest["splits"][name]["digest"]:

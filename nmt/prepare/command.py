@@ -13,7 +13,6 @@ same command is run again. docs/data.md says how to get WMT14 and how long this 
 import argparse
 import json
 import logging
-import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -21,12 +20,14 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.files import hold
+from engine.machine import core_count
+from engine.manifest import MANIFEST, read_manifest
 from nmt.codec import Codec
 from nmt.prepare import toy_text
 from nmt.prepare.raw_text import scan_pair
 from nmt.prepare.recipes import GRAMMAR, RESERVED, WMT14, Recipe
 from nmt.prepare.stages import Pair, encode, file_sha256, learn_codec, make_chunks, processes, tokenize
-from nmt.prepared import SPLITS, read_manifest, write_json
+from nmt.prepared import MANIFEST_KEYS, SPLITS, write_json
 from nmt.text import RULES, moses
 
 
@@ -62,7 +63,7 @@ def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: boo
         inputs = _scan(recipe, folder)
         task = _describe(recipe, inputs)
         work = out / "work"
-        if finished := read_manifest(out):
+        if finished := read_manifest(out, MANIFEST_KEYS):
             if any(finished.get(key) != value for key, value in task.items()):
                 raise UserError(f"{out} already holds other data, or data of other settings: choose another folder")
             shutil.rmtree(work, ignore_errors=True)
@@ -78,7 +79,7 @@ def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: boo
             splits[name] = {"lines": dict(counts[name]["lines"]) | {"within_pieces": entry["pairs"]}} | entry
         codec.save(out)
         made = {"vocabulary": codec.size, "merges": len(codec.merges), "codec": codec.digest, "splits": splits}
-        write_json(out / "manifest.json", task | made)
+        write_json(out / MANIFEST, task | made)
         shutil.rmtree(work)
     logging.info("%s is complete: %s pieces in the vocabulary; lines left:", out, f"{codec.size:,}")
     logging.info("\n".join(_table(splits)))
@@ -92,7 +93,7 @@ def prepare_grammar(out: Path, wait: bool = False) -> None:
 
 def verify(out: Path) -> list[str]:
     """What is wrong with the data prepared in `out`: a line for each damaged file, or none."""
-    manifest = read_manifest(out)
+    manifest = read_manifest(out, MANIFEST_KEYS)
     if manifest is None:
         raise UserError(f"{out} holds no finished preparation: there is no manifest.json")
     bad = []
@@ -170,7 +171,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for command in (wmt14, files, own, verified):
         command.add_argument("out", type=Path, help="folder of the prepared data")
     for command in (wmt14, files):
-        command.add_argument("--workers", type=_positive, default=_cores(), help="processes (default: all cores)")
+        command.add_argument("--workers", type=_positive, default=core_count(), help="processes (default: all cores)")
     files.add_argument("--name", required=True, help="data.name in the configs")
     files.add_argument("--train", required=True, nargs="+", metavar="PREFIX")
     files.add_argument("--valid", required=True, metavar="PREFIX")
@@ -188,7 +189,3 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
     return value
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
