@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--updates", type=int, default=5, help="updates of each contender in a round")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--precision", default="fp32,bf16", help="comma-separated: fp32, tf32, bf16, fp16")
+    parser.add_argument("--precision", default="fp32", help="comma-separated: fp32, tf32, bf16, fp16")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--data", metavar="ROOT", help="take the images from ROOT/train/<class>/* instead of noise")
     options = parser.parse_args(arguments)

@@ -18,16 +18,15 @@ from engine.precision import Precision
 
 def require_apex(name: str, device: torch.device) -> None:
     """Raise UserError where `name` (apex-O1, apex-O2) cannot run: no CUDA, or no apex that still has amp."""
-    instead = "use precision=fp16, its native equivalent (docs/apex.md)"
     if device.type != "cuda":
-        raise UserError(f"precision={name} exists on CUDA devices only, not on {device.type}; {instead} or bf16")
+        raise UserError(f"precision={name} exists on CUDA devices only, not on {device.type}; use precision=fp32")
     try:
         from apex import amp, parallel  # noqa: F401 - are they there?
     except ImportError as error:
         raise UserError(
             f"precision={name} needs an NVIDIA apex that still has amp and parallel ({error}): removed in April 2025 "
             f"(pull request 1896), so build an older tag, such as 23.05, from source (the package index's apex is "
-            f"another project), or {instead}"
+            f"another project), or use precision=fp16, its native equivalent (docs/apex.md)"
         ) from None
 
 

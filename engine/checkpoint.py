@@ -49,7 +49,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, parts: Mapping[str, Stateful], world: World, keep: int, minutes: float, say: Callable
+        self, folder: Path, parts: dict[str, Stateful], world: World, keep: int, minutes: float, say: Callable
     ) -> None:
         self.folder, self.parts, self.world, self.keep, self.minutes, self.say = (
             folder,

@@ -5,6 +5,7 @@
 fp32 is full precision everywhere; tf32 lets CUDA matrix products round their inputs to 10 mantissa bits; bf16 and fp16
 run autocast, fp16 with dynamic loss scaling. Parameters, gradients and optimizer state stay float32 in all of them.
 apex-O1 and apex-O2 leave the same steps to NVIDIA's apex, where one that can is installed (engine/apex_adapter.py).
+engine/run.py chooses among them.
 """
 
 from collections.abc import Iterable
@@ -26,9 +27,7 @@ class Precision:
 
     def __init__(self, name: str, device: torch.device) -> None:
         if name == "tf32" and device.type != "cuda":
-            raise UserError(
-                f"precision=tf32 exists on CUDA devices only, not on {device.type}; use precision=fp32 or bf16"
-            )
+            raise UserError(f"precision=tf32 exists on CUDA devices only, not on {device.type}; use precision=fp32")
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
             torch.backends.cudnn.allow_tf32 = name == "tf32"

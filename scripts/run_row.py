@@ -68,7 +68,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--schedules", help="default: all of the row's")
     parser.add_argument("--runs", type=Path, default="runs", metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="processes, one GPU each; default: 1")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, e.g. precision=bf16")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, e.g. compile=true")
     return parser.parse_intermixed_args(arguments)
 
 
