@@ -128,6 +128,7 @@ def _places(ranks: int) -> list[dict[str, str]]:
 def _train(module: str, arguments: list[str], stderr: str, place: dict[str, str]) -> None:
     """The whole life of one rank."""
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # its data loader's workers start as they do for users
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_APPEND), 2)
     os.environ.update(place)
     torch.set_num_threads(1)
