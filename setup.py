@@ -1,10 +1,12 @@
-"""The package and the one list of what it needs; scripts/setup.sh installs from it.
+"""What `pip install .` brings, and the one list of what the repository needs; scripts/setup.sh installs from it.
 
-The `apex` of the package index is not NVIDIA's, so it must never stand here.
+Installed is the optimizer alone, as `apollo_optim`: a top-level `optim` would hide users' own folders of that name. The
+experiments run in a checkout, where it is called `optim`. The `apex` of the package index is not NVIDIA's, so it must
+never stand here.
 """
 
-REQUIREMENTS = [
-    "torch>=2.6",
+OPTIMIZER = ["torch>=2.6"]
+EXPERIMENTS = [
     "torchvision",
     "numpy",
     "pydantic>=2",
@@ -23,27 +25,27 @@ REQUIREMENTS = [
 ]
 DEVELOPMENT = [
     "pytest",
-    "pytest-xdist",
+    "pytest-xdist>=3.2",  # --dist worksteal
     "hypothesis",
     "ruff==0.17.*",  # another minor version may format differently
     "tensorboard",
     "ninja",
-    "setuptools",
+    "setuptools>=70.1",  # the first that builds a wheel without the package `wheel`
     "packaging",
 ]
 
 if __name__ == "__main__":
     from setuptools import find_packages, setup
 
-    folders = ["optim", "engine", "classification", "language_model", "nmt"]
     setup(
-        name="apollo-experiments",
+        name="apollo-optim",
         version="0.1.0",
-        description="Apollo, an adaptive parameter-wise diagonal quasi-Newton method, and all experiments of its paper",
+        description="Apollo, an adaptive parameter-wise diagonal quasi-Newton method (arXiv 2009.13586), for PyTorch",
         license="Apache-2.0",
-        packages=find_packages(include=[pattern for name in folders for pattern in (name, f"{name}.*")]),
-        package_data={"optim.fused": ["*.cpp"], "classification.native": ["*.cpp"]},
+        packages=[f"apollo_{name}" for name in find_packages(include=["optim", "optim.*"])],
+        package_dir={"apollo_optim": "optim"},
+        package_data={"apollo_optim.fused": ["*.cpp"]},
         python_requires=">=3.10",
-        install_requires=REQUIREMENTS,
-        extras_require={"dev": DEVELOPMENT},
+        install_requires=OPTIMIZER,
+        extras_require={"experiments": EXPERIMENTS, "dev": DEVELOPMENT},
     )

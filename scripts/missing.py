@@ -1,11 +1,11 @@
-"""Prints what setup.py asks for and this interpreter lacks, one requirement a line; nothing where all is there.
+"""Prints what setup.py lists, its extras included, and this interpreter lacks: one requirement a line, or nothing.
 
 Usage: python -m scripts.missing, in the root of the repository. It reads package metadata alone: quick, no network.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
-from setup import DEVELOPMENT, REQUIREMENTS
+from setup import DEVELOPMENT, EXPERIMENTS, OPTIMIZER
 
 
 def missing(requirements: list[str]) -> list[str]:
@@ -25,4 +25,4 @@ def missing(requirements: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(missing(REQUIREMENTS + DEVELOPMENT)))
+    print("\n".join(missing([*OPTIMIZER, *EXPERIMENTS, *DEVELOPMENT])))

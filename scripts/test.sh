@@ -6,4 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 # One process a core, each with one thread: many small tensors gain nothing from more.
-OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 "$@"
+# worksteal keeps most tests of a file in one process, so that what they share is made once.
+OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"

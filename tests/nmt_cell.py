@@ -1,14 +1,9 @@
-"""A small cell of nmt/train.py, on a few hundred generated sentences, and what the tests do with its run folders."""
+"""A small cell of nmt/train.py, on a few hundred generated sentences."""
 
-import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 from nmt.prepare.command import main as prepare
 from nmt.prepare.toy_text import generate
-from nmt.train import main as train
 
 CONFIG = """
 table: small
@@ -39,40 +34,3 @@ def make_cell(folder: Path, merges: int = 300) -> Path:
     prepare(["files", str(folder / "data"), "--name", "small", "--merges", str(merges), "--workers", "1", *prefixes])
     (folder / "cell.yaml").write_text(CONFIG.format(root=folder / "data"))
     return folder
-
-
-def command(folder: Path, name: str, *overrides: str, ranks: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    cell = [str(folder / "cell.yaml"), f"run_dir={folder / name}", *overrides]
-    return [sys.executable, *launcher, "-m", "nmt.train", *cell]
-
-
-def run(*arguments, **settings) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments, **settings), capture_output=True, text=True, timeout=300)
-
-
-def complete(folder: Path, name: str, *overrides: str, **settings) -> Path:
-    done = run(folder, name, *overrides, **settings)
-    assert done.returncode == 0, done.stderr
-    return folder / name
-
-
-def result(run_dir: Path) -> dict:
-    return json.loads((run_dir / "result.json").read_text())
-
-
-def one_line_error(done: subprocess.CompletedProcess) -> str:
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
-    return errors[0]
-
-
-def train_here(folder: Path, name: str, *overrides: str) -> Path:
-    """The same as `complete`, in this process: starting another takes longer than most of these runs."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        assert train([str(folder / "cell.yaml"), f"run_dir={folder / name}", *overrides]) == 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return folder / name

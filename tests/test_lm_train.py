@@ -3,14 +3,12 @@
 import json
 import math
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from lm_corpus import HELD_OUT, TEST_FILES, make_corpus
+from training_runs import Cell, assert_same_end, losses, metrics, recipe, result, saved
 
 from engine.config import load_config
 from engine.distributed import setup
@@ -34,100 +32,22 @@ optimizer: {name: apollo, lr: 10.0, eps: 1.0e-4}
 schedule: {name: milestone, milestones: [1], decay_rate: 0.1, warmup_updates: 50, init_lr: 0.01}
 checkpoint: {minutes: 0, keep: 2}      # a checkpoint after every update: a kill often hits the middle of one
 """
-TIMES = ("tokens_per_s", "wall_s", "optimizer_ms_per_step", "peak_memory_mb")  # may differ between two equal runs
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
+def cell(tmp_path_factory) -> Cell:
     path = tmp_path_factory.mktemp("config") / "cell.yaml"
     path.write_text(CONFIG)
-    return path
-
-
-@pytest.fixture
-def signals():
-    """The loop takes SIGINT and SIGTERM for itself; pytest gets its own handlers back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def train(config: Path, run_dir: Path, *overrides: str) -> Path:
-    """A whole run in this process."""
-    assert train_command.main([str(config), f"run_dir={run_dir}", "device=cpu", *overrides]) == 0
-    return run_dir
-
-
-def command(config: Path, run_dir: Path, *overrides: str, ranks: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *launcher, "-m", "language_model.train", str(config), f"run_dir={run_dir}", *overrides]
-
-
-def run(*args, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, timeout=300)
-
-
-def lines(run_dir: Path) -> list[dict]:
-    path = run_dir / "metrics.jsonl"
-    whole = (
-        [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
-    )
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in whole]
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [line["loss"] for line in lines(run_dir) if line["kind"] == "train"]
-
-
-def interrupt(process: subprocess.Popen, run_dir: Path, at_update: int, number: signal.Signals) -> int:
-    """Send the signal once the run has logged `at_update` updates; returns the exit status."""
-    deadline = time.monotonic() + 120
-    while len(losses(run_dir)) < at_update and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(number)
-    return process.wait(timeout=60)
-
-
-def saved(run_dir: Path) -> dict:
-    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
-
-
-def result(run_dir: Path) -> dict:
-    return json.loads((run_dir / "result.json").read_text())
-
-
-def tensors(value, prefix="") -> dict[str, torch.Tensor]:
-    """All tensors of a nested state, by their path."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    found = {prefix: value} if isinstance(value, torch.Tensor) else {}
-    for key, child in items:
-        found |= tensors(child, f"{prefix}/{key}")
-    return found
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    """Weights, optimizer and network state, and metrics of two finished runs are equal, bit for bit."""
-    first, second = tensors(saved(one)), tensors(saved(other))
-    assert first.keys() == second.keys() and "/extra/state" in first
-    assert any("/optimizer/" in name for name in first) and first["/extra/state"].abs().max() > 0
-    assert not [name for name in first if not torch.equal(first[name], second[name])]
-    assert lines(one) == lines(other)
-    one, other = ({k: v for k, v in result(folder).items() if k not in TIMES} for folder in (one, other))
-    assert one == other
+    return Cell("language_model.train", path)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(config, tmp_path_factory) -> Path:
-    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    done = run(config, run_dir)
-    assert done.returncode == 0, done.stderr
-    assert "parameters, 2" in done.stderr
-    return run_dir
+def uninterrupted(cell, tmp_path_factory) -> Path:
+    return cell.complete(tmp_path_factory.mktemp("uninterrupted") / "run")
 
 
 def test_a_whole_run(uninterrupted):
-    outcome, all_lines = result(uninterrupted), lines(uninterrupted)
+    outcome, all_lines = result(uninterrupted), metrics(uninterrupted)
     updates = len(losses(uninterrupted))
     assert outcome["complete"] and outcome["epochs"] == 2 and outcome["metric"] == "ppl" and outcome["seed"] == 1
     assert outcome["parameters"] == sum(tensor.numel() for tensor in saved(uninterrupted)["model"].values())
@@ -141,60 +61,63 @@ def test_a_whole_run(uninterrupted):
     assert epochs[1]["train_ppl"] == pytest.approx(math.exp(epochs[1]["train_loss"]))
     rates = [line["lr"] for line in all_lines if line["kind"] == "train"]
     assert rates[0] == 0.01 and rates[50] == 10 and rates[-1] == pytest.approx(1)
-    facts = json.loads((uninterrupted / "environment.json").read_text())["recipe"]
+    assert saved(uninterrupted)["extra"]["state"].abs().max() > 0
+    facts = recipe(uninterrupted)
     assert facts["updates_per_epoch"] == updates // 2 and len(facts["data"]["text"]["sha256"]) == 64
 
 
-def test_killed_again_and_again_it_ends_the_same(config, uninterrupted, tmp_path):
+def test_killed_again_and_again_it_ends_the_same(cell, uninterrupted, tmp_path):
     half = len(losses(uninterrupted)) // 2
     for at_update in (half // 2, half + 20):
-        process = subprocess.Popen(command(config, tmp_path / "run"), stderr=subprocess.DEVNULL)
-        assert interrupt(process, tmp_path / "run", at_update, signal.SIGKILL) == -signal.SIGKILL
-        assert not (tmp_path / "run/result.json").exists()
-    done = run(config, tmp_path / "run")
-    assert done.returncode == 0 and "resuming at epoch 2" in done.stderr, done.stderr
+        killed = cell.interrupt(tmp_path / "run", at_update=at_update, number=signal.SIGKILL)
+        assert killed.status == -signal.SIGKILL and not (tmp_path / "run/result.json").exists()
+    ended = cell.run(tmp_path / "run")
+    assert ended.status == 0 and "resuming at epoch 2" in ended.stderr, ended.stderr
     assert_same_end(uninterrupted, tmp_path / "run")
 
 
-def test_asked_to_stop_it_saves_first(config, uninterrupted, tmp_path, signals):
+def test_asked_to_stop_it_saves_first(cell, uninterrupted, tmp_path):
     """Without timed checkpoints: what is there after the signal was saved because of it, in the middle of a shard."""
     run_dir = tmp_path / "run"
-    process = subprocess.Popen(command(config, run_dir, "checkpoint.minutes=60"), stderr=subprocess.DEVNULL)
-    assert interrupt(process, run_dir, 5, signal.SIGTERM) == 128 + signal.SIGTERM
+    stopped = cell.interrupt(run_dir, "checkpoint.minutes=60", at_update=5, number=signal.SIGTERM)
+    assert stopped.status == 128 + signal.SIGTERM
     checkpoint = saved(run_dir)
     assert checkpoint["progress"]["update_in_epoch"] == len(losses(run_dir)) >= 5
     assert checkpoint["extra"]["state"].shape == (2, 2, 64, 24) and checkpoint["extra"]["state"].abs().max() > 0
-    train(config, run_dir)
-    assert_same_end(uninterrupted, run_dir)
+    assert_same_end(uninterrupted, cell.complete(run_dir))
 
 
-def test_two_ranks_are_one_rank(config, tmp_path, signals):
-    """Without dropout, whose draws are each rank's own: the loss curves agree to rounding, and so do the states."""
-    ours = ["epochs=1", "model.dropout=0.0", "checkpoint.minutes=60"]
-    done = run(config, tmp_path / "two", *ours, ranks=2)
-    assert done.returncode == 0, done.stderr
-    one, two = train(config, tmp_path / "one", *ours), tmp_path / "two"
-    passes = train(config, tmp_path / "passes", *ours, "accumulation=2")
+NO_DROPOUT = ("epochs=1", "model.dropout=0.0", "checkpoint.minutes=60")
+
+
+@pytest.fixture(scope="module")
+def without_dropout(cell, tmp_path_factory) -> Path:
+    """Dropout's draws are each rank's own; without it the number of ranks hardly matters."""
+    return cell.complete(tmp_path_factory.mktemp("without_dropout") / "run", *NO_DROPOUT)
+
+
+def test_two_ranks_are_one_rank(cell, without_dropout, tmp_path):
+    """The loss curves agree to rounding, and so do the states."""
+    one = without_dropout
+    two = cell.complete(tmp_path / "two", *NO_DROPOUT, ranks=2)
+    passes = cell.complete(tmp_path / "passes", *NO_DROPOUT, "accumulation=2")
     assert len(losses(one)) > 50
     for other in (two, passes):
         assert losses(other) == pytest.approx(losses(one), rel=1e-4)
         assert result(other)["final"] == pytest.approx(result(one)["final"], rel=1e-3)
         torch.testing.assert_close(saved(other)["extra"]["state"], saved(one)["extra"]["state"], atol=1e-2, rtol=0)
     assert result(two)["evaluated"] == result(one)["evaluated"]
-    recipe = json.loads((two / "environment.json").read_text())["recipe"]
-    assert recipe["world_size"] == 2 and recipe["per_rank_batch"] == 32
+    assert recipe(two)["world_size"] == 2 and recipe(two)["per_rank_batch"] == 32
 
 
-def test_two_ranks_stopped_and_resumed_by_one(config, tmp_path, signals):
+def test_two_ranks_stopped_and_resumed_by_one(cell, without_dropout, tmp_path):
     """The rows' states are saved whole, so that another number of ranks can go on with them."""
-    ours = ["epochs=1", "model.dropout=0.0", "checkpoint.minutes=60"]
-    process = subprocess.Popen(command(config, tmp_path / "stopped", *ours, ranks=2), stderr=subprocess.DEVNULL)
-    interrupt(process, tmp_path / "stopped", 12, signal.SIGTERM)
-    at = saved(tmp_path / "stopped")["progress"]["update"]
-    assert at % 10 == 0 and not (tmp_path / "stopped/result.json").exists()
-    stopped, whole = train(config, tmp_path / "stopped", *ours), train(config, tmp_path / "whole", *ours)
-    assert len(losses(stopped)) == len(losses(whole)) > at
-    assert losses(stopped) == pytest.approx(losses(whole), rel=1e-4)
+    cell.interrupt(tmp_path / "run", *NO_DROPOUT, at_update=12, number=signal.SIGTERM, ranks=2)
+    at = saved(tmp_path / "run")["progress"]["update"]
+    assert at % 10 == 0 and not (tmp_path / "run/result.json").exists()
+    run_dir = cell.complete(tmp_path / "run", *NO_DROPOUT)
+    assert len(losses(run_dir)) == len(losses(without_dropout)) > at
+    assert losses(run_dir) == pytest.approx(losses(without_dropout), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -206,15 +129,17 @@ def test_two_ranks_stopped_and_resumed_by_one(config, tmp_path, signals):
         ["model.name=rnn", "optimizer={name: sgd, lr: 1.0}", "gradient_clip=null"],
     ],
 )
-def test_other_precisions_cells_and_optimizers_learn(config, tmp_path, overrides, signals):
-    run_dir = train(config, tmp_path / "run", "epochs=1", "checkpoint.minutes=60", *overrides)
+def test_other_precisions_cells_and_optimizers_learn(cell, tmp_path, overrides):
+    run_dir = cell.complete(tmp_path / "run", "epochs=1", "checkpoint.minutes=60", *overrides)
     assert result(run_dir)["final"] < 0.25 * result(run_dir)["vocabulary"]
     assert saved(run_dir)["extra"]["state"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("mode", ["total", "tensor"])
-def test_gradients_are_clipped_together_or_each(config, tmp_path, mode, signals):
-    settings = load_config(Config, config, [f"run_dir={tmp_path}", "gradient_clip=0.5", f"gradient_clip_norm={mode}"])
+def test_gradients_are_clipped_together_or_each(cell, tmp_path, mode):
+    settings = load_config(
+        Config, cell.config, [f"run_dir={tmp_path}", "gradient_clip=0.5", f"gradient_clip_norm={mode}"]
+    )
     run = train_command.prepare(settings, setup("cpu"), RunRecord(settings, settings.folder, setup("cpu")))
     gradients = [10.0 * torch.randn_like(parameter) for parameter in run.model.parameters()]
     gradients[0] *= 1e-6
@@ -229,9 +154,9 @@ def test_gradients_are_clipped_together_or_each(config, tmp_path, mode, signals)
         assert norms == pytest.approx([min(gradient.norm().item(), 0.5) for gradient in gradients], rel=1e-4)
 
 
-def test_number_of_test_rows_hardly_matters(config, tmp_path, uninterrupted, signals):
+def test_number_of_test_rows_hardly_matters(cell, tmp_path, uninterrupted):
     """The state starts from zero once a row: a few tokens of thousands. Ranks beyond the rows have nothing to do."""
-    settings = load_config(Config, config, [f"run_dir={tmp_path}"])
+    settings = load_config(Config, cell.config, [f"run_dir={tmp_path}"])
     run = train_command.prepare(settings, setup("cpu"), RunRecord(settings, settings.folder, setup("cpu")))
     run.model.load_state_dict(saved(uninterrupted)["model"])
     found = {}
@@ -249,9 +174,9 @@ def prepared(tmp_path_factory) -> Path:
     return out
 
 
-def test_a_prepared_corpus_is_trained_on_and_a_file_scored(config, prepared, tmp_path, capsys, signals):
+def test_a_prepared_corpus_is_trained_on_and_a_file_scored(cell, prepared, tmp_path, capsys):
     data = f"data={{name: prepared, root: {prepared}/corpus}}"
-    run_dir = train(config, tmp_path / "run", data, "epochs=1", "checkpoint.minutes=60")
+    run_dir = cell.complete(tmp_path / "run", data, "epochs=1", "checkpoint.minutes=60")
     outcome = result(run_dir)
     assert outcome["test_files"] == [TEST_FILES[0]]
     capsys.readouterr()
@@ -269,9 +194,10 @@ def test_a_prepared_corpus_is_trained_on_and_a_file_scored(config, prepared, tmp
     assert number["perplexity per word"] == pytest.approx(per_word, rel=1e-4)
 
 
-def refused(command_of_task, arguments: list[str], capsys=None) -> str:
+def not_scored(*arguments: object) -> str:
+    """The one line in which `python -m language_model.evaluate` refuses its arguments."""
     with pytest.raises(UserError) as error:
-        command_of_task.main([str(argument) for argument in arguments])
+        evaluate_command.main([str(argument) for argument in arguments])
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -293,32 +219,24 @@ def refused(command_of_task, arguments: list[str], capsys=None) -> str:
         (["optimizer={name: sgd, lr: 1.0e+30}", "gradient_clip=null"], ["loss is", "at update", "diverged"]),
     ],
 )
-def test_bad_input_is_refused_in_one_line(config, tmp_path, overrides, words, signals):
-    message = refused(train_command, [config, f"run_dir={tmp_path}/run", "device=cpu", *overrides])
+def test_bad_input_is_refused_in_one_line(cell, tmp_path, overrides, words):
+    message = cell.refusal(tmp_path / "run", *overrides)
     assert all(word in message for word in words), message
 
 
-def test_the_command_prints_one_line_for_bad_input(config, tmp_path):
-    done = run(config, tmp_path / "run", "model.cutoffs=[300, 60000]")
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
-
-
-def test_a_run_is_not_continued_or_scored_with_another_vocabulary(config, prepared, tmp_path, signals):
-    build(prepared / "text", tmp_path / "corpus", threshold=3, tests=[TEST_FILES[1]])
+def test_a_run_is_not_continued_or_scored_with_another_vocabulary(cell, prepared, tmp_path):
     vocabulary = (prepared / "corpus/vocabulary.txt").read_text().splitlines(keepends=True)
     vocabulary[5:] = reversed(vocabulary[5:])
     other = "".join(f"{line.split()[0]} {len(vocabulary) - number}\n" for number, line in enumerate(vocabulary))
     (tmp_path / "other.txt").write_text(other)
     build(prepared / "text", tmp_path / "other", vocabulary=tmp_path / "other.txt")
     data = f"data={{name: prepared, root: {prepared}/corpus}}"
-    run_dir = train(config, tmp_path / "run", data, "epochs=1", "checkpoint.minutes=60")
+    run_dir = cell.complete(tmp_path / "run", data, "epochs=1", "checkpoint.minutes=60")
     moved = f"data={{name: prepared, root: {tmp_path}/other}}"
-    message = refused(evaluate_command, [run_dir, prepared / "text" / HELD_OUT / TEST_FILES[0], moved])
+    message = not_scored(run_dir, prepared / "text" / HELD_OUT / TEST_FILES[0], moved)
     assert "trained with another vocabulary" in message
     (run_dir / "result.json").unlink()
-    message = refused(train_command, [config, f"run_dir={run_dir}", "device=cpu", "epochs=1", moved])
-    assert "trained with another vocabulary" in message
+    assert "trained with another vocabulary" in cell.refusal(run_dir, "epochs=1", moved)
 
 
 def test_a_text_that_cannot_be_scored_is_refused(uninterrupted, tmp_path):
@@ -326,7 +244,7 @@ def test_a_text_that_cannot_be_scored_is_refused(uninterrupted, tmp_path):
         if content is not None:
             (tmp_path / "text").write_bytes(content)
         name = "text" if content is not None else "nothing"
-        assert words in refused(evaluate_command, [uninterrupted, tmp_path / name])
+        assert words in not_scored(uninterrupted, tmp_path / name)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text((uninterrupted / "config.yaml").read_text())
-    assert "no checkpoint there" in refused(evaluate_command, [tmp_path / "run", tmp_path / "text"])
+    assert "no checkpoint there" in not_scored(tmp_path / "run", tmp_path / "text")

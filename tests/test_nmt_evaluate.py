@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from nmt_cell import make_cell, result, train_here
+from nmt_cell import make_cell
+from training_runs import Cell, result
 
 from engine.errors import UserError
 from nmt import evaluate, translate
@@ -29,7 +30,8 @@ def trained(folder) -> Path:
     """Trained for long enough that its translations end, and are words of the language."""
     method = ("optimizer={name: adamw, lr: 1.0e-2, betas: [0.9, 0.98]}", "schedule.warmup_updates=50")
     ours = ("updates=150", "schedule.milestones=[120]", "validate_every=150", "average.every=10", "decoding.beam=3")
-    return train_here(folder, "run", *method, *ours, "model.norm=pre", "checkpoint.minutes=60", "log_every=150")
+    cell = Cell("nmt.train", folder / "cell.yaml")
+    return cell.complete(folder / "run", *method, *ours, "model.norm=pre", "checkpoint.minutes=60", "log_every=150")
 
 
 @pytest.fixture

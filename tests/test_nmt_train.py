@@ -1,21 +1,17 @@
 """The whole training command on generated sentences: killed and resumed, on two ranks, and with bad input."""
 
-import json
+import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from nmt_cell import command, complete, make_cell, one_line_error, result, run, train_here
+from nmt_cell import make_cell
+from training_runs import Cell, assert_same_end, losses, metrics, recipe, result, saved
 
-from engine.errors import UserError
 from nmt.codec import Codec
 from nmt.data import load_data, train_batches
 
-# What may differ between two equal runs.
-TIMES = ("tokens_per_s", "wall_s", "optimizer_ms_per_step", "peak_memory_mb")
 NO_DROPOUT = ("model.dropout=0.0", "model.attention_dropout=0.0", "model.activation_dropout=0.0")
 
 
@@ -24,59 +20,17 @@ def folder(tmp_path_factory) -> Path:
     return make_cell(tmp_path_factory.mktemp("nmt"))
 
 
-def interrupt(folder: Path, name: str, *overrides: str, at_update: int, number: signal.Signals, ranks: int = 1) -> int:
-    """Send the signal once the run has logged `at_update` updates; returns the exit status."""
-    process = subprocess.Popen(command(folder, name, *overrides, ranks=ranks), stderr=subprocess.DEVNULL)
-    log, deadline = folder / name / "metrics.jsonl", time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if log.exists() and f'"train", "update": {at_update},' in log.read_text():
-            break
-        time.sleep(0.005)
-    process.send_signal(number)
-    return process.wait(timeout=60)
-
-
-def metrics(run_dir: Path, kind: str | None = None) -> list[dict]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in TIMES}
-        for line in lines
-        if kind in (None, line["kind"])
-    ]
-
-
-def tensors(value, prefix="") -> dict[str, torch.Tensor]:
-    """All tensors of a nested state, by their path."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    found = {prefix: value} if isinstance(value, torch.Tensor) else {}
-    for key, child in items:
-        found |= tensors(child, f"{prefix}/{key}")
-    return found
-
-
-def saved(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Every tensor in the run folder: the checkpoint's, and those of the weights kept for averaging."""
-    files = [run_dir / "checkpoint.pt", *sorted(run_dir.glob("averaging/*/checkpoint.pt"))]
-    return tensors({str(file.relative_to(run_dir)): torch.load(file, weights_only=True) for file in files})
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    """Weights, optimizer state, kept weights, metrics and translations are equal, bit for bit."""
-    first, second = saved(one), saved(other)
-    assert first.keys() == second.keys() and any("/optimizer/" in name for name in first)
-    assert not [name for name in first if not torch.equal(first[name], second[name])]
-    assert metrics(one) == metrics(other)
-    assert (one / "test.de.txt").read_text() == (other / "test.de.txt").read_text()
-    results = [{key: value for key, value in result(path).items() if key not in TIMES} for path in (one, other)]
-    assert results[0] == results[1]
+@pytest.fixture(scope="module")
+def cell(folder) -> Cell:
+    return Cell("nmt.train", folder / "cell.yaml")
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(folder) -> Path:
-    return complete(folder, "uninterrupted")
+def uninterrupted(folder, cell) -> Path:
+    return cell.complete(folder / "uninterrupted")
 
 
-def test_a_whole_run(uninterrupted, folder):
+def test_a_whole_run(uninterrupted, folder, cell):
     outcome = result(uninterrupted)
     assert outcome["complete"] and outcome["metric"] == "bleu" and outcome["updates"] == 24
     assert outcome["evaluated"] == 50 and outcome["averaged_updates"] == [16, 20, 24]
@@ -100,32 +54,31 @@ def test_a_whole_run(uninterrupted, folder):
     assert last["tokens"] == sum(words)
     weighted = sum(line["loss"] * n for line, n in zip(train[20:], words[20:], strict=True)) / sum(words[20:])
     assert last["train_loss"] == pytest.approx(weighted, rel=1e-6)
-    assert "nothing to do" in run(folder, "uninterrupted").stderr
+    assert "nothing to do" in cell.run(uninterrupted).stderr
 
 
-def test_killed_again_and_again_it_ends_the_same(folder, uninterrupted):
+def test_killed_again_and_again_it_ends_the_same(cell, uninterrupted, tmp_path):
     for at_update in (3, 21):
-        assert interrupt(folder, "killed", at_update=at_update, number=signal.SIGKILL) == -signal.SIGKILL
-        assert not (folder / "killed/result.json").exists()
-    assert_same_end(complete(folder, "killed"), uninterrupted)
+        killed = cell.interrupt(tmp_path / "run", at_update=at_update, number=signal.SIGKILL)
+        assert killed.status == -signal.SIGKILL and not (tmp_path / "run/result.json").exists()
+    assert_same_end(cell.complete(tmp_path / "run"), uninterrupted)
 
 
-def test_asked_to_stop_it_saves_first(folder, uninterrupted):
+def test_asked_to_stop_it_saves_first(cell, uninterrupted, tmp_path):
     """Without timed checkpoints: what is there after the signal was saved because of it."""
-    ours = "checkpoint.minutes=60"
-    assert interrupt(folder, "stopped", ours, at_update=6, number=signal.SIGTERM) == 128 + signal.SIGTERM
-    update = torch.load(folder / "stopped/checkpoint.pt", weights_only=True)["progress"]["update"]
-    assert update == len(metrics(folder / "stopped", "train")) >= 6
-    assert_same_end(complete(folder, "stopped", ours), uninterrupted)
+    run_dir, ours = tmp_path / "run", "checkpoint.minutes=60"
+    assert cell.interrupt(run_dir, ours, at_update=6, number=signal.SIGTERM).status == 128 + signal.SIGTERM
+    assert saved(run_dir)["progress"]["update"] == len(losses(run_dir)) >= 6
+    assert_same_end(cell.complete(run_dir, ours), uninterrupted)
 
 
-def test_two_ranks_train_as_one(folder):
+def test_two_ranks_train_as_one(cell, tmp_path):
     """The same sentences in every update, divided among ranks and passes: 50 updates agree to rounding."""
-    ours = (*NO_DROPOUT, "updates=50", "validate_every=50", "average.every=50")
-    one = train_here(folder, "one", *ours)
-    two = complete(folder, "two", *ours, ranks=2)
-    accumulated = train_here(folder, "accumulated", *ours, "accumulation=3", "global_batch=513")
-    of_513 = train_here(folder, "one_of_513", *ours, "global_batch=513")
+    ours = (*NO_DROPOUT, "updates=50", "validate_every=50", "average.every=50", "checkpoint.minutes=60")
+    one = cell.complete(tmp_path / "one", *ours)
+    two = cell.complete(tmp_path / "two", *ours, ranks=2)
+    accumulated = cell.complete(tmp_path / "accumulated", *ours, "accumulation=3", "global_batch=513")
+    of_513 = cell.complete(tmp_path / "one_of_513", *ours, "global_batch=513")
     for name in ("loss", "nll", "gradient_norm"):
         series = [[line[name] for line in metrics(path, "train")] for path in (one, two, of_513, accumulated)]
         assert len(series[0]) == 50
@@ -134,29 +87,24 @@ def test_two_ranks_train_as_one(folder):
     for name in ("valid_loss", "valid_nll", "tokens"):
         values = [metrics(path, "validation")[0][name] for path in (one, two)]
         assert values[1] == pytest.approx(values[0], rel=1e-4)
-    recipe = json.loads((two / "environment.json").read_text())["recipe"]
-    assert (recipe["world_size"], recipe["per_rank_batch"]) == (2, 256)
+    assert (recipe(two)["world_size"], recipe(two)["per_rank_batch"]) == (2, 256)
     assert result(two)["evaluated"] == 50
 
 
-def test_two_ranks_stopped_and_resumed(folder):
-    ours = ("checkpoint.minutes=60", "updates=30")
-    interrupt(folder, "two_stopped", *ours, at_update=12, number=signal.SIGTERM, ranks=2)
-    assert not (folder / "two_stopped/result.json").exists()
-    assert torch.load(folder / "two_stopped/checkpoint.pt", weights_only=True)["progress"]["update"] % 10 == 0
-    assert_same_end(complete(folder, "two_stopped", *ours, ranks=2), complete(folder, "two_whole", *ours, ranks=2))
+def test_two_ranks_stopped_and_resumed(cell, tmp_path):
+    stopped, ours = tmp_path / "stopped", ("checkpoint.minutes=60", "updates=30")
+    cell.interrupt(stopped, *ours, at_update=12, number=signal.SIGTERM, ranks=2)
+    assert saved(stopped)["progress"]["update"] % 10 == 0 and not (stopped / "result.json").exists()
+    whole = cell.complete(tmp_path / "whole", *ours, ranks=2)
+    assert_same_end(cell.complete(stopped, *ours, ranks=2), whole)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_it_learns_in_half_precision(folder, precision, tmp_path, monkeypatch):
-    (tmp_path / "cpuinfo").write_text("flags : fpu avx2\n")
-    monkeypatch.setattr("engine.machine.CPU_INFO", tmp_path / "cpuinfo")
+def test_it_learns_in_half_precision(cell, tmp_path, precision):
     ours = (f"precision={precision}", "updates=60", "validate_every=60", "average.every=60", "checkpoint.minutes=60")
     optimizer = "optimizer={name: adamw, lr: 3.0e-3, betas: [0.9, 0.98]}"
-    run_dir = train_here(folder, precision, *ours, optimizer, "schedule={name: constant}")
-    losses = [line["loss"] for line in metrics(run_dir, "train")]
-    assert losses[-1] < 0.85 * losses[0]
-    assert (run_dir / "log.txt").read_text().count("no bf16 arithmetic") == (precision == "bf16")
+    run_dir = cell.complete(tmp_path / "run", *ours, optimizer, "schedule={name: constant}")
+    assert losses(run_dir)[-1] < 0.85 * losses(run_dir)[0]
 
 
 @pytest.mark.parametrize(
@@ -172,29 +120,26 @@ def test_it_learns_in_half_precision(folder, precision, tmp_path, monkeypatch):
         (["accumulation=3"], ["512", "not divisible", "513"]),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_in_one_line(folder, tmp_path, overrides, words):
-    with pytest.raises(UserError) as error:
-        train_here(folder, str(tmp_path / "run"), *overrides)
-    message = str(error.value)
-    assert "\n" not in message and all(word in message for word in words), message
+def test_bad_input_is_refused_in_one_line(cell, tmp_path, overrides, words):
+    message = cell.refusal(tmp_path / "run", *overrides)
+    assert all(word in message for word in words), message
 
 
-def test_a_run_that_diverges_says_so(folder):
-    with pytest.raises(UserError, match=r"^the training loss is nan at update .* lower optimizer.lr[^\n]*$"):
-        train_here(folder, "diverged", "optimizer={name: sgd, lr: 1.0e+30}", "gradient_clip=1.0e+30")
+def test_a_run_that_diverges_says_so(cell, tmp_path):
+    ours = ("optimizer={name: sgd, lr: 1.0e+30}", "gradient_clip=1.0e+30")
+    message = cell.refusal(tmp_path / "seen", *ours)
+    assert message.startswith("error: the training loss is nan at update ") and "lower optimizer.lr" in message
     rarely = ("log_every=1000", "average.every=2", "checkpoint.minutes=60", "schedule={name: constant}")
-    with pytest.raises(UserError, match="^the training loss is nan at update 2:"):
-        train_here(folder, "diverged_unseen", "optimizer={name: sgd, lr: 1.0e+30}", "gradient_clip=1.0e+30", *rarely)
-    assert not (folder / "diverged_unseen/averaging").exists()
+    message = cell.refusal(tmp_path / "unseen", *ours, *rarely)
+    assert message.startswith("error: the training loss is nan at update 2:")
+    assert not (tmp_path / "unseen/averaging").exists()
 
 
-def test_a_run_is_not_continued_with_another_vocabulary(folder, tmp_path):
+def test_a_run_is_not_continued_with_another_vocabulary(folder, cell, tmp_path):
     """The data were prepared again, differently: as many words, but two of them have changed places."""
-    assert interrupt(folder, "other_words", at_update=3, number=signal.SIGTERM) == 128 + signal.SIGTERM
-    data = tmp_path / "data"
-    data.mkdir()
-    for file in (folder / "data").iterdir():
-        (data / file.name).write_bytes(file.read_bytes())
+    run_dir = tmp_path / "run"
+    assert cell.interrupt(run_dir, at_update=3, number=signal.SIGTERM).status == 128 + signal.SIGTERM
+    data = shutil.copytree(folder / "data", tmp_path / "data")
     codec = Codec.load(data)
     codec.pieces[-1], codec.pieces[-2] = codec.pieces[-2], codec.pieces[-1]
     other = Codec(codec.source, codec.target, codec.pieces, codec.merges)
@@ -202,5 +147,5 @@ def test_a_run_is_not_continued_with_another_vocabulary(folder, tmp_path):
     manifest = (data / "manifest.json").read_text()
     assert codec.digest in manifest
     (data / "manifest.json").write_text(manifest.replace(codec.digest, other.digest))
-    message = one_line_error(run(folder, "other_words", f"data.root={data}"))
+    message = cell.refusal(run_dir, f"data.root={data}")
     assert "was trained with another vocabulary" in message and "data.root" in message
