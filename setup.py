@@ -42,7 +42,7 @@ if __name__ == "__main__":
         description="Apollo, an adaptive parameter-wise diagonal quasi-Newton method, and all experiments of its paper",
         license="Apache-2.0",
         packages=find_packages(include=[pattern for name in folders for pattern in (name, f"{name}.*")]),
-        package_data={"optim.fused": ["*.cpp"], "classification.native": ["*.cpp"]},
+        package_data={"optim.fused": ["*.cpp", "*.h"], "classification.native": ["*.cpp"]},
         python_requires=">=3.10",
         install_requires=REQUIREMENTS,
         extras_require={"dev": DEVELOPMENT},
