@@ -44,7 +44,7 @@ if __name__ == "__main__":
         license="Apache-2.0",
         packages=[f"apollo_{name}" for name in find_packages(include=["optim", "optim.*"])],
         package_dir={"apollo_optim": "optim"},
-        package_data={"apollo_optim.fused": ["*.cpp"]},
+        package_data={"apollo_optim": ["*.h"], "apollo_optim.fused": ["*.cpp", "*.h"]},
         python_requires=">=3.10",
         install_requires=OPTIMIZER,
         extras_require={"experiments": EXPERIMENTS, "dev": DEVELOPMENT},

@@ -2,10 +2,10 @@
 
     python -m benchmarks.optimizer_step [--device cuda] [--shapes resnet110,lstm_1b] [--json OUT] [--plot OUT.png]
 
-Apollo single-tensor, foreach and fused; the published algorithm written literally (literal_apollo.py); torch's SGD with
-momentum, AdamW and RAdam in the forms they have. Nothing but the step is timed, on random gradients that stay. In the
-language model's embedding only the rows of a batch's words have one, and only those of the batches before have state
-that is not zero, as in training; --dense gives a gradient to all.
+Apollo single-tensor, foreach and fused; the published algorithm written literally (optim/apollo_reference.py); torch's
+SGD with momentum, AdamW and RAdam in the forms they have. Nothing but the step is timed, on random gradients that stay.
+In the language model's embedding only the rows of a batch's words have one, and only those of the batches before have
+state that is not zero, as in training; --dense gives a gradient to all.
 
 All take their turn in every round, in one process, the order reversed every other round; a turn lasts at least
 --seconds. The table gives medians over the rounds. `/ AdamW` is the ratio to fused AdamW's median. `/ floor` compares
@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.literal_apollo import LiteralApollo
 from benchmarks.model_shapes import SETS, gradients, shapes
 from engine.distributed import setup
 from engine.errors import UserError, run_main
 from engine.run_record import describe_environment
 from optim import SGD, AdamW, Apollo, RAdam
+from optim.apollo_reference import LiteralApollo
 
 BASELINE = "AdamW fused"
 LR = 1e-6  # small enough for parameters to stay where they are

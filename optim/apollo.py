@@ -1,8 +1,9 @@
 """Apollo, an adaptive parameter-wise diagonal quasi-Newton method (Ma, arXiv 2009.13586).
 
 Laid out as a file of torch.optim: the class, the state of a group, the step, the algorithm, and the choice between its
-implementations. `_single_tensor_apollo` reads like the algorithm in the paper; the foreach step (apollo_foreach.py) and
-the fused ones (fused/cpu.py, fused/cuda.py) do the same over lists of tensors, and the tests hold them to it.
+implementations. The published algorithm, written literally, is apollo_reference.py: read that first. The step here
+takes it tensor by tensor; the foreach step (apollo_foreach.py) and the fused ones (fused/cpu.py, fused/cuda.py) do the
+same over lists of tensors. Tests hold all of them to the reference.
 
 The average m = d * D of the gradient is not stored where it can be computed again from d and B: two state tensors, like
 Adam, instead of the three of the published code. Only decoupled weight decay, which adds to d, needs the third. (Or d =
@@ -10,6 +11,7 @@ m / D might not be stored, instead of m. But a step's sums are of d: with d at h
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -24,11 +26,67 @@ from .apollo_foreach import _multi_tensor_apollo
 from .apollo_math import averaging_weight, curvature_offset, norm_eps, warmed_up_lr
 from .fused import cpu as fused_cpu
 from .fused.layout import is_dense
-from .settings import check_settings
-from .sharded import ProcessGroups, any_sharded, join, local_shard, process_groups
+from .settings import Settings, check_settings
+from .sharded import join
+from .step_tensors import StepTensors
 
 
 class Apollo(Optimizer):
+    r"""Apollo, an adaptive parameter-wise diagonal quasi-Newton method.
+
+    For each parameter tensor, with the state t, m, B (`hessian`) and the direction d of the step before, all zero at
+    first:
+
+        g      <-  gradient  (+ weight_decay * p  if weight_decay_type is "L2")
+        t      <-  t + 1,   alpha = (1 - beta) / (1 - beta^t)
+        delta_g =  g - m
+        v       =  d / (||d||_4 + eps')                                    eps' = eps / sigma,  "belief": eps
+        delta   = -alpha * sum(delta_g / (||d||_4 + eps') * v) - sum(B * v^2)
+        m      <-  m + alpha * delta_g
+        B      <-  B + delta * v^2
+        D       =  max(|B|, sigma),      "belief": max(|B|, max|delta_g|) + eps / alpha
+        d      <-  m / D  (+ weight_decay * p  if "decoupled",  + weight_decay / mean(D) * p  if "stable")
+        p      <-  p - lr_t * d
+
+    lr_t rises linearly from `init_lr` to `lr` over the first `warmup` steps. Where a scheduler warms up, pass warmup=0.
+
+    Starting points, of the two eras of the published results: sigma=1.0 with lr 0.5 (image classification) to 10
+    (language modelling, translation), warmup 100 to 1000 from init_lr 0.01; or sigma=0.01 with lr 0.01 to 0.1, warmup
+    500 from init_lr 1e-5. A learning rate does not carry over between values of sigma.
+
+    Args:
+        params: parameters, named parameters or groups of them, as any torch optimizer takes them.
+        lr: learning rate; a float or a 1-element tensor.
+        beta: decay of the average of the gradient, in [0, 1).
+        eps: keeps the 4-norm's division finite, > 0.
+        sigma: lower bound of the rectified curvature, > 0; not used by rebound "belief". Like beta, eps and rebound it
+            holds for a whole run: m is kept as d * D.
+        warmup: number of steps of linear warmup; 0 for none.
+        init_lr: learning rate of the first warmup step.
+        weight_decay: coefficient of weight decay.
+        weight_decay_type: "L2", "decoupled" or "stable". The last two keep a third state tensor (if weight_decay != 0).
+        rebound: "constant" or "belief", the rule that bounds the curvature from below.
+        maximize: ascend instead of descend.
+        foreach: step over lists of tensors (True) or tensor by tensor (False).
+        fused: one native call (CPU, compiled at first use) or a few Triton launches (CUDA) for all tensors, where the
+            dtype is supported: float32, bfloat16, float16, and float64 on the CPU; foreach where not.
+            With foreach and fused both None, fused where there is one.
+        capturable: keep every scalar on the device, so that the step can be captured in a CUDA graph or compiled whole.
+        carry_sums: let the fused steps keep sums from one step for the next, which saves reading memory. A write to a
+            parameter or its state under `torch.no_grad()` is noticed, and the sums are taken anew. A write through
+            `.data` or a numpy view is not: with L2 decay one step would use an old parameter in a sum. Pass False where
+            your code writes in these ways.
+
+    State, per parameter: `step`, `hessian` and `direction`, and `exp_avg` (m, where it is not d * D) or `sigma` where
+    they are needed. It is float32 for half-precision parameters (arithmetic too), else of the parameter's dtype.
+
+    Raises:
+        ValueError: a setting that is out of range, not finite or unknown.
+        RuntimeError: a sparse or complex gradient (step).
+
+    Source: arXiv 2009.13586, Algorithm 1; rebound "constant" with sigma 0.01 and "belief" from the later revisions.
+    """
+
     # torch.amp.GradScaler then leaves dividing by its scale, and skipping the step, to the step: grad_scale, found_inf.
     _step_supports_amp_scaling = True
 
@@ -50,6 +108,7 @@ class Apollo(Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        carry_sums: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -65,6 +124,7 @@ class Apollo(Optimizer):
             "foreach": foreach,
             "fused": fused,
             "capturable": capturable,
+            "carry_sums": carry_sums,
         }
         super().__init__(params, defaults)
 
@@ -106,6 +166,10 @@ class Apollo(Optimizer):
         sigmas: list[Tensor | None],
         steps: list[Tensor],
     ) -> None:
+        """Fills the lists with the tensors of parameters that have a gradient. Makes the state that is not there yet.
+
+        torch.compile knows the optimizers' `_init_group` by its name and does not trace it, but takes lists alone.
+        """
         states = []
         adds_to_state = group["rebound"] == "belief" or group["weight_decay_type"] != "L2"
         for index, param in enumerate(group["params"]):
@@ -165,214 +229,96 @@ class Apollo(Optimizer):
             steps: list[Tensor] = []
             self._init_group(group, params, grads, exp_avgs, hessians, directions, sigmas, steps)
             apollo(
-                params,
-                grads,
-                exp_avgs,
-                hessians,
-                directions,
-                sigmas,
-                steps,
-                lr=group["lr"],
-                beta=group["beta"],
-                eps=group["eps"],
-                sigma=group["sigma"],
-                warmup=group["warmup"],
-                init_lr=group["init_lr"],
-                weight_decay=group["weight_decay"],
-                weight_decay_type=group["weight_decay_type"],
-                rebound=group["rebound"],
-                maximize=group["maximize"],
-                foreach=group["foreach"],
-                fused=group["fused"],
-                capturable=group["capturable"],
+                StepTensors(params, grads, exp_avgs, hessians, directions, sigmas, steps),
+                Settings.of(group),
                 grad_scale=getattr(self, "grad_scale", None),
                 found_inf=getattr(self, "found_inf", None),
             )
         return loss
 
 
-Apollo.__doc__ = r"""Apollo, an adaptive parameter-wise diagonal quasi-Newton method.
-
-    For each parameter tensor, with the state t, m, B (`hessian`) and the direction d of the step before, all zero at
-    first:
-
-        g      <-  gradient  (+ weight_decay * p  if weight_decay_type is "L2")
-        t      <-  t + 1,   alpha = (1 - beta) / (1 - beta^t)
-        delta_g =  g - m
-        v       =  d / (||d||_4 + eps')                                    eps' = eps / sigma,  "belief": eps
-        delta   = -alpha * sum(delta_g / (||d||_4 + eps') * v) - sum(B * v^2)
-        m      <-  m + alpha * delta_g
-        B      <-  B + delta * v^2
-        D       =  max(|B|, sigma),      "belief": max(|B|, max|delta_g|) + eps / alpha
-        d      <-  m / D  (+ weight_decay * p  if "decoupled",  + weight_decay / mean(D) * p  if "stable")
-        p      <-  p - lr_t * d
-
-    lr_t rises linearly from `init_lr` to `lr` over the first `warmup` steps. Where a scheduler warms up, pass warmup=0.
-
-    Starting points, of the two eras of the published results: sigma=1.0 with lr 0.5 (image classification) to 10
-    (language modelling, translation), warmup 100 to 1000 from init_lr 0.01; or sigma=0.01 with lr 0.01 to 0.1, warmup
-    500 from init_lr 1e-5. A learning rate does not carry over between values of sigma.
-
-    Args:
-        params: parameters, named parameters or groups of them, as any torch optimizer takes them.
-        lr: learning rate; a float or a 1-element tensor.
-        beta: decay of the average of the gradient, in [0, 1).
-        eps: keeps the 4-norm's division finite, > 0.
-        sigma: lower bound of the rectified curvature, > 0; not used by rebound "belief". Like beta, eps and rebound it
-            holds for a whole run: m is kept as d * D.
-        warmup: number of steps of linear warmup; 0 for none.
-        init_lr: learning rate of the first warmup step.
-        weight_decay: coefficient of weight decay.
-        weight_decay_type: "L2", "decoupled" or "stable". The last two keep a third state tensor (if weight_decay != 0).
-        rebound: "constant" or "belief", the rule that bounds the curvature from below.
-        maximize: ascend instead of descend.
-        foreach: step over lists of tensors (True) or tensor by tensor (False).
-        fused: one native call (CPU, compiled at first use) or a few Triton launches (CUDA) for all tensors, where the
-            dtype is supported: float32, bfloat16, float16, and float64 on the CPU; foreach where not.
-            With foreach and fused both None, fused where there is one.
-        capturable: keep every scalar on the device, so that the step can be captured in a CUDA graph or compiled whole.
-
-    Write to parameters in place under `torch.no_grad()`, not through `.data` or a numpy view: the fused steps carry
-    sums over from step to step, and would not notice. With L2 decay one step would then use an old parameter in a sum.
-
-    State, per parameter: `step`, `hessian` and `direction`, and `exp_avg` (m, where it is not d * D) or `sigma` where
-    they are needed. It is float32 for half-precision parameters (arithmetic too), else of the parameter's dtype.
-
-    Raises:
-        ValueError: a setting that is out of range, not finite or unknown.
-        RuntimeError: a sparse or complex gradient (step).
-
-    Source: arXiv 2009.13586, Algorithm 1; rebound "constant" with sigma 0.01 and "belief" from the later revisions.
-    """
-
-
-def _single_tensor_apollo(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor | None],
-    hessians: list[Tensor],
-    directions: list[Tensor],
-    sigmas: list[Tensor | None],
-    steps: list[Tensor],
-    shards: list[ProcessGroups],
-    numels: list[int],
-    *,
-    lr: float | Tensor,
-    beta: float,
-    eps: float,
-    sigma: float,
-    warmup: int,
-    init_lr: float,
-    weight_decay: float,
-    weight_decay_type: str,
-    rebound: str,
-    maximize: bool,
-    capturable: bool,
-    grad_scale: Tensor | None,
-) -> None:
-    for i, param in enumerate(params):
-        stored, hessian, d, step = exp_avgs[i], hessians[i], directions[i], steps[i]
-        before = step.to(d.dtype, copy=True) if capturable else step.item()
+def _single_tensor_apollo(tensors: StepTensors, settings: Settings, grad_scale: Tensor | None) -> None:
+    s = settings
+    for i, param in enumerate(tensors.params):
+        hessian, d, sigma, step = tensors.hessians[i], tensors.directions[i], tensors.sigmas[i], tensors.steps[i]
+        before = step.to(d.dtype, copy=True) if s.capturable else step.item()
         t = before + 1
         step += 1
-        if numels[i] == 0:
+        if tensors.numels[i] == 0:
             continue
-        alpha = averaging_weight(beta, t)
-        total = partial(join, groups=shards[i])  # of a sharded parameter's sums, over its shards
+        alpha = averaging_weight(s.beta, t)
+        total = partial(join, groups=tensors.shards[i])  # of a sharded parameter's sums, over its shards
 
-        grad = grads[i].to(d.dtype)
+        grad = tensors.grads[i].to(d.dtype)
         if grad_scale is not None:
             grad = grad / grad_scale
-        if maximize:
+        if s.maximize:
             grad = -grad
-        if weight_decay != 0 and weight_decay_type == "L2":
-            grad = grad.add(param, alpha=weight_decay)
+        if s.l2 != 0:
+            grad = grad.add(param, alpha=s.l2)
 
         # the average of the gradient: m = d * D of the step before, and what this gradient changes
-        exp_avg = stored
-        if stored is None:
-            bound = sigmas[i] if rebound == "belief" else sigma
-            exp_avg = d * (hessian.abs().clamp_(min=bound) + curvature_offset(eps, beta, before, rebound))
+        exp_avg = tensors.exp_avgs[i]
+        if exp_avg is None:
+            bound = sigma if s.belief else s.sigma
+            exp_avg = d * (hessian.abs().clamp_(min=bound) + curvature_offset(s.eps, s.beta, before, s.rebound))
         delta_g = grad - exp_avg
         exp_avg.add_(alpha * delta_g)
 
         # the diagonal Hessian, by the weak secant equation along the direction of the step before
-        denom = total(d.pow(4).sum()) ** 0.25 + norm_eps(eps, sigma, rebound)
+        denom = total(d.pow(4).sum()) ** 0.25 + norm_eps(s.eps, s.sigma, s.rebound)
         v = d / denom
         delta = total(-alpha * (delta_g / denom * v).sum() - (hessian * v.square()).sum())
         hessian.add_(delta * v.square())
 
         # the rectified curvature, and the direction of this step
-        if rebound == "belief":
-            sigmas[i].copy_(total(delta_g.abs().amax() if delta_g.numel() else delta_g.sum(), largest=True))
-            curvature = hessian.abs().clamp_(min=sigmas[i]) + curvature_offset(eps, beta, t, rebound)
+        if s.belief:
+            sigma.copy_(total(delta_g.abs().amax() if delta_g.numel() else delta_g.sum(), largest=True))
+            curvature = hessian.abs().clamp_(min=sigma) + curvature_offset(s.eps, s.beta, t, s.rebound)
         else:
-            curvature = hessian.abs().clamp_(min=sigma)
+            curvature = hessian.abs().clamp_(min=s.sigma)
         torch.div(exp_avg, curvature, out=d)
-        if weight_decay != 0 and weight_decay_type == "stable":
-            d.addcmul_(param.to(d.dtype), weight_decay / (total(curvature.sum()) / numels[i]))
-        elif weight_decay != 0 and weight_decay_type == "decoupled":
-            d.add_(param, alpha=weight_decay)
+        if s.stable:
+            d.addcmul_(param.to(d.dtype), s.decay / (total(curvature.sum()) / tensors.numels[i]))
+        elif s.decay != 0:
+            d.add_(param, alpha=s.decay)
 
-        param.sub_(d * warmed_up_lr(lr, init_lr, warmup, before))
+        param.sub_(d * warmed_up_lr(s.lr, s.init_lr, s.warmup, before))
 
 
 def apollo(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor | None],
-    hessians: list[Tensor],
-    directions: list[Tensor],
-    sigmas: list[Tensor | None],
-    steps: list[Tensor],
-    *,
-    foreach: bool | None = None,
-    fused: bool | None = None,
-    capturable: bool = False,
+    tensors: StepTensors,
+    settings: Settings,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    **settings: Any,
 ) -> None:
-    """Functional form of `Apollo`'s step, in place, with the settings of its groups by name.
+    """Functional form of `Apollo`'s step, in place.
 
     Sorts the parameters into lists of one device and dtype, and gives each list to the implementation that suits it.
+    Gradients are divided by `grad_scale`; nothing happens where `found_inf` is not 0. Both are 1-element tensors.
     """
-    shards: list[ProcessGroups] = [()] * len(params)
-    numels = [param.numel() for param in params]
-    if any_sharded(params):
-        shards = [process_groups(param) for param in params]
-        grads = [local_shard(grad, like=param) for grad, param in zip(grads, params, strict=True)]
-        params, hessians, directions = ([local_shard(x) for x in values] for values in (params, hessians, directions))
-        exp_avgs = [None if x is None else local_shard(x) for x in exp_avgs]
-
+    tensors = tensors.local()
     kinds = [
         (param.device, param.dtype, grad.dtype, exp_avg is None, is_dense(param))
-        for param, grad, exp_avg in zip(params, grads, exp_avgs, strict=True)
+        for param, grad, exp_avg in zip(tensors.params, tensors.grads, tensors.exp_avgs, strict=True)
     ]
     lists = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)}
     for (device, dtype, grad_dtype, _, dense), indices in lists.items():
-        step = _implementation(device, dtype, foreach, fused, dense and grad_dtype is dtype)
-        columns = [params, grads, exp_avgs, hessians, directions, sigmas, steps, shards, numels]
-        if len(lists) > 1:
-            columns = [[column[i] for i in indices] for column in columns]
-        scaler = {"grad_scale": None if grad_scale is None else grad_scale.to(device, non_blocking=True)}
-        if step in (_single_tensor_apollo, _multi_tensor_apollo):
-            if found_inf is not None and found_inf.item():
-                continue
-            if isinstance(settings["lr"], Tensor) and not capturable:
-                settings["lr"] = settings["lr"].item()
-        else:
-            scaler["found_inf"] = None if found_inf is None else found_inf.to(device, non_blocking=True)
-        step(*columns, capturable=capturable, **scaler, **settings)
+        step = _implementation(device, dtype, settings, dense and grad_dtype is dtype)
+        part = tensors.part(indices) if len(lists) > 1 else tensors
+        scale = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
+        if step not in (_single_tensor_apollo, _multi_tensor_apollo):
+            step(part, settings, scale, None if found_inf is None else found_inf.to(device, non_blocking=True))
+        elif found_inf is None or not found_inf.item():
+            on_host = isinstance(settings.lr, Tensor) and not settings.capturable
+            step(part, replace(settings, lr=settings.lr.item()) if on_host else settings, scale)
 
 
-def _implementation(
-    device: torch.device, dtype: torch.dtype, foreach: bool | None, fused: bool | None, plain: bool
-) -> Callable[..., None]:
+def _implementation(device: torch.device, dtype: torch.dtype, s: Settings, plain: bool) -> Callable[..., None]:
     """What steps over a list. `plain`: in memory without gaps, with gradients of the parameters' dtype."""
-    if fused or (fused is None and foreach is None):
+    if s.fused or (s.fused is None and s.foreach is None):
         return (plain and not is_compiling() and _fused_step(device, dtype)) or _multi_tensor_apollo
-    return _multi_tensor_apollo if foreach else _single_tensor_apollo
+    return _multi_tensor_apollo if s.foreach else _single_tensor_apollo
 
 
 def _fused_step(device: torch.device, dtype: torch.dtype) -> Callable[..., None] | None:

@@ -1,18 +1,24 @@
 """Compiles a C++ file of this repository for the processor at hand, at first use; the result is kept in a cache.
 
 The C++ has a plain C interface and includes nothing of torch: it compiles in seconds, works with any version of torch,
-and is called through ctypes. The cache ($TORCH_EXTENSIONS_DIR, else ~/.cache) is keyed by the source, the compiler and
+and is called through ctypes. The cache ($TORCH_EXTENSIONS_DIR, else ~/.cache) is keyed by the sources, the compiler and
 the processor.
 """
 
+import ctypes
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
+Signatures = dict[
+    str, tuple[type | None, list[type]]
+]  # by a function's name what it returns and takes, as ctypes types
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 
 
@@ -20,12 +26,32 @@ class NotCompiled(Exception):
     """Why there is no library, in one line."""
 
 
+def load_library(
+    source: Path, signatures: dict[str, tuple[type | None, list[type]]], instead: str
+) -> ctypes.CDLL | None:
+    """The library of one C++ file; or None, after a warning that says what is used `instead`, where there is none.
+
+    `instead` is a clause, such as "the slower foreach step is used". Callers keep the result (functools.cache), so that
+    there is one warning.
+    """
+    try:
+        library = ctypes.CDLL(str(compile_library(source)))
+    except (NotCompiled, OSError) as error:
+        warnings.warn(f"{source.name} could not be compiled and loaded, {instead}: {error}", stacklevel=3)
+        return None
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
 def compile_library(source: Path) -> Path:
     """The shared library of one C++ file, from the cache where it is there. Raises NotCompiled."""
     try:
         return _compile(source)
     except (OSError, subprocess.SubprocessError) as error:
-        raise NotCompiled((getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]) from error
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        raise NotCompiled(next((line for line in lines if "error:" in line), lines[0])) from error
 
 
 def _compile(source: Path) -> Path:
@@ -33,7 +59,8 @@ def _compile(source: Path) -> Path:
     if compiler is None:
         raise FileNotFoundError("no C++ compiler found (CXX, c++, g++, clang++)")
     version = _run([*compiler.split(), "--version"])
-    key = hashlib.sha256("\0".join([source.read_text(), *FLAGS, version, _processor()]).encode()).hexdigest()[:16]
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = hashlib.sha256("\0".join([*texts, *FLAGS, version, _processor()]).encode()).hexdigest()[:16]
     folder = os.environ.get("TORCH_EXTENSIONS_DIR")
     folder = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     built = folder / "apollo_optim" / f"{source.stem}_{key}.so"
@@ -41,10 +68,8 @@ def _compile(source: Path) -> Path:
         return built
     try:
         built.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        built = (
-            Path(tempfile.mkdtemp(prefix="apollo_optim_")) / built.name
-        )  # no home to write to: for this process alone
+    except OSError:  # no home to write to: for this process alone
+        built = Path(tempfile.mkdtemp(prefix="apollo_optim_")) / built.name
 
     # Several processes may build at once: each into a file of its own, then renamed. Compilers without OpenMP (Apple's)
     # still vectorise the loops, on one thread.
@@ -61,7 +86,7 @@ def _compile(source: Path) -> Path:
     return built
 
 
-def _run(command: list[str]) -> str:
+def _run(command: Sequence[str]) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
 
 

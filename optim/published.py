@@ -34,11 +34,20 @@ def from_published(state_dict: dict[str, Any], **settings: Any) -> dict[str, Any
     if not {"state", "param_groups"} <= set(state_dict):
         raise ValueError("not an optimizer's state dict: it has no state or no param_groups")
     defaults = {"weight_decay_type": "L2", "rebound": "constant", "maximize": False, "foreach": None, "fused": None}
+    defaults |= {"capturable": False, "carry_sums": True}
     groups, state = [], {}
     for group in state_dict["param_groups"]:
         known = {key: group[key] for key in SHARED if key in group}
         extra = {key: group[key] for key in ("initial_lr", "param_names") if key in group}
-        group = {**defaults, "capturable": False, **known, **extra, **settings, "params": group["params"]}
+        group = {
+            **defaults,
+            "capturable": False,
+            "carry_sums": True,
+            **known,
+            **extra,
+            **settings,
+            "params": group["params"],
+        }
         groups.append(group)
         # Kept for L2 decay too where the bound of D, "belief"'s largest |g - m|, is not known any more.
         stores = group["rebound"] == "belief" or (group["weight_decay"] != 0 and group["weight_decay_type"] != "L2")

@@ -1,8 +1,9 @@
-"""What Apollo's settings may be, and how an error says what is valid."""
+"""The settings of a group of Apollo's parameters, what they may be, and how an error says what is valid."""
 
 import difflib
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -10,6 +11,48 @@ from torch import Tensor
 
 WEIGHT_DECAY_TYPES = ("L2", "decoupled", "stable")
 REBOUNDS = ("constant", "belief")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one group, as every implementation of the step takes them. See `Apollo` for their meaning."""
+
+    lr: float | Tensor
+    beta: float
+    eps: float
+    sigma: float
+    warmup: int
+    init_lr: float
+    weight_decay: float
+    weight_decay_type: str
+    rebound: str
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    carry_sums: bool
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> "Settings":
+        return cls(**{name: group[name] for name in cls.__annotations__})
+
+    @property
+    def belief(self) -> bool:
+        return self.rebound == "belief"
+
+    @property
+    def stable(self) -> bool:
+        return self.weight_decay != 0 and self.weight_decay_type == "stable"
+
+    @property
+    def l2(self) -> float:
+        """The coefficient of weight decay that is added to the gradient."""
+        return self.weight_decay if self.weight_decay_type == "L2" else 0.0
+
+    @property
+    def decay(self) -> float:
+        """The coefficient of weight decay that is added to the direction."""
+        return 0.0 if self.weight_decay_type == "L2" else self.weight_decay
 
 
 def check_settings(settings: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -38,6 +39,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "belief": {"lr": 0.01, "weight_decay": 1e-3, "rebound": "belief"},
     "belief decoupled": {"lr": 0.01, "weight_decay": 1e-3, "weight_decay_type": "decoupled", "rebound": "belief"},
 }
+paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 APOLLO_CASES = [Case("apollo", {**variant, **path}) for variant in VARIANTS.values() for path in PATHS.values()]
 CASES: list[Case] = [
     *APOLLO_CASES,

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from classification.models import create_model
-from classification.native import norm_relu as module
 from classification.native.norm_relu import library, norm_relu
+from optim import native
 from optim.native import NotCompiled
 
 
@@ -108,7 +108,7 @@ def test_without_a_compiler_one_warning_and_torch(monkeypatch):
     def refuse(source):
         raise NotCompiled("no C++ compiler found")
 
-    monkeypatch.setattr(module, "compile_library", refuse)
+    monkeypatch.setattr(native, "compile_library", refuse)
     library.cache_clear()
     try:
         x, norm = channels_last(4, 16, 4, 4, dtype=torch.float32), random_norm(16)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from golden_trajectories import APOLLO, errors, follow, load
 
-from benchmarks.literal_apollo import LiteralApollo
 from optim import Apollo, RAdam
+from optim.apollo_reference import LiteralApollo
 
 PATHS = {
     "single": {"foreach": False},

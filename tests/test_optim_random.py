@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from optim_cases import PATHS
 from torch import Tensor, nn
 
-from benchmarks.literal_apollo import LiteralApollo
 from optim import Apollo
+from optim.apollo_reference import LiteralApollo
 
 EXAMPLES = int(os.environ.get("APOLLO_EXAMPLES", "300"))
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

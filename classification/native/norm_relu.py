@@ -6,7 +6,6 @@ forward and twice backward, ReLU and addition included. Statistics are summed in
 """
 
 import ctypes
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from optim.native import NotCompiled, compile_library
+from optim.native import load_library
 
 SOURCE = Path(__file__).with_name("norm_relu.cpp")
 LANES = 16  # the native function takes channels in groups of so many
@@ -115,11 +114,6 @@ def _arguments(tensors: dict[str, Tensor | None], eps: float = 0.0, momentum: fl
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None, after one warning, where they cannot be compiled."""
-    try:
-        loaded = ctypes.CDLL(str(compile_library(SOURCE)))
-    except NotCompiled as error:
-        warnings.warn(f"the native batch norm could not be compiled, torch's slower one is used: {error}", stacklevel=2)
-        return None
-    for function in (loaded.norm_relu_forward, loaded.norm_relu_backward):
-        function.argtypes, function.restype = [ctypes.POINTER(_Arguments)], None
-    return loaded
+    signature = None, [ctypes.POINTER(_Arguments)]
+    signatures = {"norm_relu_forward": signature, "norm_relu_backward": signature}
+    return load_library(SOURCE, signatures, "torch's slower batch norm is used")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from optim.native import NotCompiled, compile_library
+from optim.native import load_library
 
 SOURCE = Path(__file__).with_name("resize.cpp")
 
@@ -84,13 +84,11 @@ def _by_native(
 @cache
 def native_resize() -> tuple[Callable[..., int], ColumnsFirst] | None:
     """The compiled function and the order that this Pillow has; or None, after one warning, for Pillow itself."""
-    try:
-        function = ctypes.CDLL(str(compile_library(SOURCE))).resize_square
-    except NotCompiled as error:
-        warnings.warn(f"the native resizing could not be compiled, Pillow's slower one is used: {error}", stacklevel=3)
+    signature = ctypes.c_int, [ctypes.c_void_p, *[ctypes.c_int64] * 9, ctypes.c_void_p]
+    library = load_library(SOURCE, {"resize_square": signature}, "Pillow's slower resizing is used")
+    if library is None:
         return None
-    function.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 9, ctypes.c_void_p]
-    function.restype = ctypes.c_int
+    function = library.resize_square
     for order in ORDERS:
         if all(_is_pillows(function, order, probe) for probe in PROBES):
             return function, order

@@ -5,8 +5,8 @@ over from step to step (carried_sums.py), which are the same bits when they are 
 """
 
 import ctypes
-import warnings
 from array import array
+from dataclasses import replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..native import NotCompiled, compile_library
-from ..sharded import ProcessGroups, join_sums
-from .carried_sums import left_by_steps, marks
+from ..native import compile_library, load_library
+from ..settings import Settings
+from ..sharded import join_sums
+from ..step_tensors import StepTensors
+from .carried_sums import CarriedSums, are_carried, note_of
 from .layout import lay_out_like
 
 SOURCE = Path(__file__).with_name("apollo_cpu.cpp")
@@ -25,91 +27,71 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 SUM, UPDATE, DIRECTION = 1, 2, 4
 LARGE = 65536  # elements; up to here a tensor is done in one go, in cache: float32 p, g, B and d are 1 MiB then
 
+_carried = CarriedSums()  # of each large parameter an array, by its direction
+
 
 class _Settings(ctypes.Structure):
+    """struct ApolloSettings of apollo_cpu.h."""
+
     _fields_ = [
         *((name, ctypes.c_double) for name in ("lr", "beta", "eps", "sigma", "init_lr", "l2", "decay", "grad_factor")),
-        *((name, ctypes.c_int64) for name in ("warmup", "belief", "stable", "whole")),
+        *((name, ctypes.c_int64) for name in ("warmup", "belief", "stable", "stored", "uncut")),
     ]
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled step, or None, after one warning, where it cannot be compiled."""
-    try:
-        loaded = ctypes.CDLL(str(compile_library(SOURCE)))
-    except NotCompiled as error:
-        warnings.warn(
-            f"Apollo's fused CPU step could not be compiled, the slower foreach step is used instead: {error}",
-            stacklevel=2,
-        )
-        return None
-    loaded.apollo_step.argtypes = [ctypes.c_void_p] * 3 + [ctypes.POINTER(_Settings)] + [ctypes.c_int64] * 4
-    loaded.apollo_step.restype = None
-    return loaded
+    arguments = [ctypes.c_void_p] * 3 + [ctypes.POINTER(_Settings)] + [ctypes.c_int64] * 4
+    return load_library(SOURCE, {"apollo_step": (None, arguments)}, "Apollo takes the slower foreach step")
 
 
 def _fused_cpu_apollo(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor | None],
-    hessians: list[Tensor],
-    directions: list[Tensor],
-    sigmas: list[Tensor | None],
-    steps: list[Tensor],
-    shards: list[ProcessGroups],
-    numels: list[int],
-    *,
-    lr: float | Tensor,
-    beta: float,
-    eps: float,
-    sigma: float,
-    warmup: int,
-    init_lr: float,
-    weight_decay: float,
-    weight_decay_type: str,
-    rebound: str,
-    maximize: bool,
-    capturable: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    tensors: StepTensors, settings: Settings, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """The step of parameters of one dtype whose memory has no gaps. See optim/apollo.py for the arguments."""
+    """The step of parameters of one dtype whose memory has no gaps."""
     if found_inf is not None and found_inf.item():
         return
-    stored, belief = exp_avgs[0] is not None, rebound == "belief"
-    stable = weight_decay != 0 and weight_decay_type == "stable"
-    l2, decay = (weight_decay, 0.0) if weight_decay_type == "L2" else (0.0, weight_decay)
-    states = [hessians, directions, exp_avgs] if stored else [hessians, directions]
-    grads = lay_out_like(params, grads, *states)
-
-    def worked_on(i: int) -> tuple:
-        return l2 != 0, sigma, marks([x[i] for x in (params, *states)])
-
+    s, params = settings, tensors.params
+    tensors = replace(tensors, grads=lay_out_like(params, tensors.grads, *tensors.states))
     here = list(map(Tensor.numel, params))
-    large = [] if stable or belief else [i for i, numel in enumerate(here) if numel > LARGE]
-    carried = array("d", bytes(32 * len(params)))  # four numbers a tensor
-    is_carried = [0] * len(params)
-    for i in large:
-        found = left_by_steps.get(directions[i])
-        if found is not None and found[0] == worked_on(i):
-            carried[4 * i : 4 * i + 4], is_carried[i] = found[1], 1
 
-    tensors = (params, grads, exp_avgs if stored else None, hessians, directions, sigmas if belief else None, steps)
-    columns = [[0] * len(params) if column is None else list(map(Tensor.data_ptr, column)) for column in tensors]
-    columns += [here, numels, is_carried]
-    table = array("q", chain.from_iterable(zip(*columns, strict=True)))  # rows are the struct ApolloTensor
+    def note(i: int) -> tuple:
+        return note_of(s, [params[i], *(state[i] for state in tensors.states)])
 
+    carrying = [i for i, numel in enumerate(here) if numel > LARGE] if are_carried(s) else []
+    state_sums = array("d", bytes(32 * len(params)))  # four numbers a tensor
+    known = [0] * len(params)
+    for i in carrying:
+        left = _carried.take(tensors.directions[i], note(i))
+        if left is not None:
+            state_sums[4 * i : 4 * i + 4], known[i] = left, 1
+
+    nothing = [0] * len(params)
+    columns = [
+        _addresses(params),
+        _addresses(tensors.grads),
+        _addresses(tensors.exp_avgs) if tensors.stores_average else nothing,
+        _addresses(tensors.hessians),
+        _addresses(tensors.directions),
+        _addresses(tensors.sigmas) if s.belief else nothing,
+        _addresses(tensors.steps),
+        here,
+        tensors.numels,
+        known,
+    ]
+    rows = array("q", chain.from_iterable(zip(*columns, strict=True)))  # each is a struct ApolloTensor
     sums = torch.zeros(len(params), 5, dtype=torch.float64)
-    factor = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else grad_scale.item())
-    settings = _Settings(float(lr), beta, eps, sigma, init_lr, l2, decay, factor, int(warmup), belief, stable, LARGE)
+    factor = (-1.0 if s.maximize else 1.0) / (1.0 if grad_scale is None else grad_scale.item())
+    numbers = float(s.lr), s.beta, s.eps, s.sigma, s.init_lr, s.l2, s.decay, factor
+    struct = _Settings(*numbers, int(s.warmup), s.belief, s.stable, tensors.stores_average, LARGE)
 
     def run(stages: int) -> None:
         library().apollo_step(
-            table.buffer_info()[0],
+            rows.buffer_info()[0],
             sums.data_ptr(),
-            carried.buffer_info()[0],
-            settings,
+            state_sums.buffer_info()[0],
+            struct,
             len(params),
             DTYPES[params[0].dtype],
             stages,
@@ -117,19 +99,23 @@ def _fused_cpu_apollo(
         )
 
     increment_version(params)  # written to behind autograd's back
-    if not any(shards):
-        run(SUM | UPDATE | DIRECTION if stable else SUM | UPDATE)
+    if not any(tensors.shards):
+        run(SUM | UPDATE | DIRECTION if s.stable else SUM | UPDATE)
     else:
         run(SUM)
-        join_sums(sums[:, :3], shards)
-        if belief:
-            join_sums(sums[:, 4:], shards, largest=True)
+        join_sums(sums[:, :3], tensors.shards)
+        if s.belief:
+            join_sums(sums[:, 4:], tensors.shards, largest=True)
         run(UPDATE)
-        if stable:
-            join_sums(sums[:, 3:4], shards)
+        if s.stable:
+            join_sums(sums[:, 3:4], tensors.shards)
             run(DIRECTION)
-    for i in large:
-        left_by_steps[directions[i]] = worked_on(i), carried[4 * i : 4 * i + 4]
+    for i in carrying:
+        _carried.leave(tensors.directions[i], note(i), state_sums[4 * i : 4 * i + 4])
+
+
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
 
 
 if __name__ == "__main__":

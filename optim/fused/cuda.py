@@ -18,6 +18,7 @@ See optim/apollo.py for the algorithm and its letters; importing this file needs
 import math
 from collections import OrderedDict
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate, chain
 
@@ -26,8 +27,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..sharded import ProcessGroups, join_sums
-from .carried_sums import left_by_steps, marks
+from ..apollo_math import norm_eps
+from ..settings import Settings
+from ..sharded import join_sums
+from ..step_tensors import StepTensors
+from .carried_sums import CarriedSums, are_carried, note_of
 from .layout import lay_out_like
 from .triton_kernels import (
     CURVATURE,
@@ -47,104 +51,93 @@ CHUNK = 16384  # elements of a chunk
 BLOCK = 1024  # elements that a program has in registers at a time
 JOIN = 1024  # chunks added up at a time
 
+_carried = CarriedSums()  # of a whole list a tensor of its chunks' sums, by its first direction
+
 
 def _fused_cuda_apollo(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor | None],
-    hessians: list[Tensor],
-    directions: list[Tensor],
-    sigmas: list[Tensor | None],
-    steps: list[Tensor],
-    shards: list[ProcessGroups],
-    numels: list[int],
-    *,
-    lr: float | Tensor,
-    beta: float,
-    eps: float,
-    sigma: float,
-    warmup: int,
-    init_lr: float,
-    weight_decay: float,
-    weight_decay_type: str,
-    rebound: str,
-    maximize: bool,
-    capturable: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    tensors: StepTensors, settings: Settings, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """The step of parameters of one device and dtype, their memory without gaps. For the arguments see apollo.py."""
-    device = params[0].device
-    stored, belief, sharded = exp_avgs[0] is not None, rebound == "belief", any(shards)
-    stable = weight_decay != 0 and weight_decay_type == "stable"
-    l2, decay = (weight_decay, 0.0) if weight_decay_type == "L2" else (0.0, weight_decay)
+    """The step of parameters of one device and dtype, their memory without gaps."""
+    s, params, device = settings, tensors.params, tensors.params[0].device
+    stored, sharded, lr = tensors.stores_average, any(tensors.shards), s.lr
 
-    states = [hessians, directions, exp_avgs] if stored else [hessians, directions]
-    grads = lay_out_like(params, grads, *states)
-    chunks, first_chunks, counts = _chunks(tuple(param.numel() for param in params), device)
-    tensors = [params, grads, exp_avgs if stored else None, hessians, directions, sigmas if belief else None, steps]
-    columns = [[0] * len(params) if column is None else [x.data_ptr() for x in column] for column in tensors]
-    aligned = all(address % 16 == 0 for column in columns[:5] for address in column)
-    columns += [[param.numel() for param in params], numels, first_chunks, counts]
-    table = _on_device(tuple(x for row in zip(*columns, strict=True) for x in row), device)
+    tensors = replace(tensors, grads=lay_out_like(params, tensors.grads, *tensors.states))
+    here = tuple(param.numel() for param in params)
+    chunks, first_chunks, counts = _chunks(here, device)
+    nothing = [0] * len(params)
+    addresses = [
+        _addresses(params),
+        _addresses(tensors.grads),
+        _addresses(tensors.exp_avgs) if stored else nothing,
+        _addresses(tensors.hessians),
+        _addresses(tensors.directions),
+        _addresses(tensors.sigmas) if s.belief else nothing,
+        _addresses(tensors.steps),
+    ]
+    aligned = all(address % 16 == 0 for column in addresses[:5] for address in column)
+    columns = [*addresses, here, tensors.numels, first_chunks, counts]
+    table = _on_device(tuple(chain.from_iterable(zip(*columns, strict=True))), device)
     if _is_capturing(device):
         _captured.append((chunks, table))
 
-    carry = not (belief or stable or capturable)
+    def note() -> tuple:
+        return note_of(s, [*params, *chain.from_iterable(tensors.states)])
 
-    def worked_on() -> tuple:
-        return l2 != 0, sigma, marks([*params, *chain.from_iterable(states)])
-
-    found = left_by_steps.pop(directions[0], None)
-    carried = carry and found is not None and found[0] == worked_on()
-    partials = found[1] if carried else torch.empty(len(chunks), SUMS.value, dtype=torch.float64, device=device)
+    carry = are_carried(s) and not s.capturable
+    partials = _carried.take(tensors.directions[0], note()) if carry else None
+    known = partials is not None
+    if partials is None:
+        partials = torch.empty(len(chunks), SUMS.value, dtype=torch.float64, device=device)
     sums = torch.empty(len(params), SUMS.value, dtype=torch.float64, device=device)
     scalars = torch.empty(len(params), SCALARS.value, dtype=torch.float32, device=device)
     lr_tensor = isinstance(lr, Tensor)
     if lr_tensor:
         lr = lr.to(device, torch.float32, non_blocking=True)
-    factor = -1.0 if maximize else 1.0
-    log_beta, one_minus_beta = math.log(beta) if beta > 0 else -1e30, 1 - beta
-    norm_eps = eps if belief else eps / sigma
+    factor = -1.0 if s.maximize else 1.0
+    log_beta, one_minus_beta = math.log(s.beta) if s.beta > 0 else -1e30, 1 - s.beta
     flags = {"SCALED": grad_scale is not None, "ALIGNED": aligned, "CHUNK": CHUNK, "BLOCK": BLOCK}
     # Without fused multiply-adds, sums are the same where they are carried over and where they are taken anew.
-    flags |= {"P": DTYPES[params[0].dtype], "L2": l2 != 0, "STORED": stored, "enable_fp_fusion": False}
+    flags |= {"P": DTYPES[params[0].dtype], "L2": s.l2 != 0, "STORED": stored, "enable_fp_fusion": False}
     skipping = {"FOUND_INF": found_inf is not None}
 
     increment_version(params)  # written to behind autograd's back
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if len(chunks):
             sum_chunks[(len(chunks),)](
-                table, chunks, partials, l2, factor, sigma, eps, log_beta, one_minus_beta, grad_scale,
-                BELIEF=belief, CARRIED=carried, **flags,
+                table, chunks, partials, s.l2, factor, s.sigma, s.eps, log_beta, one_minus_beta, grad_scale,
+                BELIEF=s.belief, CARRIED=known, **flags,
             )  # fmt: skip
         if sharded:
             join_chunks[(len(params),)](table, partials, sums, JOIN=JOIN)
-            join_sums(sums[:, : MAX.value], shards)
-            if belief:
-                join_sums(sums[:, MAX.value : CURVATURE.value], shards, largest=True)
+            join_sums(sums[:, : MAX.value], tensors.shards)
+            if s.belief:
+                join_sums(sums[:, MAX.value : CURVATURE.value], tensors.shards, largest=True)
         make_scalars[(len(params),)](
-            table, partials, sums, scalars, lr, init_lr, warmup, log_beta, one_minus_beta, eps, norm_eps, sigma, l2,
-            decay, found_inf,
-            L2=l2 != 0, LR_TENSOR=lr_tensor, BELIEF=belief, SHARDED=sharded, JOIN=JOIN, **skipping,
+            table, partials, sums, scalars, lr, s.init_lr, s.warmup, log_beta, one_minus_beta, s.eps,
+            norm_eps(s.eps, s.sigma, s.rebound), s.sigma, s.l2, s.decay, found_inf,
+            L2=s.l2 != 0, LR_TENSOR=lr_tensor, BELIEF=s.belief, SHARDED=sharded, JOIN=JOIN, **skipping,
         )  # fmt: skip
         if len(chunks):
             update_chunks[(len(chunks),)](
-                table, chunks, partials, scalars, l2, factor, grad_scale, found_inf,
-                STABLE=stable, CARRY=carry, **flags, **skipping,
+                table, chunks, partials, scalars, s.l2, factor, grad_scale, found_inf,
+                STABLE=s.stable, CARRY=carry, **flags, **skipping,
             )  # fmt: skip
         if carry:
-            left_by_steps[directions[0]] = worked_on(), partials
-        if not stable:
+            _carried.leave(tensors.directions[0], note(), partials)
+        if not s.stable:
             return
         if sharded:
             join_chunks[(len(params),)](table, partials, sums, JOIN=JOIN)
-            join_sums(sums[:, CURVATURE.value :], shards)
-        make_stable_decay[(len(params),)](table, partials, sums, scalars, decay, SHARDED=sharded, JOIN=JOIN)
+            join_sums(sums[:, CURVATURE.value :], tensors.shards)
+        make_stable_decay[(len(params),)](table, partials, sums, scalars, s.decay, SHARDED=sharded, JOIN=JOIN)
         if len(chunks):
             direct_chunks[(len(chunks),)](
                 table, chunks, scalars, found_inf, P=flags["P"], ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK, **skipping
             )
+
+
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
 
 
 @lru_cache(maxsize=64)

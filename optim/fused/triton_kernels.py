@@ -1,4 +1,4 @@
-"""The Triton kernels of Apollo's fused step on a GPU; fused_cuda.py launches them, and says how they fit together.
+"""The Triton kernels of Apollo's fused step on a GPU; cuda.py launches them, and says how they fit together.
 
 Each program finds its tensor through a row of a table of addresses, and works on a chunk of it, a block at a time, or
 on the few numbers that its chunks have summed to. See optim/apollo.py for the algorithm and its letters.

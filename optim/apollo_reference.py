@@ -1,7 +1,11 @@
-"""The published Apollo written literally: a loop over tensors, three states, d scaled in place.
+"""The published algorithm written literally. Read this file first.
 
-The reference that every path of optim.Apollo is tested against, and the baseline of benchmarks/optimizer_step.py. It is
-written from the algorithm, takes a minimum of arguments, and is not meant to be used for training.
+A loop over parameter tensors with three state tensors each, as in the published code: `exp_avg` (m), `hessian` (B) and
+`direction` (d), which is scaled in place before it is used. docs/apollo.md derives the formulas. Every form of
+`optim.Apollo` is held to this one by tests, and this one to trajectories of the published implementations. It is slow,
+takes dense real gradients alone, and is not meant for training.
+
+Source: arXiv 2009.13586, Algorithm 1.
 """
 
 from collections.abc import Iterable

@@ -1,0 +1,59 @@
+"""The tensors of one step as lists side by side, as every implementation of Apollo's step takes them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from .sharded import ProcessGroups, any_sharded, local_shard, process_groups
+
+
+@dataclass
+class StepTensors:
+    """Entry i of every list belongs to parameter i. State and gradients have the shape of their parameter.
+
+    State is float32 for half-precision parameters, else of the parameter's dtype. `sigmas` are 0-d, of the state's
+    dtype; `steps` are 0-d float32, on the CPU or on the parameter's device.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor | None]  # m, None where it is d * D; in the lists that a step takes, all are None or none is
+    hessians: list[Tensor]  # B
+    directions: list[Tensor]  # d
+    sigmas: list[Tensor | None]  # the last step's bound of D, with rebound "belief"
+    steps: list[Tensor]  # t
+    numels: list[int] = field(default_factory=list)  # elements of the whole parameters, over all ranks
+    shards: list[ProcessGroups] = field(default_factory=list)  # the ranks that share a parameter, () where it is whole
+
+    def part(self, indices: Sequence[int]) -> "StepTensors":
+        columns = (
+            self.params, self.grads, self.exp_avgs, self.hessians, self.directions, self.sigmas, self.steps,
+            self.numels, self.shards,
+        )  # fmt: skip
+        return StepTensors(*[[column[i] for i in indices] for column in columns])
+
+    @property
+    def stores_average(self) -> bool:
+        return self.exp_avgs[0] is not None
+
+    @property
+    def states(self) -> list[list[Tensor]]:
+        """The lists of state tensors of the parameters' shapes."""
+        return [self.hessians, self.directions, *([self.exp_avgs] if self.stores_average else [])]
+
+    def local(self) -> "StepTensors":
+        """The same with numels and shards, and where parameters are sharded with this rank's part of each tensor."""
+        numels = [param.numel() for param in self.params]
+        if not any_sharded(self.params):
+            return replace(self, numels=numels, shards=[()] * len(numels))
+        return replace(
+            self,
+            params=[local_shard(x) for x in self.params],
+            grads=[local_shard(grad, like=param) for grad, param in zip(self.grads, self.params, strict=True)],
+            exp_avgs=[None if x is None else local_shard(x) for x in self.exp_avgs],
+            hessians=[local_shard(x) for x in self.hessians],
+            directions=[local_shard(x) for x in self.directions],
+            numels=numels,
+            shards=[process_groups(x) for x in self.params],
+        )
