@@ -76,7 +76,7 @@ def measure_training(options: argparse.Namespace) -> None:
         run = prepare(config, world, RunRecord(config, config.folder, world))
         describe(world, f"{options.config} {' '.join(options.overrides)}, {options.updates} updates a round")
         batches = list(zip(range(options.updates), upcoming(run), strict=False))
-        passes = [[batch.to(world.device) for batch in micro_batches] for _, micro_batches in batches]
+        passes = [[batch.to(world.device) for _, batch in update_passes] for _, update_passes in batches]
         speeds = in_turn(
             {
                 "train.py": lambda: train_py(run, options.updates),
@@ -87,18 +87,18 @@ def measure_training(options: argparse.Namespace) -> None:
             world,
         )
         report("target tokens/s", speeds, "train.py")
-        max_tokens = world.share(config.global_batch, config.accumulation)
-        share = padding_share(train_batches(run.data.train, max_tokens, config.seed, 0))
-        print(f"\npadding: {100 * share:.1f} % of the tokens of both sides, batches of {max_tokens:,} tokens")
+        epoch = train_batches(run.data.train, config.batch, config.passes, config.seed, 0)
+        share = padding_share(batch for update_passes in epoch for _, batch in update_passes)
+        print(f"\npadding: {100 * share:.1f} % of the tokens of both sides, batches of {config.batch:,} tokens")
 
 
 def train_py(run: Run, updates: int) -> float:
     """The loop of train_updates from the first update on, without validations and checkpoints."""
     tokens = 0
     run.progress.update = run.progress.update_in_epoch = run.progress.epoch = 0
-    for _, micro_batches in zip(range(updates), upcoming(run), strict=False):
-        update(run, micro_batches)
-        tokens += sum(batch.tokens for batch in micro_batches)
+    for _, passes in zip(range(updates), upcoming(run), strict=False):
+        update(run, passes)
+        tokens += sum(batch.tokens for _, batch in passes)
     return tokens
 
 
@@ -157,16 +157,16 @@ def plain_updates(
     cast = Precision(run.config.precision, run.world.device)
 
     def one_round() -> float:
-        for micro_batches in updates:
+        for passes in updates:
             optimizer.zero_grad()
-            tokens = sum(batch.tokens for batch in micro_batches)
-            for batch in micro_batches:
+            tokens = sum(batch.tokens for batch in passes)
+            for batch in passes:
                 with cast.autocast():
                     loss = loss_of(batch)
                 cast.backward(loss / tokens)
             cast.clip(optimizer, model.parameters(), run.config.gradient_clip)
             cast.step(optimizer)
-        return sum(batch.tokens for micro_batches in updates for batch in micro_batches)
+        return sum(batch.tokens for passes in updates for batch in passes)
 
     return one_round
 

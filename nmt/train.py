@@ -57,7 +57,11 @@ class DecodingConfig(Strict):
     length_penalty: NonNegativeFloat = 0.6
 
 
-class Config(RunConfig):  # global_batch: tokens of an update, the longer side with its padding counted
+class Config(RunConfig):
+    batch: PositiveInt  # tokens of one pass, the longer side with its padding counted
+    passes: PositiveInt = 1  # that make an update; the ranks divide them
+    global_batch: None = None  # not a key here
+    accumulation: None = None  # not a key here
     updates: PositiveInt
     data: DataConfig
     model: ModelConfig = ModelConfig()
@@ -143,7 +147,11 @@ def train(config: Config, world: World) -> int:
 
 def prepare(config: Config, world: World, record: RunRecord) -> Run:
     """Build everything the loop needs, and take up the run folder's last checkpoint if there is one."""
-    max_tokens = world.share(config.global_batch, config.accumulation)
+    if config.passes % world.world_size:
+        raise UserError(
+            f"passes={config.passes} cannot be divided among {world.world_size} ranks: start as many as divide it, or "
+            "change passes and batch (which is another recipe)"
+        )
     precision = create_precision(config.precision, world.device)
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -186,10 +194,9 @@ def prepare(config: Config, world: World, record: RunRecord) -> Run:
         data.codec.save(record.folder)  # so that the run folder can translate without the data
     record.environment(
         world_size=world.world_size,
-        global_batch=config.global_batch,
-        per_rank_batch=max_tokens * config.accumulation,
-        accumulation=config.accumulation,
-        updates_per_epoch=updates_per_epoch(data.train, max_tokens, world.world_size, config.accumulation),
+        batch=config.batch,
+        passes=config.passes,
+        updates_per_epoch=updates_per_epoch(data.train, config.batch, config.passes),
         vocabulary=data.codec.size,
         codec=data.codec.digest,
         train_pairs=len(data.train),
@@ -206,8 +213,8 @@ def train_updates(run: Run, bar: tqdm) -> bool:
     """Train to the last update; False where a signal asked to stop before it (everything is saved then)."""
     config, progress = run.config, run.progress
     clock = time.perf_counter()
-    for micro_batches in upcoming(run):
-        update(run, micro_batches)
+    for passes in upcoming(run):
+        update(run, passes)
         progress.epoch_s += time.perf_counter() - clock
         if progress.update % config.log_every == 0:
             means = close_window(run)
@@ -231,36 +238,35 @@ def train_updates(run: Run, bar: tqdm) -> bool:
     return True
 
 
-def upcoming(run: Run) -> Iterator[list[Batch]]:
+def upcoming(run: Run) -> Iterator[list[tuple[int, Batch]]]:
     """The passes of every update from where the run is to its end, on this rank, epoch after epoch."""
     config, world, progress = run.config, run.world, run.progress
-    max_tokens = world.share(config.global_batch, config.accumulation)
     while progress.update < config.updates:
         yield from train_batches(
             run.data.train,
-            max_tokens,
+            config.batch,
+            config.passes,
             config.seed,
             progress.epoch,
             world.rank,
             world.world_size,
-            config.accumulation,
             start_update=progress.update_in_epoch,
         )
         progress.epoch += 1
         progress.update_in_epoch = 0
 
 
-def update(run: Run, micro_batches: list[Batch]) -> None:
-    """One optimizer update from the mean loss of all target tokens, over all ranks and passes."""
+def update(run: Run, passes: list[tuple[int, Batch]]) -> None:
+    """One optimizer update from the mean loss of all target tokens, over all passes of all ranks."""
     config, world, progress = run.config, run.world, run.progress
-    seed_step(config.seed, "step", progress.update, world.rank)
     run.network.train()
     run.optimizer.zero_grad()
-    tokens = torch.full((), float(sum(batch.tokens for batch in micro_batches)), device=world.device)
+    tokens = torch.full((), float(sum(batch.tokens for _, batch in passes)), device=world.device)
     # The gradients are averaged over ranks after each has divided by the tokens of all.
     share = world.world_size / world.sum(tokens)
-    for index, batch in enumerate(micro_batches):
-        is_last = index == len(micro_batches) - 1
+    for index, batch in passes:
+        is_last = index + world.world_size >= config.passes
+        seed_step(config.seed, "step", progress.update, index)  # dropout is the same whichever rank takes the pass
         source, target_in, target_out = batch.to(world.device)[:3]
         with nullcontext() if is_last or world.world_size == 1 else run.network.no_sync():
             with run.precision.autocast():

@@ -297,7 +297,7 @@ def test_settings_that_make_no_model_are_refused(tmp_path, settings, words):
 
     path = tmp_path / "cell.yaml"
     path.write_text(
-        "table: t\nrow: r\nupdates: 1\nvalidate_every: 1\naverage: {every: 1}\nglobal_batch: 1\n"
+        "table: t\nrow: r\nupdates: 1\nvalidate_every: 1\naverage: {every: 1}\nbatch: 1\n"
         f"optimizer: {{name: sgd, lr: 1.0}}\ndata: {{name: d, root: r}}\nmodel: {{{settings}}}\n"
     )
     with pytest.raises(ConfigError, match="^[^\n]+$") as error:

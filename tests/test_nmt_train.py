@@ -10,13 +10,15 @@ import pytest
 import torch
 from nmt_cell import command, complete, make_cell, one_line_error, result, run, train_here
 
+from engine.config import load_config
+from engine.distributed import World
 from engine.errors import UserError
 from nmt.codec import Codec
 from nmt.data import load_data, train_batches
+from nmt.train import Config, prepare
 
 # What may differ between two equal runs.
 TIMES = ("tokens_per_s", "wall_s", "optimizer_ms_per_step", "peak_memory_mb")
-NO_DROPOUT = ("model.dropout=0.0", "model.attention_dropout=0.0", "model.activation_dropout=0.0")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def test_a_whole_run(uninterrupted, folder):
     last = validations[-1]
     assert last["valid_ppl"] == pytest.approx(torch.tensor(last["valid_nll"]).exp().item(), rel=1e-5)
     split = load_data("small", folder / "data").train
-    words = [sum(batch.tokens for batch in passes) for passes in train_batches(split, 512, 1, 0)][:24]
+    words = [batch.tokens for ((_, batch),) in train_batches(split, 512, 1, 1, 0)][:24]
     assert last["tokens"] == sum(words)
     weighted = sum(line["loss"] * n for line, n in zip(train[20:], words[20:], strict=True)) / sum(words[20:])
     assert last["train_loss"] == pytest.approx(weighted, rel=1e-6)
@@ -119,32 +121,37 @@ def test_asked_to_stop_it_saves_first(folder, uninterrupted):
     assert_same_end(complete(folder, "stopped", ours), uninterrupted)
 
 
-def test_two_ranks_train_as_one(folder):
-    """The same sentences in every update, divided among ranks and passes: 50 updates agree to rounding."""
-    ours = (*NO_DROPOUT, "updates=50", "validate_every=50", "average.every=50")
-    one = train_here(folder, "one", *ours)
-    two = complete(folder, "two", *ours, ranks=2)
-    accumulated = train_here(folder, "accumulated", *ours, "accumulation=3", "global_batch=513")
-    of_513 = train_here(folder, "one_of_513", *ours, "global_batch=513")
+def test_the_number_of_ranks_changes_nothing(folder):
+    """8 passes an update on 1, 2 and 4 ranks, with dropout and over an epoch's end: 20 updates agree to rounding."""
+    ours = ("batch=160", "passes=8", "updates=20", "validate_every=20", "average.every=20", "checkpoint.minutes=60")
+    runs = [train_here(folder, "of_8", *ours), *(complete(folder, f"of_8_{n}", *ours, ranks=n) for n in (2, 4))]
+    recipes = [json.loads((run_dir / "environment.json").read_text())["recipe"] for run_dir in runs]
+    assert [recipe["world_size"] for recipe in recipes] == [1, 2, 4]
+    assert all((recipe["batch"], recipe["passes"]) == (160, 8) for recipe in recipes)
+    assert recipes[0]["updates_per_epoch"] < 20  # the update of what was left of the epoch is among them
     for name in ("loss", "nll", "gradient_norm"):
-        series = [[line[name] for line in metrics(path, "train")] for path in (one, two, of_513, accumulated)]
-        assert len(series[0]) == 50
-        assert series[1] == pytest.approx(series[0], rel=1e-4)
-        assert series[3] == pytest.approx(series[2], rel=1e-4)
+        series = [[line[name] for line in metrics(run_dir, "train")] for run_dir in runs]
+        assert len(series[0]) == 20
+        for several in series[1:]:
+            assert several == pytest.approx(series[0], rel=1e-5)
     for name in ("valid_loss", "valid_nll", "tokens"):
-        values = [metrics(path, "validation")[0][name] for path in (one, two)]
-        assert values[1] == pytest.approx(values[0], rel=1e-4)
-    recipe = json.loads((two / "environment.json").read_text())["recipe"]
-    assert (recipe["world_size"], recipe["per_rank_batch"]) == (2, 256)
-    assert result(two)["evaluated"] == 50
+        values = [metrics(run_dir, "validation")[0][name] for run_dir in runs]
+        assert values[1:] == pytest.approx(values[:1] * 2, rel=1e-5)
+    assert all(result(run_dir)["evaluated"] == 50 for run_dir in runs)
 
 
 def test_two_ranks_stopped_and_resumed(folder):
-    ours = ("checkpoint.minutes=60", "updates=30")
+    ours = ("batch=256", "passes=2", "checkpoint.minutes=60", "updates=30")
     interrupt(folder, "two_stopped", *ours, at_update=12, number=signal.SIGTERM, ranks=2)
     assert not (folder / "two_stopped/result.json").exists()
     assert torch.load(folder / "two_stopped/checkpoint.pt", weights_only=True)["progress"]["update"] % 10 == 0
     assert_same_end(complete(folder, "two_stopped", *ours, ranks=2), complete(folder, "two_whole", *ours, ranks=2))
+
+
+def test_ranks_that_cannot_divide_the_passes_are_refused(folder):
+    config = load_config(Config, folder / "cell.yaml", ["passes=8"])
+    with pytest.raises(UserError, match="^passes=8 cannot be divided among 3 ranks"):
+        prepare(config, World(0, 3, 0, torch.device("cpu")), record=None)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -165,8 +172,8 @@ def test_it_learns_in_half_precision(folder, precision):
         (["label_smoothing=1.0"], ["label_smoothing"]),
         (["optimizer.betas=[0.9, 0.999]"], ["optimizer", "betas", "'beta'"]),
         (["schedule={name: inverse_sqrt}"], ["schedule", "warmup_updates"]),
-        (["global_batch=9"], ["does not fit", "global_batch"]),
-        (["accumulation=3"], ["512", "not divisible", "513"]),
+        (["batch=9"], ["does not fit batch=9"]),
+        (["global_batch=512"], ["global_batch"]),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_one_line(folder, tmp_path, overrides, words):
