@@ -29,7 +29,7 @@ def average_weights(run_dir: Path, last: int, codec_digest: str) -> tuple[dict[s
     """
     folders = _kept(run_dir)[-last:]
     if not folders:
-        raise UserError(f"{run_dir} holds no weights yet: train until the first multiple of average.every updates")
+        raise UserError(f"{run_dir} holds no weights yet: train to the end of an epoch, or average.every updates")
     total: dict[str, torch.Tensor] = {}
     for folder in folders:
         saved = read_checkpoint(folder, say=lambda text: None)

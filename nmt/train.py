@@ -48,7 +48,7 @@ class DataConfig(Strict):
 
 
 class AverageConfig(Strict):
-    every: PositiveInt  # updates between the weights kept
+    every: PositiveInt | None = None  # updates between the weights kept; None: they are kept at the end of each epoch
     last: PositiveInt = 10  # how many are kept and averaged
 
 
@@ -222,7 +222,7 @@ def train_updates(run: Run, bar: tqdm) -> bool:
         bar.update()
 
         is_last = progress.update == config.updates
-        validates, keeps = (is_last or progress.update % n == 0 for n in (config.validate_every, config.average.every))
+        validates, keeps = is_last or progress.update % config.validate_every == 0, is_kept(run)
         if validates:
             validate(run)
         if keeps:
@@ -379,6 +379,16 @@ def test(run: Run) -> dict[str, object]:
         path.write_text("".join(run.data.codec.decode(ids) + "\n" for ids in hypotheses), encoding="utf-8")
     scores = all_scores(hypotheses, run.data.test.references, run.data.codec)
     return {**scores, **run.config.decoding.model_dump(), "averaged_updates": updates}
+
+
+def is_kept(run: Run) -> bool:
+    """Whether the weights after this update are to be averaged; the last ones are where there would be none else."""
+    config, progress = run.config, run.progress
+    is_last = progress.update == config.updates
+    if config.average.every:
+        return is_last or progress.update % config.average.every == 0
+    ends_epoch = progress.update_in_epoch == updates_per_epoch(run.data.train, config.batch, config.passes)
+    return ends_epoch or (is_last and progress.epoch == 0)
 
 
 def keep(run: Run) -> None:

@@ -9,12 +9,13 @@ import yaml
 from optim import create_optimizer
 from optim.lr_scheduler import create_schedule
 from scripts.jobs import plan
-from scripts.tables import load_cell, published, train_module
+from scripts.tables import load_cell, published, seeds_of, train_module
 
 ROOT = Path(__file__).parent.parent
 CELLS = sorted(
     path.relative_to(ROOT) for path in ROOT.glob("configs/*/*.yaml") if path.stem not in ("base", "published")
 )
+PUBLISHED = sorted(ROOT.glob("configs/*/published.yaml"))
 CIFAR10 = yaml.safe_load((ROOT / "tests/published_settings.yaml").read_text())["cifar10"]
 CIFAR10_CELLS = [(row, schedule) for row in CIFAR10["rows"] for schedule in CIFAR10["schedules"]]
 
@@ -76,6 +77,12 @@ def test_published_values_agree_in_all_places(row, schedule):
     assert published("cifar10")["cells"][row][schedule] == [mean, std]
     header = Path(f"configs/cifar10/{row}_{schedule}.yaml").read_text()
     assert f"#   published  {mean:.2f} ({std:.2f}) % top-1" in header
+
+
+def test_the_published_seeds_are_the_default_ones():
+    assert seeds_of("cifar10") == [1, 101, 8191, 65537, 131071]
+    assert seeds_of("wmt14_en_de") == [1, 11, 101, 65537, 524287]
+    assert all(len(seeds_of(path.parent.name)) == published(path.parent.name)["runs"] for path in PUBLISHED)
 
 
 def test_published_table_has_nothing_more():

@@ -154,6 +154,15 @@ def test_ranks_that_cannot_divide_the_passes_are_refused(folder):
         prepare(config, World(0, 3, 0, torch.device("cpu")), record=None)
 
 
+def test_the_weights_at_the_ends_of_epochs_are_averaged(folder):
+    ours = ("average={last: 2}", "batch=2048", "validate_every=50", "checkpoint.minutes=60")
+    run_dir = train_here(folder, "by_epoch", *ours, "updates=30")
+    of_epoch = json.loads((run_dir / "environment.json").read_text())["recipe"]["updates_per_epoch"]
+    assert of_epoch == 9  # so that the last three updates are of an epoch that is not whole
+    assert result(run_dir)["averaged_updates"] == [18, 27]
+    assert result(train_here(folder, "no_epoch", *ours, "updates=3"))["averaged_updates"] == [3]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_it_learns_in_half_precision(folder, precision):
     ours = (f"precision={precision}", "updates=60", "validate_every=60", "average.every=60", "checkpoint.minutes=60")
