@@ -128,20 +128,23 @@ def train(config: Config, world: World) -> int:
         row=config.row,
         schedule=config.schedule.name,
         seed=config.seed,
-        metric="bleu",
-        final=tested["bleu"],
+        metric="fairseq_bleu",
+        final=tested["fairseq_bleu"],
         best=progress.best,
         updates=progress.update,
         epochs=progress.epoch,
         evaluated=len(run.data.test),
         parameters=sum(parameter.numel() for parameter in run.model.parameters()),
         vocabulary=run.data.codec.size,
-        **{name: value for name, value in tested.items() if name != "bleu"},
+        **tested,
         tokens_per_s=round(progress.last["tokens"] / progress.train_s, 1),
         optimizer_ms_per_step=round(median(run.optimizer_ms), 3) if run.optimizer_ms else None,
         peak_memory_mb=round(peak_memory_mb(world.device), 1),
     )
-    record.say(f"done: test BLEU {tested['bleu']:.2f} ({tested['signature']}); {record.folder}/result.json")
+    record.say(
+        f"done: test BLEU {tested['fairseq_bleu']:.2f} as fairseq prints it, sacreBLEU {tested['sacrebleu']:.2f} "
+        f"({tested['signature']}); {record.folder}/result.json"
+    )
     return 0
 
 

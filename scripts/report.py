@@ -50,7 +50,7 @@ def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] 
     header = ["row", "schedule", "final", "best", "n"]
     if facts:
         title = f"{table}: {facts['metric_in_words']}, mean (std) over n seeds; published: over {facts['runs']} runs"
-        header += ["published", "difference"]
+        header += ["published", "difference", *facts.get("also", {}).values()]
     lines, notes = [], []
     for row, schedule in sorted({*expected, *(run.cell for run in runs)}, key=_cell_position):
         of_cell = [run for run in runs if run.cell == (row, schedule)]
@@ -61,6 +61,7 @@ def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] 
             target = published_cells(table).get((row, schedule))
             line.append(f"{target[0]:.2f} ({target[1]:.2f})" if target else "")
             line.append(f"{mean(finals) - target[0]:+.2f}" if target and finals else "")
+            line += [spread(_scores(complete, name)) for name in facts.get("also", {})]
         lines.append(line)
         notes += _notes(of_cell)
     return "\n".join([title, *format_table(header, lines, markdown), *([""] if notes else []), *notes])
@@ -70,13 +71,21 @@ def _cell_position(cell: tuple[str, str]) -> tuple:
     return position(cell[0], ROWS), position(cell[1], SCHEDULES)
 
 
+def _scores(complete: Sequence[Run], name: str) -> list[float]:
+    """A further score of those runs that have it; the table compares none of these with the published value."""
+    scores = (run.result.model_extra.get(name) for run in complete)
+    return [score for score in scores if isinstance(score, (int, float))]
+
+
 def _notes(of_cell: Sequence[Run]) -> list[str]:
-    """What a reader of the cell's numbers must know: seeds that follow another recipe, runs that are not counted."""
+    """What a reader of the cell's numbers must know: how a score was computed, seeds that follow another recipe, runs
+    that are not counted."""
     seeds_by_changes: dict[str, list[int]] = {}
     for run in of_cell:
         if run.result and (changes := changes_to_recipe(run)):
             seeds_by_changes.setdefault(", ".join(changes), []).append(run.seed)
-    notes = []
+    signatures = dict.fromkeys(run.result.model_extra.get("signature") for run in of_cell if run.result)
+    notes = [f"{' '.join(of_cell[0].cell)}, sacreBLEU: {signature}" for signature in signatures if signature]
     for changes, seeds in seeds_by_changes.items():
         who = f"{' '.join(of_cell[0].cell)}, seed{'s' if len(seeds) > 1 else ''} {' '.join(map(str, seeds))}"
         notes.append(f"{who}: not the published recipe: {changes}")

@@ -22,9 +22,9 @@ class Identity(BaseModel):
 
 
 class Result(BaseModel):
-    """What a table takes from result.json."""
+    """What a table takes from result.json; other scores of the run are among its further keys."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False, extra="allow")
     final: float
     best: float
     complete: bool

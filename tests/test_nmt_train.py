@@ -80,7 +80,7 @@ def uninterrupted(folder) -> Path:
 
 def test_a_whole_run(uninterrupted, folder):
     outcome = result(uninterrupted)
-    assert outcome["complete"] and outcome["metric"] == "bleu" and outcome["updates"] == 24
+    assert outcome["complete"] and outcome["metric"] == "fairseq_bleu" and outcome["updates"] == 24
     assert outcome["evaluated"] == 50 and outcome["averaged_updates"] == [16, 20, 24]
     assert outcome["signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert len((uninterrupted / "test.de.txt").read_text().splitlines()) == 50
