@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from engine.allocator import keep_freed_memory
 from engine.checkpoint import Checkpoints, Progress
+from engine.clipping import COUNTS, ClippingWatch
 from engine.config import RunConfig, Strict, load_config
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main, settings_of
@@ -79,6 +80,7 @@ class Run:
     progress: Progress
     checkpoints: Checkpoints
     stop: StopRequest
+    clipping: ClippingWatch
     optimizer_ms: list[float] = field(default_factory=list)  # a sample, one an interval of log_every
 
 
@@ -170,7 +172,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> Run:
             **config.schedule.settings,
         )
 
-    window = Sums(METRICS, world.device)
+    window = Sums((*METRICS, *COUNTS), world.device)
     rows = config.global_batch // world.world_size
     state = model.zero_state(rows)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
@@ -200,7 +202,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> Run:
     )
     return Run(
         config, world, record, data, model, network, optimizer, schedule, precision, state, window, progress,
-        checkpoints, stop=StopRequest(),
+        checkpoints, stop=StopRequest(), clipping=ClippingWatch(config.optimizer, config.schedule, record.say),
     )  # fmt: skip
 
 
@@ -232,7 +234,9 @@ def train_epoch(run: Run, bar: tqdm) -> dict[str, float] | None:
             states.append(state)
             run.window.add(loss=loss * targets.numel(), count=targets.numel())
         run.state = torch.cat(states, 2)
-        clip_gradients(run)
+        norm = clip_gradients(run)
+        if norm is not None:
+            run.window.add(clipped=norm > config.gradient_clip, updates=1)
         progress.lr = float(run.optimizer.param_groups[0]["lr"])
         sample = run.optimizer_ms if progress.update % config.log_every == 0 else None
         if optimizer_step(run.precision, run.optimizer, world, sample):
@@ -262,18 +266,21 @@ def train_epoch(run: Run, bar: tqdm) -> dict[str, float] | None:
     }
 
 
-def clip_gradients(run: Run) -> None:
-    """Scale the gradients down to the norm `gradient_clip`: all of them together, or each tensor by itself."""
+def clip_gradients(run: Run) -> torch.Tensor | None:
+    """Scale the gradients down to the norm `gradient_clip`: all of them together, or each tensor by itself.
+
+    Returns the norm before, where it is one of all gradients together.
+    """
     limit = run.config.gradient_clip
     if limit is None:
-        return
+        return None
     parameters = list(run.model.parameters())
     if run.config.gradient_clip_norm == "total":
-        run.precision.clip(run.optimizer, parameters, limit)
-        return
+        return run.precision.clip(run.optimizer, parameters, limit)
     run.precision.clip(run.optimizer, parameters, math.inf)  # takes the loss's scale off, and no more
     for parameter in parameters:
         torch.nn.utils.clip_grad_norm_(parameter, limit)
+    return None
 
 
 def close_window(run: Run) -> dict[str, float]:
@@ -287,6 +294,8 @@ def close_window(run: Run) -> dict[str, float]:
     loss = sums["loss"] / sums["count"]
     require_finite(loss, progress.update)
     means = {"loss": loss, "ppl": perplexity(loss)}
+    if sums["updates"]:
+        means["clipped"] = run.clipping.share(sums, progress.update, run.world.world_size)
     speed = round(progress.totals["count"] / progress.epoch_s, 1)
     run.record.metrics("train", progress.update, epoch=progress.epoch + 1, **means, lr=progress.lr, tokens_per_s=speed)
     return means

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from engine.allocator import keep_freed_memory
 from engine.checkpoint import Checkpoints, Progress
+from engine.clipping import COUNTS, ClippingWatch
 from engine.config import RunConfig, Strict, load_config
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main, settings_of
@@ -90,6 +91,7 @@ class Run:
     progress: Progress  # its totals and epoch_s count from the last validation on
     checkpoints: Checkpoints
     stop: StopRequest
+    clipping: ClippingWatch
     gradient_norm: torch.Tensor | None = None  # of the last update, before clipping
     optimizer_ms: list[float] = field(default_factory=list)  # a sample, one an interval of log_every
 
@@ -177,7 +179,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> Run:
     with settings_of("schedule"):
         schedule = create_schedule(optimizer, config.schedule.name, total=config.updates, **config.schedule.settings)
 
-    window = Sums(METRICS, world.device)
+    window = Sums((*METRICS, *COUNTS), world.device)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
     progress = Progress()
     checkpoints = Checkpoints(
@@ -208,7 +210,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> Run:
     )
     return Run(
         config, world, record, data, model, network, optimizer, schedule, precision, window, progress, checkpoints,
-        stop=StopRequest(),
+        stop=StopRequest(), clipping=ClippingWatch(config.optimizer, config.schedule, record.say),
     )  # fmt: skip
 
 
@@ -277,6 +279,7 @@ def update(run: Run, passes: list[tuple[int, Batch]]) -> None:
             run.precision.backward(loss * share, is_last)
         run.window.add(loss=loss, nll=nll, tokens=batch.tokens)
     run.gradient_norm = run.precision.clip(run.optimizer, run.model.parameters(), config.gradient_clip)
+    run.window.add(clipped=run.gradient_norm > config.gradient_clip, updates=1)
     progress.lr = float(run.optimizer.param_groups[0]["lr"])
     sample = run.optimizer_ms if progress.update % config.log_every == 0 else None
     if optimizer_step(run.precision, run.optimizer, world, sample):
@@ -302,6 +305,7 @@ def close_window(run: Run) -> dict[str, float]:
         epoch=progress.epoch + 1,
         **means,
         gradient_norm=norm if math.isfinite(norm) else None,  # of the last update; an overflow, where it was skipped
+        clipped=run.clipping.share(sums, progress.update, run.world.world_size),
         lr=progress.lr,
         tokens_per_s=round(progress.totals["tokens"] / progress.epoch_s, 1),
     )

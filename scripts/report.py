@@ -6,6 +6,8 @@ runs are listed, not counted. The final value comes first: the best one was sele
 
 from collections.abc import Iterable, Sequence
 from functools import cache
+from math import isnan
+from math import log as ln
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -34,6 +36,8 @@ def main(arguments: list[str]) -> None:
     for table in dict.fromkeys(run.table for run in runs):
         of_table = [run for run in runs if run.table == table]
         print(report(table, of_table, published_cells(table), options.markdown), end="\n\n")
+        if log := log_table(table, of_table, options.markdown):
+            print(log, end="\n\n")
     for problem in problems:
         print(f"damaged: {problem}")
     if options.plot:
@@ -65,6 +69,24 @@ def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] 
         lines.append(line)
         notes += _notes(of_cell)
     return "\n".join([title, *format_table(header, lines, markdown), *([""] if notes else []), *notes])
+
+
+def log_table(table: str, runs: Sequence[Run], markdown: bool = False) -> str | None:
+    """The author's training log beside those of `runs`; None without such a log, or without runs of its cell."""
+    log = (published(table) or {}).get("log_of_author")
+    of_cell = [run for run in runs if log and run.cell == (log["row"], log["schedule"]) and run.training]
+    if not of_cell:
+        return None
+    title = f"{table}: {log['row']} {log['schedule']}, training loss in bits per target token, share of clipped updates"
+    updates = list(log["bits"])
+    header = ["update", "published"]
+    columns = [[f"{update:,}" for update in updates], [f"{bits:.2f}" for bits in log["bits"].values()]]
+    for run in of_cell:
+        header += [f"seed {run.seed}", "clipped"]
+        columns.append(["" if isnan(nats) else f"{nats / ln(2):.2f}" for nats in run.logged("loss", updates)])
+        columns.append(["" if isnan(share) else f"{share:.0%}" for share in run.logged("clipped", updates)])
+    lines = format_table(header, list(zip(*columns, strict=True)), markdown)
+    return "\n".join([title, *lines, "", f"published: {log['source']}; {log['in_words']}"])
 
 
 def _cell_position(cell: tuple[str, str]) -> tuple:

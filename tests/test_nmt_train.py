@@ -91,6 +91,8 @@ def test_a_whole_run(uninterrupted, folder):
     train = metrics(uninterrupted, "train")
     assert [line["update"] for line in train] == list(range(1, 25))
     assert train[-1]["nll"] < 0.85 * train[0]["nll"] and all(line["loss"] > line["nll"] for line in train[-5:])
+    assert [line["clipped"] for line in train] == [float(line["gradient_norm"] > 1.0) for line in train]
+    assert {line["clipped"] for line in train} == {0.0, 1.0}
     rates = [line["lr"] for line in train]
     assert rates[0] == pytest.approx(0.01) and rates[10] == 5.0 and rates[-1] == pytest.approx(0.5)
     validations = metrics(uninterrupted, "validation")
