@@ -1,4 +1,4 @@
-"""How many updates clip their gradients: a share near 1 after the warmup says that the learning rate is too high.
+"""How many updates clip their gradients: a share near 1 after the warmup says that the learning rate may be too high.
 
 The loops count on the device, in the Sums of a log line's interval, so that nobody waits for it (COUNTS: add
 `clipped=norm > limit, updates=1` once an update). What it means: docs/apollo.md.
@@ -33,6 +33,6 @@ class ClippingWatch:
             self.said = True
             self.say(
                 f"warning: {self.clipped / self.updates:.0%} of the last {self.updates:.0f} updates clipped their "
-                "gradients: the learning rate is too high for updates of this size (docs/apollo.md)"
+                "gradients: the learning rate may be too high for updates of this size (docs/apollo.md)"
             )
         return clipped / updates

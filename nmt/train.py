@@ -92,6 +92,7 @@ class Run:
     checkpoints: Checkpoints
     stop: StopRequest
     clipping: ClippingWatch
+    updates_per_epoch: int
     gradient_norm: torch.Tensor | None = None  # of the last update, before clipping
     optimizer_ms: list[float] = field(default_factory=list)  # a sample, one an interval of log_every
 
@@ -197,11 +198,12 @@ def prepare(config: Config, world: World, record: RunRecord) -> Run:
     record.rewind(saved and saved["record"])
     if world.is_main:
         data.codec.save(record.folder)  # so that the run folder can translate without the data
+    epoch_updates = updates_per_epoch(data.train, config.batch, config.passes)
     record.environment(
         world_size=world.world_size,
         batch=config.batch,
         passes=config.passes,
-        updates_per_epoch=updates_per_epoch(data.train, config.batch, config.passes),
+        updates_per_epoch=epoch_updates,
         vocabulary=data.codec.size,
         codec=data.codec.digest,
         train_pairs=len(data.train),
@@ -211,6 +213,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> Run:
     return Run(
         config, world, record, data, model, network, optimizer, schedule, precision, window, progress, checkpoints,
         stop=StopRequest(), clipping=ClippingWatch(config.optimizer, config.schedule, record.say),
+        updates_per_epoch=epoch_updates,
     )  # fmt: skip
 
 
@@ -394,8 +397,7 @@ def is_kept(run: Run) -> bool:
     is_last = progress.update == config.updates
     if config.average.every:
         return is_last or progress.update % config.average.every == 0
-    ends_epoch = progress.update_in_epoch == updates_per_epoch(run.data.train, config.batch, config.passes)
-    return ends_epoch or (is_last and progress.epoch == 0)
+    return progress.update_in_epoch == run.updates_per_epoch or (is_last and progress.epoch == 0)
 
 
 def keep(run: Run) -> None:
