@@ -76,12 +76,12 @@ def measure_training(options: argparse.Namespace) -> None:
         world = setup(config.device)
         run = prepare(config, world, RunRecord(config, config.folder, world))
         describe(world, f"{options.config} {' '.join(options.overrides)}, {options.updates} updates a round")
-        max_tokens = world.share(config.global_batch, config.accumulation)
-        epoch = [run.data.train, max_tokens, config.seed, 0, world.rank, world.world_size, config.accumulation]
-        start = updates_per_epoch(run.data.train, max_tokens, world.world_size, config.accumulation) - options.updates
+        of_update = (config.batch, config.passes)
+        epoch = [run.data.train, *of_update, config.seed, 0, world.rank, world.world_size]
+        start = updates_per_epoch(run.data.train, *of_update) - options.updates
         if start < 0:
             raise UserError(f"--updates {options.updates}: an epoch of {options.config} has fewer")
-        updates = list(train_batches(*epoch, start_update=start))
+        updates = [[batch for _, batch in passes] for passes in train_batches(*epoch, start_update=start)]
         tokens = sum(batch.tokens for passes in updates for batch in passes)
         there = [[batch.to(world.device) for batch in passes] for passes in updates]
         speeds = in_turn(
@@ -94,8 +94,8 @@ def measure_training(options: argparse.Namespace) -> None:
             world,
         )
         report("target tokens/s", speeds, "train.py")
-        share = padding_share(train_batches(*epoch))
-        print(f"\npadding: {100 * share:.1f} % of the tokens of both sides, batches of {max_tokens:,} tokens")
+        share = padding_share(batch for passes in train_batches(*epoch) for _, batch in passes)
+        print(f"\npadding: {100 * share:.1f} % of the tokens of both sides, batches of {config.batch:,} tokens")
 
 
 def train_py(run: TranslationRun, start: int, tokens: int) -> float:
@@ -162,16 +162,16 @@ def plain_updates(
     cast = Precision(run.config.precision, run.world.device)
 
     def one_round() -> float:
-        for micro_batches in updates:
+        for passes in updates:
             optimizer.zero_grad()
-            tokens = sum(batch.tokens for batch in micro_batches)
-            for batch in micro_batches:
+            tokens = sum(batch.tokens for batch in passes)
+            for batch in passes:
                 with cast.autocast():
                     loss = loss_of(batch)
                 cast.backward(loss / tokens)
             cast.clip(optimizer, model.parameters(), run.config.gradient_clip)
             cast.step(optimizer)
-        return sum(batch.tokens for micro_batches in updates for batch in micro_batches)
+        return sum(batch.tokens for passes in updates for batch in passes)
 
     return one_round
 

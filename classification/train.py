@@ -192,6 +192,9 @@ def prepare(config: Config, world: World, record: RunRecord) -> ImageRun:
     runs.restore(run)
     runs.write_environment(
         run,
+        global_batch=config.global_batch,
+        per_rank_batch=config.global_batch // world.world_size,
+        accumulation=config.accumulation,
         batchnorm_batch=per_pass * (world.world_size if config.sync_batchnorm else 1),
         train_examples=data.train_size,
         test_examples=data.test_size,

@@ -20,8 +20,10 @@ class Sums:
         self.values = torch.zeros(len(names), dtype=torch.float64, device=device)
 
     def add(self, **amounts: torch.Tensor | float) -> None:
-        """Add one amount to each of the names (0-d tensors or numbers)."""
-        self.values += torch.stack([self._scalar(amounts[name]) for name in self.names])
+        """Add amounts (0-d tensors or numbers) to some of the names. KeyError for a name that is none of them."""
+        if unknown := amounts.keys() - set(self.names):
+            raise KeyError(f"no sums of {', '.join(sorted(unknown))}")
+        self.values += torch.stack([self._scalar(amounts.get(name, 0.0)) for name in self.names])
 
     def _scalar(self, amount: torch.Tensor | float) -> torch.Tensor:
         if isinstance(amount, torch.Tensor):

@@ -169,14 +169,7 @@ def restore(run: Run) -> dict[str, Any] | None:
 
 def write_environment(run: Run, **own: Any) -> None:
     """Write environment.json: the machine, and the recipe as it is on this number of ranks; `own` are the task's."""
-    config, world = run.config, run.world
-    run.record.environment(
-        world_size=world.world_size,
-        global_batch=config.global_batch,
-        per_rank_batch=config.global_batch // world.world_size,
-        accumulation=config.accumulation,
-        **own,
-    )
+    run.record.environment(world_size=run.world.world_size, **own)
 
 
 def progress_bar(run: Run, updates: int) -> tqdm:

@@ -16,6 +16,7 @@ from pydantic import PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from engine import run as runs
+from engine.clipping import COUNTS, ClippingWatch
 from engine.config import RunConfig
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main, settings_of
@@ -42,11 +43,12 @@ class Config(RunConfig):
 
 @dataclass(kw_only=True)
 class TextRun(runs.Run):
-    METRICS, COUNTED = ("loss", "tokens"), "tokens"
+    METRICS, COUNTED = ("loss", "tokens", *COUNTS), "tokens"
 
     config: Config
     model: LanguageModel
     data: TextData
+    clipping: ClippingWatch
     state: torch.Tensor  # of this rank's rows, [parts, layers, rows, hidden]
 
 
@@ -99,7 +101,9 @@ def train_epoch(run: TextRun, bar: tqdm) -> bool:
             states.append(state)
             run.window.add(loss=loss * targets.numel(), tokens=targets.numel())
         run.state = torch.cat(states, 2)
-        clip_gradients(run)
+        norm = clip_gradients(run)
+        if norm is not None:
+            run.window.add(clipped=norm > config.gradient_clip, updates=1)
         wish = runs.end_update(run, bar)
 
         if progress.update % config.log_every == 0:
@@ -112,24 +116,30 @@ def train_epoch(run: TextRun, bar: tqdm) -> bool:
     return True
 
 
-def clip_gradients(run: TextRun) -> None:
-    """Scale the gradients down to the norm `gradient_clip`: all of them together, or each tensor by itself."""
+def clip_gradients(run: TextRun) -> torch.Tensor | None:
+    """Scale the gradients down to the norm `gradient_clip`: all of them together, or each tensor by itself.
+
+    Returns the norm before, where it is one of all gradients together.
+    """
     limit = run.config.gradient_clip
     if limit is None:
-        return
+        return None
     parameters = list(run.model.parameters())
     if run.config.gradient_clip_norm == "total":
-        run.precision.clip(run.optimizer, parameters, limit)
-        return
+        return run.precision.clip(run.optimizer, parameters, limit)
     run.precision.clip(run.optimizer, parameters, math.inf)  # takes the loss's scale off, and no more
     for parameter in parameters:
         torch.nn.utils.clip_grad_norm_(parameter, limit)
+    return None
 
 
 def log(run: TextRun, bar: tqdm) -> None:
     """Record the training metrics since the last log line."""
     if sums := runs.close_window(run):
-        runs.log_window(run, bar, **means(sums))
+        clipped = {}
+        if sums["updates"]:
+            clipped["clipped"] = run.clipping.share(sums, run.progress.update, run.world.world_size)
+        runs.log_window(run, bar, **means(sums), **clipped)
 
 
 def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
@@ -240,13 +250,21 @@ def prepare(config: Config, world: World, record: RunRecord) -> TextRun:
         updates_per_unit=data.updates_per_epoch,
         data=data,
         vocabulary=corpus.vocabulary_digest,
+        clipping=ClippingWatch(config.optimizer, config.schedule, record.say),
         state=model.zero_state(per_pass * config.accumulation),
     )
     if saved := runs.restore(run):
         run.state.copy_(saved["state"][:, :, own_rows(run)])
     else:
         record.say(f"{runs.parameter_count(model):,} parameters, {corpus.words:,} words")
-    runs.write_environment(run, updates_per_epoch=data.updates_per_epoch, data=corpus.facts)
+    runs.write_environment(
+        run,
+        global_batch=config.global_batch,
+        per_rank_batch=per_pass * config.accumulation,
+        accumulation=config.accumulation,
+        updates_per_epoch=data.updates_per_epoch,
+        data=corpus.facts,
+    )
     return run
 
 

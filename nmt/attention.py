@@ -1,4 +1,7 @@
-"""Multi-head attention: projections fused into one product, then torch's scaled_dot_product_attention.
+"""Multi-head attention: projections, then torch's scaled_dot_product_attention.
+
+Queries, keys and values have a matrix each, as published: Apollo's sums go over a tensor, so one matrix of all three
+would be another method. (One product with the three stacked was measured, and is not faster.)
 
 Hidden states are rows (nmt/rows.py), which the size of the batch tells apart.
 """
@@ -14,27 +17,27 @@ from nmt.rows import to_rows
 Size = tuple[int, int]  # of a batch: sentences and words, or sentences and hypotheses
 
 
-class Projections(torch.nn.Linear):
-    """`count` projections of the same vectors in one matrix product: rows to [B, heads, T, width / heads] each."""
-
-    def __init__(self, width: int, heads: int, count: int) -> None:
-        super().__init__(width, count * width)
-        self.heads, self.count = heads, count
-
-    @override(check_signature=False)
-    def forward(self, x: torch.Tensor, size: Size) -> tuple[torch.Tensor, ...]:
-        batch, words = size
-        projected = super().forward(x)[: batch * words]
-        return projected.view(batch, words, self.count, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
-
-
 class Attention(torch.nn.Module):
-    """What self-attention and attention to the source share: everything after the projections."""
+    """What self-attention and attention to the source share: the parameters, and everything after the projections."""
 
-    def __init__(self, width: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.output = torch.nn.Linear(width, width)
+        self.heads = heads
+        self.query, self.key, self.value, self.output = (torch.nn.Linear(width, width) for _ in range(4))
         self.dropout = Dropout(dropout)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """As fairseq's MultiheadAttention.reset_parameters; biases of queries, keys and values stay as Linear's are."""
+        for projection in (self.query, self.key, self.value):
+            torch.nn.init.xavier_uniform_(projection.weight, gain=2**-0.5)
+        torch.nn.init.xavier_uniform_(self.output.weight)
+        torch.nn.init.zeros_(self.output.bias)
+
+    def split(self, rows: torch.Tensor, size: Size) -> torch.Tensor:
+        """Projected rows as [B, heads, T, width / heads]."""
+        batch, words = size
+        return rows[: batch * words].view(batch, words, self.heads, -1).transpose(1, 2)
 
     def attend(
         self,
@@ -73,36 +76,30 @@ class Attention(torch.nn.Module):
 
 
 class SelfAttention(Attention):
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__(width, dropout)
-        self.projections = Projections(width, heads, 3)
-
     @override(check_signature=False)
     def forward(
         self, x: torch.Tensor, size: Size, mask: torch.Tensor | None = None, causal: bool = False
     ) -> torch.Tensor:
-        return self.attend(*self.projections(x, size), mask, causal)
+        return self.attend(*self._project(x, size), mask, causal)
 
     def step(self, x: torch.Tensor, size: Size, state: DecodingState, layer: int) -> torch.Tensor:
         """For the newest words alone, of size [B, K]; `layer` is the number of the decoder layer in the state."""
-        queries, keys, values = self.projections(x, size)
+        queries, keys, values = self._project(x, size)
         return self.attend(queries, *state.append(layer, keys, values), state.mask)
+
+    def _project(self, x: torch.Tensor, size: Size) -> tuple[torch.Tensor, ...]:
+        return tuple(self.split(projection(x), size) for projection in (self.query, self.key, self.value))
 
 
 class CrossAttention(Attention):
     """Of target words to the source."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__(width, dropout)
-        self.query_projection = Projections(width, heads, 1)
-        self.memory_projections = Projections(width, heads, 2)
-
     def keys_values(self, memory: torch.Tensor, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the source words, [B, heads, S, width / heads] each: they serve every word of the translation."""
-        return self.memory_projections(memory, size)
+        return self.split(self.key(memory), size), self.split(self.value(memory), size)
 
     @override(check_signature=False)
     def forward(
         self, x: torch.Tensor, size: Size, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        return self.attend(*self.query_projection(x, size), keys, values, mask)
+        return self.attend(self.split(self.query(x), size), keys, values, mask)

@@ -18,7 +18,7 @@ from engine.errors import UserError
 class AverageConfig(Strict):
     """The settings under `average:` in a config."""
 
-    every: PositiveInt  # updates between the weights kept
+    every: PositiveInt | None = None  # updates between the weights kept; None: they are kept at each epoch's end
     last: PositiveInt = 10  # how many are kept and averaged
 
 
@@ -38,7 +38,7 @@ def average_weights(run_dir: Path, last: int, codec_digest: str) -> tuple[dict[s
     """
     folders = _kept(run_dir)[-last:]
     if not folders:
-        raise UserError(f"{run_dir} holds no weights yet: train until the first multiple of average.every updates")
+        raise UserError(f"{run_dir} holds no weights yet: train to the end of an epoch, or average.every updates")
     total: dict[str, torch.Tensor] = {}
     for folder in folders:
         saved = read_checkpoint(folder, say=lambda text: None)

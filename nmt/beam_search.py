@@ -1,7 +1,7 @@
 """Batched beam search: all sentences of a batch and all their hypotheses in a few tensor operations a word.
 
-A hypothesis's score is log p(words) / ((5 + length) / 6) ** length_penalty, the formula of GNMT and of "Attention Is
-All You Need"; the length counts the closing EOS. (fairseq divides by length ** penalty instead.)
+A hypothesis's score is log p(words) / length ** length_penalty, as in fairseq's generation; the length counts the
+closing EOS. ("Attention Is All You Need" divides by ((5 + length) / 6) ** length_penalty instead.)
 
 Each step looks at the K best continuations of a sentence and at the K ways to end one of its hypotheses; an end counts
 if it is among the K best of both. A sentence is finished when K ends have counted, when no continuation can still beat
@@ -21,7 +21,7 @@ from engine.config import Strict
 from nmt.codec import BOS, EOS, PAD
 from nmt.model import Transformer
 
-LONGER = 50  # a translation may be so many words longer than its source, as published
+LONGER = 50  # a translation may be so many words longer than its source, as in "Attention Is All You Need"
 DROP_SHARE = 0.8  # finished sentences leave the batch once no more than this share is still going on
 
 
@@ -92,7 +92,7 @@ def beam_search(
     state = model.start(source, k)
 
     def penalty(length: torch.Tensor | int) -> torch.Tensor | float:
-        return ((5 + length) / 6) ** length_penalty
+        return length**length_penalty
 
     # Of the sentences still in the batch: the number of each, its K hypotheses with their scores, and its best end.
     number = torch.arange(len(source), device=device)

@@ -89,9 +89,9 @@ class Codec:
                 pieces.append(self.pieces[index])
         return " ".join("".join(pieces).replace(WORD_START, " ").split())
 
-    def tokenize(self, line: str, language: str | None = None) -> str:
-        """The Moses tokens of a raw line, separated by spaces; `language` None means the target's."""
-        return moses(language or self.target).tokenize(line)
+    def tokenize(self, line: str, language: str | None = None, normalize: bool = True) -> str:
+        """The Moses tokens of a raw line, as Moses.tokenize; `language` None means the target's."""
+        return moses(language or self.target).tokenize(line, normalize)
 
     def _serialised(self) -> str:
         kept = {"source": self.source, "target": self.target, "pieces": self.pieces, "merges": self.merges}

@@ -1,13 +1,14 @@
 """Batches of prepared parallel text: by number of tokens, of like lengths, the same for any number of ranks.
 
-The sentences of an update are a function of the seed, the epoch and the global batch alone. They are all of about one
-length, and are dealt out among the ranks and passes of the update: every rank has the same work, and 2 ranks do what
-1 rank does. There is no state to keep: a resumed run asks for the epoch's updates from a given one on.
+An epoch is cut into batches of sentences of about one length, and the batches are shuffled. An update takes the next
+`passes` of them, so it sees several lengths: so it is published (fairseq's EpochBatchIterator, which gives each GPU one
+batch). Which batches an update takes is a function of the seed and the epoch alone, and the ranks divide them. There is
+no state to keep: a resumed run asks for the epoch's updates from a given one on.
 
 Nothing here is done sentence by sentence in Python: one index cuts a batch from the flat, memory-mapped array of ids.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +27,7 @@ from nmt.prepare.recipes import GRAMMAR
 from nmt.prepared import EVALUATED, MANIFEST_KEYS
 
 JITTER = 1.0  # tokens; measured on Multi30k at 4,096 tokens a batch: 3.9 % padding instead of 3.1 %
-ROWS_MULTIPLE = (
-    8  # sentences in an update, where that many fit: it then divides evenly among 2, 4 or 8 ranks and passes
-)
+ROWS_MULTIPLE = 8  # the number of sentences in a batch is a multiple of this where so many fit, as in fairseq
 
 
 class DataConfig(Strict):
@@ -182,31 +181,35 @@ def load_data(name: str, root: str | Path) -> ParallelData:
 def train_batches(
     split: Split,
     max_tokens: int,
+    passes: int,
     seed: int,
     epoch: int,
     rank: int = 0,
     world_size: int = 1,
-    accumulation: int = 1,
     start_update: int = 0,
-) -> Iterator[list[Batch]]:
-    """The epoch's updates from number `start_update` on: for each, this rank's `accumulation` batches.
+) -> Iterator[list[tuple[int, Batch]]]:
+    """The epoch's updates from number `start_update` on: for each, this rank's passes, as (index in the update, batch).
 
-    An update has as many sentences as fit: sentences x longest side <= `max_tokens` x ranks x passes. Each batch is an
-    equal share of them; where they do not divide evenly, some hold one sentence more than others, and where there are
-    too few, some hold none. UserError where a pair is longer than `max_tokens`.
+    An update has `passes` batches, and this rank takes those numbered rank, rank + world_size, ... A batch has as many
+    sentences of about one length as fit: sentences x longest side <= `max_tokens`. The last update of an epoch takes
+    the batches that are left, and its other passes hold no sentence. UserError for a pair longer than `max_tokens`.
     """
-    pieces = world_size * accumulation
-    order, cuts = _updates(split, max_tokens * pieces, pieces, seed, epoch)
-    shuffled = _random(seed, "updates", epoch).permutation(len(cuts) - 1)
-    for update in shuffled[start_update:]:
-        rows = order[cuts[update] : cuts[update + 1]]
-        yield [split.batch(rows[rank + world_size * index :: pieces]) for index in range(accumulation)]
+    order = _by_length(split, _random(seed, "pairs", epoch).uniform(-JITTER, JITTER, len(split)))
+    cuts = _cuts(split.longest[order], max_tokens)
+    shuffled = _random(seed, "batches", epoch).permutation(len(cuts) - 1)
+    for first in range(start_update * passes, len(shuffled), passes):
+        update = []
+        for index in range(rank, passes, world_size):
+            number = shuffled[first + index] if first + index < len(shuffled) else None
+            rows = order[:0] if number is None else order[cuts[number] : cuts[number + 1]]
+            update.append((index, split.batch(rows)))
+        yield update
 
 
-def updates_per_epoch(split: Split, max_tokens: int, world_size: int = 1, accumulation: int = 1) -> int:
+def updates_per_epoch(split: Split, max_tokens: int, passes: int) -> int:
     """How many updates `train_batches` yields, in every epoch and for every seed."""
-    pieces = world_size * accumulation
-    return len(_cuts(np.sort(split.longest), max_tokens * pieces, pieces)) - 1
+    batches = len(_cuts(np.sort(split.longest), max_tokens)) - 1
+    return -(-batches // passes)
 
 
 def eval_batches(
@@ -214,26 +217,20 @@ def eval_batches(
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Every pair exactly once over all ranks, the longest first: batches, and which pairs they hold."""
     order = _by_length(split, 0.0)
-    cuts = _cuts(split.longest[order], max(max_tokens, int(split.longest.max())), 1, multiple=1)
+    cuts = _cuts(split.longest[order], max(max_tokens, int(split.longest.max())), multiple=1)
     for index in range(len(cuts) - 2 - rank, -1, -world_size):
         rows = order[cuts[index] : cuts[index + 1]]
         yield split.batch(rows), rows
 
 
-def padding_share(batches: Iterator[list[Batch]]) -> float:
+def padding_share(batches: Iterable[Batch]) -> float:
     """The share of padding among the tokens of both sides, over all `batches`."""
     padding = total = 0
-    for batch in (batch for update in batches for batch in update if batch.sentences):
+    for batch in (batch for batch in batches if batch.sentences):
         for side in (batch.source, batch.target_out):
             padding += int((side == PAD).sum())
             total += side.numel()
     return padding / total
-
-
-def _updates(split: Split, budget: int, pieces: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs in an order in which neighbours are alike, and where each update begins in it."""
-    order = _by_length(split, _random(seed, "pairs", epoch).uniform(-JITTER, JITTER, len(split)))
-    return order, _cuts(split.longest[order], budget, pieces)
 
 
 def _by_length(split: Split, noise: np.ndarray | float) -> np.ndarray:
@@ -246,16 +243,15 @@ def _by_length(split: Split, noise: np.ndarray | float) -> np.ndarray:
     return np.lexsort((difference + noise, split.longest))
 
 
-def _cuts(longest: np.ndarray, budget: int, pieces: int, multiple: int = ROWS_MULTIPLE) -> np.ndarray:
+def _cuts(longest: np.ndarray, budget: int, multiple: int = ROWS_MULTIPLE) -> np.ndarray:
     """Where to cut pairs of ascending length so that in each part pairs x longest <= budget; the end is the last cut.
 
     The number of pairs in a part is a multiple of `multiple` where so many fit. It depends on the lengths alone, and so
     is the same in every epoch.
     """
-    if longest[-1] * pieces > budget:
+    if longest[-1] > budget:
         raise UserError(
-            f"a pair of {longest[-1]:,} tokens does not fit a batch of {budget // pieces:,}: global_batch must be at "
-            f"least {longest[-1] * pieces:,} for {pieces} ranks x passes"
+            f"a pair of {longest[-1]:,} tokens does not fit batch={budget:,}: raise it to that many at least"
         )
     cuts, total = [0], len(longest)
     while (begin := cuts[-1]) < total:

@@ -1,7 +1,7 @@
 """Score a run on its test set: python -m nmt.evaluate RUN [key=value ...]     (also under torchrun)
 
 RUN is a run folder, finished or not. The average of the last weights kept translates the test set, and BLEU is printed
-in the three ways of nmt/scoring.py. Overrides go on top of the run's config: average.last=5 decoding.beam=4
+in the four ways of nmt/scoring.py. Overrides go on top of the run's config: average.last=5 decoding.beam=4
 decoding.length_penalty=1.0 eval_batch=8192 data.root=... device=cpu.
 """
 
@@ -33,9 +33,10 @@ def main(arguments: list[str]) -> int:
         decoding = config.decoding
         print(f"{len(data.test):,} pairs, beam {decoding.beam}, length penalty {decoding.length_penalty}")
         print(f"weights averaged over {len(updates)}: those after {', '.join(map(str, updates))} updates")
-        print(f"sacreBLEU            {scores['bleu']:6.2f}   {scores['signature']}")
-        print(f"tokenized BLEU       {scores['tokenized_bleu']:6.2f}")
+        print(f"fairseq's BLEU       {scores['fairseq_bleu']:6.2f}   the one to hold against the published table")
+        print(f"sacreBLEU            {scores['sacrebleu']:6.2f}   {scores['signature']}")
         print(f"compound-split BLEU  {scores['compound_split_bleu']:6.2f}")
+        print(f"tokenized BLEU       {scores['tokenized_bleu']:6.2f}")
     return 0
 
 

@@ -16,12 +16,14 @@ from pydantic import Field, PositiveInt, model_validator
 from torch.nn.functional import linear
 
 from engine.config import Strict
-from nmt.attention import CrossAttention, Projections, SelfAttention, Size
+from nmt.attention import Attention, CrossAttention, SelfAttention, Size
 from nmt.codec import PAD
 from nmt.decoding_state import DecodingState
 from nmt.dropout import Dropout
 from nmt.loss import smoothed_cross_entropy
 from nmt.rows import to_rows
+
+FIRST_POSITION = 2  # as in fairseq, which counts on from the padding's index, 1
 
 
 class ModelConfig(Strict):
@@ -68,15 +70,15 @@ class Transformer(torch.nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Xavier-uniform matrices, gain 1/sqrt(2) for queries, keys and values; embeddings of std width**-0.5."""
+        """Embeddings of std width**-0.5, attention as its `initialise`; the feed-forward layers stay as Linear's are.
+
+        So fairseq's transformer of September 2020 is, which the published code was built on.
+        """
         torch.nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5)
         self.embedding.weight[PAD].zero_()
         for module in self.modules():
-            if isinstance(module, torch.nn.Linear):
-                stacked = isinstance(module, Projections)
-                for matrix in module.weight.split(self.config.width) if stacked else [module.weight]:
-                    torch.nn.init.xavier_uniform_(matrix, gain=2**-0.5 if stacked else 1.0)
-                torch.nn.init.zeros_(module.bias)
+            if isinstance(module, Attention):
+                module.initialise()
 
     @override(check_signature=False)
     def forward(
@@ -217,8 +219,12 @@ class FeedForward(torch.nn.Module):
 
 @lru_cache(maxsize=16)
 def sinusoids(length: int, width: int, device: torch.device) -> torch.Tensor:
-    """Positions 0, 1, ... as [length, width]: sine and cosine, in turn, of wavelengths from 2 pi to 10,000 * 2 pi."""
+    """Positions of the first `length` words, [length, width]: sines of all wavelengths, then the cosines.
+
+    The wavelengths are a geometric series from 2 pi to 10,000 * 2 pi: as in fairseq's SinusoidalPositionalEmbedding.
+    """
     with torch.inference_mode(False):  # the table outlives the caller's mode
-        frequencies = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000) / width))
-        angles = torch.arange(length, device=device)[:, None] * frequencies
-        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
+        half = width // 2
+        frequencies = torch.exp(torch.arange(half, device=device) * (-math.log(10_000) / max(1, half - 1)))
+        angles = torch.arange(FIRST_POSITION, FIRST_POSITION + length, device=device)[:, None] * frequencies
+        return torch.cat((angles.sin(), angles.cos()), dim=1)

@@ -32,10 +32,14 @@ class Moses:
     tokenizer: MosesTokenizer
     detokenizer: MosesDetokenizer
 
-    def tokenize(self, line: str) -> str:
-        """The tokens of a raw line, separated by single spaces; "" for an empty line."""
+    def tokenize(self, line: str, normalize: bool = True) -> str:
+        """The tokens of a raw line, separated by single spaces; "" for an empty line.
+
+        Without `normalize` punctuation stays as it is, but for the typographic apostrophe: what fairseq's recipe does
+        with test sets.
+        """
         line = unicodedata.normalize("NFC", line).translate(_CLEAN)
-        line = self.normalizer.normalize(line)
+        line = self.normalizer.normalize(line) if normalize else line.replace("\u2019", "'")
         tokens = self.tokenizer.tokenize(line, aggressive_dash_splits=True, return_str=True, escape=False)
         return " ".join(tokens.split())
 

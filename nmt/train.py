@@ -15,9 +15,10 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from engine import run as runs
+from engine.clipping import COUNTS, ClippingWatch
 from engine.config import RunConfig
 from engine.distributed import World, setup
-from engine.errors import run_main
+from engine.errors import UserError, run_main
 from engine.interrupt import Wish
 from engine.metrics import Sums, require_finite
 from engine.run_record import RunRecord
@@ -32,7 +33,11 @@ from nmt.scoring import all_scores, sacre_bleu
 USAGE = "usage: python -m nmt.train CONFIG [key=value ...]     e.g. configs/wmt14_en_de/apollo.yaml"
 
 
-class Config(RunConfig):  # global_batch: tokens of an update, the longer side with its padding counted
+class Config(RunConfig):
+    batch: PositiveInt  # tokens of one pass, the longer side with its padding counted
+    passes: PositiveInt = 1  # that make an update; the ranks divide them
+    global_batch: None = None  # not a key here
+    accumulation: None = None  # not a key here
     updates: PositiveInt
     data: DataConfig
     model: ModelConfig = ModelConfig()
@@ -46,11 +51,13 @@ class Config(RunConfig):  # global_batch: tokens of an update, the longer side w
 
 @dataclass(kw_only=True)
 class TranslationRun(runs.Run):
-    METRICS, COUNTED = ("loss", "nll", "tokens"), "tokens"
+    METRICS, COUNTED = ("loss", "nll", "tokens", *COUNTS), "tokens"
 
     config: Config
     model: Transformer
     data: ParallelData
+    clipping: ClippingWatch
+    updates_per_epoch: int
     gradient_norm: torch.Tensor | None = None  # of the last update, before clipping
 
 
@@ -77,21 +84,20 @@ def train(config: Config, world: World) -> int:
 def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
     """Train to the end of the epoch, or of the run; False where a signal asked to stop before (all is saved then)."""
     config, world, progress = run.config, run.world, run.progress
-    per_pass = world.share(config.global_batch, config.accumulation)
     batches = train_batches(
-        run.data.train, per_pass, config.seed, progress.epoch, world.rank, world.world_size, config.accumulation,
+        run.data.train, config.batch, config.passes, config.seed, progress.epoch, world.rank, world.world_size,
         start_update=progress.update_in_epoch,
     )  # fmt: skip
     runs.start_clock(run)
     for passes in batches:
         run.network.train()
-        seed_step(config.seed, "step", progress.update, world.rank)
         run.optimizer.zero_grad()
-        tokens = torch.full((), float(sum(batch.tokens for batch in passes)), device=world.device)
+        tokens = torch.full((), float(sum(batch.tokens for _, batch in passes)), device=world.device)
         # The gradients are averaged over ranks after each has divided by the tokens of all.
         share = world.world_size / world.sum(tokens)
-        for index, batch in enumerate(passes):
-            is_last = index == len(passes) - 1
+        for index, batch in passes:
+            is_last = index + world.world_size >= config.passes
+            seed_step(config.seed, "step", progress.update, index)  # dropout is the same whichever rank takes the pass
             source, target_in, target_out = batch.to(world.device)[:3]
             with runs.averaged_over_ranks(run, is_last):
                 with run.precision.autocast():
@@ -99,10 +105,11 @@ def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
                 run.precision.backward(loss * share, is_last)
             run.window.add(loss=loss, nll=nll, tokens=batch.tokens)
         run.gradient_norm = run.precision.clip(run.optimizer, run.model.parameters(), config.gradient_clip)
+        run.window.add(clipped=run.gradient_norm > config.gradient_clip, updates=1)
         wish = runs.end_update(run, bar)
 
         is_end = progress.update == config.updates
-        validates, keeps = (is_end or progress.update % n == 0 for n in (config.validate_every, config.average.every))
+        validates, keeps = is_end or progress.update % config.validate_every == 0, is_kept(run)
         if validates or progress.update % config.log_every == 0:
             log(run, bar)
         if validates:
@@ -121,7 +128,8 @@ def log(run: TranslationRun, bar: tqdm) -> None:
     """Record the training metrics since the last log line."""
     if sums := runs.close_window(run):
         norm = float(run.gradient_norm)  # of the last update; an overflow, where it was skipped
-        runs.log_window(run, bar, **means(sums), gradient_norm=norm if math.isfinite(norm) else None)
+        clipped = run.clipping.share(sums, run.progress.update, run.world.world_size)
+        runs.log_window(run, bar, **means(sums), gradient_norm=norm if math.isfinite(norm) else None, clipped=clipped)
 
 
 def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
@@ -151,7 +159,7 @@ def validate(run: TranslationRun) -> None:
 def validation_sums(run: TranslationRun, split: Split) -> dict[str, float]:
     """Sums of label-smoothed loss, nll and target tokens, each pair counted exactly once over all ranks."""
     run.model.eval()
-    world, sums = run.world, Sums((*run.METRICS, "pairs"), run.world.device)
+    world, sums = run.world, Sums(("loss", "nll", "tokens", "pairs"), run.world.device)
     for batch, indices in eval_batches(split, run.config.eval_batch, world.rank, world.world_size):
         source, target_in, target_out = batch.to(world.device)[:3]
         with run.precision.autocast():
@@ -177,6 +185,15 @@ def translate_split(model: Transformer, split: Split, config: Config, world: Wor
     return [row[: row.index(EOS)] for row in rows]
 
 
+def is_kept(run: TranslationRun) -> bool:
+    """Whether the weights after this update are to be averaged; the last ones are where there would be none else."""
+    config, progress = run.config, run.progress
+    is_end = progress.update == config.updates
+    if config.average.every:
+        return is_end or progress.update % config.average.every == 0
+    return progress.update_in_epoch == run.updates_per_epoch or (is_end and progress.epoch == 0)
+
+
 def keep_for_average(run: TranslationRun) -> None:
     """Keep the weights for averaging, unless the training loss has become non-finite."""
     require_finite(run.window.reduce(run.world)["loss"], run.progress.update)
@@ -200,22 +217,28 @@ def score_test_set(run: TranslationRun) -> dict[str, object]:
 
 def finish(run: TranslationRun, scores: dict[str, object]) -> None:
     """Write result.json, and say what came out."""
-    bleu = scores.pop("bleu")
     runs.write_result(
         run,
-        metric="bleu",
-        final=bleu,
+        metric="fairseq_bleu",
+        final=scores["fairseq_bleu"],
         updates=run.progress.update,
         evaluated=len(run.data.test),
         vocabulary=run.data.codec.size,
         **scores,
     )
-    run.record.say(f"done: test BLEU {bleu:.2f} ({scores['signature']}); {run.record.folder}/result.json")
+    run.record.say(
+        f"done: test BLEU {scores['fairseq_bleu']:.2f} as fairseq prints it, sacreBLEU {scores['sacrebleu']:.2f} "
+        f"({scores['signature']}); {run.record.folder}/result.json"
+    )
 
 
 def prepare(config: Config, world: World, record: RunRecord) -> TranslationRun:
     """Build everything the loop needs, and take up the run folder's last checkpoint if there is one."""
-    per_pass = world.share(config.global_batch, config.accumulation)
+    if config.passes % world.world_size:
+        raise UserError(
+            f"passes={config.passes} cannot be divided among {world.world_size} ranks: start as many as divide it, or "
+            "change passes and batch (which is another recipe)"
+        )
     precision = runs.create_precision(config.precision, world.device, record.say)
     with world.main_first():  # it may have to make the data
         data = load_data(config.data.name, config.data.root)
@@ -237,6 +260,8 @@ def prepare(config: Config, world: World, record: RunRecord) -> TranslationRun:
         optimizer,
         total=config.updates,
         data=data,
+        clipping=ClippingWatch(config.optimizer, config.schedule, record.say),
+        updates_per_epoch=updates_per_epoch(data.train, config.batch, config.passes),
         vocabulary=data.codec.digest,
     )
     runs.restore(run)
@@ -244,7 +269,9 @@ def prepare(config: Config, world: World, record: RunRecord) -> TranslationRun:
         data.codec.save(record.folder)  # so that the run folder can translate without the data
     runs.write_environment(
         run,
-        updates_per_epoch=updates_per_epoch(data.train, per_pass, world.world_size, config.accumulation),
+        batch=config.batch,
+        passes=config.passes,
+        updates_per_epoch=run.updates_per_epoch,
         vocabulary=data.codec.size,
         codec=data.codec.digest,
         train_pairs=len(data.train),

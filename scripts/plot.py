@@ -1,7 +1,12 @@
-"""Curves of training and of evaluation: one colour a method, one line of two panels a table and schedule."""
+"""Curves of training and of evaluation: one colour a method, one line of two panels a table and schedule.
 
+A table whose author's training log is known has one more line, of the updates that the log tells of.
+"""
+
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from engine.errors import UserError
 from scripts.runs import Run
+from scripts.tables import published
 
 # The palette of Okabe and Ito, told apart with every kind of colour vision.
 STYLES = {
@@ -44,11 +50,15 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
     if not rows_of:
         raise UserError("nothing to draw: no run has been evaluated yet")
 
+    logs = {table: log for table in dict.fromkeys(run.table for run in runs) if (log := _log_of_author(table, runs))}
     style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
     with matplotlib.rc_context(style | {"grid.color": "#E5E5E5", "grid.linewidth": 0.8, "legend.frameon": False}):
-        figure = Figure(figsize=(11, 4.4 * len(rows_of)), layout="constrained")
-        grid = figure.subplots(len(rows_of), 2, squeeze=False)
-        for axes, (place, rows) in zip(grid, rows_of.items(), strict=True):
+        lines = len(rows_of) + len(logs)
+        figure = Figure(figsize=(11, 4.4 * lines), layout="constrained")
+        grid = figure.subplots(lines, 2, squeeze=False)
+        for axes, (table, log) in zip(grid[len(rows_of) :], logs.items(), strict=True):
+            _draw_log(axes, table, log, runs)
+        for axes, (place, rows) in zip(grid, rows_of.items(), strict=False):
             first = next(iter(rows.values()))[0]
             panels = next((two for two in PANELS if two[1][0] in first.evaluations[0]), PANELS[0])
             for axis, (key, label) in zip(axes, panels, strict=True):
@@ -64,6 +74,33 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
             figure.savefig(path, dpi=150)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
+
+
+def _log_of_author(table: str, runs: Sequence[Run]) -> dict[str, Any] | None:
+    """The table's published training log, where one of `runs` can be held against it."""
+    log = (published(table) or {}).get("log_of_author")
+    return log if log and _of_log(table, log, runs) else None
+
+
+def _of_log(table: str, log: dict[str, Any], runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if (run.table, *run.cell) == (table, log["row"], log["schedule"]) and run.training]
+
+
+def _draw_log(axes: Sequence[Axes], table: str, log: dict[str, Any], runs: Sequence[Run]) -> None:
+    """The author's training loss beside that of our runs, and the share of clipped updates of these."""
+    end = 1.1 * max(log["bits"])
+    name, colour = STYLES[log["row"]]
+    for number, run in enumerate(of_log := _of_log(table, log, runs)):
+        label = f"{name} (n = {len(of_log)})" if number == 0 else None
+        lines = [line for line in run.training if line["update"] <= end and "clipped" in line]
+        updates = [line["update"] for line in lines]
+        axes[0].plot(updates, [line["loss"] / math.log(2) for line in lines], color=colour, label=label)
+        axes[1].plot(updates, [100 * line["clipped"] for line in lines], color=colour)
+    axes[0].plot(list(log["bits"]), list(log["bits"].values()), "kx", markersize=8, label="the author's log", zorder=3)
+    axes[0].set(xlabel="update", ylabel="training loss (bits per target token)", xlim=(0, end))
+    axes[1].set(xlabel="update", ylabel="clipped updates (%)", xlim=(0, end), ylim=(0, 100))
+    axes[0].legend(loc="upper right")
+    axes[0].set_title(f"{table}, {log['row']}: first updates", loc="left", fontsize=11)
 
 
 def _compares_schedules(table: str, runs: Sequence[Run]) -> bool:

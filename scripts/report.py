@@ -6,6 +6,8 @@ runs are listed, not counted. The final value comes first: the best one was sele
 
 from collections.abc import Iterable, Sequence
 from functools import cache
+from math import isnan
+from math import log as ln
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -34,6 +36,8 @@ def main(arguments: list[str]) -> None:
     for table in dict.fromkeys(run.table for run in runs):
         of_table = [run for run in runs if run.table == table]
         print(report(table, of_table, published_cells(table), options.markdown), end="\n\n")
+        if log := log_table(table, of_table, options.markdown):
+            print(log, end="\n\n")
     for problem in problems:
         print(f"damaged: {problem}")
     if options.plot:
@@ -50,7 +54,7 @@ def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] 
     header = ["row", "schedule", "final", "best", "n"]
     if facts:
         title = f"{table}: {facts['metric_in_words']}, mean (std) over n seeds; published: over {facts['runs']} runs"
-        header += ["published", "difference"]
+        header += ["published", "difference", *facts.get("also", {}).values()]
     lines, notes = [], []
     for row, schedule in sorted({*expected, *(run.cell for run in runs)}, key=_cell_position):
         of_cell = [run for run in runs if run.cell == (row, schedule)]
@@ -61,22 +65,49 @@ def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] 
             target = published_cells(table).get((row, schedule))
             line.append(f"{target[0]:.2f} ({target[1]:.2f})" if target else "")
             line.append(f"{mean(finals) - target[0]:+.2f}" if target and finals else "")
+            line += [spread(_scores(complete, name)) for name in facts.get("also", {})]
         lines.append(line)
         notes += _notes(of_cell)
     return "\n".join([title, *format_table(header, lines, markdown), *([""] if notes else []), *notes])
+
+
+def log_table(table: str, runs: Sequence[Run], markdown: bool = False) -> str | None:
+    """The author's training log beside those of `runs`; None without such a log, or without runs of its cell."""
+    log = (published(table) or {}).get("log_of_author")
+    of_cell = [run for run in runs if log and run.cell == (log["row"], log["schedule"]) and run.training]
+    if not of_cell:
+        return None
+    title = f"{table}: {log['row']} {log['schedule']}, training loss in bits per target token, share of clipped updates"
+    updates = list(log["bits"])
+    header = ["update", "published"]
+    columns = [[f"{update:,}" for update in updates], [f"{bits:.2f}" for bits in log["bits"].values()]]
+    for run in of_cell:
+        header += [f"seed {run.seed}", "clipped"]
+        columns.append(["" if isnan(nats) else f"{nats / ln(2):.2f}" for nats in run.logged("loss", updates)])
+        columns.append(["" if isnan(share) else f"{share:.0%}" for share in run.logged("clipped", updates)])
+    lines = format_table(header, list(zip(*columns, strict=True)), markdown)
+    return "\n".join([title, *lines, "", f"published: {log['source']}; {log['in_words']}"])
 
 
 def _cell_position(cell: tuple[str, str]) -> tuple:
     return position(cell[0], ROWS), position(cell[1], SCHEDULES)
 
 
+def _scores(complete: Sequence[Run], name: str) -> list[float]:
+    """A further score of those runs that have it; the table compares none of these with the published value."""
+    scores = (run.result.model_extra.get(name) for run in complete)
+    return [score for score in scores if isinstance(score, (int, float))]
+
+
 def _notes(of_cell: Sequence[Run]) -> list[str]:
-    """What a reader of the cell's numbers must know: seeds that follow another recipe, runs that are not counted."""
+    """What a reader of the cell's numbers must know: how a score was computed, seeds that follow another recipe, runs
+    that are not counted."""
     seeds_by_changes: dict[str, list[int]] = {}
     for run in of_cell:
         if run.result and (changes := changes_to_recipe(run)):
             seeds_by_changes.setdefault(", ".join(changes), []).append(run.seed)
-    notes = []
+    signatures = dict.fromkeys(run.result.model_extra.get("signature") for run in of_cell if run.result)
+    notes = [f"{' '.join(of_cell[0].cell)}, sacreBLEU: {signature}" for signature in signatures if signature]
     for changes, seeds in seeds_by_changes.items():
         who = f"{' '.join(of_cell[0].cell)}, seed{'s' if len(seeds) > 1 else ''} {' '.join(map(str, seeds))}"
         notes.append(f"{who}: not the published recipe: {changes}")

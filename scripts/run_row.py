@@ -16,9 +16,7 @@ from scripts.arguments import Parser, positive, seeds
 from scripts.jobs import plan, run
 from scripts.report import report
 from scripts.runs import read_runs
-from scripts.tables import TASKS, cells, published
-
-SEEDS = "1 101 8191 65537 131071"
+from scripts.tables import TASKS, cells, published, seeds_of
 
 
 def main(arguments: list[str]) -> int:
@@ -35,7 +33,7 @@ def main(arguments: list[str]) -> int:
     jobs = [
         plan(options.table, configs[schedule], seed, options.runs, options.overrides)
         for schedule in schedules
-        for seed in options.seeds
+        for seed in options.seeds or seeds_of(options.table)
     ]
     for number, job in enumerate(jobs, start=1):
         place = f"[{number}/{len(jobs)}] {job.folder}"
@@ -64,7 +62,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("table", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("row", help=argparse.SUPPRESS)
-    parser.add_argument("--seeds", type=seeds, default=SEEDS, help='default: "%(default)s"')
+    parser.add_argument("--seeds", type=seeds, help="default: those in configs/<table>/published.yaml")
     parser.add_argument("--schedules", help="default: all of the row's")
     parser.add_argument("--runs", type=Path, default="runs", metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="processes, one GPU each; default: 1")

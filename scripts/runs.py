@@ -1,10 +1,13 @@
 """Reads run folders as they are found: whole, unfinished, still being written, or damaged."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -22,9 +25,9 @@ class Identity(BaseModel):
 
 
 class Result(BaseModel):
-    """What a table takes from result.json."""
+    """What a table takes from result.json; other scores of the run are among its further keys."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False, extra="allow")
     final: float
     best: float
     complete: bool
@@ -47,6 +50,7 @@ class Run:
     recipe: dict[str, Any]  # of environment.json
     result: Result | None  # None where the run is not complete
     evaluations: list[dict[str, Any]]  # the lines of metrics.jsonl that tell of one
+    training: list[dict[str, Any]]  # its log lines of training, one every log_every updates
 
     @property
     def cell(self) -> tuple[str, str]:
@@ -56,6 +60,15 @@ class Run:
     def unit(self) -> str:
         """What its length is given in, and its evaluations are counted by: epoch or update."""
         return "epoch" if "epochs" in self.config else "update"
+
+    def logged(self, key: str, updates: Sequence[int]) -> list[float]:
+        """The log lines' `key` at these updates, interpolated between two lines; NaN before the first and after the
+        last of them."""
+        lines = [line for line in self.training if isinstance(line.get(key), (int, float))]
+        if not lines:
+            return [nan] * len(updates)
+        at, values = ([line[name] for line in lines] for name in ("update", key))
+        return np.interp(updates, at, values, left=nan, right=nan).tolist()
 
 
 def read_runs(*folders: Path) -> tuple[list[Run], list[str]]:
@@ -79,6 +92,7 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
         _check(model, _read(folder / name, problems), folder / name, problems)
         for model, name in ((Result, "result.json"), (Environment, "environment.json"))
     )
+    evaluations, training = read_metrics(folder / "metrics.jsonl", problems)
     return Run(
         folder,
         identity.table,
@@ -88,7 +102,8 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
         config,
         recipe=environment.recipe if environment else {},
         result=result if result and result.complete else None,
-        evaluations=read_evaluations(folder / "metrics.jsonl", problems),
+        evaluations=evaluations,
+        training=training,
     )
 
 
@@ -119,26 +134,29 @@ def _check(model: type[ModelT], values: Any, path: Path, problems: list[str]) ->
         return None
 
 
-def read_evaluations(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The lines of kind `epoch` or `validation`. A last line without its end is being written, or a run died at it."""
+def read_metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The lines of kind `epoch` or `validation`, and those of kind `train`.
+
+    A last line without its end is being written, or a run died at it.
+    """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
-        return []
+        return [], []
     except OSError as error:
         problems.append(f"{path}: {error.strerror}")
-        return []
-    evaluations, damaged = [], []
+        return [], []
+    evaluations, training, damaged = [], [], []
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
-            if values["kind"] in ("epoch", "validation"):
-                values["epoch"] += 0  # both are numbers
-                values["update"] += 0
-                evaluations.append(values)
+            values["epoch"] += 0  # both are numbers
+            values["update"] += 0
+            kinds = {"epoch": evaluations, "validation": evaluations, "train": training}
+            kinds.get(values["kind"], []).append(values)
         except (ValueError, TypeError, KeyError):
             if line.endswith("\n"):
                 damaged.append(number)
     if damaged:
         problems.append(f"{path}: line {damaged[0]} cannot be read ({len(damaged)} such lines); left out")
-    return evaluations
+    return evaluations, training

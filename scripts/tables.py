@@ -51,6 +51,12 @@ def published(table: str) -> dict[str, Any] | None:
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def seeds_of(table: str) -> list[int]:
+    """The seeds that a row is trained with: those of the published table; one, where nobody published the table."""
+    facts = published(table)
+    return facts["seeds"] if facts else [1]
+
+
 def position(name: str, order: tuple[str, ...]) -> tuple[int, str]:
     """A sorting key: names in `order` first and as there, the others after them by name."""
     return (order.index(name) if name in order else len(order), name)

@@ -9,7 +9,7 @@ CONFIG = """
 table: small
 row: apollo
 updates: 24
-global_batch: 512
+batch: 512
 data: {{name: small, root: {root}}}
 model: {{width: 32, inner_width: 64, heads: 2, encoder_layers: 1, decoder_layers: 1}}
 optimizer: {{name: apollo, lr: 5.0, eps: 1.0e-4, weight_decay: 1.0e-8}}

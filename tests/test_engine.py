@@ -11,7 +11,8 @@ import torch
 
 from engine.allocator import populate
 from engine.checkpoint import Checkpoints, Progress, read_checkpoint, write_checkpoint
-from engine.config import RunConfig
+from engine.clipping import ClippingWatch
+from engine.config import Named, RunConfig
 from engine.distributed import World, setup
 from engine.errors import UserError
 from engine.manifest import read_manifest
@@ -44,7 +45,10 @@ def test_generators_and_step_seeds_repeat():
 def test_sums():
     sums = Sums(("loss", "count"), CPU)
     sums.add(loss=torch.tensor(1.5), count=2)
-    sums.add(loss=2.5, count=torch.tensor(3))
+    sums.add(loss=2.5)
+    sums.add(count=torch.tensor(3))
+    with pytest.raises(KeyError, match="no sums of counts"):
+        sums.add(counts=1)
     assert sums.reduce(ALONE) == {"loss": 4.0, "count": 5.0}
     saved = sums.gather(ALONE)
     sums.zero()
@@ -52,6 +56,19 @@ def test_sums():
     assert sums.reduce(ALONE) == {"loss": 4.0, "count": 5.0}
     sums.scatter(torch.ones(3, 2), ALONE)  # saved by three ranks
     assert sums.reduce(ALONE) == {"loss": 3.0, "count": 3.0}
+
+
+@pytest.mark.parametrize(("clipped", "said"), [(95, 1), (85, 0)])
+def test_a_share_of_clipped_updates_near_one_is_said_once(clipped, said):
+    """Log lines of 100 updates on two ranks; those of the warmup are all clipped, and do not count."""
+    lines = []
+    schedule = Named(name="milestone", warmup_updates=250)
+    watch = ClippingWatch(Named(name="apollo", lr=1.0), schedule, lines.append)
+    for update in range(100, 1300, 100):
+        share = 100 if update <= 300 else clipped
+        assert watch.share({"clipped": 2 * share, "updates": 200}, update, world_size=2) == share / 100
+        assert len(lines) == (said if update >= 800 else 0)  # the five intervals from 301 to 800
+    assert all(line.startswith("warning: 95% of the last 500 updates clipped") for line in lines)
 
 
 def test_a_loss_that_is_not_finite_is_refused():

@@ -27,7 +27,7 @@ global_batch: 64
 data: {name: pydoc_topics}
 model: {name: lstm, embedding: 16, hidden: 24, layers: 2, dropout: 0.1, cutoffs: [300, 1000]}
 log_every: 1
-gradient_clip: 1.0
+gradient_clip: 0.3      # some updates are clipped
 optimizer: {name: apollo, lr: 10.0, eps: 1.0e-4}
 schedule: {name: milestone, milestones: [1], decay_rate: 0.1, warmup_updates: 50, init_lr: 0.01}
 checkpoint: {minutes: 0, keep: 2}      # a checkpoint after every update: a kill often hits the middle of one
@@ -53,6 +53,8 @@ def test_a_whole_run(uninterrupted):
     assert outcome["parameters"] == sum(tensor.numel() for tensor in saved(uninterrupted)["model"].values())
     assert outcome["best"] <= outcome["final"] < 0.2 * outcome["vocabulary"]  # chance is the whole vocabulary
     assert outcome["test_files"] == ["pydoc_data/topics.py"] and outcome["evaluated"] > 5000
+    clipped = [line["clipped"] for line in all_lines if line["kind"] == "train"]
+    assert set(clipped) == {0.0, 1.0}  # of one update each
     epochs = [line for line in all_lines if line["kind"] == "epoch"]
     assert [line["update"] for line in epochs] == [updates // 2, updates]
     assert epochs[1]["test_ppl"] == outcome["final"] == pytest.approx(math.exp(epochs[1]["test_loss"]))
@@ -145,10 +147,11 @@ def test_gradients_are_clipped_together_or_each(cell, tmp_path, mode):
     gradients[0] *= 1e-6
     for parameter, gradient in zip(run.model.parameters(), gradients, strict=True):
         parameter.grad = gradient.clone()
-    train_command.clip_gradients(run)
+    norm = train_command.clip_gradients(run)
     norms = [parameter.grad.norm().item() for parameter in run.model.parameters()]
     total = sum(gradient.norm() ** 2 for gradient in gradients).sqrt()
     if mode == "total":
+        assert norm.item() == pytest.approx(total.item(), rel=1e-5)
         assert norms == pytest.approx([gradient.norm().item() * 0.5 / total.item() for gradient in gradients], rel=1e-4)
     else:
         assert norms == pytest.approx([min(gradient.norm().item(), 0.5) for gradient in gradients], rel=1e-4)

@@ -96,57 +96,74 @@ def test_the_last_sentence_of_the_file_can_be_padded(data):
     assert set(batch.source[1].tolist()[data.train.source_lengths[last] + 1 :]) <= {PAD}
 
 
-@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (3, 2), (1, 8), (16, 1)])
-def test_every_pair_once_an_epoch_on_equally_many_updates(data, world_size, accumulation):
-    epochs = [
-        list(train_batches(data.train, TOKENS, 1, 0, rank, world_size, accumulation)) for rank in range(world_size)
-    ]
-    assert {len(updates) for updates in epochs} == {updates_per_epoch(data.train, TOKENS, world_size, accumulation)}
-    assert all(len(batches) == accumulation for updates in epochs for batches in updates)
-    flat = [batch for updates in epochs for batches in updates for batch in batches]
+def alone(*arguments, **settings):
+    """The batches of updates of one pass, on one rank."""
+    return [batch for ((_, batch),) in train_batches(*arguments, passes=1, **settings)]
+
+
+@pytest.mark.parametrize(("passes", "world_size"), [(1, 1), (8, 1), (8, 2), (8, 8), (6, 3)])
+def test_every_pair_once_an_epoch_on_equally_many_updates(data, passes, world_size):
+    """The last update takes what is left: no pair is dropped."""
+    ranks = [list(train_batches(data.train, TOKENS, passes, 1, 0, rank, world_size)) for rank in range(world_size)]
+    assert {len(updates) for updates in ranks} == {updates_per_epoch(data.train, TOKENS, passes)}
+    for rank, updates in enumerate(ranks):
+        assert all([index for index, _ in update] == list(range(rank, passes, world_size)) for update in updates)
+    flat = [batch for updates in ranks for update in updates for _, batch in update]
     assert sorted(chain.from_iterable(map(sentences, flat))) == all_sentences(data.train)
-    if 8 % (world_size * accumulation) == 0:
-        assert max(len(batch.source) * max(batch.source.shape[1], batch.target_in.shape[1]) for batch in flat) <= TOKENS
+    assert max(len(batch.source) * max(batch.source.shape[1], batch.target_in.shape[1]) for batch in flat) <= TOKENS
+    idle = [batch for batch in flat if not batch.sentences]
+    assert len(idle) == len(flat) - len(alone(data.train, TOKENS, seed=1, epoch=0)) < passes
 
 
-@pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (1, 4), (4, 2)])
-def test_an_update_is_the_same_on_any_number_of_ranks_and_passes(data, world_size, accumulation):
-    share = 2048 // (world_size * accumulation)
-    alone = [sentences(batch) for (batch,) in train_batches(data.train, 2048, 5, 3)]
-    ranks = [train_batches(data.train, share, 5, 3, rank, world_size, accumulation) for rank in range(world_size)]
-    together = [sorted(chain(*map(sentences, chain(*batches)))) for batches in zip(*ranks, strict=True)]
-    assert together == alone
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_a_pass_is_the_same_on_any_number_of_ranks(data, world_size):
+    one = train_batches(data.train, TOKENS, 8, 5, 3)
+    ranks = [train_batches(data.train, TOKENS, 8, 5, 3, rank, world_size) for rank in range(world_size)]
+    for update, *shares in zip(one, *ranks, strict=True):
+        together = dict(sorted(chain(*shares)))
+        assert list(together) == [index for index, _ in update] == list(range(8))
+        for index, batch in update:
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch[:3], together[index][:3], strict=True))
+            assert batch[3:] == together[index][3:]
 
 
-def test_shares_of_an_update_are_alike(data):
-    """No rank waits for another: their sentences differ in number by one at most, and hardly in length."""
-    for batches in train_batches(data.train, TOKENS, 1, 0, accumulation=4):
-        assert max(batch.sentences for batch in batches) - min(batch.sentences for batch in batches) <= 1
+def test_an_update_sees_several_lengths(data):
+    """Its passes are the next of the shuffled batches, each with a length of its own."""
+    updates = list(train_batches(data.train, TOKENS, 4, 1, 0))
+    in_turn = alone(data.train, TOKENS, seed=1, epoch=0)
+    passes = [batch for update in updates for _, batch in update]
+    assert list(map(sentences, passes))[: len(in_turn)] == list(map(sentences, in_turn))
+    widths = [{batch.source.shape[1] for _, batch in update} for update in updates]
+    assert np.mean([len(found) for found in widths]) > 2
 
 
 def test_the_order_is_a_function_of_seed_and_epoch(data):
     def order(seed, epoch, start=0):
-        return [sentences(batch) for (batch,) in train_batches(data.train, TOKENS, seed, epoch, start_update=start)]
+        return list(map(sentences, alone(data.train, TOKENS, seed=seed, epoch=epoch, start_update=start)))
 
     first = order(1, 0)
     assert order(1, 0) == first
     assert order(1, 0, start=7) == first[7:]
+    updates = list(train_batches(data.train, TOKENS, 3, 1, 0))
+    later = list(train_batches(data.train, TOKENS, 3, 1, 0, start_update=2))
+    assert [[sentences(batch) for _, batch in update] for update in later] == [
+        [sentences(batch) for _, batch in update] for update in updates[2:]
+    ]
     for other in (order(1, 1), order(2, 0)):
         assert other != first and len(other) == len(first)
         assert sorted(map(tuple, other)) != sorted(map(tuple, first))  # other sentences come together, too
-    assert list(train_batches(data.train, TOKENS, 1, 0, start_update=len(first))) == []
+    assert order(1, 0, start=len(first)) == []
 
 
 def test_the_lengths_of_updates_come_in_no_order(data):
-    widths = [batch.source.shape[1] for (batch,) in train_batches(data.train, TOKENS, 1, 0)]
+    widths = [batch.source.shape[1] for batch in alone(data.train, TOKENS, seed=1, epoch=0)]
     assert widths != sorted(widths) and abs(np.corrcoef(widths, range(len(widths)))[0, 1]) < 0.5
 
 
 def test_a_pass_with_nothing_to_do(data):
-    """More passes than sentences: the ones without get a row that adds nothing to the loss, and no NaN."""
-    width = int(data.train.longest.max())
-    updates = list(train_batches(data.train, width, 1, 0, accumulation=16))
-    idle = [batch for batches in updates for batch in batches if not batch.sentences]
+    """More passes than batches are left: the ones without get a row that adds nothing to the loss, and no NaN."""
+    (update,) = train_batches(data.train, TOKENS, 1000, 1, 0)
+    idle = [batch for _, batch in update if not batch.sentences]
     assert idle and all(batch.tokens == 0 for batch in idle)
     assert [tensor.tolist() for tensor in idle[0][:3]] == [[[EOS]], [[BOS]], [[PAD]]]
     logits = torch.zeros(1, 9, requires_grad=True)
@@ -157,12 +174,11 @@ def test_a_pass_with_nothing_to_do(data):
 
 def test_a_pair_that_fits_no_batch(data):
     width = int(data.train.longest.max())
-    with pytest.raises(
-        UserError, match=rf"a pair of {width} tokens .* batch of {width - 1}: .* at least {2 * width} for 2"
-    ):
-        next(train_batches(data.train, width - 1, 1, 0, world_size=2))
-    with pytest.raises(UserError, match="global_batch must be at least"):
-        updates_per_epoch(data.train, width - 1)
+    words = rf"^a pair of {width} tokens does not fit batch={width - 1}: raise it to that many at least$"
+    with pytest.raises(UserError, match=words):
+        next(train_batches(data.train, width - 1, 2, 1, 0))
+    with pytest.raises(UserError, match=words):
+        updates_per_epoch(data.train, width - 1, 2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
@@ -185,18 +201,17 @@ def test_evaluation_begins_with_the_longest(data):
 
 
 def test_padding_is_counted_and_small(data):
-    updates = list(train_batches(data.train, TOKENS, 1, 0))
-    total = sum(batch.source.numel() + batch.target_out.numel() for (batch,) in updates)
+    batches = alone(data.train, TOKENS, seed=1, epoch=0)
+    total = sum(batch.source.numel() + batch.target_out.numel() for batch in batches)
     real = int((data.train.source_lengths + data.train.target_lengths + 2).sum())
-    assert padding_share(updates) == pytest.approx(1 - real / total)
-    assert padding_share(updates) < 0.1
-    assert padding_share(train_batches(data.train, 128, 1, 0, accumulation=4)) < 0.1
+    assert padding_share(batches) == pytest.approx(1 - real / total)
+    assert padding_share(batches) < 0.1
 
 
 def test_batches_are_full(data):
-    """What fits is used: 8 sentences are the largest step, so nearly all updates come close to the budget."""
-    updates = train_batches(data.train, 4096, 1, 0)
-    costs = [len(batch.source) * max(batch.source.shape[1], batch.target_in.shape[1]) for (batch,) in updates]
+    """What fits is used: 8 sentences are the largest step, so nearly all batches come close to the budget."""
+    batches = alone(data.train, 4096, seed=1, epoch=0)
+    costs = [len(batch.source) * max(batch.source.shape[1], batch.target_in.shape[1]) for batch in batches]
     assert np.median(costs) > 0.9 * 4096
 
 
@@ -208,7 +223,7 @@ def test_batches_are_full(data):
 )
 def test_cuts(lengths, budget, multiple):
     longest = np.sort(np.array(lengths, dtype=np.int32))
-    cuts = _cuts(longest, budget, 1, multiple)
+    cuts = _cuts(longest, budget, multiple)
     assert cuts[0] == 0 and cuts[-1] == len(longest) and (np.diff(cuts) > 0).all()
     for begin, end in zip(cuts, cuts[1:], strict=False):
         count = end - begin

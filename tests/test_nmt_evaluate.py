@@ -2,9 +2,11 @@
 
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from nmt.averaging import average_weights, keep_weights
 from nmt.codec import SPECIALS, WORD_START, Codec
 from nmt.scoring import all_scores, sacre_bleu
 from nmt.trained import open_run
+
+SCORES = ("fairseq_bleu", "sacrebleu", "compound_split_bleu", "tokenized_bleu")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,7 @@ def test_the_score_is_that_of_sacrebleus_command_line(trained, folder, tmp_path)
         assert signature == printed["signature"]
     assert 40 < score < 95
     assert result(trained)["signature"] == signature
-    assert result(trained)["final"] == sacre_bleu((trained / "test.de.txt").read_text().splitlines(), references)[0]
+    assert result(trained)["sacrebleu"] == sacre_bleu((trained / "test.de.txt").read_text().splitlines(), references)[0]
 
 
 def test_evaluate_prints_the_scores_of_the_result(trained, capsys):
@@ -73,12 +77,137 @@ def test_evaluate_prints_the_scores_of_the_result(trained, capsys):
     printed, outcome = capsys.readouterr().out, result(trained)
     assert "50 pairs, beam 3, length penalty 0.6" in printed
     assert "averaged over 3: those after 130, 140, 150 updates" in printed
-    for name in ("final", "tokenized_bleu", "compound_split_bleu"):
-        assert f"BLEU {outcome[name]:13.2f}"[-7:] in printed
+    assert (outcome["metric"], outcome["final"]) == ("fairseq_bleu", outcome["fairseq_bleu"])
+    for title, name in (
+        ("fairseq's BLEU", "fairseq_bleu"),
+        ("sacreBLEU", "sacrebleu"),
+        ("compound-split BLEU", "compound_split_bleu"),
+        ("tokenized BLEU", "tokenized_bleu"),
+    ):
+        assert f"{title:19}  {outcome[name]:6.2f}" in printed
     assert outcome["signature"] in printed
     assert evaluate.main([str(trained), "average.last=1", "decoding.beam=1"]) == 0
     printed = capsys.readouterr().out
     assert "averaged over 1: those after 150 updates" in printed and "beam 1" in printed
+
+
+def plain_bleu(hypotheses: list[str], references: list[str]) -> float:
+    """BLEU as its paper defines it (Papineni et al., 2002), of a corpus of tokens, in per cent."""
+    log_precisions = 0.0
+    for n in (1, 2, 3, 4):
+        right = total = 0
+        for lines in zip(hypotheses, references, strict=True):
+            ours, theirs = (Counter(zip(*(line.split()[i:] for i in range(n)), strict=False)) for line in lines)
+            right += sum(min(count, theirs[words]) for words, count in ours.items())
+            total += sum(ours.values())
+        log_precisions += math.log(right / total) / 4
+    ours, theirs = (sum(len(line.split()) for line in lines) for lines in (hypotheses, references))
+    return 100 * math.exp(log_precisions + min(0.0, 1 - theirs / ours))
+
+
+# A reference; its tokens as fairseq's recipe makes them; a translation's tokens; then the tokens that sacreBLEU makes
+# of both texts: it splits at ASCII's punctuation alone, and at a hyphen only after a digit.
+PAIRS = [
+    (
+        "Die Ost-West-Route ist wieder offen.",
+        "Die Ost @-@ West @-@ Route ist wieder offen .",
+        "Die Ost @-@ West @-@ Verbindung ist wieder offen .",
+        "Die Ost-West-Route ist wieder offen .",
+        "Die Ost-West-Verbindung ist wieder offen .",
+    ),
+    (
+        "„Wir haben’s geschafft!“, rief er.",
+        "„ Wir haben ' s geschafft ! “ , rief er .",
+        '" Wir haben es geschafft ! " , rief er .',
+        "„Wir haben’s geschafft ! “ , rief er .",
+        '" Wir haben es geschafft ! " , rief er .',
+    ),
+    (
+        "Im Jahr 2013 waren es 1.250,5 Millionen Euro.",
+        "Im Jahr 2013 waren es 1.250,5 Millionen Euro .",
+        "2013 waren es 1.250,5 Millionen Euro .",
+        "Im Jahr 2013 waren es 1.250,5 Millionen Euro .",
+        "2013 waren es 1.250,5 Millionen Euro .",
+    ),
+    (
+        "Die E-Mail-Adresse steht unten (siehe Seite 4).",
+        "Die E @-@ Mail @-@ Adresse steht unten ( siehe Seite 4 ) .",
+        "Die E @-@ Mail @-@ Adresse steht hier ( siehe Seite 4 ) .",
+        "Die E-Mail-Adresse steht unten ( siehe Seite 4 ) .",
+        "Die E-Mail-Adresse steht hier ( siehe Seite 4 ) .",
+    ),
+    (
+        "Ein 10-jähriges Kind – und sein Hund.",
+        "Ein 10 @-@ jähriges Kind – und sein Hund .",
+        "Ein 10 @-@ jähriges Kind - und sein Hund .",
+        "Ein 10 - jähriges Kind – und sein Hund .",
+        "Ein 10 - jähriges Kind - und sein Hund .",
+    ),
+    (
+        "Die Partei erhielt 35 Prozent der Stimmen.",
+        "Die Partei erhielt 35 Prozent der Stimmen .",
+        "Die Partei bekam 35 Prozent der Stimmen .",
+        "Die Partei erhielt 35 Prozent der Stimmen .",
+        "Die Partei bekam 35 Prozent der Stimmen .",
+    ),
+    (
+        "Der US-Präsident kommt am 4. Juli nach Baden-Württemberg.",
+        "Der US @-@ Präsident kommt am 4. Juli nach Baden @-@ Württemberg .",
+        "Der Präsident der USA kommt am 4. Juli nach Baden @-@ Württemberg .",
+        "Der US-Präsident kommt am 4 . Juli nach Baden-Württemberg .",
+        "Der Präsident der USA kommt am 4 . Juli nach Baden-Württemberg .",
+    ),
+    (
+        "Sie fragte: „Warum gerade heute?“",
+        "Sie fragte : „ Warum gerade heute ? “",
+        'Sie fragte : " Warum ausgerechnet heute ? "',
+        "Sie fragte : „Warum gerade heute ? “",
+        'Sie fragte : " Warum ausgerechnet heute ? "',
+    ),
+    (
+        "Das ist nicht nur teuer, sondern auch gefährlich.",
+        "Das ist nicht nur teuer , sondern auch gefährlich .",
+        "Das ist nicht nur teuer , sondern auch gefährlich .",
+        "Das ist nicht nur teuer , sondern auch gefährlich .",
+        "Das ist nicht nur teuer , sondern auch gefährlich .",
+    ),
+    (
+        "Der Vorsitzende, ein Mann von 61 Jahren, schwieg.",
+        "Der Vorsitzende , ein Mann von 61 Jahren , schwieg .",
+        "Der Vorsitzende , ein 61 @-@ jähriger Mann , schwieg .",
+        "Der Vorsitzende , ein Mann von 61 Jahren , schwieg .",
+        "Der Vorsitzende , ein 61 - jähriger Mann , schwieg .",
+    ),
+    (
+        "Die so genannte ‚Neue Mitte‘ gibt es nicht.",
+        "Die so genannte ‚ Neue Mitte ‘ gibt es nicht .",
+        "Die sogenannte Neue Mitte gibt es nicht .",
+        "Die so genannte ‚Neue Mitte‘ gibt es nicht .",
+        "Die sogenannte Neue Mitte gibt es nicht .",
+    ),
+    (
+        "Am Ende blieben 3 von 12 Läden offen; alle anderen schlossen.",
+        "Am Ende blieben 3 von 12 Läden offen ; alle anderen schlossen .",
+        "Am Ende blieben 3 von 12 Geschäften offen ; alle anderen schlossen .",
+        "Am Ende blieben 3 von 12 Läden offen ; alle anderen schlossen .",
+        "Am Ende blieben 3 von 12 Geschäften offen ; alle anderen schlossen .",
+    ),
+]
+NORMALISED = str.maketrans({"„": '"', "“": '"', "‚": "'", "‘": "'", "–": "-"})
+
+
+def test_each_score_against_a_plain_one():
+    references, fairseq, tokens, references_13a, translations_13a = map(list, zip(*PAIRS, strict=True))
+    codec = Codec("en", "de", [*SPECIALS, WORD_START, *sorted(set("".join(tokens)) - {" "})], [])
+    scores = all_scores(codec.encode_tokens(tokens), references, codec)
+    assert scores["fairseq_bleu"] == pytest.approx(plain_bleu(tokens, fairseq), abs=1e-8)
+    assert scores["sacrebleu"] == pytest.approx(plain_bleu(translations_13a, references_13a), abs=1e-8)
+    normalised = [line.translate(NORMALISED) for line in fairseq]
+    whole, whole_references = ([line.replace(" @-@ ", "-") for line in lines] for lines in (tokens, normalised))
+    assert scores["tokenized_bleu"] == pytest.approx(plain_bleu(whole, whole_references), abs=1e-8)
+    # A compound split with any mark of its own counts the same, whatever the mark is.
+    assert scores["compound_split_bleu"] == pytest.approx(plain_bleu(tokens, normalised), abs=1e-8)
+    assert len({round(scores[name], 2) for name in SCORES}) == 4
 
 
 def test_tokenized_and_compound_split_bleu():
@@ -86,7 +215,7 @@ def test_tokenized_and_compound_split_bleu():
     reference, other = "Die Ost-West-Route ist gut.", "Die Ost-Ost-Route ist gut."
     codec = Codec("en", "de", [*SPECIALS, WORD_START, *sorted({*reference, "@"} - {" "})], [])
     exact = all_scores([codec.encode(reference, "de")], [reference], codec)
-    assert [exact[name] for name in ("bleu", "tokenized_bleu", "compound_split_bleu")] == pytest.approx([100] * 3)
+    assert [exact[name] for name in SCORES] == pytest.approx([100] * 4)
     # Tokens: Die Ost-Ost-Route ist gut .      and split: Die Ost ##AT##-##AT## Ost ##AT##-##AT## Route ist gut .
     near = all_scores([codec.encode(other, "de")], [reference], codec)
     assert near["tokenized_bleu"] == 0  # no four tokens in a row are right: multi-bleu.perl does not smooth

@@ -1,6 +1,7 @@
 """The Transformer against torch's own, its decoding word by word against whole sentences, its loss against torch's."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from engine.config import ConfigError, load_config
 from nmt import loss as loss_module
-from nmt.attention import Attention, Projections
+from nmt.attention import Attention
 from nmt.codec import BOS, EOS, PAD
 from nmt.dropout import Dropout
 from nmt.loss import smoothed_cross_entropy
@@ -66,14 +67,15 @@ def torch_transformer(model):
 
     with torch.no_grad():
         for mine, other in zip([*model.encoder, *model.decoder], [*theirs.encoder.layers, *theirs.decoder.layers]):  # noqa: B905
-            copy(other.self_attn, mine.self_attention.projections)
-            copy(other.self_attn.out_proj, mine.self_attention.output)
+            own = mine.self_attention
+            copy(other.self_attn, own.query, own.key, own.value)
+            copy(other.self_attn.out_proj, own.output)
             copy(other.linear1, mine.feed_forward.inner)
             copy(other.linear2, mine.feed_forward.outer)
             norms = [module.norm for name, module in mine.named_children() if name.endswith("residual")]
             if hasattr(mine, "cross_attention"):
                 cross = mine.cross_attention
-                copy(other.multihead_attn, cross.query_projection, cross.memory_projections)
+                copy(other.multihead_attn, cross.query, cross.key, cross.value)
                 copy(other.multihead_attn.out_proj, cross.output)
                 norms = [mine.self_residual.norm, mine.cross_residual.norm, mine.feed_forward_residual.norm]
             else:
@@ -103,26 +105,51 @@ def test_it_computes_what_torchs_transformer_does(norm, training):
 
 
 def test_positions_are_the_published_sinusoids():
+    """Word 0 has position 2; of width 8 the four wavelengths are 2 pi * 10,000 ** (i / 3), sines before cosines."""
     table = sinusoids(300, 8, torch.device("cpu"))
-    for position in (0, 1, 77, 299):
-        for i in range(4):
-            angle = position / 10_000 ** (2 * i / 8)
-            expected = torch.tensor([math.sin(angle), math.cos(angle)])
-            torch.testing.assert_close(table[position, 2 * i : 2 * i + 2], expected, rtol=1e-4, atol=1e-4)
+    for word in (0, 1, 77, 299):
+        angles = [(word + 2) / 10_000 ** (i / 3) for i in range(4)]
+        expected = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)])
+        torch.testing.assert_close(table[word], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_initialisation_is_the_published_one():
+def test_every_tensor_begins_as_published():
+    """Mean and standard deviation of each, for d = 512, f = 2048. A uniform one on -b ... b has deviation b / sqrt 3.
+
+    embedding      normal(0, 1 / sqrt d)                                           deviation 0.0441942
+    query key value  weight: Xavier-uniform, gain 1 / sqrt 2:
+                     b = sqrt(6 / (d + d)) / sqrt 2             b = 0.0541266     deviation 0.03125
+                   bias: torch.nn.Linear's, b = 1 / sqrt d      b = 0.0441942     deviation 0.0255155
+    output         weight: Xavier-uniform, gain 1:
+                     b = sqrt(6 / (d + d))                      b = 0.0765466     deviation 0.0441942
+                   bias: 0
+    inner          torch.nn.Linear's, b = 1 / sqrt d            b = 0.0441942     deviation 0.0255155
+    outer          torch.nn.Linear's, b = 1 / sqrt f            b = 0.0220971     deviation 0.0127578
+    norm           weight 1, bias 0
+    """
     torch.manual_seed(0)
-    model = create_model(ModelConfig(encoder_layers=1, decoder_layers=1), 2000)
+    model = create_model(ModelConfig(encoder_layers=2, decoder_layers=2), 2000)
+    qkv = r"(query|key|value)"
+    published = {  # mean, standard deviation, greatest absolute value where there is one
+        r"embedding\.weight": (0, 0.0441942, None),
+        rf"attention\.{qkv}\.weight": (0, 0.03125, 0.0541266),
+        rf"attention\.{qkv}\.bias": (0, 0.0255155, 0.0441942),
+        r"attention\.output\.weight": (0, 0.0441942, 0.0765466),
+        r"attention\.output\.bias": (0, 0, 0),
+        r"feed_forward\.inner\.(weight|bias)": (0, 0.0255155, 0.0441942),
+        r"feed_forward\.outer\.(weight|bias)": (0, 0.0127578, 0.0220971),
+        r"norm\.weight": (1, 0, 1),
+        r"norm\.bias": (0, 0, 0),
+    }
+    for name, tensor in model.named_parameters():
+        ((mean, deviation, bound),) = [values for end, values in published.items() if re.search(f"{end}$", name)]
+        tensor = tensor[1:] if name == "embedding.weight" else tensor
+        # Within five standard errors: s / sqrt n of the mean, at most s / sqrt 2n of the deviation.
+        assert tensor.mean().item() == pytest.approx(mean, abs=1e-9 + 5 * deviation / tensor.numel() ** 0.5), name
+        error = 1e-9 + 5 * deviation / (2 * tensor.numel()) ** 0.5
+        assert tensor.std(correction=0).item() == pytest.approx(deviation, abs=error), name
+        assert bound is None or 0.97 * bound <= tensor.abs().max().item() <= bound * (1 + 1e-5), name
     assert model.embedding.weight[PAD].abs().max() == 0
-    assert model.embedding.weight[1:].std().item() == pytest.approx(512**-0.5, rel=0.01)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            assert module.bias.abs().max() == 0
-            fan = 1024 if isinstance(module, Projections) else sum(module.weight.shape)
-            bound = math.sqrt(6 / fan) * (2**-0.5 if isinstance(module, Projections) else 1)
-            assert module.weight.abs().max().item() == pytest.approx(bound, rel=1e-3)
-            assert module.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
 
 
 @torch.no_grad()
@@ -273,7 +300,7 @@ def test_dropout_drops_its_share_and_scales_the_rest(p, dtype):
 
 
 def test_attention_dropout_is_active_in_training_alone():
-    attention = Attention(16, 0.5)
+    attention = Attention(16, 4, 0.5)
     q, k, v = torch.randn(3, 2, 4, 6, 4).unbind()
     q.requires_grad_()
     torch.manual_seed(0)
@@ -297,7 +324,7 @@ def test_settings_that_make_no_model_are_refused(tmp_path, settings, words):
 
     path = tmp_path / "cell.yaml"
     path.write_text(
-        "table: t\nrow: r\nupdates: 1\nvalidate_every: 1\naverage: {every: 1}\nglobal_batch: 1\n"
+        "table: t\nrow: r\nupdates: 1\nvalidate_every: 1\naverage: {every: 1}\nbatch: 1\n"
         f"optimizer: {{name: sgd, lr: 1.0}}\ndata: {{name: d, root: r}}\nmodel: {{{settings}}}\n"
     )
     with pytest.raises(ConfigError, match="^[^\n]+$") as error:

@@ -9,10 +9,13 @@ import torch
 from nmt_cell import make_cell
 from training_runs import Cell, assert_same_end, losses, metrics, recipe, result, saved
 
+
+from engine.config import load_config
+from engine.distributed import World
+from engine.errors import UserError
 from nmt.codec import Codec
 from nmt.data import load_data, train_batches
-
-NO_DROPOUT = ("model.dropout=0.0", "model.attention_dropout=0.0", "model.activation_dropout=0.0")
+from nmt.train import Config, prepare
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def uninterrupted(folder, cell) -> Path:
 
 def test_a_whole_run(uninterrupted, folder, cell):
     outcome = result(uninterrupted)
-    assert outcome["complete"] and outcome["metric"] == "bleu" and outcome["updates"] == 24
+    assert outcome["complete"] and outcome["metric"] == "fairseq_bleu" and outcome["updates"] == 24
     assert outcome["evaluated"] == 50 and outcome["averaged_updates"] == [16, 20, 24]
     assert outcome["signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert len((uninterrupted / "test.de.txt").read_text().splitlines()) == 50
@@ -43,6 +46,8 @@ def test_a_whole_run(uninterrupted, folder, cell):
     train = metrics(uninterrupted, "train")
     assert [line["update"] for line in train] == list(range(1, 25))
     assert train[-1]["nll"] < 0.85 * train[0]["nll"] and all(line["loss"] > line["nll"] for line in train[-5:])
+    assert [line["clipped"] for line in train] == [float(line["gradient_norm"] > 1.0) for line in train]
+    assert {line["clipped"] for line in train} == {0.0, 1.0}
     rates = [line["lr"] for line in train]
     assert rates[0] == pytest.approx(0.01) and rates[10] == 5.0 and rates[-1] == pytest.approx(0.5)
     validations = metrics(uninterrupted, "validation")
@@ -50,7 +55,7 @@ def test_a_whole_run(uninterrupted, folder, cell):
     last = validations[-1]
     assert last["valid_ppl"] == pytest.approx(torch.tensor(last["valid_nll"]).exp().item(), rel=1e-5)
     split = load_data("small", folder / "data").train
-    words = [sum(batch.tokens for batch in passes) for passes in train_batches(split, 512, 1, 0)][:24]
+    words = [batch.tokens for ((_, batch),) in train_batches(split, 512, 1, 1, 0)][:24]
     assert last["tokens"] == sum(words)
     weighted = sum(line["loss"] * n for line, n in zip(train[20:], words[20:], strict=True)) / sum(words[20:])
     assert last["train_loss"] == pytest.approx(weighted, rel=1e-6)
@@ -72,31 +77,46 @@ def test_asked_to_stop_it_saves_first(cell, uninterrupted, tmp_path):
     assert_same_end(cell.complete(run_dir, ours), uninterrupted)
 
 
-def test_two_ranks_train_as_one(cell, tmp_path):
-    """The same sentences in every update, divided among ranks and passes: 50 updates agree to rounding."""
-    ours = (*NO_DROPOUT, "updates=50", "validate_every=50", "average.every=50", "checkpoint.minutes=60")
-    one = cell.complete(tmp_path / "one", *ours)
-    two = cell.complete(tmp_path / "two", *ours, ranks=2)
-    accumulated = cell.complete(tmp_path / "accumulated", *ours, "accumulation=3", "global_batch=513")
-    of_513 = cell.complete(tmp_path / "one_of_513", *ours, "global_batch=513")
+def test_the_number_of_ranks_changes_nothing(cell, tmp_path):
+    """8 passes an update on 1, 2 and 4 ranks, with dropout and over an epoch's end: 20 updates agree to rounding."""
+    ours = ("batch=160", "passes=8", "updates=20", "validate_every=20", "average.every=20", "checkpoint.minutes=60")
+    runs = [cell.complete(tmp_path / f"ranks_{n}", *ours, ranks=n) for n in (1, 2, 4)]
+    recipes = [recipe(run_dir) for run_dir in runs]
+    assert [facts["world_size"] for facts in recipes] == [1, 2, 4]
+    assert all((facts["batch"], facts["passes"]) == (160, 8) for facts in recipes)
+    assert recipes[0]["updates_per_epoch"] < 20  # the update of what was left of the epoch is among them
     for name in ("loss", "nll", "gradient_norm"):
-        series = [[line[name] for line in metrics(path, "train")] for path in (one, two, of_513, accumulated)]
-        assert len(series[0]) == 50
-        assert series[1] == pytest.approx(series[0], rel=1e-4)
-        assert series[3] == pytest.approx(series[2], rel=1e-4)
+        series = [[line[name] for line in metrics(run_dir, "train")] for run_dir in runs]
+        assert len(series[0]) == 20
+        for several in series[1:]:
+            assert several == pytest.approx(series[0], rel=1e-5)
     for name in ("valid_loss", "valid_nll", "tokens"):
-        values = [metrics(path, "validation")[0][name] for path in (one, two)]
-        assert values[1] == pytest.approx(values[0], rel=1e-4)
-    assert (recipe(two)["world_size"], recipe(two)["per_rank_batch"]) == (2, 256)
-    assert result(two)["evaluated"] == 50
+        values = [metrics(run_dir, "validation")[0][name] for run_dir in runs]
+        assert values[1:] == pytest.approx(values[:1] * 2, rel=1e-5)
+    assert all(result(run_dir)["evaluated"] == 50 for run_dir in runs)
 
 
 def test_two_ranks_stopped_and_resumed(cell, tmp_path):
-    stopped, ours = tmp_path / "stopped", ("checkpoint.minutes=60", "updates=30")
+    stopped, ours = tmp_path / "stopped", ("batch=256", "passes=2", "checkpoint.minutes=60", "updates=30")
     cell.interrupt(stopped, *ours, at_update=12, number=signal.SIGTERM, ranks=2)
     assert saved(stopped)["progress"]["update"] % 10 == 0 and not (stopped / "result.json").exists()
     whole = cell.complete(tmp_path / "whole", *ours, ranks=2)
     assert_same_end(cell.complete(stopped, *ours, ranks=2), whole)
+
+
+def test_ranks_that_cannot_divide_the_passes_are_refused(folder):
+    config = load_config(Config, folder / "cell.yaml", ["passes=8"])
+    with pytest.raises(UserError, match="^passes=8 cannot be divided among 3 ranks"):
+        prepare(config, World(0, 3, 0, torch.device("cpu")), record=None)
+
+
+def test_the_weights_at_the_ends_of_epochs_are_averaged(cell, tmp_path):
+    ours = ("average={last: 2}", "batch=2048", "validate_every=50", "checkpoint.minutes=60")
+    run_dir = cell.complete(tmp_path / "by_epoch", *ours, "updates=30")
+    of_epoch = recipe(run_dir)["updates_per_epoch"]
+    assert of_epoch == 9  # so that the last three updates are of an epoch that is not whole
+    assert result(run_dir)["averaged_updates"] == [18, 27]
+    assert result(cell.complete(tmp_path / "no_epoch", *ours, "updates=3"))["averaged_updates"] == [3]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -116,8 +136,8 @@ def test_it_learns_in_half_precision(cell, tmp_path, precision):
         (["label_smoothing=1.0"], ["label_smoothing"]),
         (["optimizer.betas=[0.9, 0.999]"], ["optimizer", "betas", "'beta'"]),
         (["schedule={name: inverse_sqrt}"], ["schedule", "warmup_updates"]),
-        (["global_batch=9"], ["does not fit", "global_batch"]),
-        (["accumulation=3"], ["512", "not divisible", "513"]),
+        (["batch=9"], ["does not fit batch=9"]),
+        (["global_batch=512"], ["global_batch"]),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_one_line(cell, tmp_path, overrides, words):

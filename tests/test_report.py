@@ -1,6 +1,7 @@
 """The report on run folders as they are found: complete, unfinished, of another recipe, damaged."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,53 @@ def test_cell_is_mean_and_sample_deviation_beside_the_published_value(tmp_path):
     assert line.index("94.30") == header.index("final")
     assert line.index("94.20") == header.index("published")
     assert problems == []
+
+
+def make_translation(runs, seed, scores, updates):
+    """A run folder of the WMT14 Apollo cell, with a log line every 100 updates and one validation."""
+    config = load_cell("wmt14_en_de", cells("wmt14_en_de", "apollo")["milestone"], (f"seed={seed}",))
+    folder = runs / f"wmt14_en_de/apollo_milestone/seed{seed}"
+    folder.mkdir(parents=True)
+    save_config(config, folder / "config.yaml")
+    result = {"final": scores["fairseq_bleu"], "best": 26.0, "complete": True, "signature": "nrefs:1|tok:13a", **scores}
+    (folder / "result.json").write_text(json.dumps(result))
+    lines = [
+        {"kind": "train", "epoch": 1, "update": update, "loss": math.log(2) * (10 - update / 1000), "clipped": 0.25}
+        for update in range(100, updates + 1, 100)
+    ]
+    lines.append({"kind": "validation", "epoch": 1, "update": updates, "train_loss": 5.0, "valid_bleu": 20.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_translation_row_compares_like_with_like(tmp_path):
+    """The difference is that of fairseq's BLEU; the other scores stand beside it."""
+    for seed, shift in ((1, 0.0), (11, 0.2)):
+        scores = {"fairseq_bleu": 28.4, "sacrebleu": 27.6, "compound_split_bleu": 28.1, "tokenized_bleu": 27.5}
+        make_translation(tmp_path, seed, {name: score + shift for name, score in scores.items()}, 500)
+    title, header, line, _, note = report("wmt14_en_de", read_runs(tmp_path)[0]).splitlines()
+    assert "test BLEU as fairseq's generation prints it" in title
+    assert line.split()[2:4] == ["28.50", "(0.14)"]
+    for name, value in (("published", "28.32 (0.12)"), ("difference", "+0.18"), ("sacreBLEU", "27.70 (0.14)"),
+                        ("compound-split", "28.20 (0.14)"), ("whole words", "27.60 (0.14)")):  # fmt: skip
+        assert line[header.index(name) :].startswith(value)
+    assert note == "apollo milestone, sacreBLEU: nrefs:1|tok:13a"
+
+
+def test_a_run_is_held_against_the_authors_log(tmp_path, capsys):
+    """Our log lines, in bits, at the updates of the published ones; blank beyond the run's end."""
+    make_translation(tmp_path, 1, {"fairseq_bleu": 28.4}, 6350)
+    main([str(tmp_path), "--plot", str(tmp_path / "curves.png")])
+    printed = capsys.readouterr().out
+    table = printed[printed.index("wmt14_en_de: apollo milestone, training loss in bits") :].splitlines()
+    assert [" ".join(line.split()) for line in table[1:7]] == [
+        "update published seed 1 clipped",
+        "500 10.13 9.50 25%",
+        "2,400 7.05 7.60 25%",
+        "4,400 5.63 5.60 25%",
+        "6,300 4.93 3.70 25%",
+        "8,600 4.68",
+    ]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_spread_needs_two_values_for_a_deviation():
