@@ -5,8 +5,8 @@
     python -m nmt.prepare grammar OUT                 the generated sentences that need no download
     python -m nmt.prepare verify OUT                  compare what was prepared with its checksums
 
-Three stages (stages.py): Moses tokens and filters, chunk by chunk over all processes; the BPE, learned on both
-sides of what is left; pieces to ids. A preparation that was interrupted, by whatever, goes on where it was when the
+Three stages (stages.py): Moses tokens, chunk by chunk over all processes; the BPE, learned on both sides; ids of the
+pairs that pass the filter. A preparation that was interrupted, by whatever, goes on where it was when the
 same command is run again. docs/data.md says how to get WMT14 and how long this takes.
 """
 
@@ -71,11 +71,9 @@ def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: boo
         _claim(work, task)
         chunks = {name: make_chunks(name, inputs[name], recipe, work) for name in SPLITS}
         with processes(workers) as each:
-            counts = {name: tokenize(name, chunks[name], recipe, each) for name in reversed(SPLITS)}
-            codec = learn_codec(chunks["train"], counts["train"]["characters"], recipe, work)
+            characters = {name: tokenize(name, chunks[name], recipe, each) for name in reversed(SPLITS)}
+            codec = learn_codec(chunks["train"], characters["train"], recipe, work)
             splits = {name: encode(name, chunks[name], codec, recipe, out, each) for name in SPLITS}
-        for name, entry in splits.items():
-            splits[name] = {"lines": dict(counts[name]["lines"]) | {"within_pieces": entry["pairs"]}} | entry
         codec.save(out)
         made = {"vocabulary": codec.size, "merges": len(codec.merges), "codec": codec.digest, "splits": splits}
         write_json(out / "manifest.json", task | made)
@@ -176,8 +174,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     files.add_argument("--valid", required=True, metavar="PREFIX")
     files.add_argument("--test", required=True, metavar="PREFIX")
     files.add_argument("--merges", type=_positive, required=True, help="of the joint BPE, e.g. 8000 for 30,000 pairs")
-    files.add_argument("--max-length", type=_positive, default=250, help="tokens on a side (default: 250)")
-    files.add_argument("--ratio", type=float, default=2.0, help="of the longer side to the shorter (default: 2)")
+    files.add_argument("--max-length", type=_positive, default=250, help="pieces on a side (default: 250)")
+    files.add_argument("--ratio", type=float, default=2.0, help="of the longer side to the shorter, in pieces (default: 2)")
     files.add_argument("--source", default="en", help="language (default: en)")
     files.add_argument("--target", default="de", help="language (default: de)")
     return parser.parse_args(arguments)
