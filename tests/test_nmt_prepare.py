@@ -166,7 +166,7 @@ def test_not_utf_8(text, small_chunks):
 
 def test_missing_and_empty_files(text):
     (text / "valid.de").unlink()
-    fails(RECIPE, text, r"valid\.de: No such file")
+    fails(RECIPE, text, r"no valid\.de in .*: looked for valid\.de; what is there: valid\.en")
     (text / "valid.de").touch()
     fails(RECIPE, text, r"valid\.de is empty")
 
@@ -198,8 +198,8 @@ def test_languages_without_rules(text):
 def test_the_filtered_newstest_is_told_from_the_full_one(tmp_path):
     for language in ("en", "de"):
         write(tmp_path / f"newstest2014.{language}", ["line"] * 2737)
-    with pytest.raises(UserError, match=r"2,737 lines, not the 3,003 .* that is the filtered set"):
-        scan_pair(tmp_path / "newstest2014", "en", "de", WMT14.lines["newstest2014"])
+    with pytest.raises(UserError, match=r"2,737 lines, not the 3,003 .* that is the filtered test set"):
+        scan_pair([tmp_path / f"newstest2014.{side}" for side in ("en", "de")], WMT14.lines["newstest2014"])
 
 
 def test_wmt14_demands_its_own_line_counts(text):
@@ -207,6 +207,9 @@ def test_wmt14_demands_its_own_line_counts(text):
     for split, name in names.items():
         for language in ("en", "de"):
             (text / f"{split}.{language}").rename(text / f"{name}.{language}")
+    for name in WMT14.train[1:]:
+        for language in ("en", "de"):
+            write(text / f"{name}.{language}", ["line"])
     fails(WMT14, text, r"newstest2014\.en has 30 lines, not the 3,003 of the published file")
 
 

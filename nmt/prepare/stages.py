@@ -1,4 +1,4 @@
-"""The three stages of a preparation: Moses tokens, the BPE learned on all of them, ids of the pairs that pass the filter.
+"""The three stages of a preparation: Moses tokens, the BPE learned on all of them, ids of the pairs that pass filters.
 
 The first and the last work chunk by chunk, over processes. The tokens and the BPE lie in the work folder, each piece
 whole or not there at all, so that a preparation that was killed goes on with the first piece that is missing.

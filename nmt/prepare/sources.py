@@ -1,0 +1,169 @@
+"""Where the two sides of a text lie: plain files, the tree that fairseq's script leaves in orig/, SGM, or the archives.
+
+What is plain is read where it is. SGM is turned into lines, and what is in an archive is unpacked, into a folder of the
+preparation's own; the source is never written to. As a member of an archive and in a folder, a text has these names:
+
+    europarl-v7.de-en.en            plain, one sentence a line
+    newstest2013-src.en.sgm         of statmt's test.tgz
+    newstest2014-deen-ref.de.sgm    of statmt's test-full.tgz; either side is there as src and as ref, with equal text
+"""
+
+import logging
+import os
+import re
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+from engine.download import matches
+from engine.errors import UserError
+from nmt.prepare.download import ARCHIVES, MIRRORS
+
+FOLDERS = ("", "training", "test-full", "dev", "test")  # below the source; the archives' own, and so those of orig/
+CHECKSUMS = {archive.name: archive.checksum for archive in (*ARCHIVES, *MIRRORS)} | {"dev.tgz": None}
+HUB_SET = "Hugging Face's wmt14, which is another set: 4,508,785 training pairs, without the lines that are empty"
+BLOCK = 1 << 20
+MOST_LISTED = 10_000  # entries of a folder looked through for the nearest thing
+
+
+def find_texts(source: Path, texts: Sequence[str], languages: Sequence[str], unpacked: Path) -> dict[str, list[Path]]:
+    """For each of `texts` a plain file in each of the two `languages`, from `source` or made in `unpacked`.
+
+    A text is a name, or the path of one below `source`. Raises UserError, which says what was looked for and what is
+    there instead, where one is found nowhere.
+    """
+    if not source.is_dir():
+        raise UserError(f"{source} is not a folder: SOURCE holds the text, or the archives with it")
+    wanted = [(text, language) for text in texts for language in languages]
+    found = {each: path for each in wanted if (path := _in_folders(source, *each, unpacked))}
+    if left := [each for each in wanted if each not in found]:
+        for name, checksum in CHECKSUMS.items():
+            if left and (source / name).is_file():
+                found |= _unpack(source / name, checksum, left, unpacked)
+                left = [each for each in left if each not in found]
+    if left:
+        raise UserError(_nothing(source, *left[0]))
+    return {text: [found[text, language] for language in languages] for text in texts}
+
+
+def names(text: str, language: str) -> list[str]:
+    """The file names under which a side of a text is known, the best first."""
+    return [
+        f"{text}.{language}",
+        *(f"{text}{direction}-{kind}.{language}.sgm" for direction in ("", "-deen") for kind in ("src", "ref")),
+    ]
+
+
+def sgm_to_text(sgm: str) -> str:
+    """The segments of WMT's SGM, a line each, as sacreBLEU reads them: white space is joined, entities stay."""
+    segments = re.findall(r"<seg[^>]*>(.*?)</seg>", sgm, flags=re.DOTALL)
+    return "".join(f"{' '.join(segment.split())}\n" for segment in segments)
+
+
+def _in_folders(source: Path, text: str, language: str, unpacked: Path) -> Path | None:
+    parent, name = os.path.split(text)
+    for kind in names(name, language):
+        for folder in FOLDERS:
+            path = source / parent / folder / kind
+            if path.is_file():
+                return (
+                    _write(unpacked / f"{name}.{language}", open(path, "rb"), kind) if kind.endswith(".sgm") else path
+                )
+    return None
+
+
+def _unpack(
+    archive: Path, checksum: str | None, wanted: Sequence[tuple[str, str]], unpacked: Path
+) -> dict[tuple[str, str], Path]:
+    """Those of `wanted` that are in the archive, as plain files in `unpacked`; what is there already stays."""
+    there = {each: unpacked / f"{each[0]}.{each[1]}" for each in wanted}
+    with _readable(archive):
+        members = _members(archive)
+        chosen = {}  # member: what it is
+        for each in wanted:
+            best = [members[name] for name in names(*each) if name in members]
+            if best:
+                chosen[best[0]] = each
+        missing = {member: each for member, each in chosen.items() if not there[each].exists()}
+        if missing and checksum and not matches(archive, checksum):
+            raise UserError(f"{archive} is not the file that is expected, by its checksum: delete it, get it again")
+        for member, content in _open_members(archive, missing):
+            logging.info("unpacking %s of %s", member, archive.name)
+            _write(there[missing[member]], content, member)
+    return {each: there[each] for each in chosen.values()}
+
+
+def _members(archive: Path) -> dict[str, str]:
+    """The archive's members by the last part of their names."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as content:
+            paths = content.namelist()
+    else:
+        with tarfile.open(archive) as content:
+            paths = content.getnames()
+    return {os.path.basename(path): path for path in paths}
+
+
+def _open_members(archive: Path, wanted: dict[str, tuple[str, str]]) -> Iterator[tuple[str, IO[bytes]]]:
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as content:
+            for member in wanted:
+                yield member, content.open(member)
+    elif wanted:
+        left = set(wanted)
+        with tarfile.open(archive, "r|*") as content:
+            for member in content:
+                if member.name in left:
+                    yield member.name, content.extractfile(member)
+                    left.remove(member.name)
+                if not left:
+                    return
+
+
+def _write(path: Path, content: IO[bytes], name: str) -> Path:
+    """Write plain text, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    with content, open(temporary, "wb") as file:
+        if name.endswith(".sgm"):
+            file.write(sgm_to_text(content.read().decode()).encode())
+        else:
+            with tqdm.wrapattr(file, "write", desc=name, disable=None, leave=False) as counted:
+                shutil.copyfileobj(content, counted, BLOCK)
+    os.replace(temporary, path)
+    return path
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a whole archive ({error}): delete it, get it again") from None
+
+
+def _nothing(source: Path, text: str, language: str) -> str:
+    """What was looked for, and the nearest thing that is there."""
+    folder, name = source / os.path.dirname(text), os.path.basename(text)
+    looked, archives = [f"{name}.{language}"], [archive.name for archive in ARCHIVES if name in archive.texts]
+    if name.startswith("newstest"):
+        looked.append(f"{name}-*.{language}.sgm")
+    where = f"{folder} or its folders {', '.join(FOLDERS[1:])}" if archives else folder
+    message = f"no {name}.{language} in {where}: looked for {', '.join(looked + archives)}"
+    entries = islice(chain(folder.glob("*"), folder.glob("*/*")), MOST_LISTED)
+    listing = sorted(str(path.relative_to(folder)) for path in entries)
+    if any(entry.endswith((".parquet", ".arrow")) for entry in listing):
+        return f"{message}; what lies there looks like {HUB_SET}"
+    if any("test-filtered" in entry for entry in listing) and name == "newstest2014":
+        return f"{message}; test-filtered is another test set, of 2,737 lines"
+    start = re.split(r"[-.]", name)[0]
+    near = [entry for entry in listing if os.path.basename(entry).startswith(start)][:4]
+    return f"{message}; what is there: {', '.join(near or listing[:4]) or 'nothing'}"
