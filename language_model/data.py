@@ -10,9 +10,10 @@ Testing predicts every token exactly once. The stream of all test sentences is c
 about the same length, whose state starts from zero; a row's first <S> is predicted from the </S> that went before it.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from engine.errors import UserError, nearest
 from engine.seed import generator
-from language_model.prepared import Arrays, Corpus, open_corpus
+from language_model.prepared import Arrays, Corpus, Shard, open_corpus
 from language_model.toy_text import pydoc_corpus
 
 TEST_STEPS = 64  # columns of a test batch; the state goes on, so they change no result
@@ -115,12 +116,42 @@ class TextData:
         columns[:-1], columns[-1] = stream[:-1].reshape(rows, length).T, stream[length::length]
         return torch.from_numpy(columns).to(self.device)
 
-    def test_batches(self, rows: int, rank: int = 0, world_size: int = 1) -> Iterator[ScoredBatch]:
-        """The test sentences in `rows` rows, of which `rank` takes every world_size-th."""
-        arrays = [shard.read() for shard in self.corpus.test]
+    def test_batches(
+        self, rows: int, rank: int = 0, world_size: int = 1, *, shards: Sequence[Shard] | None = None
+    ) -> Iterator[ScoredBatch]:
+        """The sentences of `shards` (the test set) in `rows` rows, of which `rank` takes every world_size-th."""
+        arrays = [shard.read() for shard in (self.corpus.test if shards is None else shards)]
         tokens = np.concatenate([tokens for tokens, _ in arrays])
         lengths = np.concatenate([np.diff(offsets) for _, offsets in arrays])
         return scored_batches(tokens, lengths, rows, rank, world_size, device=self.device)
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats."""
+    return math.exp(min(loss, 709.0))  # beyond is beyond a float
+
+
+def perplexities(loss: float, tokens: int, sentences: int) -> dict[str, float]:
+    """Perplexity by each of the denominators in use, for the total `loss` (nats) of a text's `tokens`, marks included.
+
+    per_token      words, and the <S> and </S> of each sentence: as the published code counts, and as in training
+    with_end_mark  words, and the </S> of each sentence: what the benchmark's literature reports
+    per_word       words alone
+
+    The numerator of all three is the loss of the whole text. That of <S>, which always follows </S>, is next to nothing
+    in a trained model.
+    """
+    return {
+        "per_token": perplexity(loss / tokens),
+        "with_end_mark": perplexity(loss / (tokens - sentences)),
+        "per_word": perplexity(loss / (tokens - 2 * sentences)),
+    }
+
+
+def scored_text(loss: float, shards: Sequence[Shard], files: Sequence[str]) -> dict[str, Any]:
+    """What result.json says about a held-out text whose tokens have the total `loss`."""
+    tokens, sentences = sum(shard.tokens for shard in shards), sum(shard.sentences for shard in shards)
+    return {"files": len(files), "tokens": tokens, "sentences": sentences} | perplexities(loss, tokens, sentences)
 
 
 def sentences_in_order(shard: Arrays, order: np.ndarray, start: int, stop: int) -> np.ndarray:

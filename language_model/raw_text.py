@@ -1,27 +1,34 @@
 """The text behind a prepared corpus: the unpacked benchmark, or its .tar.gz read as a stream, in parts of bounded size.
 
-    training-monolingual.tokenized.shuffled/news.en-*           what is trained on
-    heldout-monolingual.tokenized.shuffled/news.en.heldout-*    of which the files named are the test set
+    training-monolingual.tokenized.shuffled/news.en-*           what is trained on, without news.en-00000-of-00100
+    heldout-monolingual.tokenized.shuffled/news.en.heldout-*    of which the files named, or all, are the test set
 
 A part becomes a shard. It is a whole file of up to PART_BYTES, as all of the benchmark's are; a larger file is cut
 after the line in which a multiple of them is reached.
 """
 
 import io
+import logging
 import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
+from tqdm import tqdm
+
 from engine.errors import UserError
+from language_model.benchmark import ARCHIVE, ARCHIVE_CHECKSUM, NOT_FOR_TRAINING
 
 FOLDERS = {"train": "training-monolingual.tokenized.shuffled", "test": "heldout-monolingual.tokenized.shuffled"}
 PART_BYTES = 64 << 20  # a training file of the benchmark has 41 MB
 BLOCK_BYTES = 1 << 18  # read, and encoded, at a time
 LINE_BYTES = 16 << 20  # the longest line accepted
+ALL = "all"  # in the place of the test files' names
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Part:
                 if not block:
                     raise UserError(f"{self.path}: the file has become shorter while it was read: run again")
                 try:
-                    yield block.decode()
+                    yield (block if position else block.removeprefix(BYTE_ORDER_MARK)).decode()
                 except UnicodeDecodeError as error:
                     raise UserError(
                         f"{self.file}: byte {position + error.start:,} (0x{block[error.start]:02x}) is not UTF-8: "
@@ -64,13 +71,17 @@ class FolderSource:
 
     def __init__(self, folder: Path, tests: Sequence[str]) -> None:
         train, held_out = (self._list(folder / name) for name in FOLDERS.values())
-        for name in tests:
+        train.pop(NOT_FOR_TRAINING, None)
+        for name in tests if ALL not in tests else ():
             if name not in held_out:
                 known = f"{next(iter(held_out))} ... ({len(held_out)} files)" if held_out else "nothing"
                 raise UserError(f"{folder / FOLDERS['test'] / name} is not there: --test names files of {known}")
-        self.files = [("train", path) for path in train.values()] + [("test", held_out[name]) for name in sorted(tests)]
+        self.files = [("train", path) for path in train.values()] + [
+            ("test", path) for name, path in held_out.items() if name in tests or ALL in tests
+        ]
         self.total = sum(path.stat().st_size for _, path in self.files)
-        self.identity = [[split, path.name, path.stat().st_size] for split, path in self.files]
+        with _bar(self.total, f"reading {folder.name}") as bar:
+            self.identity = [[split, path.name, _sha256(path, bar)] for split, path in self.files]
 
     @staticmethod
     def _list(folder: Path) -> dict[str, Path]:
@@ -98,7 +109,11 @@ class ArchiveSource:
     def __init__(self, archive: Path, tests: Sequence[str]) -> None:
         self.archive, self.tests = archive, tests
         self.total = archive.stat().st_size
-        self.identity = [["archive", archive.name, self.total], *(["test", name] for name in sorted(tests))]
+        with _bar(self.total, f"reading {archive.name}") as bar:
+            digest = _sha256(archive, bar)
+        if archive.name == ARCHIVE and f"sha256:{digest}" != ARCHIVE_CHECKSUM:
+            logging.warning("warning: %s is not the published archive, by its checksum (%s)", archive, digest)
+        self.identity = [["archive", digest], *(["test", name] for name in sorted(tests))]
 
     def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
         """All parts in the archive's order; `advance` is told how many of `total` bytes were read."""
@@ -122,7 +137,8 @@ class ArchiveSource:
             if isinstance(error, OSError) and error.errno:
                 raise
             raise UserError(f"{self.archive}: not a whole .tar or .tar.gz ({error}): download it again") from None
-        missing = [name for name in self.tests if ("test", name) not in found]
+        named = ["news.en.heldout-*"] if ALL in self.tests and "test" not in dict(found) else self.tests
+        missing = [name for name in named if name != ALL and ("test", name) not in found]
         if missing or not any(split == "train" for split, _ in found):
             name = f"{FOLDERS['test']}/{missing[0]}" if missing else FOLDERS["train"]
             raise UserError(f"{self.archive}: there is no {name} in it")
@@ -133,17 +149,38 @@ class ArchiveSource:
             return None
         folder = os.path.basename(folder)
         if folder == FOLDERS["train"]:
-            return "train"
-        return "test" if folder == FOLDERS["test"] and name in self.tests else None
+            return "train" if name != NOT_FOR_TRAINING else None
+        return "test" if folder == FOLDERS["test"] and (name in self.tests or ALL in self.tests) else None
 
 
 def find_source(path: Path, tests: Sequence[str]) -> FolderSource | ArchiveSource:
-    """The text at `path`, with the held-out files named `tests`. Raises UserError where something is missing."""
+    """The text at `path`, with the held-out files named `tests`. Raises UserError where something is missing.
+
+    `path` is the archive, the folder that holds the two folders of text, or the one above that.
+    """
     if path.is_dir():
+        below = [folder for folder in path.glob("*/") if (folder / FOLDERS["train"]).is_dir()]
+        if not (path / FOLDERS["train"]).is_dir() and below:
+            if len(below) > 1:
+                raise UserError(f"{path} holds several corpora: give one as SOURCE, e.g. {min(below)}")
+            path = below[0]
         return FolderSource(path, tests)
     if path.is_file():
         return ArchiveSource(path, tests)
     raise UserError(f"{path} is not there: SOURCE is the unpacked benchmark's folder, or its .tar.gz")
+
+
+def _bar(total: int, what: str) -> tqdm:
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, disable=None)
+
+
+def _sha256(path: Path, bar: tqdm) -> str:
+    digest = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
 
 
 def _read_lines(file: BinaryIO, size: int, name: str) -> bytes:

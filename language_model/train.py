@@ -27,7 +27,7 @@ from engine.metrics import Sums, require_finite
 from engine.precision import Precision, create_precision, optimizer_step
 from engine.run_record import RunRecord, peak_memory_mb
 from engine.seed import seed_step
-from language_model.data import ScoredBatch, TextData, load_corpus
+from language_model.data import ScoredBatch, TextData, load_corpus, perplexity, scored_text
 from language_model.model import LanguageModel
 from optim import create_optimizer
 from optim.lr_scheduler import create_schedule
@@ -125,6 +125,7 @@ def train(config: Config, world: World) -> int:
         epochs=progress.epoch,
         evaluated=run.data.test_tokens,
         test_files=run.data.corpus.facts["test"]["files"],
+        perplexities=final_perplexities(run),
         vocabulary=run.data.corpus.words,
         parameters=sum(parameter.numel() for parameter in run.model.parameters()),
         tokens_per_s=round(progress.update * config.global_batch * config.sequence_length / progress.train_s, 1),
@@ -292,10 +293,6 @@ def close_window(run: Run) -> dict[str, float]:
     return means
 
 
-def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 709.0))  # beyond is beyond a float
-
-
 def evaluate(run: Run) -> dict[str, float]:
     """Loss and perplexity on the test text, each token counted exactly once over all ranks."""
     batches = run.data.test_batches(run.config.eval_rows, run.world.rank, run.world.world_size)
@@ -305,6 +302,18 @@ def evaluate(run: Run) -> dict[str, float]:
     loss = total["loss"] / total["count"]
     require_finite(loss, run.progress.update)
     return {"test_loss": loss, "test_ppl": perplexity(loss)}
+
+
+def final_perplexities(run: Run) -> dict[str, dict[str, float]]:
+    """By each denominator: of the test set, and of all held-out files where they were prepared."""
+    corpus, world = run.data.corpus, run.world
+    loss = run.progress.last["test_loss"] * run.data.test_tokens
+    found = {"test": scored_text(loss, corpus.test, corpus.facts["test"]["files"])}
+    if corpus.all_test:
+        batches = run.data.test_batches(run.config.eval_rows, world.rank, world.world_size, shards=corpus.all_test)
+        loss = score(run.model, batches, run.precision, world)["loss"]
+        found["all_test"] = scored_text(loss, corpus.all_test, corpus.facts["all_test"]["files"])
+    return found
 
 
 @torch.inference_mode()
