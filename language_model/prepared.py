@@ -164,7 +164,10 @@ def open_corpus(root: Path) -> Corpus:
     """The corpus prepared in `root`. Raises UserError, in one line, where something is missing or does not fit."""
     manifest = read_manifest(root)
     if manifest is None:
-        raise UserError(f"{root}: no finished corpus there (no {MANIFEST}): {PREPARE_COMMAND} makes one")
+        raise UserError(
+            f"{root}: no finished corpus there (no {MANIFEST}): "
+            f"bash scripts/prepare.sh one_billion_words SOURCE {root} (of other text: {PREPARE_COMMAND})"
+        )
     again = f"run `{PREPARE_COMMAND.replace('OUT', str(root))}` as before: it makes what is missing"
     vocabulary, dtype = manifest["vocabulary"], np.dtype(manifest["dtype"])
     try:

@@ -14,6 +14,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
@@ -80,13 +81,22 @@ class FolderSource:
             ("test", path) for name, path in held_out.items() if name in tests or ALL in tests
         ]
         self.total = sum(path.stat().st_size for _, path in self.files)
-        with _bar(self.total, f"reading {folder.name}") as bar:
-            self.identity = [[split, path.name, _sha256(path, bar)] for split, path in self.files]
+        self.place = folder
+
+    @cached_property
+    def identity(self) -> list[list[str]]:
+        """What tells this text from any other: the names and the SHA-256 of its files."""
+        with _bar(self.total, f"reading {self.place.name}") as bar:
+            return [[split, path.name, _sha256(path, bar)] for split, path in self.files]
 
     @staticmethod
     def _list(folder: Path) -> dict[str, Path]:
         if not folder.is_dir():
-            raise UserError(f"{folder} is not there: SOURCE is the folder (or the .tar.gz) that holds {folder.name}")
+            there = ", ".join(sorted(path.name for path in folder.parent.glob("[!.]*"))[:4]) or "nothing"
+            raise UserError(
+                f"{folder} is not there: SOURCE is the .tar.gz, the folder that holds {folder.name}, or the one above; "
+                f"what {folder.parent} holds: {there}"
+            )
         return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
 
     def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
@@ -107,20 +117,24 @@ class ArchiveSource:
     """The benchmark's archive, .tar or .tar.gz, read from its beginning to its end and never unpacked."""
 
     def __init__(self, archive: Path, tests: Sequence[str]) -> None:
-        self.archive, self.tests = archive, tests
+        self.place, self.tests = archive, tests
         self.total = archive.stat().st_size
-        with _bar(self.total, f"reading {archive.name}") as bar:
-            digest = _sha256(archive, bar)
-        if archive.name == ARCHIVE and f"sha256:{digest}" != ARCHIVE_CHECKSUM:
-            logging.warning("warning: %s is not the published archive, by its checksum (%s)", archive, digest)
-        self.identity = [["archive", digest], *(["test", name] for name in sorted(tests))]
+
+    @cached_property
+    def identity(self) -> list[list[str]]:
+        """What tells this text from any other: the archive's SHA-256, and the names of the test files."""
+        with _bar(self.total, f"reading {self.place.name}") as bar:
+            digest = _sha256(self.place, bar)
+        if self.place.name == ARCHIVE and f"sha256:{digest}" != ARCHIVE_CHECKSUM:
+            logging.warning("warning: %s is not the published archive, by its checksum (%s)", self.place, digest)
+        return [["archive", digest], *(["test", name] for name in sorted(self.tests))]
 
     def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
         """All parts in the archive's order; `advance` is told how many of `total` bytes were read."""
         found: set[tuple[str, str]] = set()
         told = 0
         try:
-            with open(self.archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*", bufsize=BLOCK_BYTES) as tar:
+            with open(self.place, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*", bufsize=BLOCK_BYTES) as tar:
                 for member in tar:
                     split = self._split_of(member)
                     if split is None:
@@ -136,12 +150,12 @@ class ArchiveSource:
         except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
-            raise UserError(f"{self.archive}: not a whole .tar or .tar.gz ({error}): download it again") from None
+            raise UserError(f"{self.place}: not a whole .tar or .tar.gz ({error}): download it again") from None
         named = ["news.en.heldout-*"] if ALL in self.tests and "test" not in dict(found) else self.tests
         missing = [name for name in named if name != ALL and ("test", name) not in found]
         if missing or not any(split == "train" for split, _ in found):
             name = f"{FOLDERS['test']}/{missing[0]}" if missing else FOLDERS["train"]
-            raise UserError(f"{self.archive}: there is no {name} in it")
+            raise UserError(f"{self.place}: there is no {name} in it")
 
     def _split_of(self, member: tarfile.TarInfo) -> str | None:
         folder, name = os.path.split(member.name)
@@ -156,15 +170,17 @@ class ArchiveSource:
 def find_source(path: Path, tests: Sequence[str]) -> FolderSource | ArchiveSource:
     """The text at `path`, with the held-out files named `tests`. Raises UserError where something is missing.
 
-    `path` is the archive, the folder that holds the two folders of text, or the one above that.
+    `path` is the archive, the folder that holds the two folders of text, or the one above any of these.
     """
     if path.is_dir():
         below = [folder for folder in path.glob("*/") if (folder / FOLDERS["train"]).is_dir()]
-        if not (path / FOLDERS["train"]).is_dir() and below:
-            if len(below) > 1:
-                raise UserError(f"{path} holds several corpora: give one as SOURCE, e.g. {min(below)}")
-            path = below[0]
-        return FolderSource(path, tests)
+        if (path / FOLDERS["train"]).is_dir():
+            return FolderSource(path, tests)
+        if len(below) > 1:
+            raise UserError(f"{path} holds several corpora: give one as SOURCE, e.g. {min(below)}")
+        if not below and (path / ARCHIVE).is_file():
+            return ArchiveSource(path / ARCHIVE, tests)
+        return FolderSource(below[0] if below else path, tests)
     if path.is_file():
         return ArchiveSource(path, tests)
     raise UserError(f"{path} is not there: SOURCE is the unpacked benchmark's folder, or its .tar.gz")

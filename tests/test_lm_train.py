@@ -300,7 +300,10 @@ def refused(command_of_task, arguments: list[str], capsys=None) -> str:
     [
         (["epoch=3"], ["unknown key 'epoch'", "'epochs'"]),
         (["data.name=pydoc"], ["data.name", "pydoc"]),
-        (["data={name: prepared, root: nowhere}"], ["nowhere", "no finished corpus", "language_model.prepare"]),
+        (
+            ["data={name: prepared, root: nowhere}"],
+            ["nowhere", "no finished corpus", "scripts/prepare.sh one_billion_words SOURCE nowhere"],
+        ),
         (["model.cutoffs=[300, 60000]"], ["model: cutoffs=[300, 60000]", "words"]),
         (["model.name=lstn"], ["model.name", "lstn"]),
         (["model.dropout=1.0"], ["model.dropout", "1.0"]),

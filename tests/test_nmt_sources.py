@@ -140,9 +140,10 @@ def test_an_archive_of_another_content_is_refused(texts, tmp_path, monkeypatch):
     monkeypatch.setitem(sources.CHECKSUMS, "test.tgz", f"md5:{'0' * 32}")
     with pytest.raises(UserError, match=r"test\.tgz is not the file that is expected, by its checksum"):
         prepare(RECIPE, source, tmp_path / "out")
-    (source / "test.tgz").write_bytes((source / "test.tgz").read_bytes()[:100])
+    other = lay_out(tmp_path / "other", statmt_archives(texts), monkeypatch)
+    (other / "test.tgz").write_bytes((other / "test.tgz").read_bytes()[:100])
     with pytest.raises(UserError, match=r"test\.tgz is not a whole archive"):
-        prepare(RECIPE, source, tmp_path / "out")
+        prepare(RECIPE, other, tmp_path / "out")
 
 
 def refusal(source, tmp_path):

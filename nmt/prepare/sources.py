@@ -15,11 +15,12 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
@@ -34,24 +35,69 @@ BLOCK = 1 << 20
 MOST_LISTED = 10_000  # entries of a folder looked through for the nearest thing
 
 
+class Place(NamedTuple):
+    """Where a side of a text was found."""
+
+    path: Path  # of a text, of SGM, or of an archive
+    member: str | None = None  # in the archive
+
+    @property
+    def is_plain(self) -> bool:
+        return self.member is None and self.path.suffix != ".sgm"
+
+
+Side = tuple[str, str]  # of a text, in a language
+
+
 def find_texts(source: Path, texts: Sequence[str], languages: Sequence[str], unpacked: Path) -> dict[str, list[Path]]:
     """For each of `texts` a plain file in each of the two `languages`, from `source` or made in `unpacked`.
 
-    A text is a name, or the path of one below `source`. Raises UserError, which says what was looked for and what is
-    there instead, where one is found nowhere.
+    A text is a name, or the path of one below `source`. Raises UserError as `locate` does, and for an archive that is
+    damaged or not the published one.
+    """
+    places = locate(source, texts, languages)
+    files = {
+        (text, language): place.path if place.is_plain else unpacked / f"{os.path.basename(text)}.{language}"
+        for (text, language), place in places.items()
+    }
+    for side, place in places.items():
+        if place.member is None and not place.is_plain:
+            with open(place.path, "rb") as content:
+                _write(files[side], content, place.path.name)
+    for archive in dict.fromkeys(place.path for place in places.values() if place.member):
+        _unpack(archive, {place.member: files[side] for side, place in places.items() if place.path == archive})
+    return {text: [files[text, language] for language in languages] for text in texts}
+
+
+def locate(source: Path, texts: Sequence[str], languages: Sequence[str]) -> dict[Side, Place]:
+    """Where `source` holds each side of `texts`, without unpacking any.
+
+    Raises UserError, which says what was looked for and what is there instead, where one is found nowhere.
     """
     if not source.is_dir():
         raise UserError(f"{source} is not a folder: SOURCE holds the text, or the archives with it")
-    wanted = [(text, language) for text in texts for language in languages]
-    found = {each: path for each in wanted if (path := _in_folders(source, *each, unpacked))}
-    if left := [each for each in wanted if each not in found]:
-        for name, checksum in CHECKSUMS.items():
-            if left and (source / name).is_file():
-                found |= _unpack(source / name, checksum, left, unpacked)
-                left = [each for each in left if each not in found]
-    if left:
+    left = [(text, language) for text in texts for language in languages]
+    places = {side: Place(path) for side in left if (path := _in_folders(source, *side))}
+    for name in CHECKSUMS:
+        left = [side for side in left if side not in places]
+        if left and (source / name).is_file():
+            members = _members(source / name)
+            for side in left:
+                if found := [members[known] for known in names(*side) if known in members]:
+                    places[side] = Place(source / name, found[0])
+    if left := [side for side in left if side not in places]:
         raise UserError(_nothing(source, *left[0]))
-    return {text: [found[text, language] for language in languages] for text in texts}
+    return places
+
+
+def first_lines(place: Place, count: int) -> list[str]:
+    """Up to `count` lines of a plain file, or of a member of an archive that is one."""
+    with _readable(place.path):
+        if place.member is None:
+            with open(place.path, "rb") as file:
+                return [line.decode(errors="replace") for line in islice(file, count)]
+        _, content = next(_open_members(place.path, [place.member]))
+        return [line.decode(errors="replace") for line in islice(content, count)]
 
 
 def names(text: str, language: str) -> list[str]:
@@ -68,57 +114,43 @@ def sgm_to_text(sgm: str) -> str:
     return "".join(f"{' '.join(segment.split())}\n" for segment in segments)
 
 
-def _in_folders(source: Path, text: str, language: str, unpacked: Path) -> Path | None:
+def _in_folders(source: Path, text: str, language: str) -> Path | None:
     parent, name = os.path.split(text)
-    for kind in names(name, language):
-        for folder in FOLDERS:
-            path = source / parent / folder / kind
-            if path.is_file():
-                return (
-                    _write(unpacked / f"{name}.{language}", open(path, "rb"), kind) if kind.endswith(".sgm") else path
-                )
-    return None
+    places = (source / parent / folder / kind for kind in names(name, language) for folder in FOLDERS)
+    return next((path for path in places if path.is_file()), None)
 
 
-def _unpack(
-    archive: Path, checksum: str | None, wanted: Sequence[tuple[str, str]], unpacked: Path
-) -> dict[tuple[str, str], Path]:
-    """Those of `wanted` that are in the archive, as plain files in `unpacked`; what is there already stays."""
-    there = {each: unpacked / f"{each[0]}.{each[1]}" for each in wanted}
+def _unpack(archive: Path, targets: Mapping[str, Path]) -> None:
+    """Write members of the archive to plain files; those that are there already stay."""
+    missing = {member: path for member, path in targets.items() if not path.exists()}
+    checksum = CHECKSUMS[archive.name]
+    if missing and checksum and not matches(archive, checksum):
+        raise UserError(f"{archive} is not the file that is expected, by its checksum: delete it, get it again")
     with _readable(archive):
-        members = _members(archive)
-        chosen = {}  # member: what it is
-        for each in wanted:
-            best = [members[name] for name in names(*each) if name in members]
-            if best:
-                chosen[best[0]] = each
-        missing = {member: each for member, each in chosen.items() if not there[each].exists()}
-        if missing and checksum and not matches(archive, checksum):
-            raise UserError(f"{archive} is not the file that is expected, by its checksum: delete it, get it again")
         for member, content in _open_members(archive, missing):
             logging.info("unpacking %s of %s", member, archive.name)
-            _write(there[missing[member]], content, member)
-    return {each: there[each] for each in chosen.values()}
+            _write(missing[member], content, member)
 
 
+@cache
 def _members(archive: Path) -> dict[str, str]:
     """The archive's members by the last part of their names."""
-    if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive) as content:
-            paths = content.namelist()
-    else:
-        with tarfile.open(archive) as content:
-            paths = content.getnames()
+    with _readable(archive):
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as content:
+                paths = content.namelist()
+        else:
+            with tarfile.open(archive) as content:
+                paths = content.getnames()
     return {os.path.basename(path): path for path in paths}
 
 
-def _open_members(archive: Path, wanted: dict[str, tuple[str, str]]) -> Iterator[tuple[str, IO[bytes]]]:
+def _open_members(archive: Path, wanted: Collection[str]) -> Iterator[tuple[str, IO[bytes]]]:
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as content:
             for member in wanted:
                 yield member, content.open(member)
-    elif wanted:
-        left = set(wanted)
+    elif left := set(wanted):
         with tarfile.open(archive, "r|*") as content:
             for member in content:
                 if member.name in left:
@@ -158,7 +190,7 @@ def _nothing(source: Path, text: str, language: str) -> str:
         looked.append(f"{name}-*.{language}.sgm")
     where = f"{folder} or its folders {', '.join(FOLDERS[1:])}" if archives else folder
     message = f"no {name}.{language} in {where}: looked for {', '.join(looked + archives)}"
-    entries = islice(chain(folder.glob("*"), folder.glob("*/*")), MOST_LISTED)
+    entries = islice(chain(folder.glob("[!.]*"), folder.glob("[!.]*/*")), MOST_LISTED)
     listing = sorted(str(path.relative_to(folder)) for path in entries)
     if any(entry.endswith((".parquet", ".arrow")) for entry in listing):
         return f"{message}; what lies there looks like {HUB_SET}"
