@@ -14,6 +14,7 @@ VOCABULARY_URL = f"https://github.com/rafaljozefowicz/lm/raw/master/{VOCABULARY}
 TRAIN_FILES = frozenset(f"news.en-{number:05}-of-00100" for number in range(1, 100))
 NOT_FOR_TRAINING = "news.en-00000-of-00100"  # the held-out text, undivided: the benchmark's script leaves it there
 TEST_FILE = "news.en.heldout-00000-of-00050"  # the test set of the benchmark's authors
+WORDS_TOLERANCE = 1e-5  # programs differ in what white space is: the count with wc is 2,358 words less
 EXPECTED = {  # lines end with a newline, words with white space
     "the training text": {"lines": 30_301_028, "words": 768_648_884},
     TEST_FILE: {"lines": 6_075, "words": 153_583},
@@ -33,5 +34,5 @@ def warnings(shards: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for (what, expected), of_text in zip(EXPECTED.items(), (train, test), strict=True):
         for unit, count in expected.items():
             there = sum(shard[unit] for shard in of_text)
-            if of_text and there != count:
+            if of_text and abs(there - count) > (WORDS_TOLERANCE * count if unit == "words" else 0):
                 yield f"{what} has {there:,} {unit}, and that of the benchmark {count:,}: is it the published file?"

@@ -13,7 +13,7 @@ about the same length, whose state starts from zero; a row's first <S> is predic
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -134,24 +134,18 @@ def perplexity(loss: float) -> float:
 def perplexities(loss: float, tokens: int, sentences: int) -> dict[str, float]:
     """Perplexity by each of the denominators in use, for the total `loss` (nats) of a text's `tokens`, marks included.
 
-    per_token      words, and the <S> and </S> of each sentence: as the published code counts, and as in training
-    with_end_mark  words, and the </S> of each sentence: what the benchmark's literature reports
-    per_word       words alone
+    ppl                words, and the <S> and </S> of each sentence: as the published code counts, and as in training
+    ppl_with_end_mark  words, and the </S> of each sentence: what the benchmark's literature reports
+    ppl_per_word       words alone
 
     The numerator of all three is the loss of the whole text. That of <S>, which always follows </S>, is next to nothing
     in a trained model.
     """
     return {
-        "per_token": perplexity(loss / tokens),
-        "with_end_mark": perplexity(loss / (tokens - sentences)),
-        "per_word": perplexity(loss / (tokens - 2 * sentences)),
+        "ppl": perplexity(loss / tokens),
+        "ppl_with_end_mark": perplexity(loss / (tokens - sentences)),
+        "ppl_per_word": perplexity(loss / (tokens - 2 * sentences)),
     }
-
-
-def scored_text(loss: float, shards: Sequence[Shard], files: Sequence[str]) -> dict[str, Any]:
-    """What result.json says about a held-out text whose tokens have the total `loss`."""
-    tokens, sentences = sum(shard.tokens for shard in shards), sum(shard.sentences for shard in shards)
-    return {"files": len(files), "tokens": tokens, "sentences": sentences} | perplexities(loss, tokens, sentences)
 
 
 def sentences_in_order(shard: Arrays, order: np.ndarray, start: int, stop: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from engine.metrics import Sums, require_finite
 from engine.precision import Precision, create_precision, optimizer_step
 from engine.run_record import RunRecord, peak_memory_mb
 from engine.seed import seed_step
-from language_model.data import ScoredBatch, TextData, load_corpus, perplexity, scored_text
+from language_model.data import ScoredBatch, TextData, load_corpus, perplexities, perplexity
 from language_model.model import LanguageModel
 from optim import create_optimizer
 from optim.lr_scheduler import create_schedule
@@ -125,7 +125,7 @@ def train(config: Config, world: World) -> int:
         epochs=progress.epoch,
         evaluated=run.data.test_tokens,
         test_files=run.data.corpus.facts["test"]["files"],
-        perplexities=final_perplexities(run),
+        **final_perplexities(run),
         vocabulary=run.data.corpus.words,
         parameters=sum(parameter.numel() for parameter in run.model.parameters()),
         tokens_per_s=round(progress.update * config.global_batch * config.sequence_length / progress.train_s, 1),
@@ -304,15 +304,18 @@ def evaluate(run: Run) -> dict[str, float]:
     return {"test_loss": loss, "test_ppl": perplexity(loss)}
 
 
-def final_perplexities(run: Run) -> dict[str, dict[str, float]]:
-    """By each denominator: of the test set, and of all held-out files where they were prepared."""
-    corpus, world = run.data.corpus, run.world
-    loss = run.progress.last["test_loss"] * run.data.test_tokens
-    found = {"test": scored_text(loss, corpus.test, corpus.facts["test"]["files"])}
+def final_perplexities(run: Run) -> dict[str, float]:
+    """By each denominator: of the test set; and of all held-out files (all_...), where they were prepared."""
+    data, corpus, world = run.data, run.data.corpus, run.world
+    sentences = sum(shard.sentences for shard in corpus.test)
+    found = perplexities(run.progress.last["test_loss"] * data.test_tokens, data.test_tokens, sentences)
     if corpus.all_test:
-        batches = run.data.test_batches(run.config.eval_rows, world.rank, world.world_size, shards=corpus.all_test)
+        batches = data.test_batches(run.config.eval_rows, world.rank, world.world_size, shards=corpus.all_test)
         loss = score(run.model, batches, run.precision, world)["loss"]
-        found["all_test"] = scored_text(loss, corpus.all_test, corpus.facts["all_test"]["files"])
+        facts = corpus.facts["all_test"]
+        found |= {"all_files": len(facts["files"]), "all_tokens": facts["tokens"]}
+        of_all = perplexities(loss, facts["tokens"], facts["sentences"])
+        found |= {f"all_{name}": value for name, value in of_all.items()}
     return found
 
 

@@ -30,11 +30,17 @@ class Moses:
     tokenizer: MosesTokenizer
     detokenizer: MosesDetokenizer
 
-    def tokenize(self, line: str) -> str:
-        """The tokens of a raw line, separated by single spaces; "" for an empty line."""
+    def tokenize(self, line: str, normalize: bool = True) -> str:
+        """The tokens of a raw line, separated by single spaces; "" for an empty line.
+
+        Without `normalize` the line stays as it is, but for the typographic apostrophe: what fairseq's recipe does with
+        test sets.
+        """
         line = unicodedata.normalize("NFC", line).replace(WORD_START, "_")
-        line = self.normalizer.normalize(line + "\n")  # the Perl script's rule for a last quotation mark needs the end
-        line = _blank_non_printing(line)
+        if normalize:  # the Perl script's rule for a last quotation mark needs the line's end
+            line = _blank_non_printing(self.normalizer.normalize(line + "\n"))
+        else:
+            line = line.replace("\u2019", "'")
         tokens = self.tokenizer.tokenize(line, aggressive_dash_splits=True, return_str=True, escape=False)
         return FINAL_DOT.sub(" .", " ".join(tokens.split()))
 

@@ -267,25 +267,25 @@ def test_a_prepared_corpus_is_trained_on_and_a_file_scored(config, prepared, tmp
     assert number["out of vocabulary"] == unknown
     loss = math.log(outcome["final"]) * outcome["evaluated"]
     by_denominator = {"both marks": words + 400, "end mark": words + 200, "words": words}
-    for (name, tokens), key in zip(by_denominator.items(), ("per_token", "with_end_mark", "per_word"), strict=True):
+    for (name, tokens), key in zip(by_denominator.items(), ("ppl", "ppl_with_end_mark", "ppl_per_word"), strict=True):
         assert number[f"perplexity, {name}"] == pytest.approx(math.exp(loss / tokens), abs=0.01)
-        assert outcome["perplexities"]["test"][key] == pytest.approx(math.exp(loss / tokens), rel=1e-6)
+        assert outcome[key] == pytest.approx(math.exp(loss / tokens), rel=1e-6)
 
 
 def test_all_held_out_files_are_scored_at_the_end(config, prepared, tmp_path, capsys, signals):
     """result.json has them beside the first, which is the run's metric; both files one after the other, as one text."""
     data = f"data={{name: prepared, root: {prepared}/corpus}}"
     run_dir = train(config, tmp_path / "run", data, "epochs=1", "eval_rows=1", "checkpoint.minutes=60")
-    found = result(run_dir)["perplexities"]
-    assert (found["test"]["files"], found["all_test"]["files"]) == (1, 2)
+    found = result(run_dir)
+    assert (len(found["test_files"]), found["all_files"]) == (1, 2) and found["ppl"] == pytest.approx(found["final"])
     both = "".join((prepared / "text" / HELD_OUT / name).read_text(encoding="utf-8") for name in TEST_FILES)
     (tmp_path / "both").write_text(both, encoding="utf-8")
     capsys.readouterr()
     evaluate_command.main([str(run_dir), str(tmp_path / "both")])
     printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     per_word = float(printed["perplexity, words"].replace(",", ""))
-    assert found["all_test"]["tokens"] == len(both.split()) + 2 * 400
-    assert found["all_test"]["per_word"] == pytest.approx(per_word, abs=0.01)
+    assert found["all_tokens"] == len(both.split()) + 2 * 400
+    assert found["all_ppl_per_word"] == pytest.approx(per_word, abs=0.01)
 
 
 def refused(command_of_task, arguments: list[str], capsys=None) -> str:
