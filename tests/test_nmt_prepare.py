@@ -232,6 +232,15 @@ def test_a_finished_preparation_is_left_alone(text):
     fails(RECIPE, text, "already holds other data")
 
 
+def test_an_edit_of_equal_length_is_noticed(text):
+    prepare(RECIPE, text, text / "out")
+    file = text / "train.en"
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    file.write_bytes(file.read_bytes().replace(b"the", b"teh", 1))
+    os.utime(file, ns=times)
+    fails(RECIPE, text, "already holds other data")
+
+
 def test_verify_names_what_is_damaged(text):
     out = text / "out"
     prepare(RECIPE, text, out)
