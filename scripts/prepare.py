@@ -49,14 +49,16 @@ def main(arguments: list[str]) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     table = TABLES[options.table]
     dest = options.dest or table.dest
-    if options.source is None and table.finished and (dest / table.finished).exists():
+    finished = table.finished is not None and (dest / table.finished).exists()
+    if finished and options.source is None:
         print(f"{dest} is complete")
     else:
         plan = table.plan(options.source, dest, options)
-        print(f"found: {plan.found}")
-        print(f"will write: {amount(plan.bytes)} to {dest}, in about {duration(plan.seconds)}", flush=True)
-        require_space(dest, plan.bytes)
-        plan.make()
+        print(f"found: {plan.found}", flush=True)
+        if not finished:
+            print(f"will write: {amount(plan.bytes)} to {dest}, in about {duration(plan.seconds)}", flush=True)
+            require_space(dest, plan.bytes)
+        plan.make()  # where it is finished: compares it with the source
     where = "" if dest == table.dest else f" data.root={dest}"
     print(f"to train a row: bash scripts/{table.row}{where}")
 
@@ -115,8 +117,14 @@ def plan_one_billion_words(source: Path | None, dest: Path, options: argparse.Na
     if source is None:
         source = dest.with_name(f"{dest.name}_source")
         source.mkdir(parents=True, exist_ok=True)
-        download(benchmark.VOCABULARY_URL, source / benchmark.VOCABULARY)
-        download(benchmark.ARCHIVE_URL, source / benchmark.ARCHIVE, benchmark.ARCHIVE_CHECKSUM)
+        try:
+            if options.vocabulary is None:
+                download(benchmark.VOCABULARY_URL, source / benchmark.VOCABULARY)
+            download(benchmark.ARCHIVE_URL, source / benchmark.ARCHIVE, benchmark.ARCHIVE_CHECKSUM)
+        except UserError as error:
+            raise UserError(
+                f"{error}: get it on a machine with network, put it into {source}, and run the same command again"
+            ) from None
     text = find_source(source, options.test)
     places = (source, source.parent, text.place.parent)
     beside = (place / benchmark.VOCABULARY for place in places if (place / benchmark.VOCABULARY).is_file())
@@ -128,12 +136,13 @@ def plan_one_billion_words(source: Path | None, dest: Path, options: argparse.Na
         )
     words = read_vocabulary(vocabulary)
 
-    consumed: list[int] = []
+    consumed: list[int] = []  # bytes of the source, of an archive as they lie there
+    parts = text.parts(consumed.append)
     start = time.perf_counter()
-    part = next(text.parts(consumed.append))
-    # A part of an archive is there when it has been unpacked; the parts of a folder tell how much they will take.
+    part = next(parts)  # of an archive: unpacked
     reading = time.perf_counter() - start
-    size, share = part.stop - part.start, text.total / (consumed[0] if consumed else part.stop - part.start)
+    next(parts, None)  # by now the first part is accounted for
+    size, share = part.stop - part.start, text.total / consumed[0]
     done = tokens = sentences = 0
     start = time.perf_counter()
     for block in part.texts():

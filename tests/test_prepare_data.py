@@ -1,7 +1,9 @@
 """scripts/prepare.sh: one command a table, from what people have to the line that starts a row; on toy data."""
 
+import hashlib
 import shutil
 import subprocess
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from imagenet_images import make_tree
 from lm_corpus import make_corpus, make_vocabulary
 
 from engine.errors import UserError
+from language_model import benchmark
 from language_model.prepared import open_corpus
 from nmt.prepare import recipes
 from nmt.prepare.toy_text import generate
@@ -41,7 +44,29 @@ def test_one_billion_words(said, tmp_path):
     assert unit == "MB" and 0.4 < float(amount) / (written / 1e6) < 1.5 and " in about " in will
     assert row == f"to train a row: bash scripts/lm_apollo.sh data.root={tmp_path}/out"
     assert open_corpus(tmp_path / "out").all_test
-    assert said("one_billion_words", text, tmp_path / "out", "--test", "all")[-1] == row
+    assert said("one_billion_words", text, tmp_path / "out", "--test", "all") == [found, row]
+    with pytest.raises(UserError, match="holds other text, or another vocabulary"):
+        said("one_billion_words", text, tmp_path / "out")
+
+
+def test_one_billion_words_downloaded(said, tmp_path, monkeypatch):
+    """From the published places, here files on this disk, to where the configs look; once complete, no more."""
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open("away.tar.gz", "w:gz") as tar:
+        tar.add(make_corpus(tmp_path / "text"), "benchmark")
+    make_vocabulary(tmp_path / "away.txt", ["the", "of"])
+    monkeypatch.setattr(benchmark, "VOCABULARY_URL", (tmp_path / "away.txt").as_uri())
+    monkeypatch.setattr(benchmark, "ARCHIVE_URL", (tmp_path / "nothing.tar.gz").as_uri())
+    with pytest.raises(UserError, match="nothing.tar.gz.*put it into data/one_billion_words_source, and run the same"):
+        said("one_billion_words")
+    monkeypatch.setattr(benchmark, "ARCHIVE_URL", (tmp_path / "away.tar.gz").as_uri())
+    digest = hashlib.sha256((tmp_path / "away.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setattr(benchmark, "ARCHIVE_CHECKSUM", f"sha256:{digest}")
+    found, _, row = said("one_billion_words", "--workers", 1)
+    assert found.startswith(f"found: data/one_billion_words_source/{benchmark.ARCHIVE} with ")
+    assert row == "to train a row: bash scripts/lm_apollo.sh" and open_corpus(Path("data/one_billion_words")).train
+    shutil.rmtree("data/one_billion_words_source")
+    assert said("one_billion_words") == ["data/one_billion_words is complete", row]
 
 
 def test_wmt14(said, tmp_path, monkeypatch):

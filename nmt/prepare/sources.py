@@ -135,6 +135,7 @@ def _unpack(archive: Path, targets: Mapping[str, Path]) -> None:
 @cache
 def _members(archive: Path) -> dict[str, str]:
     """The archive's members by the last part of their names."""
+    logging.info("looking into %s", archive)
     with _readable(archive):
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as content:
