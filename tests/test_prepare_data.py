@@ -1,16 +1,20 @@
 """scripts/prepare.sh: one command a table, from what people have to the line that starts a row; on toy data."""
 
 import hashlib
+import pickle
 import shutil
 import subprocess
 import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from imagenet_images import make_tree
 from lm_corpus import make_corpus, make_vocabulary
+from torchvision.datasets import CIFAR10
 
+from classification.data import read_cifar10
 from engine.errors import UserError
 from language_model import benchmark
 from language_model.prepared import open_corpus
@@ -31,6 +35,44 @@ def said(capsys):
         return capsys.readouterr().out.splitlines()
 
     return run
+
+
+def make_cifar(folder, monkeypatch):
+    """Files of CIFAR-10's format with three images each, whose checksums torchvision expects; no address answers."""
+    batches, random = folder / CIFAR10.base_folder, np.random.default_rng(0)
+    batches.mkdir(parents=True)
+
+    def write(name, content):
+        (batches / name).write_bytes(pickle.dumps(content))
+        return name, hashlib.md5((batches / name).read_bytes()).hexdigest()
+
+    for split in ("train_list", "test_list"):
+        content = {"data": random.integers(0, 256, (3, 3072), dtype=np.uint8), "labels": [0, 1, 2]}
+        monkeypatch.setattr(CIFAR10, split, [write(name, content) for name, _ in getattr(CIFAR10, split)])
+    _, md5 = write(CIFAR10.meta["filename"], {CIFAR10.meta["key"]: [str(label) for label in range(10)]})
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5})
+    with tarfile.open(folder / CIFAR10.filename, "w:gz") as tar:
+        tar.add(batches, CIFAR10.base_folder)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5((folder / CIFAR10.filename).read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:1/{CIFAR10.filename}")
+
+
+@pytest.mark.parametrize("form", ["", CIFAR10.filename, CIFAR10.base_folder])
+def test_cifar10(said, tmp_path, monkeypatch, form):
+    """As the archive or unpacked, named itself or by the folder that holds it; a damaged copy is never opened."""
+    make_cifar(tmp_path / "source", monkeypatch)
+    if form == CIFAR10.base_folder:
+        (tmp_path / "source" / CIFAR10.filename).unlink()
+    found, will, row = said("cifar10", tmp_path / "source" / form, tmp_path / "out")
+    assert found == f"found: {tmp_path}/source/{form or CIFAR10.filename}" and will.startswith("will write: 360 MB")
+    assert len(read_cifar10(tmp_path / "out").train.labels) == 15 and row.endswith(f"data.root={tmp_path}/out")
+    assert said("cifar10", tmp_path / "source", tmp_path / "out")[-1] == row
+    shutil.rmtree(tmp_path / "out")
+    batch = tmp_path / "source" / CIFAR10.base_folder / "data_batch_1"
+    (tmp_path / "source" / CIFAR10.filename).unlink(missing_ok=True)
+    batch.write_bytes(batch.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="CIFAR10 is not complete in .*out and cannot be downloaded"):
+        said("cifar10", tmp_path / "source", tmp_path / "out")
 
 
 def test_one_billion_words(said, tmp_path):
