@@ -151,11 +151,11 @@ class ArchiveSource:
             if isinstance(error, OSError) and error.errno:
                 raise
             raise UserError(f"{self.place}: not a whole .tar or .tar.gz ({error}): download it again") from None
-        named = ["news.en.heldout-*"] if ALL in self.tests and "test" not in dict(found) else self.tests
-        missing = [name for name in named if name != ALL and ("test", name) not in found]
-        if missing or not any(split == "train" for split, _ in found):
-            name = f"{FOLDERS['test']}/{missing[0]}" if missing else FOLDERS["train"]
-            raise UserError(f"{self.place}: there is no {name} in it")
+        named = [name for name in self.tests if name != ALL]
+        missing = [f"{FOLDERS['test']}/{name}" for name in named if ("test", name) not in found]
+        missing += [folder for split, folder in FOLDERS.items() if split not in dict(found)]
+        if missing:
+            raise UserError(f"{self.place}: there is no {missing[0]} in it")
 
     def _split_of(self, member: tarfile.TarInfo) -> str | None:
         folder, name = os.path.split(member.name)

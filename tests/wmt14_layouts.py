@@ -43,6 +43,7 @@ def orig(texts):
     files |= {f"dev/newstest2013-src.{side}.sgm": "not this one" for side in ("en", "de")}
     files["test-full/newstest2014-deen-src.en.sgm"] = sgm(texts["newstest2014.en"])
     files["test-full/newstest2014-deen-ref.de.sgm"] = sgm(texts["newstest2014.de"])
+    files |= {f"test-full/newstest2014-deen-{name}.sgm": "nor this" for name in ("ref.en", "src.de")}
     return {name: text.encode() for name, text in files.items()}
 
 

@@ -5,7 +5,8 @@ preparation's own; the source is never written to. As a member of an archive and
 
     europarl-v7.de-en.en            plain, one sentence a line
     newstest2013-src.en.sgm         of statmt's test.tgz
-    newstest2014-deen-ref.de.sgm    of statmt's test-full.tgz; either side is there as src and as ref, with equal text
+    newstest2014-deen-ref.de.sgm    of statmt's test-full.tgz: English is src, German ref; or the other way round, as
+                                    the two directions have one test set
 """
 
 import logging
@@ -101,11 +102,10 @@ def first_lines(place: Place, count: int) -> list[str]:
 
 
 def names(text: str, language: str) -> list[str]:
-    """The file names under which a side of a text is known, the best first."""
-    return [
-        f"{text}.{language}",
-        *(f"{text}{direction}-{kind}.{language}.sgm" for direction in ("", "-deen") for kind in ("src", "ref")),
-    ]
+    """The file names under which a side of a text is known, the best first: of SGM, what sacreBLEU and fairseq take."""
+    ours, other = ("src", "ref") if language == "en" else ("ref", "src")
+    kinds = ("-src", "-ref", f"-deen-{ours}", f"-deen-{other}")
+    return [f"{text}.{language}", *(f"{text}{kind}.{language}.sgm" for kind in kinds)]
 
 
 def sgm_to_text(sgm: str) -> str:
