@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from engine.download import download
 from engine.errors import UserError, run_main
+from language_model import benchmark
 from scripts.arguments import Parser, positive
 
 GB = 1e9
@@ -108,7 +109,6 @@ def plan_imagenet(source: Path | None, dest: Path, options: argparse.Namespace) 
 
 
 def plan_one_billion_words(source: Path | None, dest: Path, options: argparse.Namespace) -> Plan:
-    from language_model import benchmark
     from language_model.prepare import build
     from language_model.prepared import token_dtype
     from language_model.raw_text import find_source
@@ -274,7 +274,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if options.table != "one_billion_words" and (options.vocabulary or options.test):
         raise UserError("--vocabulary and --test are options of one_billion_words")
-    options.test = options.test or ["news.en.heldout-00000-of-00050"]
+    options.test = options.test or [benchmark.TEST_FILE]
     return options
 
 
