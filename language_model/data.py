@@ -10,7 +10,8 @@ Testing predicts every token exactly once. The stream of all test sentences is c
 about the same length, whose state starts from zero; a row's first <S> is predicted from the </S> that went before it.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from engine.config import Strict
 from engine.errors import UserError
 from engine.seed import generator
-from language_model.prepared import Arrays, Corpus, open_corpus
+from language_model.prepared import Arrays, Corpus, Shard, open_corpus
 from language_model.toy_text import pydoc_corpus
 
 TEST_STEPS = 64  # columns of a test batch; the state goes on, so they change no result
@@ -111,12 +112,36 @@ class TextData:
         columns[:-1], columns[-1] = stream[:-1].reshape(rows, length).T, stream[length::length]
         return torch.from_numpy(columns).to(self.device)
 
-    def test_batches(self, rows: int, rank: int = 0, world_size: int = 1) -> Iterator[ScoredBatch]:
-        """The test sentences in `rows` rows, of which `rank` takes every world_size-th."""
-        arrays = [shard.read() for shard in self.corpus.test]
+    def test_batches(
+        self, rows: int, rank: int = 0, world_size: int = 1, *, shards: Sequence[Shard] | None = None
+    ) -> Iterator[ScoredBatch]:
+        """The sentences of `shards` (the test set) in `rows` rows, of which `rank` takes every world_size-th."""
+        arrays = [shard.read() for shard in (self.corpus.test if shards is None else shards)]
         tokens = np.concatenate([tokens for tokens, _ in arrays])
         lengths = np.concatenate([np.diff(offsets) for _, offsets in arrays])
         return scored_batches(tokens, lengths, rows, rank, world_size, device=self.device)
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats."""
+    return math.exp(min(loss, 709.0))  # beyond is beyond a float
+
+
+def perplexities(loss: float, tokens: int, sentences: int) -> dict[str, float]:
+    """Perplexity by each of the denominators in use, for the total `loss` (nats) of a text's `tokens`, marks included.
+
+    ppl                words, and the <S> and </S> of each sentence: as the published code counts, and as in training
+    ppl_with_end_mark  words, and the </S> of each sentence: what the benchmark's literature reports
+    ppl_per_word       words alone
+
+    The numerator of all three is the loss of the whole text. That of <S>, which always follows </S>, is next to nothing
+    in a trained model.
+    """
+    return {
+        "ppl": perplexity(loss / tokens),
+        "ppl_with_end_mark": perplexity(loss / (tokens - sentences)),
+        "ppl_per_word": perplexity(loss / (tokens - 2 * sentences)),
+    }
 
 
 def sentences_in_order(shard: Arrays, order: np.ndarray, start: int, stop: int) -> np.ndarray:

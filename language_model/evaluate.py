@@ -1,11 +1,12 @@
 """Score a text with a trained model: python -m language_model.evaluate RUN FILE [key=value ...]
 
 RUN is a run folder; its newest checkpoint is used. FILE holds tokenized text, one sentence a line, as the training text
-was. Each sentence is read between <S> and </S>, and a word that is not in the vocabulary as <UNK>. Two perplexities:
+was. Each sentence is read between <S> and </S>, and a word that is not in the vocabulary as <UNK>. Three perplexities,
+the log-probability of the whole text over three denominators (language_model/data.py):
 
-    per token    over all that is predicted, as in training: the words, and each sentence's <S> and </S>
-    per word     the same log-probability of the whole text over the words of the file alone, out-of-vocabulary ones
-                 included, so that the marks, whose <S> is easy to predict, do not make the number smaller
+    both marks    the words, and each sentence's <S> and </S>: as in training, and as the published code counts
+    end mark      the words, and each sentence's </S>: what the benchmark's literature reports
+    words         the words of the file alone, out-of-vocabulary ones included
 
 key=value changes the run's config, e.g. data.root=FOLDER where the data has moved, or precision, device, eval_rows.
 """
@@ -21,11 +22,12 @@ from engine.config import load_config
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main, settings_of
 from engine.run import create_precision
-from language_model.data import load_corpus, scored_batches
+from language_model.data import load_corpus, perplexities, scored_batches
 from language_model.model import LanguageModel
 from language_model.raw_text import Part
-from language_model.train import Config, perplexity, score
+from language_model.train import Config, score
 
+PERPLEXITIES = ("perplexity, both marks", "perplexity, end mark", "perplexity, words")
 USAGE = "usage: python -m language_model.evaluate RUN FILE [key=value ...]     RUN: a run folder"
 
 
@@ -69,9 +71,7 @@ def evaluate_file(config: Config, run: Path, file: Path, world: World) -> dict[s
         "out of vocabulary": unknown,
         "out of vocabulary, %": 100 * unknown / words,
         "tokens": len(tokens),
-        "perplexity per token": perplexity(total["loss"] / total["tokens"]),
-        "perplexity per word": perplexity(total["loss"] / words),
-    }
+    } | dict(zip(PERPLEXITIES, perplexities(total["loss"], len(tokens), len(lengths)).values(), strict=True))
 
 
 def _say(line: str) -> None:

@@ -29,18 +29,20 @@ from engine.errors import UserError, run_main
 from engine.files import hold, write_atomically
 from engine.machine import core_count
 from engine.manifest import MANIFEST, read_manifest
+from language_model.benchmark import TEST_FILE, warnings
 from language_model.prepared import (
     FORMAT,
     MANIFEST_KEYS,
     VOCABULARY,
     damage,
     disk_errors,
+    summary,
     token_dtype,
     wait_for_disk,
     write_manifest,
     write_shard,
 )
-from language_model.raw_text import ArchiveSource, FolderSource, Part, find_source
+from language_model.raw_text import ALL, ArchiveSource, FolderSource, Part, find_source
 from language_model.vocabulary import (
     Vocabulary,
     count_words,
@@ -50,7 +52,6 @@ from language_model.vocabulary import (
     read_vocabulary,
 )
 
-TEST_FILE = "news.en.heldout-00000-of-00050"
 JOURNAL = "shards.jsonl"  # of an unfinished preparation: what it is made from, the vocabulary, each finished shard
 
 Source = FolderSource | ArchiveSource
@@ -193,24 +194,17 @@ def _finish(out: Path, made_from: dict[str, str], vocabulary: str, entries: list
     manifest = {"made_from": made_from, "vocabulary": {"words": words, "sha256": vocabulary}}
     manifest["dtype"] = token_dtype(words).str
     for split in ("train", "test"):
-        of_split = [entry for entry in entries if entry["split"] == split]
-        tokens, sentences, unknown = (
-            sum(entry[key] for entry in of_split) for key in ("tokens", "sentences", "unknown")
-        )
-        if not tokens:
+        manifest[split] = found = summary([entry for entry in entries if entry["split"] == split])
+        if not found["tokens"]:
             raise UserError(
                 f"the {split} files hold no sentence: is this the right SOURCE? --test names the test files"
             )
-        manifest[split] = {
-            "files": list(dict.fromkeys(entry["file"] for entry in of_split)),
-            "tokens": tokens,
-            "sentences": sentences,
-            "oov_rate": round(unknown / (tokens - 2 * sentences), 6),
-        }
         logging.info(
             "%s: %s tokens in %s sentences of %d files, %.2f %% of the words out of vocabulary",
-            split, f"{tokens:,}", f"{sentences:,}", len(manifest[split]["files"]), 100 * manifest[split]["oov_rate"],
+            split, f"{found['tokens']:,}", f"{found['sentences']:,}", len(found["files"]), 100 * found["oov_rate"],
         )  # fmt: skip
+    for warning in warnings(entries):
+        logging.warning("warning: %s", warning)
     write_manifest(out, manifest | {"shards": entries})
     (out / JOURNAL).unlink()
     logging.info("%s is complete", out)
@@ -282,7 +276,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--threshold", type=int, default=3, help="count at which a counted word is taken (%(default)s)")
     parser.add_argument(
-        "--test", nargs="+", metavar="NAME", default=[TEST_FILE], help="held-out files to test on (%(default)s)"
+        "--test",
+        nargs="+",
+        metavar="NAME",
+        default=[TEST_FILE],
+        help=f"held-out files to test on, or {ALL} (%(default)s)",
     )
     parser.add_argument("--workers", type=int, default=core_count(), help="processes (%(default)s)")
     return parser.parse_args(arguments)

@@ -24,10 +24,11 @@ from xxhash import xxh3_64
 from engine.errors import UserError
 from engine.files import write_atomically
 from engine.manifest import MANIFEST, read_manifest
+from language_model.benchmark import TEST_FILE
 from language_model.raw_text import Part
 from language_model.vocabulary import Vocabulary, digest, load_vocabulary
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_KEYS = ("format", "made_from", "vocabulary", "dtype", "train", "test", "shards")
 VOCABULARY = "vocabulary.txt"
 SUFFIXES = (".tokens", ".offsets")
@@ -48,7 +49,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text to train and to test on, as token ids."""
+    """Text to train and to test on, as token ids.
+
+    `test` is the benchmark's own test file, where that was prepared; `all_test` then holds all held-out files that were
+    prepared, if there are more. In any other case `test` is all that there is.
+    """
 
     train: Sequence[Shard]
     test: Sequence[Shard]
@@ -56,6 +61,7 @@ class Corpus:
     vocabulary_digest: str
     load_vocabulary: Callable[[], Vocabulary]
     facts: dict[str, Any]  # for the record of a run: which text this is
+    all_test: Sequence[Shard] = ()
 
 
 def token_dtype(words: int) -> np.dtype:
@@ -69,11 +75,12 @@ def write_shard(part: Part, vocabulary: Vocabulary, out: Path) -> dict[str, Any]
     """
     path = out / part.name
     dtype = token_dtype(len(vocabulary))
-    checksum, ends, unknown = xxh3_64(), [np.zeros(1, np.int64)], 0
+    checksum, ends, unknown, lines = xxh3_64(), [np.zeros(1, np.int64)], 0, 0
     with disk_errors(path):
         path.parent.mkdir(exist_ok=True)
         with open(_with(path, ".tokens.tmp"), "wb") as file:
             for text in part.texts():
+                lines += text.count("\n") + (not text.endswith("\n"))
                 tokens, lengths = vocabulary.encode(text)
                 unknown += int(np.count_nonzero(tokens == vocabulary.unknown))
                 content = tokens.astype(dtype).tobytes()
@@ -94,6 +101,8 @@ def write_shard(part: Part, vocabulary: Vocabulary, out: Path) -> dict[str, Any]
         "bytes_per_token": dtype.itemsize,
         "tokens": int(offsets[-1]),
         "sentences": len(offsets) - 1,
+        "words": int(offsets[-1]) - 2 * (len(offsets) - 1),
+        "lines": lines,
         "unknown": unknown,
         "digest": checksum.hexdigest(),
     }
@@ -141,7 +150,10 @@ def open_corpus(root: Path) -> Corpus:
     """The corpus prepared in `root`. Raises UserError, in one line, where something is missing or does not fit."""
     manifest = read_manifest(root, MANIFEST_KEYS, FORMAT)
     if manifest is None:
-        raise UserError(f"{root}: no finished corpus there (no {MANIFEST}): {PREPARE_COMMAND} makes one")
+        raise UserError(
+            f"{root}: no finished corpus there (no {MANIFEST}): "
+            f"bash scripts/prepare.sh one_billion_words SOURCE {root} (of other text: {PREPARE_COMMAND})"
+        )
     again = f"run `{PREPARE_COMMAND.replace('OUT', str(root))}` as before: it makes what is missing"
     vocabulary, dtype = manifest["vocabulary"], np.dtype(manifest["dtype"])
     try:
@@ -153,27 +165,47 @@ def open_corpus(root: Path) -> Corpus:
             f"{root / VOCABULARY} is not the vocabulary that the shards beside it were encoded with: put that one "
             "back, or delete the folder and prepare again"
         )
-    splits: dict[str, list[Shard]] = {"train": [], "test": []}
     for entry in manifest["shards"]:
         if problem := damage(entry, root):
             raise UserError(f"{problem}; {again}")
-        if entry["tokens"]:  # an empty file cannot be mapped
-            read = partial(_read_shard, root / entry["name"], dtype, entry["digest"])
-            splits[entry["split"]].append(Shard(entry["tokens"], entry["sentences"], read))
-    facts = {
-        "vocabulary": {"words": vocabulary["words"], "sha256": vocabulary["sha256"]},
-        "train": {key: manifest["train"][key] for key in ("tokens", "sentences", "oov_rate")}
-        | {"files": len(manifest["train"]["files"])},
-        "test": {key: manifest["test"][key] for key in ("tokens", "sentences", "oov_rate", "files")},
+    entries = {split: [entry for entry in manifest["shards"] if entry["split"] == split] for split in ("train", "test")}
+    if own := [entry for entry in entries["test"] if entry["file"] == TEST_FILE]:
+        if len(own) < len(entries["test"]):
+            entries["all_test"] = entries["test"]
+        entries["test"] = own
+    facts = {"vocabulary": {"words": vocabulary["words"], "sha256": vocabulary["sha256"]}}
+    facts |= {name: summary(of_text) for name, of_text in entries.items()}
+    facts["train"]["files"] = len(facts["train"]["files"])
+    shards = {
+        name: [
+            Shard(
+                entry["tokens"], entry["sentences"], partial(_read_shard, root / entry["name"], dtype, entry["digest"])
+            )
+            for entry in of_text
+            if entry["tokens"]  # an empty file cannot be mapped
+        ]
+        for name, of_text in entries.items()
     }
     return Corpus(
-        splits["train"],
-        splits["test"],
-        vocabulary["words"],
-        vocabulary["sha256"],
-        partial(load_vocabulary, root / VOCABULARY),
-        facts,
+        words=vocabulary["words"],
+        vocabulary_digest=vocabulary["sha256"],
+        load_vocabulary=partial(load_vocabulary, root / VOCABULARY),
+        facts=facts,
+        **shards,
     )
+
+
+def summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Files, tokens, sentences and the share of words out of vocabulary, over several shards of the manifest."""
+    tokens, sentences, words, unknown = (
+        sum(entry[key] for entry in entries) for key in ("tokens", "sentences", "words", "unknown")
+    )
+    return {
+        "files": list(dict.fromkeys(entry["file"] for entry in entries)),
+        "tokens": tokens,
+        "sentences": sentences,
+        "oov_rate": round(unknown / max(words, 1), 6),
+    }
 
 
 def _read_shard(path: Path, dtype: np.dtype, expected: str) -> Arrays:

@@ -1,27 +1,35 @@
 """The text behind a prepared corpus: the unpacked benchmark, or its .tar.gz read as a stream, in parts of bounded size.
 
-    training-monolingual.tokenized.shuffled/news.en-*           what is trained on
-    heldout-monolingual.tokenized.shuffled/news.en.heldout-*    of which the files named are the test set
+    training-monolingual.tokenized.shuffled/news.en-*           what is trained on, without news.en-00000-of-00100
+    heldout-monolingual.tokenized.shuffled/news.en.heldout-*    of which the files named, or all, are the test set
 
 A part becomes a shard. It is a whole file of up to PART_BYTES, as all of the benchmark's are; a larger file is cut
 after the line in which a multiple of them is reached.
 """
 
 import io
+import logging
 import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
+from tqdm import tqdm
+
 from engine.errors import UserError
+from language_model.benchmark import ARCHIVE, ARCHIVE_CHECKSUM, NOT_FOR_TRAINING
 
 FOLDERS = {"train": "training-monolingual.tokenized.shuffled", "test": "heldout-monolingual.tokenized.shuffled"}
 PART_BYTES = 64 << 20  # a training file of the benchmark has 41 MB
 BLOCK_BYTES = 1 << 18  # read, and encoded, at a time
 LINE_BYTES = 16 << 20  # the longest line accepted
+ALL = "all"  # in the place of the test files' names
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Part:
                 if not block:
                     raise UserError(f"{self.path}: the file has become shorter while it was read: run again")
                 try:
-                    yield block.decode()
+                    yield (block if position else block.removeprefix(BYTE_ORDER_MARK)).decode()
                 except UnicodeDecodeError as error:
                     raise UserError(
                         f"{self.file}: byte {position + error.start:,} (0x{block[error.start]:02x}) is not UTF-8: "
@@ -64,18 +72,31 @@ class FolderSource:
 
     def __init__(self, folder: Path, tests: Sequence[str]) -> None:
         train, held_out = (self._list(folder / name) for name in FOLDERS.values())
-        for name in tests:
+        train.pop(NOT_FOR_TRAINING, None)
+        for name in tests if ALL not in tests else ():
             if name not in held_out:
                 known = f"{next(iter(held_out))} ... ({len(held_out)} files)" if held_out else "nothing"
                 raise UserError(f"{folder / FOLDERS['test'] / name} is not there: --test names files of {known}")
-        self.files = [("train", path) for path in train.values()] + [("test", held_out[name]) for name in sorted(tests)]
+        self.files = [("train", path) for path in train.values()] + [
+            ("test", path) for name, path in held_out.items() if name in tests or ALL in tests
+        ]
         self.total = sum(path.stat().st_size for _, path in self.files)
-        self.identity = [[split, path.name, path.stat().st_size] for split, path in self.files]
+        self.place = folder
+
+    @cached_property
+    def identity(self) -> list[list[str]]:
+        """What tells this text from any other: the names and the SHA-256 of its files."""
+        with _bar(self.total, f"reading {self.place.name}") as bar:
+            return [[split, path.name, _sha256(path, bar)] for split, path in self.files]
 
     @staticmethod
     def _list(folder: Path) -> dict[str, Path]:
         if not folder.is_dir():
-            raise UserError(f"{folder} is not there: SOURCE is the folder (or the .tar.gz) that holds {folder.name}")
+            there = ", ".join(sorted(path.name for path in folder.parent.glob("[!.]*"))[:4]) or "nothing"
+            raise UserError(
+                f"{folder} is not there: SOURCE is the .tar.gz, the folder that holds {folder.name}, or the one above; "
+                f"what {folder.parent} holds: {there}"
+            )
         return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
 
     def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
@@ -96,16 +117,24 @@ class ArchiveSource:
     """The benchmark's archive, .tar or .tar.gz, read from its beginning to its end and never unpacked."""
 
     def __init__(self, archive: Path, tests: Sequence[str]) -> None:
-        self.archive, self.tests = archive, tests
+        self.place, self.tests = archive, tests
         self.total = archive.stat().st_size
-        self.identity = [["archive", archive.name, self.total], *(["test", name] for name in sorted(tests))]
+
+    @cached_property
+    def identity(self) -> list[list[str]]:
+        """What tells this text from any other: the archive's SHA-256, and the names of the test files."""
+        with _bar(self.total, f"reading {self.place.name}") as bar:
+            digest = _sha256(self.place, bar)
+        if self.place.name == ARCHIVE and f"sha256:{digest}" != ARCHIVE_CHECKSUM:
+            logging.warning("warning: %s is not the published archive, by its checksum (%s)", self.place, digest)
+        return [["archive", digest], *(["test", name] for name in sorted(self.tests))]
 
     def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
         """All parts in the archive's order; `advance` is told how many of `total` bytes were read."""
         found: set[tuple[str, str]] = set()
         told = 0
         try:
-            with open(self.archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*", bufsize=BLOCK_BYTES) as tar:
+            with open(self.place, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*", bufsize=BLOCK_BYTES) as tar:
                 for member in tar:
                     split = self._split_of(member)
                     if split is None:
@@ -121,11 +150,12 @@ class ArchiveSource:
         except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
-            raise UserError(f"{self.archive}: not a whole .tar or .tar.gz ({error}): download it again") from None
-        missing = [name for name in self.tests if ("test", name) not in found]
-        if missing or not any(split == "train" for split, _ in found):
-            name = f"{FOLDERS['test']}/{missing[0]}" if missing else FOLDERS["train"]
-            raise UserError(f"{self.archive}: there is no {name} in it")
+            raise UserError(f"{self.place}: not a whole .tar or .tar.gz ({error}): download it again") from None
+        named = [name for name in self.tests if name != ALL]
+        missing = [f"{FOLDERS['test']}/{name}" for name in named if ("test", name) not in found]
+        missing += [folder for split, folder in FOLDERS.items() if split not in dict(found)]
+        if missing:
+            raise UserError(f"{self.place}: there is no {missing[0]} in it")
 
     def _split_of(self, member: tarfile.TarInfo) -> str | None:
         folder, name = os.path.split(member.name)
@@ -133,17 +163,40 @@ class ArchiveSource:
             return None
         folder = os.path.basename(folder)
         if folder == FOLDERS["train"]:
-            return "train"
-        return "test" if folder == FOLDERS["test"] and name in self.tests else None
+            return "train" if name != NOT_FOR_TRAINING else None
+        return "test" if folder == FOLDERS["test"] and (name in self.tests or ALL in self.tests) else None
 
 
 def find_source(path: Path, tests: Sequence[str]) -> FolderSource | ArchiveSource:
-    """The text at `path`, with the held-out files named `tests`. Raises UserError where something is missing."""
+    """The text at `path`, with the held-out files named `tests`. Raises UserError where something is missing.
+
+    `path` is the archive, the folder that holds the two folders of text, or the one above any of these.
+    """
     if path.is_dir():
-        return FolderSource(path, tests)
+        below = [folder for folder in path.glob("*/") if (folder / FOLDERS["train"]).is_dir()]
+        if (path / FOLDERS["train"]).is_dir():
+            return FolderSource(path, tests)
+        if len(below) > 1:
+            raise UserError(f"{path} holds several corpora: give one as SOURCE, e.g. {min(below)}")
+        if not below and (path / ARCHIVE).is_file():
+            return ArchiveSource(path / ARCHIVE, tests)
+        return FolderSource(below[0] if below else path, tests)
     if path.is_file():
         return ArchiveSource(path, tests)
     raise UserError(f"{path} is not there: SOURCE is the unpacked benchmark's folder, or its .tar.gz")
+
+
+def _bar(total: int, what: str) -> tqdm:
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, disable=None)
+
+
+def _sha256(path: Path, bar: tqdm) -> str:
+    digest = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
 
 
 def _read_lines(file: BinaryIO, size: int, name: str) -> bytes:

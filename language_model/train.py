@@ -25,7 +25,7 @@ from engine.metrics import Sums, require_finite
 from engine.precision import Precision
 from engine.run_record import RunRecord
 from engine.seed import seed_step
-from language_model.data import DataConfig, ScoredBatch, TextData, load_corpus
+from language_model.data import DataConfig, ScoredBatch, TextData, load_corpus, perplexities, perplexity
 from language_model.model import LanguageModel, ModelConfig
 
 USAGE = "usage: python -m language_model.train CONFIG [key=value ...]     e.g. configs/one_billion_words/apollo.yaml"
@@ -148,10 +148,6 @@ def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
     return {f"{split}loss": loss, f"{split}ppl": perplexity(loss)}
 
 
-def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 709.0))  # beyond is beyond a float
-
-
 def evaluate(run: TextRun) -> dict[str, float]:
     """Loss and perplexity on the test text, each token counted exactly once over all ranks."""
     batches = run.data.test_batches(run.config.eval_rows, run.world.rank, run.world.world_size)
@@ -160,6 +156,21 @@ def evaluate(run: TextRun) -> dict[str, float]:
         raise RuntimeError(f"evaluated {total['tokens']:.0f} tokens of a test set of {run.data.test_tokens}")
     require_finite(total["loss"], run.progress.update)
     return means(total, "test_")
+
+
+def final_perplexities(run: TextRun) -> dict[str, float]:
+    """By each denominator: of the test set; and of all held-out files (all_...), where they were prepared."""
+    data, corpus, world = run.data, run.data.corpus, run.world
+    sentences = sum(shard.sentences for shard in corpus.test)
+    found = perplexities(run.progress.last["test_loss"] * data.test_tokens, data.test_tokens, sentences)
+    if corpus.all_test:
+        batches = data.test_batches(run.config.eval_rows, world.rank, world.world_size, shards=corpus.all_test)
+        loss = score(run.model, batches, run.precision, world)["loss"]
+        facts = corpus.facts["all_test"]
+        found |= {"all_files": len(facts["files"]), "all_tokens": facts["tokens"]}
+        of_all = perplexities(loss, facts["tokens"], facts["sentences"])
+        found |= {f"all_{name}": value for name, value in of_all.items()}
+    return found
 
 
 @torch.inference_mode()
@@ -199,6 +210,7 @@ def finish(run: TextRun) -> None:
         final=final,
         evaluated=run.data.test_tokens,
         test_files=files,
+        **final_perplexities(run),
         vocabulary=run.data.corpus.words,
     )
     run.record.say(

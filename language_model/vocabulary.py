@@ -6,6 +6,7 @@ last word, with the count of <S>, as in the published preprocessing.
 """
 
 import heapq
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
@@ -38,12 +39,12 @@ class Vocabulary:
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """The sentences of `text`, one a line: ids, uint32 [tokens], and the length of each sentence, int64.
 
-        Words are what Python's str.split() gives. Lines without a word are left out.
+        Words are what Python's str.split() gives, lines what str.splitlines() gives: as in the published code, whose
+        codecs.open breaks lines at U+0085 and U+2028 too. Lines without a word are left out.
         """
-        text = text.replace(BREAK, "\N{REPLACEMENT CHARACTER}")
-        text += "" if text.endswith("\n") else "\n"
+        lines = text.replace(BREAK, "\N{REPLACEMENT CHARACTER}").splitlines() or [""]
         # All words of all lines in one go. A line's end leaves two places: for its </S>, and for the next line's <S>.
-        words = text.replace("\n", f" {BREAK} {BREAK} ").split()
+        words = f" {BREAK} {BREAK} ".join([*lines, ""]).split()
         tokens = np.fromiter(map(self._ids.__getitem__, words), np.uint32, len(words))
         tokens = np.roll(tokens, 1)
         places = np.flatnonzero(tokens == len(self.words))
@@ -72,13 +73,29 @@ def digest(content: bytes) -> str:
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
-    """A file of `word count` lines, put in the order of falling counts. Raises UserError where it is not one."""
-    pairs = sorted(_read_pairs(path), key=itemgetter(1), reverse=True)  # equal counts stay in the file's order
-    counts = dict(pairs)
+    """A file of `word count` lines, put in the order of falling counts. Raises UserError where it is not one.
+
+    As in the published code, equal counts stay in the file's order; of a word that is there twice, the first line gives
+    that order, and the last the count; words of count 0 are left out.
+    """
+    counts: dict[str, int] = {}
+    twice = []
+    for word, count in _read_pairs(path):
+        if word in counts:
+            twice.append(word)
+        counts[word] = count
+    if twice:
+        logging.warning(
+            "warning: %s: %s there twice, and taken with the last count: %s%s",
+            path, "a word is" if len(twice) == 1 else f"{len(twice):,} words are", ", ".join(map(repr, twice[:5])),
+            " ..." if len(twice) > 5 else "",
+        )  # fmt: skip
+    counts = dict(sorted(counts.items(), key=itemgetter(1), reverse=True))
     for mark in (START, UNKNOWN):
         if mark not in counts:
             raise UserError(f"{path}: there is no line for {mark}: a vocabulary holds {START}, {END} and {UNKNOWN}")
     counts.setdefault(END, counts[START])
+    counts = {word: count for word, count in counts.items() if count or word in MARKS}
     return Vocabulary(list(counts), list(counts.values()))
 
 
@@ -90,19 +107,15 @@ def load_vocabulary(path: Path) -> Vocabulary:
 
 def _read_pairs(path: Path) -> Iterator[tuple[str, int]]:
     try:
-        lines = path.read_bytes().decode().removesuffix("\n").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start:,} is not UTF-8: is this a vocabulary?") from None
-    seen = set()
     for number, line in enumerate(lines, start=1):
         fields = line.split()
         if len(fields) != 2 or not fields[1].isdecimal():
             raise UserError(f"{path}: line {number:,} must be of the form `word count`, not {line[:80]!r}")
-        if fields[0] in seen:
-            raise UserError(f"{path}: line {number:,}: the word {fields[0]!r} is there already")
-        seen.add(fields[0])
         yield fields[0], int(fields[1])
 
 
@@ -111,7 +124,7 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text.split())
-        counts[START] += sum(1 for line in text.split("\n") if line and not line.isspace())
+        counts[START] += sum(1 for line in text.splitlines() if line and not line.isspace())
     return counts
 
 

@@ -23,7 +23,7 @@ from engine.manifest import read_manifest
 from engine.seed import derive
 from nmt.codec import BOS, EOS, PAD, Codec
 from nmt.prepare.command import prepare_grammar
-from nmt.prepare.recipes import GRAMMAR
+from nmt.prepare.recipes import GRAMMAR, WMT14
 from nmt.prepared import EVALUATED, MANIFEST_KEYS
 
 JITTER = 1.0  # tokens; measured on Multi30k at 4,096 tokens a batch: 3.9 % padding instead of 3.1 %
@@ -170,7 +170,10 @@ def load_data(name: str, root: str | Path) -> ParallelData:
         prepare_grammar(root, wait=True)
         manifest = read_manifest(root, MANIFEST_KEYS)
     if manifest is None:
-        raise UserError(f"{root} holds no prepared data: python -m nmt.prepare --help says how to make it")
+        command = (
+            f"bash scripts/prepare.sh wmt14 SOURCE {root}" if name == WMT14.name else "python -m nmt.prepare --help"
+        )
+        raise UserError(f"{root} holds no prepared data: {command}")
     if manifest["recipe"] != name:
         raise UserError(
             f"{root} holds data of the recipe '{manifest['recipe']}', not '{name}': set data.name or data.root"

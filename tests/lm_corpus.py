@@ -1,5 +1,7 @@
 """A small corpus laid out as One Billion Words is, and the published way to encode it, spelled out line by line."""
 
+import codecs
+import io
 from pathlib import Path
 
 from language_model.toy_text import paragraphs
@@ -28,9 +30,9 @@ def make_vocabulary(path: Path, words: list[str], marks: tuple[str, ...] = ("<S>
 
 
 def encode_line_by_line(text: str, ids: dict[str, int]) -> list[list[int]]:
-    """The published encoder: one list a sentence, empty lines left out."""
+    """The published encoder: one list a sentence, empty lines left out; codecs.open breaks lines as str.splitlines."""
     sentences = []
-    for line in text.split("\n"):
+    for line in codecs.getreader("utf-8")(io.BytesIO(text.encode())).readlines():
         if line and not line.isspace():
             words = [ids.get(word, ids["<UNK>"]) for word in line.strip().split()]
             sentences.append([ids["<S>"], *words, ids["</S>"]])

@@ -1,8 +1,11 @@
 """Preparing a corpus: equal to the published encoder, restartable, and clear about what is wrong with its input."""
 
+import hashlib
 import json
+import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +21,7 @@ from hypothesis import strategies as st
 from lm_corpus import HELD_OUT, TEST_FILES, TRAIN, encode_line_by_line, make_corpus, make_vocabulary
 
 from engine.errors import UserError
-from language_model import raw_text, vocabulary
+from language_model import benchmark, raw_text, vocabulary
 from language_model.prepare import build
 from language_model.prepared import open_corpus, token_dtype
 from language_model.vocabulary import Vocabulary, count_words, counted_vocabulary, load_vocabulary, read_vocabulary
@@ -51,11 +54,12 @@ def sentences(shard) -> list[list[int]]:
 
 @given(
     st.lists(
-        st.text(alphabet=" \t\r\n\0a.\u00a0\u2028\x1c", max_size=8) | st.sampled_from([*WORDS, " ", "\n"]), max_size=30
+        st.text(alphabet=" \t\r\n\0a.\u00a0\u2028\x1c\x0b\x85", max_size=8) | st.sampled_from([*WORDS, " ", "\n"]),
+        max_size=30,
     ).map("".join)
 )
 def test_encoding_is_the_published_one(text):
-    """Whatever the white space: Unicode's, tabs, carriage returns, lines without words, no line's end at the end."""
+    """Whatever the white space: Unicode's line separators, tabs, lines without words, no line's end at the end."""
     words = Vocabulary(WORDS, range(len(WORDS)))
     tokens, lengths = words.encode(text)
     expected = encode_line_by_line(text, {word: index for index, word in enumerate(WORDS)})
@@ -148,7 +152,6 @@ def test_a_vocabulary_file_is_put_in_the_order_of_counts(tmp_path):
         (b"<UNK> 5\nthe 3\n", ["no line for <S>"]),
         (b"<S> 5\n</S> 5\nthe 3\n", ["no line for <UNK>"]),
         (b"<S> 5\n<UNK> 4\nthe\n", ["line 3", "'the'", "word count"]),
-        (b"<S> 5\n<UNK> 4\nthe 3\nthe 2\n", ["line 4", "'the'", "already"]),
         (b"<S> 5\n<UNK> 4\nt\xffe 3\n", ["byte 15", "UTF-8"]),
         (None, ["No such file"]),
     ],
@@ -160,6 +163,120 @@ def test_a_vocabulary_that_is_none_is_refused(corpus, tmp_path, text, words):
     with pytest.raises(UserError) as error:
         build(corpus, tmp_path / "out", vocabulary=path)
     assert str(path) in str(error.value) and all(word in str(error.value) for word in words), error.value
+
+
+def test_a_word_that_stands_twice_is_named_and_taken_as_published(tmp_path, caplog):
+    """The published code fills a dict: the first line gives a word its place among equal counts, the last its count."""
+    (tmp_path / "words").write_text("<S> 9\na 5\nb 5\nc 5\n<UNK> 4\nb 1\nc 5\na 5\ngone 0\n", encoding="utf-8")
+    words = read_vocabulary(tmp_path / "words")
+    counts = {}
+    for line in (tmp_path / "words").read_text(encoding="utf-8").splitlines():
+        counts[line.split()[0]] = int(line.split()[1])
+    published = sorted(((word, count) for word, count in counts.items() if count > 0), key=lambda t: t[1], reverse=True)
+    assert list(words.words) == [word for word, _ in published] + ["</S>"] == ["<S>", "a", "c", "<UNK>", "b", "</S>"]
+    assert list(words.counts) == [9, 5, 5, 4, 1, 9]
+    assert "3 words are there twice, and taken with the last count: 'b', 'c', 'a'" in caplog.text
+
+
+def test_byte_order_marks_are_no_part_of_a_word(corpus, prepared, tmp_path):
+    for file in corpus.glob("*/*"):
+        (tmp_path / "text" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "text" / file.parent.name / file.name).write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    build(tmp_path / "text", tmp_path / "out")
+    assert content(tmp_path / "out") == content(prepared)
+    (tmp_path / "words").write_bytes(b"\xef\xbb\xbf<S> 9\n<UNK> 4\n")
+    assert list(read_vocabulary(tmp_path / "words").words) == ["<S>", "<UNK>", "</S>"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_undivided_held_out_text_is_not_trained_on(corpus, prepared, tmp_path, packed):
+    text = tmp_path / "above" / "1-billion-word-language-modeling-benchmark-r13output"
+    shutil.copytree(corpus, text)
+    (text / TRAIN / "news.en-00000-of-00100").write_text("held out\n" * 100, encoding="utf-8")
+    source = tmp_path / "above"  # the folder above is accepted
+    if packed:
+        source = tmp_path / "benchmark.tar.gz"
+        with tarfile.open(source, "w:gz") as tar:
+            tar.add(text, text.name)
+    build(source, tmp_path / "out")
+    assert content(tmp_path / "out") == content(prepared)
+
+
+def test_a_folder_of_several_corpora_is_refused(corpus, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).symlink_to(corpus)
+    with pytest.raises(UserError, match="holds several corpora: give one as SOURCE, e.g. .*one"):
+        build(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_all_held_out_files_beside_the_first(corpus, prepared, tmp_path, packed):
+    source = corpus
+    if packed:
+        source = tmp_path / "benchmark.tar"
+        with tarfile.open(source, "w") as tar:
+            tar.add(corpus, "benchmark")
+    build(source, tmp_path / "out", tests=["all"])
+    found, first = open_corpus(tmp_path / "out"), open_corpus(prepared)
+    assert [sentences(shard) for shard in found.test] == [sentences(shard) for shard in first.test]
+    assert found.facts["test"] == first.facts["test"] and first.facts["test"]["files"] == [TEST_FILES[0]]
+    assert found.facts["all_test"]["files"] == list(TEST_FILES) and not first.all_test
+    ids = {word: index for index, word in enumerate(load_vocabulary(tmp_path / "out" / "vocabulary.txt").words)}
+    for name, shard in zip(TEST_FILES, found.all_test, strict=True):
+        text = (corpus / HELD_OUT / name).read_text(encoding="utf-8")
+        assert sentences(shard) == encode_line_by_line(text, ids)
+
+
+def test_an_edit_of_equal_length_is_noticed(corpus, tmp_path):
+    text = shutil.copytree(corpus, tmp_path / "text")
+    build(text, tmp_path / "out")
+    file = text / TRAIN / "news.en-00001-of-00100"
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    file.write_bytes(file.read_bytes().replace(b"the", b"teh", 1))
+    os.utime(file, ns=times)
+    with pytest.raises(UserError, match="holds other text, or another vocabulary"):
+        build(text, tmp_path / "out")
+
+
+def test_counts_are_compared_with_the_benchmarks(corpus, tmp_path, caplog, monkeypatch):
+    """Of a text with the benchmark's file names alone; here of five files."""
+    caplog.set_level(logging.WARNING)
+    build(corpus, tmp_path / "few")
+    assert (
+        "warning: 94 of the benchmark's 99 training files are not there, the first of them news.en-00006" in caplog.text
+    )
+    caplog.clear()
+    manifest = json.loads((tmp_path / "few" / "manifest.json").read_text())
+    lines, words = (
+        sum(shard[unit] for shard in manifest["shards"] if shard["split"] == "train") for unit in ("lines", "words")
+    )
+    assert (lines, words) == (1000, manifest["train"]["tokens"] - 2 * manifest["train"]["sentences"])
+    monkeypatch.setattr(benchmark, "TRAIN_FILES", {file.name for file in (corpus / TRAIN).iterdir()})
+    expected = {"the training text": {"lines": lines, "words": words + 7}, TEST_FILES[0]: {"lines": 200}}
+    monkeypatch.setattr(benchmark, "EXPECTED", expected)
+    build(corpus, tmp_path / "same")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"warning: the training text has {words:,} words, and that of the benchmark {words + 7:,}: "
+        "is it the published file?"
+    ]
+    caplog.clear()
+    renamed = shutil.copytree(corpus, tmp_path / "renamed")
+    for file in (renamed / TRAIN).iterdir():
+        file.rename(file.with_name(f"own.{file.name}"))
+    build(renamed, tmp_path / "own")
+    assert not caplog.records
+
+
+def test_the_published_archive_is_known_by_its_checksum(corpus, tmp_path, caplog, monkeypatch):
+    archive = tmp_path / benchmark.ARCHIVE
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(corpus, "benchmark")
+    build(archive, tmp_path / "other")
+    assert f"{archive} is not the published archive, by its checksum" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(raw_text, "ARCHIVE_CHECKSUM", f"sha256:{hashlib.sha256(archive.read_bytes()).hexdigest()}")
+    build(archive, tmp_path / "same")
+    assert "published archive" not in caplog.text
 
 
 def one_file(root: Path, text: bytes) -> Path:

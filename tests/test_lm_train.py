@@ -173,7 +173,7 @@ def test_number_of_test_rows_hardly_matters(cell, tmp_path, uninterrupted):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("prepared")
-    build(make_corpus(out / "text"), out / "corpus")
+    build(make_corpus(out / "text"), out / "corpus", tests=["all"])
     return out
 
 
@@ -189,12 +189,31 @@ def test_a_prepared_corpus_is_trained_on_and_a_file_scored(cell, prepared, tmp_p
     number = {name.strip(): float(value.replace(",", "")) for name, value in printed.items()}
     manifest = json.loads((prepared / "corpus/manifest.json").read_text())
     words = len(held_out.read_text().split())
-    assert number["tokens"] == outcome["evaluated"] == manifest["test"]["tokens"]
+    assert number["tokens"] == outcome["evaluated"] == words + 2 * 200
     assert (number["words"], number["sentences"]) == (words, 200)
-    assert number["out of vocabulary"] / words == pytest.approx(manifest["test"]["oov_rate"], abs=1e-6)
-    assert number["perplexity per token"] == pytest.approx(outcome["final"], abs=0.01)
-    per_word = math.exp(math.log(outcome["final"]) * outcome["evaluated"] / words)
-    assert number["perplexity per word"] == pytest.approx(per_word, rel=1e-4)
+    unknown = sum(shard["unknown"] for shard in manifest["shards"] if shard["file"] == TEST_FILES[0])
+    assert number["out of vocabulary"] == unknown
+    loss = math.log(outcome["final"]) * outcome["evaluated"]
+    by_denominator = {"both marks": words + 400, "end mark": words + 200, "words": words}
+    for (name, tokens), key in zip(by_denominator.items(), ("ppl", "ppl_with_end_mark", "ppl_per_word"), strict=True):
+        assert number[f"perplexity, {name}"] == pytest.approx(math.exp(loss / tokens), abs=0.01)
+        assert outcome[key] == pytest.approx(math.exp(loss / tokens), rel=1e-6)
+
+
+def test_all_held_out_files_are_scored_at_the_end(cell, prepared, tmp_path, capsys):
+    """result.json has them beside the first, which is the run's metric; both files one after the other, as one text."""
+    data = f"data={{name: prepared, root: {prepared}/corpus}}"
+    run_dir = cell.complete(tmp_path / "run", data, "epochs=1", "eval_rows=1", "checkpoint.minutes=60")
+    found = result(run_dir)
+    assert (len(found["test_files"]), found["all_files"]) == (1, 2) and found["ppl"] == pytest.approx(found["final"])
+    both = "".join((prepared / "text" / HELD_OUT / name).read_text(encoding="utf-8") for name in TEST_FILES)
+    (tmp_path / "both").write_text(both, encoding="utf-8")
+    capsys.readouterr()
+    evaluate_command.main([str(run_dir), str(tmp_path / "both")])
+    printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    per_word = float(printed["perplexity, words"].replace(",", ""))
+    assert found["all_tokens"] == len(both.split()) + 2 * 400
+    assert found["all_ppl_per_word"] == pytest.approx(per_word, abs=0.01)
 
 
 def not_scored(*arguments: object) -> str:
@@ -210,7 +229,10 @@ def not_scored(*arguments: object) -> str:
     [
         (["epoch=3"], ["unknown key 'epoch'", "'epochs'"]),
         (["data.name=pydoc"], ["data.name", "pydoc"]),
-        (["data={name: prepared, root: nowhere}"], ["nowhere", "no finished corpus", "language_model.prepare"]),
+        (
+            ["data={name: prepared, root: nowhere}"],
+            ["nowhere", "no finished corpus", "scripts/prepare.sh one_billion_words SOURCE nowhere"],
+        ),
         (["model.cutoffs=[300, 60000]"], ["model: cutoffs=[300, 60000]", "words"]),
         (["model.name=lstn"], ["model.name", "lstn"]),
         (["model.dropout=1.0"], ["model.dropout", "1.0"]),

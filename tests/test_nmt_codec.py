@@ -25,7 +25,7 @@ SENTENCES = {
     ],
     "de": [
         "Das ist z.B. ein saftig-grünes Gras, nicht wahr?",
-        'Er sagte: "Am 3. Mai kostet es 3,50 Euro (oder mehr)."',
+        'Er sagte: "Am 3. Mai kostet es 3,50 Euro (oder mehr)".',
         "Die Bäume, die wir sahen, waren größer als dieser.",
     ],
 }
@@ -69,7 +69,10 @@ def test_sentences_come_back_as_they_were(codec, language):
         ("de", "Das ist z.B. so, wie's am 3. Mai war.", "Das ist z.B. so , wie ' s am 3. Mai war ."),
         ("de", "„Ja“, sagte er – „nein“.", '" Ja " , sagte er - " nein " .'),
         ("en", "AT&T <b> [x] a|b", "AT & T < b > [ x ] a | b"),
-        ("en", "a\u00adb\x00c\td\u2028e\u200b", "abc d e"),  # soft hyphen, NUL, tab, line separator, zero-width space
+        ("en", "a\u00adb\x00c\td\u2028e\u200bf\x85g", "a b c d e f g"),  # soft hyphen, NUL, tab, separators
+        ("en", "one\rtwo", "onetwo"),  # as normalize-punctuation.perl has it
+        ("de", 'Er sagte: "Nein."', 'Er sagte : " Nein " .'),  # at the end of a line alone
+        ("en", "We met Mr. Smith of the U.S.", "We met Mr. Smith of the U.S ."),
         ("de", "a\u0308rgern", "ärgern"),  # decomposed
         ("en", f"a{WORD_START}b", "a _ b"),
         ("en", " \u3000\t ", ""),
@@ -83,7 +86,7 @@ def test_moses_tokens(language, line, tokens):
 def test_only_the_escapes_differ_from_the_usual_recipe(language):
     normalizer, tokenizer = MosesPunctNormalizer(language), MosesTokenizer(language)
     for line in SENTENCES[language]:
-        usual = tokenizer.tokenize(normalizer.normalize(line), aggressive_dash_splits=True, return_str=True)
+        usual = tokenizer.tokenize(normalizer.normalize(line + "\n"), aggressive_dash_splits=True, return_str=True)
         assert moses(language).tokenize(line) == usual.replace("&apos;", "'").replace("&quot;", '"')
 
 

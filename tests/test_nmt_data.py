@@ -243,7 +243,7 @@ def test_data_of_another_recipe_is_refused(root):
 
 
 def test_missing_data(tmp_path):
-    with pytest.raises(UserError, match=r"holds no prepared data: python -m nmt.prepare"):
+    with pytest.raises(UserError, match=r"holds no prepared data: python -m nmt.prepare --help"):
         load_data("own", tmp_path)
 
 

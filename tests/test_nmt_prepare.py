@@ -94,27 +94,25 @@ def test_neither_chunks_nor_processes_change_the_outcome(text, monkeypatch):
 
 
 def test_filters(text):
-    long, words = " ".join(["word"] * 10_000), "eins zwei drei vier"
+    """They count pieces, after a BPE that was learned on all pairs, also on those that they leave out."""
     letters = "".join(random.Random(0).choices("adehinrst", k=900))  # one word, and too many pieces
-    more = [  # what is left out of the training data, and after which filter
-        ("", "Leer."), ("Empty.", ""), ("", ""), (" \t ", "\u3000"), (long, long), ("a " * 251, "b " * 251),
-        ("one two", "eins zwei drei vier fünf"), ("one two three four five", "eins zwei"), (letters, "Wort"),
+    single = "xyxy"  # occurs in pairs alone that are left out: the BPE has a piece for it
+    more = [
+        ("", "Leer."), ("Empty.", ""), ("", ""), (" \t ", "\u3000"), ("a " * 251, "b " * 251), (letters, "Wort"),
+        *[("", f"{single} {single}")] * 9, ("a b", "a a a b b"), ("a a a b b", "a b"), ("a", "a b"),
     ]  # fmt: skip
-    fine = [("one two", words), ("a " * 250, "b " * 250)]
-    pairs = generate(50) + more + fine
+    fine = [("a a", "a b b"), ("a " * 250, "b " * 250)]
+    ratio = Recipe("own", ("train",), "valid", "test", merges=200, ratio=1.5)
+    pairs = [("a dog", "a dog")] * 50 + more + fine
     for language, lines in zip(("en", "de"), zip(*pairs, strict=True), strict=True):
         write(text / f"train.{language}", lines)
-    prepare(RECIPE, text, text / "out")
+    prepare(ratio, text, text / "out")
     entry = read_manifest(text / "out")["splits"]["train"]
-    assert entry["lines"] == {
-        "read": 61,
-        "not_empty": 57,
-        "within_length": 55,
-        "within_ratio": 53,
-        "within_pieces": 52,
-    }
+    assert entry["lines"] == {"read": 70, "not_empty": 57, "within_length": 55, "within_ratio": 52}
     assert entry["pairs"] == 52
-    assert lines_of(text / "out", "train", "de", Codec.load(text / "out"))[50] == words
+    codec = Codec.load(text / "out")
+    assert lines_of(text / "out", "train", "de", codec)[50:] == ["a b b", " ".join("b" * 250)]
+    assert len(codec.encode(single)) == 1 and len(codec.encode(letters)) > 250
 
 
 def test_lines_end_with_a_newline_and_nothing_else(text):
@@ -168,7 +166,7 @@ def test_not_utf_8(text, small_chunks):
 
 def test_missing_and_empty_files(text):
     (text / "valid.de").unlink()
-    fails(RECIPE, text, r"valid\.de: No such file")
+    fails(RECIPE, text, r"no valid\.de in .*: looked for valid\.de; what is there: valid\.en")
     (text / "valid.de").touch()
     fails(RECIPE, text, r"valid\.de is empty")
 
@@ -186,7 +184,11 @@ def test_a_10000_word_line_is_no_sentence_to_evaluate_on(text):
 def test_nothing_left(text):
     for language in ("en", "de"):
         write(text / f"train.{language}", ["", " "])
-    fails(RECIPE, text, "no training pair is left after the filters")
+    fails(RECIPE, text, "the training files hold no text: every line is empty")
+    write(text / "train.en", ["", "One."])
+    write(text / "train.de", ["Eins.", ""])
+    (text / "out" / "work" / "task.json").unlink()
+    fails(RECIPE, text, "no pair of train is left after the filter: are these the two sides")
 
 
 def test_languages_without_rules(text):
@@ -196,8 +198,8 @@ def test_languages_without_rules(text):
 def test_the_filtered_newstest_is_told_from_the_full_one(tmp_path):
     for language in ("en", "de"):
         write(tmp_path / f"newstest2014.{language}", ["line"] * 2737)
-    with pytest.raises(UserError, match=r"2,737 lines, not the 3,003 .* that is the filtered set"):
-        scan_pair(tmp_path / "newstest2014", "en", "de", WMT14.lines["newstest2014"])
+    with pytest.raises(UserError, match=r"2,737 lines, not the 3,003 .* that is the filtered test set"):
+        scan_pair([tmp_path / f"newstest2014.{side}" for side in ("en", "de")], WMT14.lines["newstest2014"])
 
 
 def test_wmt14_demands_its_own_line_counts(text):
@@ -205,6 +207,9 @@ def test_wmt14_demands_its_own_line_counts(text):
     for split, name in names.items():
         for language in ("en", "de"):
             (text / f"{split}.{language}").rename(text / f"{name}.{language}")
+    for name in WMT14.train[1:]:
+        for language in ("en", "de"):
+            write(text / f"{name}.{language}", ["line"])
     fails(WMT14, text, r"newstest2014\.en has 30 lines, not the 3,003 of the published file")
 
 
@@ -224,6 +229,15 @@ def test_a_finished_preparation_is_left_alone(text):
         "already holds other data, or data of other settings",
     )
     write(text / "test.en", ["Other text."] * 30)
+    fails(RECIPE, text, "already holds other data")
+
+
+def test_an_edit_of_equal_length_is_noticed(text):
+    prepare(RECIPE, text, text / "out")
+    file = text / "train.en"
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    file.write_bytes(file.read_bytes().replace(b"the", b"teh", 1))
+    os.utime(file, ns=times)
     fails(RECIPE, text, "already holds other data")
 
 

@@ -9,7 +9,6 @@ import torch
 from nmt_cell import make_cell
 from training_runs import Cell, assert_same_end, losses, metrics, recipe, result, saved
 
-
 from engine.config import load_config
 from engine.distributed import World
 from engine.errors import UserError

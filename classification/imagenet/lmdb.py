@@ -35,7 +35,7 @@ CHUNK = 256  # images in one transaction, about 28 MB of ImageNet
 DIGEST_BYTES = 8
 FIRST_MAP = 1 << 30  # bytes of address space; it doubles when full
 
-BUILD_COMMAND = "python -m classification.prepare_imagenet build SOURCE OUT"
+BUILD_COMMAND = "bash scripts/prepare.sh imagenet SOURCE OUT"
 
 
 class Record(NamedTuple):

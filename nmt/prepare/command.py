@@ -1,12 +1,13 @@
 """Parallel text to what training reads: token arrays, offsets, codec and manifest.
 
-    python -m nmt.prepare wmt14_en_de SOURCE OUT      the paper's recipe, from the files that nmt.prepare.download gets
+    python -m nmt.prepare download SOURCE             the archives of WMT14 English-German
+    python -m nmt.prepare wmt14_en_de SOURCE OUT      the paper's recipe, from these archives or what was in them
     python -m nmt.prepare files OUT --name NAME --train PREFIX ... --valid PREFIX --test PREFIX --merges N
     python -m nmt.prepare grammar OUT                 the generated sentences that need no download
     python -m nmt.prepare verify OUT                  compare what was prepared with its checksums
 
-Three stages (stages.py): Moses tokens and filters, chunk by chunk over all processes; the BPE, learned on both
-sides of what is left; pieces to ids. A preparation that was interrupted, by whatever, goes on where it was when the
+Three stages (stages.py): Moses tokens, chunk by chunk over all processes; the BPE, learned on both sides; ids of the
+pairs that pass the filter. A preparation that was interrupted, by whatever, goes on where it was when the
 same command is run again. docs/data.md says how to get WMT14 and how long this takes.
 """
 
@@ -24,8 +25,10 @@ from engine.machine import core_count
 from engine.manifest import MANIFEST, read_manifest
 from nmt.codec import Codec
 from nmt.prepare import toy_text
+from nmt.prepare.download import get_archives
 from nmt.prepare.raw_text import scan_pair
 from nmt.prepare.recipes import GRAMMAR, RESERVED, WMT14, Recipe
+from nmt.prepare.sources import find_texts
 from nmt.prepare.stages import Pair, encode, file_sha256, learn_codec, make_chunks, processes, tokenize
 from nmt.prepared import MANIFEST_KEYS, SPLITS, write_json
 from nmt.text import RULES, moses
@@ -40,7 +43,10 @@ def main(arguments: list[str]) -> int:
             print(line)
         print(f"{options.out}: {f'{len(bad)} damaged' if bad else 'whole'}")
         return 1 if bad else 0
-    if options.command == GRAMMAR.name:
+    if options.command == "download":
+        get_archives(options.source, (*WMT14.train, WMT14.valid, WMT14.test))
+        logging.info("next: python -m nmt.prepare wmt14_en_de %s OUT", options.source)
+    elif options.command == GRAMMAR.name:
         prepare_grammar(options.out)
     elif options.command == WMT14.name:
         prepare(WMT14, options.source, options.out, options.workers)
@@ -60,7 +66,7 @@ def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: boo
     """
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, "preparing data", wait):
-        inputs = _scan(recipe, folder)
+        inputs = _scan(recipe, folder, out / "text")
         task = _describe(recipe, inputs)
         work = out / "work"
         if finished := read_manifest(out, MANIFEST_KEYS):
@@ -72,11 +78,9 @@ def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: boo
         _claim(work, task)
         chunks = {name: make_chunks(name, inputs[name], recipe, work) for name in SPLITS}
         with processes(workers) as each:
-            counts = {name: tokenize(name, chunks[name], recipe, each) for name in reversed(SPLITS)}
-            codec = learn_codec(chunks["train"], counts["train"]["characters"], recipe, work)
+            characters = {name: tokenize(name, chunks[name], recipe, each) for name in reversed(SPLITS)}
+            codec = learn_codec(chunks["train"], characters["train"], recipe, work)
             splits = {name: encode(name, chunks[name], codec, recipe, out, each) for name in SPLITS}
-        for name, entry in splits.items():
-            splits[name] = {"lines": dict(counts[name]["lines"]) | {"within_pieces": entry["pairs"]}} | entry
         codec.save(out)
         made = {"vocabulary": codec.size, "merges": len(codec.merges), "codec": codec.digest, "splits": splits}
         write_json(out / MANIFEST, task | made)
@@ -108,15 +112,14 @@ def verify(out: Path) -> list[str]:
     return bad
 
 
-def _scan(recipe: Recipe, folder: Path) -> dict[str, list[Pair]]:
+def _scan(recipe: Recipe, folder: Path, unpacked: Path) -> dict[str, list[Pair]]:
     """Both sides of every split's files; the small splits first, as what is wrong with them is found at once."""
-    for language in (recipe.source, recipe.target):
+    languages = (recipe.source, recipe.target)
+    for language in languages:
         moses(language)  # refuses a language without rules
-    prefixes = {"test": [recipe.test], "valid": [recipe.valid], "train": recipe.train}
-    return {
-        name: [scan_pair(folder / prefix, recipe.source, recipe.target, recipe.lines.get(prefix)) for prefix in found]
-        for name, found in prefixes.items()
-    }
+    splits = {"test": [recipe.test], "valid": [recipe.valid], "train": recipe.train}
+    paths = find_texts(folder, [text for texts in splits.values() for text in texts], languages, unpacked)
+    return {name: [scan_pair(paths[text], recipe.lines.get(text)) for text in texts] for name, texts in splits.items()}
 
 
 def _describe(recipe: Recipe, inputs: dict[str, list[Pair]]) -> dict[str, Any]:
@@ -163,8 +166,10 @@ def _table(splits: dict[str, Any]) -> list[str]:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m nmt.prepare", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
+    archives = commands.add_parser("download", help="the archives of WMT14 English-German, 1.7 GB")
+    archives.add_argument("source", type=Path, help="folder to put them into")
     wmt14 = commands.add_parser(WMT14.name, help="WMT14 English-German as in the paper")
-    wmt14.add_argument("source", type=Path, help="folder with the files that python -m nmt.prepare.download gets")
+    wmt14.add_argument("source", type=Path, help="folder with the archives, or with the text in them")
     files = commands.add_parser("files", help="parallel text of one's own; PREFIX stands for PREFIX.en and PREFIX.de")
     own = commands.add_parser(GRAMMAR.name, help="generated English-German sentences")
     verified = commands.add_parser("verify", help="compare prepared data with its checksums")
@@ -177,8 +182,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     files.add_argument("--valid", required=True, metavar="PREFIX")
     files.add_argument("--test", required=True, metavar="PREFIX")
     files.add_argument("--merges", type=_positive, required=True, help="of the joint BPE, e.g. 8000 for 30,000 pairs")
-    files.add_argument("--max-length", type=_positive, default=250, help="tokens on a side (default: 250)")
-    files.add_argument("--ratio", type=float, default=2.0, help="of the longer side to the shorter (default: 2)")
+    files.add_argument("--max-length", type=_positive, default=250, help="pieces on a side (default: 250)")
+    files.add_argument("--ratio", type=float, default=2.0, help="longer side to shorter, in pieces (default: 2)")
     files.add_argument("--source", default="en", help="language (default: en)")
     files.add_argument("--target", default="de", help="language (default: de)")
     return parser.parse_args(arguments)

@@ -4,6 +4,7 @@ Lines end with a newline and with nothing else. Common Crawl holds carriage retu
 separators *inside* sentences; whoever splits at those finds the two sides out of step some thousand lines on.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +16,10 @@ from engine.errors import UserError
 
 CHUNK = 10_000  # lines
 BLOCK = 1 << 23  # bytes read at once
+OTHER_SETS = {  # by their number of lines
+    2_737: "the filtered test set; this recipe wants that of test-full.tgz",
+    4_508_785: "the number of Hugging Face's wmt14, another set",
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class TextFile:
                 f"{self.path}, line {line:,} is not UTF-8 (byte 0x{block[error.start]:02x}): convert the file "
                 "(iconv -f ... -t UTF-8), or remove the line on both sides"
             ) from None
+        if chunk == 0:
+            text = text.removeprefix("\ufeff")  # a byte order mark
         lines = text.removesuffix("\n").split("\n")
         return [line.removesuffix("\r") for line in lines]
 
@@ -72,17 +79,17 @@ def scan(path: Path) -> TextFile:
     return TextFile(path, lines, tuple(starts), digest.hexdigest())
 
 
-def scan_pair(prefix: Path, source: str, target: str, lines: int | None = None) -> tuple[TextFile, TextFile]:
-    """Both sides of `prefix`; UserError where they differ in length, or have not `lines` lines."""
-    one, other = (scan(prefix.with_name(f"{prefix.name}.{language}")) for language in (source, target))
+def scan_pair(paths: Sequence[Path], lines: int | None = None) -> tuple[TextFile, TextFile]:
+    """Both sides of a text; UserError where they differ in length, or have not `lines` lines."""
+    one, other = map(scan, paths)
     if one.lines != other.lines:
         raise UserError(
             f"{one.path} has {one.lines:,} lines and {other.path.name} {other.lines:,}: the two sides must match line "
             "by line; get the files again"
         )
     if lines and one.lines != lines:
-        filtered = "; that is the filtered set, this recipe wants test-full.tgz" if one.lines == 2737 else ""
-        raise UserError(f"{one.path} has {one.lines:,} lines, not the {lines:,} of the published file{filtered}")
+        known = f"; that is {OTHER_SETS[one.lines]}" if one.lines in OTHER_SETS else ""
+        raise UserError(f"{one.path} has {one.lines:,} lines, not the {lines:,} of the published file{known}")
     return one, other
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 class Recipe:
     """Parallel text to prepared data. A prefix stands for two files, `<prefix>.<source>` and `<prefix>.<target>`.
 
-    Training pairs with an empty side, with a side of more than `max_length` tokens, or with more than `ratio` times as
-    many tokens on one side as on the other are left out; Moses tokens are counted, and after the BPE once more
-    `max_length` pieces. Nothing is left out of `valid` and `test`.
+    The BPE is learned on all training pairs. Then those with an empty side, with a side of more than `max_length`
+    pieces, or with more than `ratio` times as many pieces on one side as on the other are left out. Nothing is left out
+    of `valid` and `test`.
     """
 
     name: str  # data.name in the configs
@@ -35,7 +35,7 @@ WMT14 = Recipe(
     train=("europarl-v7.de-en", "commoncrawl.de-en", "news-commentary-v9.de-en"),
     valid="newstest2013",
     test="newstest2014",
-    merges=37_000,
+    merges=40_000,
     ratio=1.5,
     lines={
         "europarl-v7.de-en": 1_920_209,

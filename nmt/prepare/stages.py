@@ -1,6 +1,6 @@
-"""The three stages of nmt/prepare.py: Moses tokens that pass the filters, the BPE, ids.
+"""The three stages of a preparation: Moses tokens, the BPE learned on all of them, ids of the pairs that pass filters.
 
-The first and the last work chunk by chunk, over processes. What a stage has done lies in the work folder, each piece
+The first and the last work chunk by chunk, over processes. The tokens and the BPE lie in the work folder, each piece
 whole or not there at all, so that a preparation that was killed goes on with the first piece that is missing.
 """
 
@@ -88,55 +88,41 @@ def _begin_worker() -> None:
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def tokenize(split: str, chunks: Sequence[Chunk], recipe: Recipe, each: Map) -> dict[str, Counter]:
-    """The first stage: tokens of every chunk to its files; lines left after each filter, and counts of characters."""
-    total = {"lines": Counter(), "characters": Counter()}
+def tokenize(split: str, chunks: Sequence[Chunk], recipe: Recipe, each: Map) -> Counter[str]:
+    """The first stage: tokens of every chunk to its files; how often each character occurs in them."""
+    characters = Counter()
     with _bar(f"tokens of {split}", chunks) as bar:
-        for chunk, counts in zip(chunks, each(partial(tokenize_chunk, recipe), chunks), strict=True):
-            for name in total:
-                total[name].update(counts[name])
+        for chunk, found in zip(chunks, each(partial(tokenize_chunk, recipe), chunks), strict=True):
+            characters.update(found)
             bar.update(chunk.lines)
-    return total
+    return characters
 
 
-def tokenize_chunk(recipe: Recipe, chunk: Chunk) -> dict[str, dict[str, int]]:
-    """Write the tokens of the pairs that pass the filters, unless that is done; the chunk's counts."""
+def tokenize_chunk(recipe: Recipe, chunk: Chunk) -> dict[str, int]:
+    """Write the tokens of both sides, unless that is done; how often each character occurs in them."""
     if chunk.counts.exists():
         return json.loads(chunk.counts.read_text(encoding="utf-8"))
     sides = []
     for language, file in zip((recipe.source, recipe.target), chunk.files, strict=True):
         sides.append([moses(language).tokenize(line) for line in file.read(chunk.index)])
-    lengths = np.array([[line.count(" ") + 1 if line else 0 for line in side] for side in sides])
-    longer, shorter = lengths.max(axis=0), lengths.min(axis=0)
-    kept = np.ones(len(longer), dtype=bool)
-    lines = {"read": len(kept)}
-    if chunk.split == "train":
-        filters = {
-            "not_empty": shorter > 0,
-            "within_length": longer <= recipe.max_length,
-            "within_ratio": longer <= recipe.ratio * shorter,
-        }
-        for name, passes in filters.items():
-            kept &= passes
-            lines[name] = int(kept.sum())
-    else:
-        _refuse_long(chunk, longer, "words")
+    if chunk.split in EVALUATED:
+        words = [max(len(line.split()) for line in pair) for pair in zip(*sides, strict=True)]
+        _refuse_long(chunk, np.array(words), "words")
     characters = Counter()
     for side, path in zip(sides, chunk.tokens, strict=True):
-        text = "".join(f"{side[index]}\n" for index in np.flatnonzero(kept))
+        text = "".join(f"{line}\n" for line in side)
         characters.update(text)
         path.write_text(text, encoding="utf-8", newline="")
-    counts = {"lines": lines, "characters": characters}
-    write_json(chunk.counts, counts)
-    return counts
+    write_json(chunk.counts, characters)
+    return characters
 
 
-def learn_codec(chunks: Sequence[Chunk], characters: Counter, recipe: Recipe, work: Path) -> Codec:
+def learn_codec(chunks: Sequence[Chunk], characters: Counter[str], recipe: Recipe, work: Path) -> Codec:
     """The second stage: the codec in `work`, learned from the training chunks unless that is done."""
     if (work / "codec.json").exists():
         return Codec.load(work)
-    if not characters:
-        raise UserError("no training pair is left after the filters: are these the two sides of the same text?")
+    if not characters.keys() - {"\n"}:
+        raise UserError("the training files hold no text: every line is empty")
     files = list(chain.from_iterable(chunk.tokens for chunk in chunks))
     logging.info("learning %s merges from both sides of the training text", f"{recipe.merges:,}")
     codec = learn(files, characters, recipe.merges, recipe.source, recipe.target)
@@ -145,16 +131,18 @@ def learn_codec(chunks: Sequence[Chunk], characters: Counter, recipe: Recipe, wo
 
 
 def encode(split: str, chunks: Sequence[Chunk], codec: Codec, recipe: Recipe, out: Path, each: Map) -> dict[str, Any]:
-    """The third stage: the split's arrays and raw text; its pairs, tokens and checksums for the manifest."""
+    """The third stage: the split's arrays and raw text; for the manifest its lines, pairs, tokens and checksums."""
     dtype = np.dtype("<u2" if codec.size <= 1 << 16 else "<u4")
     languages = (recipe.source, recipe.target)
     lengths: dict[str, list[np.ndarray]] = {language: [] for language in languages}
     unknown = dict.fromkeys(languages, 0)
+    lines = Counter()
     arrays = {language: open(out / f"{split}.{language}.bin", "wb") for language in languages}  # noqa: SIM115
     try:
         with _bar(f"ids of {split}", chunks) as bar:
             work = partial(encode_chunk, recipe, chunks[0].counts.parent, dtype)
-            for chunk, sides in zip(chunks, each(work, chunks), strict=True):
+            for chunk, (left, sides) in zip(chunks, each(work, chunks), strict=True):
+                lines.update(left)
                 for language, (ids, found) in zip(languages, sides, strict=True):
                     arrays[language].write(ids.tobytes())
                     lengths[language].append(found)
@@ -163,7 +151,9 @@ def encode(split: str, chunks: Sequence[Chunk], codec: Codec, recipe: Recipe, ou
     finally:
         for file in arrays.values():
             file.close()
-    entry: dict[str, Any] = {"pairs": sum(map(len, lengths[recipe.source]))}
+    entry: dict[str, Any] = {"lines": dict(lines), "pairs": sum(map(len, lengths[recipe.source]))}
+    if not entry["pairs"]:
+        raise UserError(f"no pair of {split} is left after the filter: are these the two sides of the same text?")
     for side, language in enumerate(languages):
         offsets = np.concatenate([[0], *lengths[language]]).cumsum(dtype=np.int64)
         offsets.astype("<i8").tofile(out / f"{split}.{language}.offsets")
@@ -175,22 +165,43 @@ def encode(split: str, chunks: Sequence[Chunk], codec: Codec, recipe: Recipe, ou
     return entry
 
 
-def encode_chunk(recipe: Recipe, work: Path, dtype: np.dtype, chunk: Chunk) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Both sides of a chunk: ids of all sentences end to end, each with its </s>, and the lengths with it."""
+def encode_chunk(
+    recipe: Recipe, work: Path, dtype: np.dtype, chunk: Chunk
+) -> tuple[dict[str, int], list[tuple[np.ndarray, np.ndarray]]]:
+    """The lines left after each filter; then for both sides the ids of all sentences end to end, and their lengths.
+
+    Each sentence ends with its </s>, which counts in its length, but not in the filter.
+    """
     sides = []
     for path in chunk.tokens:
         lines = path.read_bytes().decode().split("\n")[:-1]
         sides.append([[*ids, EOS] for ids in _codec(work).encode_tokens(lines)])
-    pieces = np.array([max(map(len, pair)) - 1 for pair in zip(*sides, strict=True)], dtype=np.int64)
+    pieces = np.array([[len(ids) - 1 for ids in side] for side in sides])
+    kept, left = np.arange(chunk.lines), {"read": chunk.lines}
     if chunk.split == "train":
-        kept = np.flatnonzero(pieces <= recipe.max_length)
-        sides = [[side[index] for index in kept] for side in sides]
+        for name, passes in _filters(recipe, pieces).items():
+            kept = kept[passes[kept]]
+            left[name] = len(kept)
     else:
-        _refuse_long(chunk, pieces, "pieces")
-    return [
+        _refuse_long(chunk, pieces.max(axis=0), "pieces")
+    sides = [[side[index] for index in kept] for side in sides]
+    return left, [
         (np.fromiter(chain.from_iterable(side), dtype), np.fromiter(map(len, side), np.int64, len(side)))
         for side in sides
     ]
+
+
+def _filters(recipe: Recipe, pieces: np.ndarray) -> dict[str, np.ndarray]:
+    """Which training pairs pass each filter, bool [pairs], for the numbers of their pieces, int64 [2, pairs].
+
+    The filters of clean-corpus-n.perl, which fairseq's prepare-wmt14en2de.sh runs on the text after BPE.
+    """
+    longer, shorter = pieces.max(axis=0), pieces.min(axis=0)
+    return {
+        "not_empty": shorter > 0,
+        "within_length": longer <= recipe.max_length,
+        "within_ratio": longer <= recipe.ratio * shorter,
+    }
 
 
 def file_sha256(path: Path) -> str:

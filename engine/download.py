@@ -1,0 +1,70 @@
+"""Download a file that is known by its checksum, and go on with one that was interrupted."""
+
+import urllib.error
+import urllib.request
+from hashlib import new
+from http.client import HTTPException
+from pathlib import Path
+
+from tqdm import tqdm
+
+from engine.errors import UserError
+
+TIMEOUT = 30.0  # seconds of silence after which a server is given up
+BLOCK = 1 << 20
+
+
+def download(url: str, path: Path, checksum: str | None = None) -> None:
+    """See to it that `path` holds the file of `url`; `checksum` is "sha256:…" or "md5:…", None where none is published.
+
+    A file that is there already is compared, and not downloaded again. Raises UserError, in one line, where the file
+    cannot be had, or where it is another one.
+    """
+    if path.exists():
+        if checksum and not matches(path, checksum):
+            raise UserError(f"{path} is not the file that is expected, by its checksum: delete it, then run again")
+        return
+    part = path.with_name(f"{path.name}.part")
+    try:
+        _fetch(url, part)
+    except (OSError, HTTPException) as error:  # urllib's errors are OSErrors
+        raise UserError(f"{url}: {error}") from None
+    if checksum and not matches(part, checksum):
+        part.unlink()
+        raise UserError(f"{url}: not the file that is expected, by its checksum")
+    part.replace(path)
+
+
+def matches(path: Path, checksum: str) -> bool:
+    """Whether `path` has this checksum, "sha256:…" or "md5:…"."""
+    kind, _, expected = checksum.partition(":")
+    digest = new(kind, usedforsecurity=False)
+    size = path.stat().st_size
+    bar = tqdm(total=size, desc=f"checking {path.name}", unit="B", unit_scale=True, leave=False, disable=None)
+    with open(path, "rb") as file, bar:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest() == expected
+
+
+def _fetch(url: str, part: Path) -> None:
+    """Download to `part`, from where it ends."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # there is no more: it was interrupted between the last byte and its renaming
+            raise
+        return
+    with response, open(part, "ab" if response.status == 206 else "wb") as file:
+        have = file.tell()
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with tqdm(total=total, initial=have, desc=url, unit="B", unit_scale=True, disable=None) as bar:
+            while block := response.read(BLOCK):
+                file.write(block)
+                bar.update(len(block))
+        if total is not None and file.tell() != total:
+            raise ConnectionError(f"the connection ended after {file.tell():,} of {total:,} bytes")

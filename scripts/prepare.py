@@ -1,0 +1,285 @@
+"""The data of a table, made ready for training by one command, which says beforehand what it found and what it will do.
+
+    bash scripts/prepare.sh cifar10|imagenet|one_billion_words|wmt14 [SOURCE] [DEST] [--workers N]
+
+SOURCE is what was downloaded, in any of the forms that docs/data.md names. Without it, the published files are
+downloaded (ImageNet's cannot be). DEST is where the configs look for the data. The minutes are an estimate from a trial
+of the first part. Run the same command again after an interruption: it goes on where it was.
+"""
+
+import argparse
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.download import download
+from engine.errors import UserError, run_main
+from engine.machine import core_count
+from language_model import benchmark
+from scripts.arguments import Parser, positive
+
+GB = 1e9
+TRIAL_BYTES = 8 << 20  # of text, encoded to see how long all will take
+TRIAL_LINES = 1_000  # of each language, turned into tokens
+COPY_BYTES = 64 << 20  # read and written
+CIFAR_FILES = ("cifar-10-python.tar.gz", "cifar-10-batches-py")
+
+
+class Plan(NamedTuple):
+    """What a preparation found, will write, and how to do it."""
+
+    found: str
+    bytes: float
+    seconds: float
+    make: Callable[[], object]
+
+
+class Table(NamedTuple):
+    plan: Callable[[Path | None, Path, argparse.Namespace], Plan]
+    dest: Path  # data.root in the table's configs
+    finished: str | None  # the file that is written last; None where being complete has to be looked into
+    row: str  # the script of its Apollo row
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    table = TABLES[options.table]
+    dest = options.dest or table.dest
+    finished = table.finished is not None and (dest / table.finished).exists()
+    if finished and options.source is None:
+        print(f"{dest} is complete")
+    else:
+        plan = table.plan(options.source, dest, options)
+        print(f"found: {plan.found}", flush=True)
+        if not finished:
+            print(f"will write: {amount(plan.bytes)} to {dest}, in about {duration(plan.seconds)}", flush=True)
+            require_space(dest, plan.bytes)
+        plan.make()  # where it is finished: compares it with the source
+    where = "" if dest == table.dest else f" data.root={dest}"
+    print(f"to train a row: bash scripts/{table.row}{where}")
+
+
+def plan_cifar10(source: Path | None, dest: Path, options: argparse.Namespace) -> Plan:
+    from classification.data import read_cifar10  # here, as torchvision takes seconds to import
+
+    copied, there = None, next((dest / name for name in CIFAR_FILES if (dest / name).exists()), None)
+    if source:
+        place = source.parent if source.name in CIFAR_FILES else source
+        copied = next((place / name for name in CIFAR_FILES if (place / name).exists()), None)
+        if copied is None:
+            looked = f"looked for {' and '.join(CIFAR_FILES)}"
+            raise UserError(f"no CIFAR-10 in {source}: {looked}; what is there: {nearest_entries(place, 'cifar')}")
+
+    def make() -> None:
+        target = dest / copied.name if copied else None
+        if target and not target.exists():
+            dest.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f"{target.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            (shutil.copytree if copied.is_dir() else shutil.copy)(copied, temporary)
+            temporary.rename(target)
+        read_cifar10(dest)  # unpacks, downloads what is missing, and compares with the published checksums
+
+    found = copied or there or "nothing yet: the published archive, 170 MB, will be downloaded"
+    return Plan(str(found), 0.36 * GB, 20, make)
+
+
+def plan_imagenet(source: Path | None, dest: Path, options: argparse.Namespace) -> Plan:
+    from classification.imagenet.prepare import build
+
+    if source is None:
+        raise UserError(
+            "imagenet cannot be downloaded without its terms: docs/data.md says how to get it; then give it as SOURCE"
+        )
+    if not source.is_dir():
+        raise UserError(f"{source} is not a folder: SOURCE holds ILSVRC2012_img_train.tar, or a folder train/")
+    files = [path for path in walk(source) if path.suffix.lower() not in (".txt", ".csv", ".xml")]
+    if not files:
+        raise UserError(f"{source} holds no file: SOURCE holds ILSVRC2012_img_train.tar, or a folder train/")
+    size = sum(path.stat().st_size for path in files)
+    seconds = size / copy_speed(files, dest)
+    return Plan(
+        f"{len(files):,} files with {amount(size)} in {source}", 1.02 * size, seconds, lambda: build(source, dest)
+    )
+
+
+def plan_one_billion_words(source: Path | None, dest: Path, options: argparse.Namespace) -> Plan:
+    from language_model.prepare import build
+    from language_model.prepared import token_dtype
+    from language_model.raw_text import find_source
+    from language_model.vocabulary import read_vocabulary
+
+    if source is None:
+        source = dest.with_name(f"{dest.name}_source")
+        source.mkdir(parents=True, exist_ok=True)
+        try:
+            if options.vocabulary is None:
+                download(benchmark.VOCABULARY_URL, source / benchmark.VOCABULARY)
+            download(benchmark.ARCHIVE_URL, source / benchmark.ARCHIVE, benchmark.ARCHIVE_CHECKSUM)
+        except UserError as error:
+            raise UserError(
+                f"{error}: get it on a machine with network, put it into {source}, and run the same command again"
+            ) from None
+    text = find_source(source, options.test)
+    places = (source, source.parent, text.place.parent)
+    beside = (place / benchmark.VOCABULARY for place in places if (place / benchmark.VOCABULARY).is_file())
+    vocabulary = options.vocabulary or next(beside, None)
+    if vocabulary is None:
+        raise UserError(
+            f"no {benchmark.VOCABULARY} in {source} or beside it: get {benchmark.VOCABULARY_URL}, or give another "
+            "file with --vocabulary"
+        )
+    words = read_vocabulary(vocabulary)
+
+    consumed: list[int] = []  # bytes of the source, of an archive as they lie there
+    parts = text.parts(consumed.append)
+    start = time.perf_counter()
+    part = next(parts)  # of an archive: unpacked
+    reading = time.perf_counter() - start
+    next(parts, None)  # by now the first part is accounted for
+    size, share = part.stop - part.start, text.total / consumed[0]
+    done = tokens = sentences = 0
+    start = time.perf_counter()
+    for block in part.texts():
+        found, lengths = words.encode(block)
+        done, tokens, sentences = done + len(block.encode()), tokens + len(found), sentences + len(lengths)
+        if done >= TRIAL_BYTES:
+            break
+    encoding = (time.perf_counter() - start) * size / max(done, 1)
+    written = (tokens * token_dtype(len(words)).itemsize + 4 * sentences) * size / max(done, 1) * share
+    seconds = share * max(reading, encoding / options.workers) + 10
+    return Plan(
+        f"{text.place} with {amount(text.total)}, vocabulary {vocabulary} of {len(words):,} words",
+        written,
+        seconds,
+        lambda: build(source, dest, vocabulary=vocabulary, tests=options.test, workers=options.workers),
+    )
+
+
+def plan_wmt14(source: Path | None, dest: Path, options: argparse.Namespace) -> Plan:
+    from nmt.prepare.command import prepare
+    from nmt.prepare.download import get_archives
+    from nmt.prepare.recipes import WMT14
+    from nmt.prepare.sources import first_lines, locate
+    from nmt.text import moses
+
+    texts, languages = (*WMT14.train, WMT14.valid, WMT14.test), (WMT14.source, WMT14.target)
+    if source is None:
+        source = dest.with_name(f"{dest.name}_source")
+        get_archives(source, texts)
+    places = locate(source, texts, languages)
+    start = time.perf_counter()
+    lines = 0
+    for language in languages:
+        for line in first_lines(places[WMT14.train[0], language], TRIAL_LINES):
+            moses(language).tokenize(line)
+            lines += 1
+    tokens = (time.perf_counter() - start) / lines * 2 * sum(WMT14.lines.values())
+    is_plain = all(place.is_plain for place in places.values())
+    # Beside the tokens: a third of their time for the pieces, and two minutes in one process to learn the BPE.
+    # On the disk: 1.4 GB of text where it has to be unpacked, 1.5 GB of work that is removed, 0.5 GB of arrays.
+    return Plan(
+        ", ".join(dict.fromkeys(str(place.path) for place in places.values())),
+        (2.0 if is_plain else 3.4) * GB,
+        tokens * 4 / 3 / options.workers + 120,
+        lambda: prepare(WMT14, source, dest, options.workers),
+    )
+
+
+TABLES = {
+    "cifar10": Table(plan_cifar10, Path("data/cifar10"), None, "cifar_apollo.sh"),
+    "imagenet": Table(plan_imagenet, Path("data/imagenet"), "manifest.json", "imagenet_apollo.sh"),
+    "one_billion_words": Table(plan_one_billion_words, Path("data/one_billion_words"), "manifest.json", "lm_apollo.sh"),
+    "wmt14": Table(plan_wmt14, Path("data/wmt14_en_de"), "manifest.json", "nmt_apollo.sh"),
+}
+
+
+def copy_speed(files: Iterable[Path], dest: Path) -> float:
+    """Bytes a second that are read from `files` and written below `dest` at the same time, by a trial of 64 MiB."""
+    dest.mkdir(parents=True, exist_ok=True)
+    trial = dest / "trial.tmp"
+    read = written = 0.0
+    size = 0
+    try:
+        with open(trial, "wb") as target:
+            for path in files:
+                with open(path, "rb") as source:
+                    start = time.perf_counter()
+                    block = source.read(COPY_BYTES - size)
+                    read += time.perf_counter() - start
+                start = time.perf_counter()
+                target.write(block)
+                written += time.perf_counter() - start
+                size += len(block)
+                if size >= COPY_BYTES:
+                    break
+            start = time.perf_counter()
+            os.fsync(target.fileno())
+            written += time.perf_counter() - start
+    finally:
+        trial.unlink(missing_ok=True)
+    return max(size, 1) / max(read, written)
+
+
+def require_space(dest: Path, size: float) -> None:
+    """UserError where the disk of `dest` has not `size` bytes left; what an earlier start has written there counts."""
+    there = next(path for path in (dest.absolute(), *dest.absolute().parents) if path.exists())
+    kept = sum(path.stat().st_size for path in walk(dest)) if dest.is_dir() else 0
+    free = shutil.disk_usage(there).free
+    if free + kept < size:
+        raise UserError(
+            f"{dest} has {amount(free)} free, and this takes {amount(size - kept)}: make room, or give another DEST"
+        )
+
+
+def walk(folder: Path) -> Iterable[Path]:
+    """All files below `folder`, by their names."""
+    for path, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (Path(path, name) for name in sorted(names) if not name.startswith("."))
+
+
+def nearest_entries(folder: Path, start: str) -> str:
+    """The names of up to four entries of `folder`, those that begin with `start` first."""
+    names = sorted(path.name for path in islice(folder.glob("[!.]*"), 10_000))
+    return ", ".join(sorted(names, key=lambda name: not name.startswith(start))[:4]) or "nothing"
+
+
+def amount(size: float) -> str:
+    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.3g} MB"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="bash scripts/prepare.sh",
+        description="The data of a table, ready for training. It asks nothing; run it again after an interruption.",
+    )
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("source", type=Path, nargs="?", help="what was downloaded (default: download it)")
+    parser.add_argument("dest", type=Path, nargs="?", help="default: where the configs look for it")
+    parser.add_argument(
+        "--workers", type=positive, default=core_count(), metavar="N", help="processes (default: all cores)"
+    )
+    parser.add_argument("--vocabulary", type=Path, metavar="FILE", help="one_billion_words: `word count` lines")
+    parser.add_argument(
+        "--test", nargs="+", metavar="NAME", help="one_billion_words: held-out files to test on, or all"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    if options.table != "one_billion_words" and (options.vocabulary or options.test):
+        raise UserError("--vocabulary and --test are options of one_billion_words")
+    options.test = options.test or [benchmark.TEST_FILE]
+    return options
+
+
+if __name__ == "__main__":
+    run_main(main)

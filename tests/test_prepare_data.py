@@ -1,0 +1,178 @@
+"""scripts/prepare.sh: one command a table, from what people have to the line that starts a row; on toy data."""
+
+import hashlib
+import pickle
+import shutil
+import subprocess
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from imagenet_images import make_tree
+from lm_corpus import make_corpus, make_vocabulary
+from torchvision.datasets import CIFAR10
+
+from classification.data import read_cifar10
+from engine.errors import UserError
+from language_model import benchmark
+from language_model.prepared import open_corpus
+from nmt.prepare import recipes
+from nmt.prepare.toy_text import generate
+from nmt.prepared import read_manifest
+from scripts import prepare
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def said(capsys):
+    """Runs the command; its lines on standard output."""
+
+    def run(*arguments):
+        prepare.main([str(argument) for argument in arguments])
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def make_cifar(folder, monkeypatch):
+    """Files of CIFAR-10's format with three images each, whose checksums torchvision expects; no address answers."""
+    batches, random = folder / CIFAR10.base_folder, np.random.default_rng(0)
+    batches.mkdir(parents=True)
+
+    def write(name, content):
+        (batches / name).write_bytes(pickle.dumps(content))
+        return name, hashlib.md5((batches / name).read_bytes()).hexdigest()
+
+    for split in ("train_list", "test_list"):
+        content = {"data": random.integers(0, 256, (3, 3072), dtype=np.uint8), "labels": [0, 1, 2]}
+        monkeypatch.setattr(CIFAR10, split, [write(name, content) for name, _ in getattr(CIFAR10, split)])
+    _, md5 = write(CIFAR10.meta["filename"], {CIFAR10.meta["key"]: [str(label) for label in range(10)]})
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5})
+    with tarfile.open(folder / CIFAR10.filename, "w:gz") as tar:
+        tar.add(batches, CIFAR10.base_folder)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5((folder / CIFAR10.filename).read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:1/{CIFAR10.filename}")
+
+
+@pytest.mark.parametrize("form", ["", CIFAR10.filename, CIFAR10.base_folder])
+def test_cifar10(said, tmp_path, monkeypatch, form):
+    """As the archive or unpacked, named itself or by the folder that holds it; a damaged copy is never opened."""
+    make_cifar(tmp_path / "source", monkeypatch)
+    if form == CIFAR10.base_folder:
+        (tmp_path / "source" / CIFAR10.filename).unlink()
+    found, will, row = said("cifar10", tmp_path / "source" / form, tmp_path / "out")
+    assert found == f"found: {tmp_path}/source/{form or CIFAR10.filename}" and will.startswith("will write: 360 MB")
+    assert len(read_cifar10(tmp_path / "out").train.labels) == 15 and row.endswith(f"data.root={tmp_path}/out")
+    assert said("cifar10", tmp_path / "source", tmp_path / "out")[-1] == row
+    shutil.rmtree(tmp_path / "out")
+    batch = tmp_path / "source" / CIFAR10.base_folder / "data_batch_1"
+    (tmp_path / "source" / CIFAR10.filename).unlink(missing_ok=True)
+    batch.write_bytes(batch.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="CIFAR10 is not complete in .*out and cannot be downloaded"):
+        said("cifar10", tmp_path / "source", tmp_path / "out")
+
+
+def test_one_billion_words(said, tmp_path):
+    """The vocabulary lies beside the text; --test all is handed on; what is complete stays as it is."""
+    text = make_corpus(tmp_path / "text")
+    make_vocabulary(text / "1b_word_vocab.txt", ["the", "of"])
+    found, will, row = said("one_billion_words", text, tmp_path / "out", "--test", "all", "--workers", 1)
+    assert found.startswith(f"found: {text} with ") and f"vocabulary {text}/1b_word_vocab.txt of 5 words" in found
+    amount, unit = will.removeprefix("will write: ").split()[:2]
+    written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.*") if path.suffix != ".json")
+    assert unit == "MB" and 0.4 < float(amount) / (written / 1e6) < 1.5 and " in about " in will
+    assert row == f"to train a row: bash scripts/lm_apollo.sh data.root={tmp_path}/out"
+    assert open_corpus(tmp_path / "out").all_test
+    assert said("one_billion_words", text, tmp_path / "out", "--test", "all") == [found, row]
+    with pytest.raises(UserError, match="holds other text, or another vocabulary"):
+        said("one_billion_words", text, tmp_path / "out")
+
+
+def test_one_billion_words_downloaded(said, tmp_path, monkeypatch):
+    """From the published places, here files on this disk, to where the configs look; once complete, no more."""
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open("away.tar.gz", "w:gz") as tar:
+        tar.add(make_corpus(tmp_path / "text"), "benchmark")
+    make_vocabulary(tmp_path / "away.txt", ["the", "of"])
+    monkeypatch.setattr(benchmark, "VOCABULARY_URL", (tmp_path / "away.txt").as_uri())
+    monkeypatch.setattr(benchmark, "ARCHIVE_URL", (tmp_path / "nothing.tar.gz").as_uri())
+    with pytest.raises(UserError, match="nothing.tar.gz.*put it into data/one_billion_words_source, and run the same"):
+        said("one_billion_words")
+    monkeypatch.setattr(benchmark, "ARCHIVE_URL", (tmp_path / "away.tar.gz").as_uri())
+    digest = hashlib.sha256((tmp_path / "away.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setattr(benchmark, "ARCHIVE_CHECKSUM", f"sha256:{digest}")
+    found, _, row = said("one_billion_words", "--workers", 1)
+    assert found.startswith(f"found: data/one_billion_words_source/{benchmark.ARCHIVE} with ")
+    assert row == "to train a row: bash scripts/lm_apollo.sh" and open_corpus(Path("data/one_billion_words")).train
+    shutil.rmtree("data/one_billion_words_source")
+    assert said("one_billion_words") == ["data/one_billion_words is complete", row]
+
+
+def test_wmt14(said, tmp_path, monkeypatch):
+    texts = (*recipes.WMT14.train, recipes.WMT14.valid, recipes.WMT14.test)
+    monkeypatch.setattr(recipes, "WMT14", replace(recipes.WMT14, lines=dict.fromkeys(texts, 20)))
+    pairs = generate(100)
+    for number, text in enumerate(texts):
+        for language, lines in zip(("en", "de"), zip(*pairs[20 * number : 20 * number + 20], strict=True), strict=True):
+            (tmp_path / f"{text}.{language}").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    found, will, row = said("wmt14", tmp_path, tmp_path / "out", "--workers", "1")
+    assert found.startswith(f"found: {tmp_path}/europarl-v7.de-en.en, ") and "newstest2014.de" in found
+    assert will.startswith(f"will write: 2.0 GB to {tmp_path}/out, in about 2 minutes")
+    assert row == f"to train a row: bash scripts/nmt_apollo.sh data.root={tmp_path}/out"
+    assert read_manifest(tmp_path / "out")["splits"]["train"]["lines"]["read"] == 60
+
+
+def test_imagenet(said, tmp_path):
+    tree = make_tree(tmp_path / "tree")
+    found, will, row = said("imagenet", tree, tmp_path / "out")
+    files = [path for path in tree.rglob("*") if path.is_file()]
+    assert found.startswith(f"found: {len(files)} files with ") and will.startswith("will write: ")
+    assert (tmp_path / "out" / "manifest.json").exists() and "imagenet_apollo.sh" in row
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["cifar10", "{}"], ["no CIFAR-10 in ", "cifar-10-python.tar.gz", "what is there: cifar-100-python.tar.gz, x"]),
+        (["imagenet"], ["cannot be downloaded without its terms", "docs/data.md"]),
+        (["imagenet", "{}/nowhere"], ["nowhere is not a folder", "ILSVRC2012_img_train.tar"]),
+        (["one_billion_words", "{}"], ["training-monolingual.tokenized.shuffled is not there", "holds: cifar-100"]),
+        (["one_billion_words", "{}/nowhere"], ["nowhere is not there"]),
+        (["wmt14", "{}"], ["no europarl-v7.de-en.en in ", "training-parallel-europarl-v7.tgz", "what is there: cifar"]),
+        (["wmt14", "{}", "{}/out", "--test", "all"], ["--test are options of one_billion_words"]),
+        (["wmt15"], ["invalid choice: 'wmt15'"]),
+    ],
+)
+def test_a_wrong_source_is_told_what_was_looked_for(said, tmp_path, arguments, words):
+    (tmp_path / "source").mkdir()
+    for name in ("x", "cifar-100-python.tar.gz", ".hidden"):
+        (tmp_path / "source" / name).touch()
+    with pytest.raises(UserError) as error:
+        said(*(argument.format(tmp_path / "source") for argument in arguments))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(error.value)
+
+
+def test_without_a_vocabulary_it_says_where_to_get_one(said, tmp_path):
+    with pytest.raises(UserError, match=r"no 1b_word_vocab\.txt in .* or beside it: get https://.*--vocabulary"):
+        said("one_billion_words", make_corpus(tmp_path / "text"), tmp_path / "out")
+
+
+def test_a_full_disk_is_told_before_anything_is_written(said, tmp_path, monkeypatch):
+    text = make_corpus(tmp_path / "text")
+    make_vocabulary(text / "1b_word_vocab.txt", ["the"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**4, 10**4))
+    with pytest.raises(
+        UserError, match=r"out has 0.01 MB free, and this takes [\d.]+ MB: make room, or give another DEST"
+    ):
+        said("one_billion_words", text, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_is_the_command(tmp_path):
+    command = ["bash", "scripts/prepare.sh", "wmt14", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "error: no europarl-v7.de-en.en in " in done.stderr, done.stderr
