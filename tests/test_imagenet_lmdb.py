@@ -1,5 +1,6 @@
 """The LMDB of ImageNet: what is built is what was there, and every way of breaking it is noticed."""
 
+import errno
 import fcntl
 import io
 import json
@@ -20,7 +21,7 @@ from imagenet_images import CLASSES, encoded, make_tars, make_tree, picture
 from scipy.io import savemat
 
 from classification.imagenet import lmdb as imagenet_lmdb
-from classification.imagenet.lmdb import LmdbSplit, SplitWriter, open_splits, read_manifest
+from classification.imagenet.lmdb import LmdbSplit, Record, SplitWriter, open_splits, read_manifest
 from classification.imagenet.prepare import build, main, verify
 from engine.errors import UserError
 
@@ -254,6 +255,18 @@ def test_two_builds_into_one_folder(tree, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_file_system_without_locks_and_folder_that_is_not_ours_are_named(tree, tmp_path, monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with pytest.raises(UserError, match="its file system has no locks .No locks available.: choose a folder"):
+        build(tree, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/out cannot be made .*Not a directory"):
+        build(tree, tmp_path / "file" / "out")
+
+
 def test_disk_that_refuses_more_is_one_line_and_the_build_goes_on_later(tree, tmp_path):
     """A limit on the size of files stands in for the full disk: the system refuses the write in the same place."""
 
@@ -267,6 +280,58 @@ def test_disk_that_refuses_more_is_one_line_and_the_build_goes_on_later(tree, tm
     assert "Traceback" not in done.stderr
     build(tree, tmp_path)
     assert verify(tmp_path) == []
+
+
+def in_little_memory(code, *arguments, mebibytes=600):
+    """Run `code` in a process that may take so much more address space than it begins with; what it printed."""
+    limit = f"""
+import resource, sys
+from pathlib import Path
+import classification.imagenet.prepare
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + ({mebibytes} << 20),) * 2)
+"""
+    done = subprocess.run([sys.executable, "-c", limit + code, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+REFUSED = """
+from classification.imagenet.lmdb import Record, SplitWriter
+from engine.errors import UserError
+try:
+    writer = SplitWriter(Path(sys.argv[1]), "inputs", ["a"], int(sys.argv[2]))
+    writer.append([Record(0, b"x" * 1000)] * 256)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_address_space_that_is_refused_costs_no_build(tmp_path):
+    path = tmp_path / "train.lmdb"
+    writer = SplitWriter(path, "inputs", ["a"])
+    writer.append([Record(0, b"x" * 1000)] * 256)
+    writer.close()
+    before = path.read_bytes()
+    said = in_little_memory(REFUSED, path, 1 << 30)
+    assert "it takes 1.0 GiB of address space" in said and "ulimit -v" in said and "delete" not in said
+    assert path.read_bytes() == before
+    # The same where a map that was small enough at first has to grow.
+    said = in_little_memory(REFUSED, tmp_path / "val.lmdb", 1 << 19, mebibytes=0)
+    assert "of address space" in said and "delete" not in said
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_bytes(b"not LMDB's" * 2000), "is truncated or damaged .*: delete it"),
+        (lambda path: path.mkdir(), r"cannot be opened \(Is a directory\): mend that"),
+    ],
+)
+def test_advice_to_delete_is_given_for_what_is_no_lmdb_alone(tmp_path, make, message):
+    make(tmp_path / "train.lmdb")
+    with pytest.raises(UserError, match=message):
+        SplitWriter(tmp_path / "train.lmdb", "inputs", ["a"])
 
 
 def flip(path, needle, offset):

@@ -33,6 +33,8 @@ MANIFEST = "manifest.json"
 CHUNK = 256  # images in one transaction, about 28 MB of ImageNet
 DIGEST_BYTES = 8
 FIRST_MAP = 1 << 30  # bytes of address space; it doubles when full
+# LMDB's errors that speak of what the file holds; its others speak of the system, and the file may be whole.
+WRONG_CONTENT = (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
 
 BUILD_COMMAND = "python -m classification.prepare_imagenet build SOURCE OUT"
 
@@ -59,19 +61,21 @@ def digests_key(first: int) -> bytes:
 class SplitWriter:
     """Appends images to one split, CHUNK at a time; opening a file that was begun takes up where it ends.
 
-    Raises UserError where the file was begun from another list of images (`inputs`), and where the disk is full: what
-    is written by then stays, and the build goes on from there.
+    Raises UserError where the file was begun from another list of images (`inputs`), where it is damaged or cannot be
+    opened, and where the disk is full: what is written by then stays, and the build goes on from there.
     """
 
     def __init__(self, path: Path, inputs: str, classes: Sequence[str], map_size: int = FIRST_MAP) -> None:
         self.path = path
-        begun = path.exists() and path.stat().st_size > 0
-        map_size = max(map_size, 2 * path.stat().st_size if begun else 0)
+        # The size of the map is written to the file. An interrupted build takes the size that an uninterrupted one has
+        # at this place, and leaves no unused byte as it was in memory: so the same images end in the same bytes.
+        while path.exists() and map_size < path.stat().st_size:
+            map_size *= 2
         try:
-            self._env = lmdb.open(str(path), subdir=False, lock=False, map_size=map_size, meminit=False)
+            self._env = lmdb.open(str(path), subdir=False, lock=False, map_size=map_size, meminit=True)
+            _require_whole(self._env, path)
         except lmdb.Error as error:
-            raise UserError(f"{path} cannot be written ({error}): delete it, then build again") from None
-        _require_whole(self._env, path)
+            raise _not_opened(path, error, map_size) from None
         with self._env.begin() as transaction:
             self.images = int(transaction.get(b"images", b"0"))
             found = {name: transaction.get(name) for name in (b"format", b"inputs")}
@@ -92,14 +96,19 @@ class SplitWriter:
 
     def _write(self, pairs: list[tuple[bytes, bytes]]) -> None:
         """All of `pairs` or nothing, on disk when this returns."""
+        map_size = self._env.info()["map_size"]
         while True:
             try:
+                if map_size != self._env.info()["map_size"]:
+                    self._env.set_mapsize(map_size)
                 with self._env.begin(write=True) as transaction:
                     for key, value in pairs:
                         transaction.put(key, value)
                 return
             except lmdb.MapFullError:
-                self._env.set_mapsize(2 * self._env.info()["map_size"])
+                map_size *= 2
+            except lmdb.MemoryError as error:
+                raise _not_opened(self.path, error, map_size) from None
             except lmdb.Error as error:
                 # LMDB calls a write that the disk took only half of an input/output error.
                 full = shutil.disk_usage(self.path.parent).free < sum(len(value) for _, value in pairs)
@@ -178,7 +187,9 @@ class _OpenFile:
             images = int(bytes(self.get(b"images", b"0")))
             chunks = [self.get(digests_key(first), b"") for first in range(0, images, CHUNK)]
             self.digests = np.frombuffer(b"".join(chunks), np.uint8).reshape(images, DIGEST_BYTES)
-        except (lmdb.Error, ValueError) as error:
+        except lmdb.Error as error:
+            raise _not_opened(path, error, path.stat().st_size) from None
+        except ValueError as error:
             raise _damaged(path, error) from None
 
 
@@ -189,6 +200,8 @@ def _open_once(path: Path) -> _OpenFile:
     """The file, opened unless this process has it open: LMDB allows that once."""
     if not path.is_file():
         raise UserError(f"{path} is not there: make it with `{BUILD_COMMAND}`")
+    if path.stat().st_size == 0:
+        raise _damaged(path, "it is empty")
     key = str(path.resolve())
     file = _OPEN.get(key)
     if file is not None and file.owner != os.getpid():  # inherited by a fork, and of no use here
@@ -213,6 +226,19 @@ def _damaged(path: Path, how: object) -> UserError:
     return UserError(f"{path} is truncated or damaged ({how}): delete it, and {MANIFEST} beside it, then build again")
 
 
+def _not_opened(path: Path, error: lmdb.Error, map_size: int) -> UserError:
+    """What to do about LMDB's `error`: a good file is not to be deleted for what ails the system."""
+    if isinstance(error, WRONG_CONTENT):
+        return _damaged(path, error)
+    reason = str(error).removeprefix(f"{path}: ")
+    if isinstance(error, lmdb.MemoryError):
+        return UserError(
+            f"{path}: {reason}: it takes {map_size / 2**30:.1f} GiB of address space (not of memory), and this process "
+            "may not have them: raise the limit (ulimit -v unlimited), then run the same command again"
+        )
+    return UserError(f"{path} cannot be opened ({reason}): mend that, then run the same command again")
+
+
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write `manifest` as complete: after everything else, and in one step."""
     text = json.dumps({"format": FORMAT, **manifest, "complete": True}, indent=1)
@@ -227,7 +253,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         format_, complete = manifest["format"], manifest["complete"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): mend that, then run the same command again"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): delete it, then run the build again") from None
     if format_ != FORMAT:
         raise UserError(f"{path} is of format {format_} and this program reads format {FORMAT}: build it again")

@@ -61,7 +61,10 @@ def build(source: Path, out: Path, label_files: LabelFiles | None = None) -> Non
     logging.info("%s: %s", source, _in_words(counts))
     if counts != IMAGENET:
         logging.info("note: ImageNet's 2012 set has %s; this one is built all the same", _in_words(IMAGENET))
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made ({error.strerror}): choose another folder") from None
     with hold(out, "building"):
         inputs = {name: inputs_digest(getattr(found, name), source) for name in SPLITS}
         finished = read_manifest(out)
