@@ -25,6 +25,7 @@ DEVELOPMENT = [
     "pytest",
     "pytest-xdist",
     "hypothesis",
+    "pyarrow",  # one form of ImageNet; whoever has another does not need it
     "ruff==0.17.*",  # another minor version may format differently
     "tensorboard",
     "ninja",

@@ -66,19 +66,14 @@ class SplitWriter:
     """
 
     def __init__(self, path: Path, inputs: str, classes: Sequence[str], map_size: int = FIRST_MAP) -> None:
-        self.path = path
-        # The size of the map is written to the file. An interrupted build takes the size that an uninterrupted one has
-        # at this place, and leaves no unused byte as it was in memory: so the same images end in the same bytes.
-        while path.exists() and map_size < path.stat().st_size:
-            map_size *= 2
-        try:
-            self._env = lmdb.open(str(path), subdir=False, lock=False, map_size=map_size, meminit=True)
-            _require_whole(self._env, path)
-        except lmdb.Error as error:
-            raise _not_opened(path, error, map_size) from None
-        with self._env.begin() as transaction:
-            self.images = int(transaction.get(b"images", b"0"))
-            found = {name: transaction.get(name) for name in (b"format", b"inputs")}
+        self.path, self._map_size = path, map_size
+        while path.exists() and self._map_size < path.stat().st_size:
+            self._map_size *= 2
+        with self._open() as env:
+            _require_whole(env, path)
+            with env.begin() as transaction:
+                self.images = int(transaction.get(b"images", b"0"))
+                found = {name: transaction.get(name) for name in (b"format", b"inputs")}
         if found == {b"format": None, b"inputs": None}:
             meta = {"format": str(FORMAT), "inputs": inputs, "classes": json.dumps(list(classes)), "images": "0"}
             self._write([(name.encode(), value.encode()) for name, value in meta.items()])
@@ -96,19 +91,14 @@ class SplitWriter:
 
     def _write(self, pairs: list[tuple[bytes, bytes]]) -> None:
         """All of `pairs` or nothing, on disk when this returns."""
-        map_size = self._env.info()["map_size"]
         while True:
             try:
-                if map_size != self._env.info()["map_size"]:
-                    self._env.set_mapsize(map_size)
-                with self._env.begin(write=True) as transaction:
+                with self._open() as env, env.begin(write=True) as transaction:
                     for key, value in pairs:
                         transaction.put(key, value)
                 return
             except lmdb.MapFullError:
-                map_size *= 2
-            except lmdb.MemoryError as error:
-                raise _not_opened(self.path, error, map_size) from None
+                self._map_size *= 2
             except lmdb.Error as error:
                 # LMDB calls a write that the disk took only half of an input/output error.
                 full = shutil.disk_usage(self.path.parent).free < sum(len(value) for _, value in pairs)
@@ -117,9 +107,16 @@ class SplitWriter:
                     f"{'free some space' if full else 'mend that'}, then run the same command to go on"
                 ) from None
 
-    def close(self) -> None:
-        self._env.sync(True)
-        self._env.close()
+    def _open(self) -> lmdb.Environment:
+        """The file, opened anew for each transaction.
+
+        LMDB leaves in the unused parts of its pages what it wrote to other pages before. What it wrote since the file
+        was opened depends on where a build was interrupted, and the same images must end in the same bytes.
+        """
+        try:
+            return lmdb.open(str(self.path), subdir=False, lock=False, map_size=self._map_size)
+        except lmdb.Error as error:
+            raise _not_opened(self.path, error, self._map_size) from None
 
 
 class LmdbSplit:
