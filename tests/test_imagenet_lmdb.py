@@ -297,6 +297,17 @@ def test_split_never_crosses_into_another_process(built):
     assert io.FileIO(receive).read(9) == b"same"
 
 
+def test_file_that_replaced_an_open_one_is_read(tree, tmp_path):
+    build(tree, tmp_path / "out")
+    before, _ = open_splits(tmp_path / "out")
+    assert len(records(before)) == 24
+    shutil.rmtree(tmp_path / "out")
+    build(make_tree(tmp_path / "other", train=2, val=1), tmp_path / "out")
+    assert len(records(open_splits(tmp_path / "out")[0])) == 6
+    assert verify(tmp_path / "out") == []
+    assert len(records(before)) == 24  # as long as it is open
+
+
 def test_read_only_folder_without_a_lock_file(built):
     before = set(os.listdir(built))
     records(LmdbSplit(built / "train.lmdb", CLASSES))

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from classification.image_files import is_image, scan
 from classification.imagenet.items import Item, Read, Source
-from classification.imagenet.labels import WNID, wnid_at_end
+from classification.imagenet.labels import wnid_at_end
 from classification.imagenet.lmdb import Record
 from engine.errors import UserError
 
@@ -100,17 +100,20 @@ def _stream(path: str) -> Iterator[tuple[str, IO[bytes]]]:
 def _find_parquet(folder: Path, names: Sequence[str]) -> Source:
     _pyarrow(folder)
     train, val = (_list_shards(folder, names, split) for split in ("train", "validation"))
-    wnids = []
-    for item in train:
-        start = item.name.partition("_")[0]
-        wnid = wnid_at_end(item.name) or (start if WNID.fullmatch(start) else None)
+    wnids = [wnid_at_end(item.name) or _wnid_at_start(item.name) for item in train]
+    for item, wnid in zip(train, wnids, strict=True):
         if wnid is None:
             raise UserError(
                 f"{item.path}: row {item.offset} names its image '{item.name}', without a class as in "
                 f"NAME_n01440764.JPEG: nothing tells what its label {item.label} stands for"
             )
-        wnids.append(wnid)
     return _labelled("parquet", train, val, wnids, read_parquet)
+
+
+def _wnid_at_start(name: str) -> str | None:
+    """The class in a name as image-net.org gives it, n01440764_10026.JPEG, or None."""
+    found = re.match(r"(n\d{8})_", name)
+    return found and found[1]
 
 
 def _list_shards(folder: Path, names: Sequence[str], split: str) -> list[Item]:

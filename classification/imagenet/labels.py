@@ -44,7 +44,7 @@ GROUND_TRUTH = re.compile(r"ILSVRC201\d_(clsloc_)?validation_ground_truth\.txt")
 KIT_FOLDERS = ("data", "devkit/data", "ILSVRC*/data", "ILSVRC*/devkit/data", "ILSVRC*_devkit*/ILSVRC*/devkit/data")
 KIT_ARCHIVES = ("ILSVRC201*_devkit*.tar.gz", "ILSVRC201*_devkit*.tgz")
 FIRST_ID = "n02119789"  # the class of id 1 in every kit
-WNID = re.compile(r"n\d{8}")
+WNID_AT_END = re.compile(r"_(n\d{8})$")
 OFFICIAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
@@ -65,14 +65,15 @@ class _Found(NamedTuple):
 
 def stem(name: str) -> str:
     """An image's name as it was first published: no folder, no ending, no `_wnid` that Hugging Face put behind it."""
-    base, ending = os.path.splitext(os.path.basename(name))
-    return re.sub(r"_n\d{8}$", "", base if ending.lower() in IMG_EXTENSIONS else base + ending)
+    base = name.rpartition("/")[2]
+    head, dot, ending = base.rpartition(".")
+    return WNID_AT_END.sub("", head if dot + ending.lower() in IMG_EXTENSIONS else base)
 
 
 def wnid_at_end(name: str) -> str | None:
     """The class in a name like ILSVRC2012_val_00000001_n01751748.JPEG, or None."""
-    end = os.path.splitext(os.path.basename(name))[0].rpartition("_")[2]
-    return end if WNID.fullmatch(end) else None
+    found = WNID_AT_END.search(os.path.splitext(name)[0])
+    return found and found[1]
 
 
 def label_by_name(

@@ -190,16 +190,17 @@ class _OpenFile:
             raise _damaged(path, error) from None
 
 
-_OPEN: WeakValueDictionary[str, _OpenFile] = WeakValueDictionary()
+_OPEN: WeakValueDictionary[tuple[int, int], _OpenFile] = WeakValueDictionary()  # by device and inode
 
 
 def _open_once(path: Path) -> _OpenFile:
     """The file, opened unless this process has it open: LMDB allows that once."""
     if not path.is_file():
         raise UserError(f"{path} is not there: make it with `{BUILD_COMMAND}`")
-    if path.stat().st_size == 0:
+    status = path.stat()
+    if status.st_size == 0:
         raise _damaged(path, "it is empty")
-    key = str(path.resolve())
+    key = status.st_dev, status.st_ino  # not the path: another file may have been put there since
     file = _OPEN.get(key)
     if file is not None and file.owner != os.getpid():  # inherited by a fork, and of no use here
         file.env.close()

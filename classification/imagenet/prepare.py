@@ -145,11 +145,14 @@ def verify_archives(source: Path) -> list[str]:
     bad = []
     for path in paths:
         digest = md5(usedforsecurity=False)
-        size = path.stat().st_size
-        with open(path, "rb") as file, tqdm(desc=path.name, total=size, unit="B", unit_scale=True, disable=None) as bar:
-            while part := file.read(1 << 22):
-                digest.update(part)
-                bar.update(len(part))
+        bar = tqdm(desc=path.name, total=path.stat().st_size, unit="B", unit_scale=True, disable=None)
+        try:
+            with bar, open(path, "rb") as file:
+                while part := file.read(1 << 22):
+                    digest.update(part)
+                    bar.update(len(part))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from None
         if digest.hexdigest() != MD5[path.name]:
             bad.append(f"{path}: its MD5 is {digest.hexdigest()}, and the published file's {MD5[path.name]}")
         else:
@@ -192,7 +195,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--ids", type=Path, metavar="FILE", help="map_clsloc.txt, or the class of each official id, one a line"
     )
     command = commands.add_parser("verify", help="compare a finished build with its checksums")
-    command.add_argument("out", type=Path, help="folder that was built")
+    command.add_argument(
+        "out", type=Path, metavar="FOLDER", help="folder that was built; with --archives, the download"
+    )
     how = command.add_mutually_exclusive_group()
     how.add_argument("--decode", action="store_true", help="also decode every image")
     how.add_argument(

@@ -40,7 +40,7 @@ READERS = 16  # threads: most of their time is waiting for the disk
 
 def find_source(root: Path, label_files: LabelFiles | None = None) -> Source:
     """List the images below `root`. UserError, in one line, where something is missing or does not fit together."""
-    source = _find(root, label_files or LabelFiles())
+    source = _find(root.absolute(), label_files or LabelFiles())
     if (len(source.val), len(source.classes)) == (IMAGENET["val"], IMAGENET["classes"]):
         counts = Counter(item.label for item in source.val)
         if odd := [label for label in range(len(source.classes)) if counts[label] != VAL_IMAGES_A_CLASS]:
