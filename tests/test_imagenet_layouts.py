@@ -191,6 +191,19 @@ def test_ids_in_another_order_than_the_kits_are_refused(tmp_path):
     assert [item.label for item in found(download).val] == [label for label, _ in expected(TOY.val)]
 
 
+@pytest.mark.parametrize("content", [b"", b"not a kit's", "cut", "flipped"], ids=str)
+def test_damaged_meta_is_one_line(content, tmp_path):
+    """Some of these crash scipy."""
+    download = write(kit_2012_loose, tmp_path)
+    path = download.source / "meta.mat"
+    whole = path.read_bytes()
+    bits = bytearray(whole)
+    for at in range(130, len(whole), 3):
+        bits[at] ^= 4
+    path.write_bytes({"cut": whole[: len(whole) // 2], "flipped": bytes(bits)}.get(content, content))
+    assert refused(download).startswith(f"{path} is damaged, or not the development kit's")
+
+
 def test_what_is_missing_is_named_by_its_full_path(tmp_path):
     download = write(kaggle, tmp_path / "a")
     download.texts[0].unlink()

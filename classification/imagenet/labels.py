@@ -22,10 +22,11 @@ that is found must name all images and no others, and all files that are found m
 
 import os
 import re
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,14 @@ GROUND_TRUTH = re.compile(r"ILSVRC201\d_(clsloc_)?validation_ground_truth\.txt")
 KIT_FOLDERS = ("data", "devkit/data", "ILSVRC*/data", "ILSVRC*/devkit/data", "ILSVRC*_devkit*/ILSVRC*/devkit/data")
 KIT_ARCHIVES = ("ILSVRC201*_devkit*.tar.gz", "ILSVRC201*_devkit*.tgz")
 FIRST_ID = "n02119789"  # the class of id 1 in every kit
+# meta.mat as lines of wnid and id, its inner nodes left out. In a process of its own: scipy crashes on damaged files.
+SHOW_META = """
+import io, sys
+from scipy.io import loadmat
+for one in loadmat(io.BytesIO(sys.stdin.buffer.read()), squeeze_me=True)["synsets"].ravel():
+    if int(one["num_children"]) == 0:
+        print(one["WNID"], int(one["ILSVRC2012_ID"]))
+"""
 WNID_AT_END = re.compile(r"_(n\d{8})$")
 OFFICIAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
@@ -270,15 +279,14 @@ def _read_ids(place: str, content: bytes) -> dict[int, str]:
 
 
 def _read_meta(place: str, content: bytes) -> dict[int, str]:
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise UserError(f"reading {place} needs scipy: pip install scipy (or give --ids FILE)") from None
-    try:
-        synsets = loadmat(BytesIO(content), squeeze_me=True)["synsets"].ravel()
-        return {int(one["ILSVRC2012_ID"]): str(one["WNID"]) for one in synsets if int(one["num_children"]) == 0}
-    except Exception as error:  # a damaged file makes scipy raise anything
-        raise UserError(f"{place} is not the development kit's ({error!r}): download it again") from None
+    done = subprocess.run([sys.executable, "-c", SHOW_META], input=content, capture_output=True)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        if said and said[-1].startswith("ModuleNotFoundError"):
+            raise UserError(f"reading {place} needs scipy: pip install scipy (or give --ids FILE)")
+        how = said[-1] if said else f"scipy ended with status {done.returncode}"
+        raise UserError(f"{place} is damaged, or not the development kit's ({how}): download it again")
+    return _read_ids(place, done.stdout)
 
 
 def _checked(place: str, ids: dict[int, str]) -> dict[int, str]:
