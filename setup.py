@@ -27,6 +27,7 @@ DEVELOPMENT = [
     "pytest",
     "pytest-xdist>=3.2",  # --dist worksteal
     "hypothesis",
+    "pyarrow",  # one form of ImageNet; whoever has another does not need it
     "ruff==0.17.*",  # another minor version may format differently
     "tensorboard",
     "ninja",

@@ -11,7 +11,6 @@ A reader returns the images as they are, with the set's augmentation and its pub
 """
 
 import logging
-import os
 import socket
 import tarfile
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from classification.augment import Augmentation, ImageData, Images
+from classification.image_files import is_image, list_files, list_folders, printable, to_rgb
 from engine.config import Strict
 from engine.errors import UserError, nearest
 from engine.machine import core_count
@@ -166,8 +166,8 @@ def read_digits(root: Path) -> Dataset:
 def read_folder(root: Path) -> Dataset:
     """Images of one size under train/<class>/ and test/<class>/, to any depth; the classes are those of train, sorted.
 
-    Grey, palette and transparent images become RGB. Hidden files are ignored, and so is (with a word about it) any
-    other file that does not end as an image does.
+    Grey, palette, transparent and 16-bit images become RGB of 8 bits. Hidden files are ignored, and so is (with a word
+    about it) any other file that does not end as an image does.
     """
     train, test = (_list_images(root / split) for split in ("train", "test"))
     for one, other, name in ((train, test, "test"), (test, train, "train")):
@@ -191,21 +191,19 @@ def _list_images(split: Path) -> dict[str, list[str]]:
     if not split.is_dir():
         raise UserError(f"{split} is not there: data.root must hold train/<class>/* and test/<class>/*")
     classes, others = {}, []
-    for folder in sorted(path for path in split.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        found = [
-            os.path.join(place, name)
-            for place, _, names in os.walk(folder, followlinks=True)
-            for name in names
-            if not name.startswith(".")
-        ]
-        classes[folder.name] = sorted(path for path in found if path.lower().endswith(IMG_EXTENSIONS))
-        others += [path for path in found if not path.lower().endswith(IMG_EXTENSIONS)]
-        if not classes[folder.name]:
-            raise UserError(f"{folder} holds no image: put some there (files ending in {' '.join(IMG_EXTENSIONS)})")
+    for name in list_folders(split):
+        found = sorted(list_files(split / name))
+        classes[name] = [path for path in found if is_image(path)]
+        others += [path for path in found if not is_image(path)]
+        if not classes[name]:
+            raise UserError(
+                f"{split / name} holds no image: put some there (files ending in {' '.join(IMG_EXTENSIONS)})"
+            )
     if not classes:
         raise UserError(f"{split} holds no folders: it must hold one for each class")
     if others:
-        log.warning("%s: %d files that are not images are ignored, such as %s", split, len(others), min(others))
+        example = printable(min(others))
+        log.warning("%s: %d files that are not images are ignored, such as %s", split, len(others), example)
     return classes
 
 
@@ -219,8 +217,8 @@ def _decode(paths: Sequence[str]) -> Tensor:
             image = _open_rgb(paths[index])
             if image.size != (width, height):
                 raise UserError(
-                    f"{paths[index]} is {image.width}x{image.height} but {paths[0]} is {width}x{height}: "
-                    "all images must have one size"
+                    f"{printable(paths[index])} is {image.width}x{image.height} but {printable(paths[0])} is "
+                    f"{width}x{height}: all images must have one size"
                 )
             pixels[index] = image
         return len(part)
@@ -236,17 +234,15 @@ def _decode(paths: Sequence[str]) -> Tensor:
 
 
 def _open_rgb(path: str) -> Image.Image:
-    """Decode one file; UserError if it is not a whole image of 8 bits a channel."""
+    """Decode one file; UserError if it is not a whole image of 8 or 16 bits a channel."""
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":  # 32-bit or 16-bit grey
-                raise ValueError(f"its pixels are of mode {image.mode}, not of 8 bits a channel")
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
+            return to_rgb(image)
     except UnidentifiedImageError:
-        raise UserError(f"{path} is not an image that Pillow can read: replace or remove it") from None
+        raise UserError(f"{printable(path)} is not an image that Pillow can read: replace or remove it") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        raise UserError(f"{path} cannot be decoded ({error}): replace or remove it") from error
+        how = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{printable(path)} cannot be decoded ({how}): replace or remove it") from error
 
 
 DATASETS = {"cifar10": read_cifar10, "cifar100": read_cifar100, "folder": read_folder, "digits": read_digits}

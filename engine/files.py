@@ -1,11 +1,15 @@
 """Files that are whole or not there at all, and folders that one process at a time works in."""
 
+import errno
 import fcntl
 import os
 from pathlib import Path
 from typing import IO
 
 from engine.errors import UserError
+
+# What lockf reports on Lustre without `flock`, on NFS without a lock daemon, and the like.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -21,14 +25,23 @@ def write_atomically(path: Path, text: str) -> None:
 def hold(folder: Path, doing: str, wait: bool = False) -> IO[str]:
     """Hold `folder` until the file returned is closed, or the process ends; `doing` says for what, e.g. "training".
 
-    Two processes would destroy each other's files: where another one holds it, `wait`, or raise UserError. lockf's lock
-    belongs to the process, where flock's would be inherited by its workers and live on with them for the moment by
-    which they outlive a kill.
+    Two processes would destroy each other's files: where another one holds it, `wait`, or raise UserError; also for a
+    folder that cannot be written to, and for a file system without locks. lockf's lock belongs to the process, where
+    flock's would be inherited by its workers and live on with them for the moment by which they outlive a kill.
     """
-    file = open(folder / ".lock", "w")  # noqa: SIM115 - the lock lives as long as the file is open
+    try:
+        file = open(folder / ".lock", "w")  # noqa: SIM115 - the lock lives as long as the file is open
+    except OSError as error:
+        raise UserError(f"{folder}/.lock cannot be written ({error.strerror}): choose another folder") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except OSError as error:
         file.close()
-        raise UserError(f"{folder}: another process is {doing} there: wait for it, or choose another folder") from None
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            advice = f"another process is {doing} there: wait for it, or choose another folder"
+        elif error.errno in NO_LOCKS:
+            advice = f"its file system has no locks ({error.strerror}): choose a folder on another one, a local disk's"
+        else:
+            advice = f"it cannot be locked ({error.strerror})"
+        raise UserError(f"{folder}: {advice}") from None
     return file

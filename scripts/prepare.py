@@ -267,9 +267,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("source", type=Path, nargs="?", help="what was downloaded (default: download it)")
     parser.add_argument("dest", type=Path, nargs="?", help="default: where the configs look for it")
-    parser.add_argument(
-        "--workers", type=positive, default=core_count(), metavar="N", help="processes (default: all cores)"
-    )
+    parser.add_argument("--workers", type=positive, default=core_count(), metavar="N", help="processes (default: all)")
     parser.add_argument("--vocabulary", type=Path, metavar="FILE", help="one_billion_words: `word count` lines")
     parser.add_argument(
         "--test", nargs="+", metavar="NAME", help="one_billion_words: held-out files to test on, or all"

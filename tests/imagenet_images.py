@@ -1,7 +1,6 @@
 """Small trees of JPEGs laid out as ImageNet is, made of smooth noise so that resizing has something to do."""
 
 import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -47,29 +46,4 @@ def make_tree(root: Path, train: int = 8, val: int = 4) -> Path:
             folder.mkdir(parents=True)
             for index, content in enumerate(contents(count, seed=label + (10 if split == "val" else 0))):
                 (folder / f"{name}_{index}.JPEG").write_bytes(content)
-    return root
-
-
-def make_tars(tree: Path, root: Path) -> Path:
-    """The images of `tree` as the official tar files: one tar of tars for train, one flat tar for val, and labels."""
-    root.mkdir()
-    with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
-        for folder in sorted((tree / "train").iterdir(), reverse=True):
-            inner = io.BytesIO()
-            with tarfile.open(fileobj=inner, mode="w") as archive:
-                for path in folder.iterdir():
-                    archive.add(path, path.name)
-            member = tarfile.TarInfo(f"{folder.name}.tar")
-            member.size = inner.tell()
-            inner.seek(0)
-            outer.addfile(member, inner)
-    numbered = sorted((path for path in (tree / "val").glob("*/*")), key=lambda path: (path.name[-6], path.name))
-    with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as archive:
-        for number, path in enumerate(numbered, start=1):
-            archive.add(path, f"ILSVRC2012_val_{number:08}.JPEG")
-    names = [path.parent.name for path in numbered]
-    (root / "labels.csv").write_text(
-        "ImageId,PredictionString\n"
-        + "".join(f"ILSVRC2012_val_{n:08},{name} 1 2 3 4 \n" for n, name in enumerate(names, 1))
-    )
     return root

@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import functional as tv
 
 from classification.augment import Augmentation, ImageData, Images, pixel_statistics
-from classification.data import load_data
+from classification.data import load_data, read_folder
 from engine.errors import UserError
 
 
@@ -299,10 +299,29 @@ def test_folder_with_a_bad_image_names_the_file(folder):
     assert refused(folder).startswith(f"{bad} is not an image")
     bad.write_bytes(b"")
     assert refused(folder).startswith(f"{bad} is not an image")
-    Image.fromarray(np.zeros((6, 8), dtype=np.uint16)).save(bad)
-    assert "not of 8 bits a channel" in refused(folder)
+    Image.fromarray(np.zeros((6, 8), dtype=np.float32)).save(bad, "TIFF")
+    assert "not of 8 or 16 bits a channel" in refused(folder)
     Image.new("RGB", (8, 7)).save(bad)
     assert refused(folder) == f"{bad} is 8x7 but {folder}/train/cat/0.png is 8x6: all images must have one size"
+
+
+def test_folder_keeps_the_upper_8_bits_of_16(folder):
+    grey = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1300
+    Image.fromarray(grey).save(folder / "train" / "cat" / "0.png")
+    data = read_folder(folder)
+    assert np.array_equal(data.train.pixels[0].numpy(), np.repeat((grey >> 8)[..., None], 3, 2))
+
+
+def test_folder_with_a_loop_of_links_is_refused_and_other_links_are_followed(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "elsewhere" / "9.png")
+    before = len(read_folder(folder).train.labels)
+    (folder / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere")
+    assert len(read_folder(folder).train.labels) == before + 1
+    (tmp_path / "elsewhere" / "loop").symlink_to(folder / "train")
+    assert refused(folder) == (
+        f"{folder}/train/cat/more/loop/cat leads back to {folder}/train/cat: remove the link on this way"
+    )
 
 
 # --- CIFAR through torchvision ---------------------------------------------------------------------------------------

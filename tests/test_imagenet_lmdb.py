@@ -1,27 +1,24 @@
 """The LMDB of ImageNet: what is built is what was there, and every way of breaking it is noticed."""
 
+import errno
 import fcntl
 import io
 import json
 import os
 import pickle
-import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 
-import numpy as np
 import pytest
-from imagenet_images import CLASSES, encoded, make_tars, make_tree, picture
-from scipy.io import savemat
+from imagenet_images import CLASSES, make_tree
+from imagenet_layouts import build_until
 
-from classification.imagenet import lmdb as imagenet_lmdb
-from classification.imagenet.lmdb import LmdbSplit, SplitWriter, open_splits
-from classification.imagenet.prepare import build, main, verify
+from classification.imagenet.lmdb import LmdbSplit, Record, SplitWriter, open_splits
+from classification.imagenet.prepare import build, verify
 from engine.errors import UserError
 from engine.manifest import read_manifest
 
@@ -45,8 +42,8 @@ def copy(built, tmp_path):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(imagenet_lmdb, "CHUNK", 4)
-    monkeypatch.setattr("classification.imagenet.prepare.CHUNK", 4)
+    for module in ("lmdb", "prepare", "raw"):
+        monkeypatch.setattr(f"classification.imagenet.{module}.CHUNK", 4)
 
 
 def records(split):
@@ -90,72 +87,14 @@ def test_building_again_changes_nothing(tree, copy):
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
 
 
-def test_tar_files_give_the_same_as_the_folders(tree, built, tmp_path):
-    tars = make_tars(tree, tmp_path / "tars")
-    (tars / "labels.csv").rename(tars / "LOC_val_solution.csv")
-    build(tars, tmp_path / "out")
-    train, val = open_splits(tmp_path / "out")
-    assert records(train) == expected(tree, "train")
-    assert sorted(records(val)) == sorted(expected(tree, "val"))
-
-
-@pytest.mark.parametrize("place", ["packed", "loose", "options"])
-def test_flat_val_with_the_official_ground_truth(tree, tmp_path, place):
-    source = tmp_path / "source"
-    shutil.copytree(tree / "train", source / "train")
-    (source / "val").mkdir()
-    ids = {1: CLASSES[2], 2: CLASSES[0], 3: CLASSES[1]}  # not in sorted order, as in the original
-    truth = [3, 1, 1, 2]
-    images = [encoded(picture(seed, 50, 50)) for seed in range(4)]
-    for number, image in enumerate(images, start=1):
-        (source / "val" / f"ILSVRC2012_val_{number:08}.JPEG").write_bytes(image)
-    kit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
-    kit.mkdir(parents=True)
-    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{one}\n" for one in truth))
-    fields = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("num_children", "f8")]
-    inner_nodes = [(4, "n00001740", 2)]
-    synsets = np.array([(one, name, 0) for one, name in ids.items()] + inner_nodes, dtype=fields)
-    savemat(kit / "meta.mat", {"synsets": synsets[:, None]})
-    options = []
-    if place == "packed":
-        with tarfile.open(source / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as archive:
-            archive.add(kit.parent, "ILSVRC2012_devkit_t12")
-    elif place == "loose":
-        shutil.copytree(kit.parent, source / kit.parent.name)
-    else:
-        (tmp_path / "ids.txt").write_text("\n".join(ids.values()))
-        truth_file = kit / "ILSVRC2012_validation_ground_truth.txt"
-        options = ["--val-labels", str(truth_file), "--ids", str(tmp_path / "ids.txt")]
-    assert main(["build", str(source), str(tmp_path / "out"), *options]) == 0
-    _, val = open_splits(tmp_path / "out")
-    assert records(val) == [(CLASSES.index(ids[one]), image) for one, image in zip(truth, images, strict=True)]
-
-
-def test_labels_that_do_not_fit_are_refused(tree, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(tree / "train", source / "train")
-    (source / "val").mkdir()
-    (source / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(encoded(picture(0, 50, 50)))
-    with pytest.raises(UserError, match="tells the classes of the validation images"):
-        build(source, tmp_path / "out")
-    truth = source / "ILSVRC2012_validation_ground_truth.txt"
-    truth.write_text("1\n2\n")
-    with pytest.raises(UserError, match="2 validation labels for 1 images"):
-        build(source, tmp_path / "out")
-    truth.write_text("1\n")
-    with pytest.raises(UserError, match=r"meta\.mat .* is not below"):
-        build(source, tmp_path / "out")
-    (source / "LOC_val_solution.csv").write_text("ILSVRC2012_val_00000001,n99999999 1 2\n")
-    truth.unlink()
-    with pytest.raises(UserError, match="the class 'n99999999', which the training images have not"):
-        build(source, tmp_path / "out")
-
-
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda root: shutil.rmtree(root / "train"), "neither a folder train/ nor ILSVRC2012_img_train.tar"),
-        (lambda root: shutil.rmtree(root / "val"), "val is not there"),
+        (
+            lambda root: shutil.rmtree(root / "train"),
+            "neither a folder train/ .*, nor ILSVRC2012_img_train.tar, nor",
+        ),
+        (lambda root: shutil.rmtree(root / "val"), "val or .*/validation is not there"),
         (lambda root: (root / "val" / "n09999999").mkdir(), "holds no image"),
         (lambda root: (root / "val" / CLASSES[0]).rename(root / "val" / "other"), "the class 'other'"),
     ],
@@ -167,56 +106,10 @@ def test_incomplete_sources_are_named(tree, tmp_path, break_it, message):
         build(source, tmp_path / "out")
 
 
-def test_truncated_tar_is_named(tree, tmp_path):
-    tars = make_tars(tree, tmp_path / "tars")
-    path = tars / "ILSVRC2012_img_train.tar"
-    os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(UserError, match=r"ILSVRC2012_img_train\.tar is truncated"):
-        build(tars, tmp_path / "out")
-
-
 def test_map_grows_from_smaller_than_one_chunk(tree, tmp_path, monkeypatch):
     monkeypatch.setattr("classification.imagenet.prepare.SplitWriter", lambda *a: SplitWriter(*a, map_size=16384))
     build(tree, tmp_path / "out")
     assert records(open_splits(tmp_path / "out")[0]) == expected(tree, "train")
-
-
-def build_until(moment, tree, out):
-    """Build in a process that kills itself at the call of that number; its exit status."""
-    if child := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    calls = iter(range(moment))
-
-    def counted(function):
-        def call(*arguments):
-            if next(calls, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments)
-
-        return call
-
-    writer, module = imagenet_lmdb.SplitWriter, "classification.imagenet.prepare"
-    for owner, name in ((writer, "_write"), (writer, "append"), (writer, "close"), (imagenet_lmdb.os, "replace")):
-        setattr(owner, name, counted(getattr(owner, name)))
-    for name in ("write_manifest", "_read"):
-        setattr(sys.modules[module], name, counted(getattr(sys.modules[module], name)))
-    build(tree, out)
-    os._exit(0)
-
-
-def test_killed_again_and_again_it_ends_with_the_same(tree, built, tmp_path, small_chunks):
-    """Killed at ten random moments, each build going on where the one before was killed."""
-    out = tmp_path / "out"
-    for moment in random.Random(0).choices(range(3, 7), k=10):
-        assert build_until(moment, tree, out) == -signal.SIGKILL
-        with pytest.raises(UserError, match=r"unfinished build|is not there"):
-            open_splits(out)
-    build(tree, out)
-    for whole, ours in zip(open_splits(built), open_splits(out), strict=True):
-        assert records(whole) == records(ours)
-        assert len(ours) == len(whole)
-    assert read_manifest(out)["splits"]["train"]["images"] == 24
-    assert verify(out) == []
 
 
 def test_killed_at_any_time_it_continues(tree, tmp_path):
@@ -233,7 +126,7 @@ def test_killed_at_any_time_it_continues(tree, tmp_path):
 
 def test_does_not_continue_with_other_images(tree, tmp_path, small_chunks):
     other = shutil.copytree(tree, tmp_path / "other")
-    assert build_until(6, tree, tmp_path / "out") == -signal.SIGKILL
+    assert build_until(40, tree, tmp_path / "out") == -signal.SIGKILL
     (other / "train" / CLASSES[0] / f"{CLASSES[0]}_0.JPEG").rename(other / "train" / CLASSES[0] / "new.JPEG")
     with pytest.raises(UserError, match=r"train\.lmdb was begun from other images"):
         build(other, tmp_path / "out")
@@ -255,6 +148,18 @@ def test_two_builds_into_one_folder(tree, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_file_system_without_locks_and_folder_that_is_not_ours_are_named(tree, tmp_path, monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with pytest.raises(UserError, match="its file system has no locks .No locks available.: choose a folder"):
+        build(tree, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/out cannot be made .*Not a directory"):
+        build(tree, tmp_path / "file" / "out")
+
+
 def test_disk_that_refuses_more_is_one_line_and_the_build_goes_on_later(tree, tmp_path):
     """A limit on the size of files stands in for the full disk: the system refuses the write in the same place."""
 
@@ -268,6 +173,57 @@ def test_disk_that_refuses_more_is_one_line_and_the_build_goes_on_later(tree, tm
     assert "Traceback" not in done.stderr
     build(tree, tmp_path)
     assert verify(tmp_path) == []
+
+
+def in_little_memory(code, *arguments, mebibytes=600):
+    """Run `code` in a process that may take so much more address space than it begins with; what it printed."""
+    limit = f"""
+import resource, sys
+from pathlib import Path
+import classification.imagenet.lmdb
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + ({mebibytes} << 20),) * 2)
+"""
+    done = subprocess.run([sys.executable, "-c", limit + code, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+REFUSED = """
+from classification.imagenet.lmdb import Record, SplitWriter
+from engine.errors import UserError
+try:
+    writer = SplitWriter(Path(sys.argv[1]), "inputs", ["a"], int(sys.argv[2]))
+    writer.append([Record(0, b"x" * 1000)] * 256)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_address_space_that_is_refused_costs_no_build(tmp_path):
+    path = tmp_path / "train.lmdb"
+    writer = SplitWriter(path, "inputs", ["a"])
+    writer.append([Record(0, b"x" * 1000)] * 256)
+    before = path.read_bytes()
+    said = in_little_memory(REFUSED, path, 1 << 30)
+    assert "it takes 1.0 GiB of address space" in said and "ulimit -v" in said and "delete" not in said
+    assert path.read_bytes() == before
+    # The same where a map that was small enough at first has to grow.
+    said = in_little_memory(REFUSED, tmp_path / "val.lmdb", 1 << 19, mebibytes=0)
+    assert "of address space" in said and "delete" not in said
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_bytes(b"not LMDB's" * 2000), "is truncated or damaged .*: delete it"),
+        (lambda path: path.mkdir(), r"cannot be opened \(Is a directory\): mend that"),
+    ],
+)
+def test_advice_to_delete_is_given_for_what_is_no_lmdb_alone(tmp_path, make, message):
+    make(tmp_path / "train.lmdb")
+    with pytest.raises(UserError, match=message):
+        SplitWriter(tmp_path / "train.lmdb", "inputs", ["a"])
 
 
 def flip(path, needle, offset):
@@ -339,6 +295,17 @@ def test_split_never_crosses_into_another_process(built):
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     assert io.FileIO(receive).read(9) == b"same"
+
+
+def test_file_that_replaced_an_open_one_is_read(tree, tmp_path):
+    build(tree, tmp_path / "out")
+    before, _ = open_splits(tmp_path / "out")
+    assert len(records(before)) == 24
+    shutil.rmtree(tmp_path / "out")
+    build(make_tree(tmp_path / "other", train=2, val=1), tmp_path / "out")
+    assert len(records(open_splits(tmp_path / "out")[0])) == 6
+    assert verify(tmp_path / "out") == []
+    assert len(records(before)) == 24  # as long as it is open
 
 
 def test_read_only_folder_without_a_lock_file(built):

@@ -22,6 +22,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from classification.image_files import to_rgb
 from classification.imagenet.lmdb import DamagedImage
 from classification.native.resize import resized_square
 
@@ -153,10 +154,10 @@ def _is_pillows_decoder() -> bool:
 
 
 def open_rgb(image: bytes | memoryview) -> Image.Image:
-    """Decode any kind of file that Pillow reads, to RGB; DamagedImage where it cannot be."""
+    """Decode any kind of file that Pillow reads, to RGB of 8 bits; DamagedImage where it cannot be."""
     try:
         with Image.open(io.BytesIO(image)) as picture:
-            return picture.convert("RGB")
+            return to_rgb(picture)
     except UnidentifiedImageError:
         raise DamagedImage("is no image") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others

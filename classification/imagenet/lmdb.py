@@ -34,6 +34,8 @@ MANIFEST_KEYS = ("format", "source", "inputs", "splits", "classes")
 CHUNK = 256  # images in one transaction, about 28 MB of ImageNet
 DIGEST_BYTES = 8
 FIRST_MAP = 1 << 30  # bytes of address space; it doubles when full
+# LMDB's errors that speak of what the file holds; its others speak of the system, and the file may be whole.
+WRONG_CONTENT = (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
 
 BUILD_COMMAND = "bash scripts/prepare.sh imagenet SOURCE OUT"
 
@@ -60,22 +62,19 @@ def digests_key(first: int) -> bytes:
 class SplitWriter:
     """Appends images to one split, CHUNK at a time; opening a file that was begun takes up where it ends.
 
-    Raises UserError where the file was begun from another list of images (`inputs`), and where the disk is full: what
-    is written by then stays, and the build goes on from there.
+    Raises UserError where the file was begun from another list of images (`inputs`), where it is damaged or cannot be
+    opened, and where the disk is full: what is written by then stays, and the build goes on from there.
     """
 
     def __init__(self, path: Path, inputs: str, classes: Sequence[str], map_size: int = FIRST_MAP) -> None:
-        self.path = path
-        begun = path.exists() and path.stat().st_size > 0
-        map_size = max(map_size, 2 * path.stat().st_size if begun else 0)
-        try:
-            self._env = lmdb.open(str(path), subdir=False, lock=False, map_size=map_size, meminit=False)
-        except lmdb.Error as error:
-            raise UserError(f"{path} cannot be written ({error}): delete it, then build again") from None
-        _require_whole(self._env, path)
-        with self._env.begin() as transaction:
-            self.images = int(transaction.get(b"images", b"0"))
-            found = {name: transaction.get(name) for name in (b"format", b"inputs")}
+        self.path, self._map_size = path, map_size
+        while path.exists() and self._map_size < path.stat().st_size:
+            self._map_size *= 2
+        with self._open() as env:
+            _require_whole(env, path)
+            with env.begin() as transaction:
+                self.images = int(transaction.get(b"images", b"0"))
+                found = {name: transaction.get(name) for name in (b"format", b"inputs")}
         if found == {b"format": None, b"inputs": None}:
             meta = {"format": str(FORMAT), "inputs": inputs, "classes": json.dumps(list(classes)), "images": "0"}
             self._write([(name.encode(), value.encode()) for name, value in meta.items()])
@@ -95,12 +94,12 @@ class SplitWriter:
         """All of `pairs` or nothing, on disk when this returns."""
         while True:
             try:
-                with self._env.begin(write=True) as transaction:
+                with self._open() as env, env.begin(write=True) as transaction:
                     for key, value in pairs:
                         transaction.put(key, value)
                 return
             except lmdb.MapFullError:
-                self._env.set_mapsize(2 * self._env.info()["map_size"])
+                self._map_size *= 2
             except lmdb.Error as error:
                 # LMDB calls a write that the disk took only half of an input/output error.
                 full = shutil.disk_usage(self.path.parent).free < sum(len(value) for _, value in pairs)
@@ -109,9 +108,16 @@ class SplitWriter:
                     f"{'free some space' if full else 'mend that'}, then run the same command to go on"
                 ) from None
 
-    def close(self) -> None:
-        self._env.sync(True)
-        self._env.close()
+    def _open(self) -> lmdb.Environment:
+        """The file, opened anew for each transaction.
+
+        LMDB leaves in the unused parts of its pages what it wrote to other pages before. What it wrote since the file
+        was opened depends on where a build was interrupted, and the same images must end in the same bytes.
+        """
+        try:
+            return lmdb.open(str(self.path), subdir=False, lock=False, map_size=self._map_size)
+        except lmdb.Error as error:
+            raise _not_opened(self.path, error, self._map_size) from None
 
 
 class LmdbSplit:
@@ -179,18 +185,23 @@ class _OpenFile:
             images = int(bytes(self.get(b"images", b"0")))
             chunks = [self.get(digests_key(first), b"") for first in range(0, images, CHUNK)]
             self.digests = np.frombuffer(b"".join(chunks), np.uint8).reshape(images, DIGEST_BYTES)
-        except (lmdb.Error, ValueError) as error:
+        except lmdb.Error as error:
+            raise _not_opened(path, error, path.stat().st_size) from None
+        except ValueError as error:
             raise _damaged(path, error) from None
 
 
-_OPEN: WeakValueDictionary[str, _OpenFile] = WeakValueDictionary()
+_OPEN: WeakValueDictionary[tuple[int, int], _OpenFile] = WeakValueDictionary()  # by device and inode
 
 
 def _open_once(path: Path) -> _OpenFile:
     """The file, opened unless this process has it open: LMDB allows that once."""
     if not path.is_file():
         raise UserError(f"{path} is not there: make it with `{BUILD_COMMAND}`")
-    key = str(path.resolve())
+    status = path.stat()
+    if status.st_size == 0:
+        raise _damaged(path, "it is empty")
+    key = status.st_dev, status.st_ino  # not the path: another file may have been put there since
     file = _OPEN.get(key)
     if file is not None and file.owner != os.getpid():  # inherited by a fork, and of no use here
         file.env.close()
@@ -212,6 +223,19 @@ def _require_whole(env: lmdb.Environment, path: Path) -> None:
 
 def _damaged(path: Path, how: object) -> UserError:
     return UserError(f"{path} is truncated or damaged ({how}): delete it, and {MANIFEST} beside it, then build again")
+
+
+def _not_opened(path: Path, error: lmdb.Error, map_size: int) -> UserError:
+    """What to do about LMDB's `error`: a good file is not to be deleted for what ails the system."""
+    if isinstance(error, WRONG_CONTENT):
+        return _damaged(path, error)
+    reason = str(error).removeprefix(f"{path}: ")
+    if isinstance(error, lmdb.MemoryError):
+        return UserError(
+            f"{path}: {reason}: it takes {map_size / 2**30:.1f} GiB of address space (not of memory), and this process "
+            "may not have them: raise the limit (ulimit -v unlimited), then run the same command again"
+        )
+    return UserError(f"{path} cannot be opened ({reason}): mend that, then run the same command again")
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -1,23 +1,30 @@
-"""ImageNet from the download to what training reads, and a check of it.
+"""ImageNet from the download to what training reads, and a check of both.
 
-    python -m classification.prepare_imagenet build SOURCE OUT      make OUT/train.lmdb, OUT/val.lmdb, OUT/manifest.json
-    python -m classification.prepare_imagenet verify OUT            compare all of it with its checksums
+    python -m classification.prepare_imagenet build SOURCE OUT          make OUT/train.lmdb, val.lmdb and manifest.json
+    python -m classification.prepare_imagenet verify OUT                compare all of it with its checksums
+    python -m classification.prepare_imagenet verify SOURCE --archives  compare the official tar files with theirs
 
-SOURCE is a folder tree or the official tar files, which are not unpacked (classification/imagenet/raw.py says which
-files); any other set of images in folders by class will do. A build that was interrupted, by whatever, goes on where it
-was when the same command is run again. docs/data.md says how to get ImageNet, and how long this takes.
+SOURCE is what people have: the official tar files, a folder tree, Hugging Face's imagenet-1k (classification/imagenet/
+raw.py says which files); any other set of images in folders by class will do. A build that was interrupted, by
+whatever, goes on where it was when the same command is run again. docs/data.md says how to get ImageNet, and how long
+this takes.
 """
 
 import argparse
 import logging
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
+from hashlib import md5
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from classification.imagenet.decode import open_rgb
+from classification.imagenet.items import Source
+from classification.imagenet.labels import KIT_2012, LabelFiles
 from classification.imagenet.lmdb import (
     CHUNK,
     FORMAT,
@@ -30,22 +37,26 @@ from classification.imagenet.lmdb import (
     open_splits,
     write_manifest,
 )
-from classification.imagenet.raw import Item, LabelFiles, find_source, inputs_digest
+from classification.imagenet.raw import IMAGENET, TRAIN_TAR, VAL_TAR, find_source, inputs_digest
 from engine.errors import UserError
 from engine.files import hold
 from engine.manifest import MANIFEST, read_manifest
 
-IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1_000}
-READERS = 16  # threads: most of their time is waiting for the disk
+MD5 = {  # of the official files, as torchvision/datasets/imagenet.py has them too
+    TRAIN_TAR: "1d675b47d978889d74fa0da5fadfb00e",
+    VAL_TAR: "29b22e2961454d5413ddabcf34fc5622",
+    KIT_2012: "fa75699e90414af021442c21a62c3abf",
+}
 
 
 def main(arguments: list[str]) -> int:
     options = _parse(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may be no text
     if options.command == "build":
-        build(options.source, options.out, LabelFiles(options.source, options.val_labels, options.ids))
+        build(options.source, options.out, LabelFiles(options.val_labels, options.ids))
         return 0
-    bad = verify(options.out, options.decode)
+    bad = verify_archives(options.out) if options.archives else verify(options.out, options.decode)
     for line in bad:
         print(line)
     print(f"{options.out}: {f'{len(bad)} damaged' if bad else 'whole'}")
@@ -62,7 +73,10 @@ def build(source: Path, out: Path, label_files: LabelFiles | None = None) -> Non
     logging.info("%s: %s", source, _in_words(counts))
     if counts != IMAGENET:
         logging.info("note: ImageNet's 2012 set has %s; this one is built all the same", _in_words(IMAGENET))
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made ({error.strerror}): choose another folder") from None
     with hold(out, "building"):
         inputs = {name: inputs_digest(getattr(found, name), source) for name in SPLITS}
         finished = read_manifest(out, MANIFEST_KEYS, FORMAT)
@@ -73,8 +87,7 @@ def build(source: Path, out: Path, label_files: LabelFiles | None = None) -> Non
             return
         splits = {}
         for name in SPLITS:
-            items = getattr(found, name)
-            _build_split(items, out / f"{name}.lmdb", inputs[name], found.classes)
+            _build_split(found, name, out / f"{name}.lmdb", inputs[name])
             split = LmdbSplit(out / f"{name}.lmdb", found.classes)
             splits[name] = {
                 "images": len(split),
@@ -86,28 +99,25 @@ def build(source: Path, out: Path, label_files: LabelFiles | None = None) -> Non
     logging.info("%s is complete", out)
 
 
-def _build_split(items: Sequence[Item], path: Path, inputs: str, classes: Sequence[str]) -> None:
-    """Append what `path` lacks of `items`, reading the next chunk while one is written."""
-    writer = SplitWriter(path, inputs, classes)
-    left = items[writer.images :]
-    try:
-        with (
-            ThreadPoolExecutor(READERS) as pool,
-            tqdm(total=len(items), initial=writer.images, desc=path.name, unit="image", disable=None) as bar,
-        ):
-            images = (left[first : first + CHUNK] for first in range(0, len(left), CHUNK))
-            ahead = _read(pool, next(images, []))
-            while chunk := list(ahead):
-                ahead = _read(pool, next(images, []))
-                writer.append(chunk)
-                bar.update(len(chunk))
-    finally:
-        writer.close()
+def _build_split(source: Source, name: str, path: Path, inputs: str) -> None:
+    """Append what `path` lacks of a split."""
+    items = getattr(source, name)
+    writer = SplitWriter(path, inputs, source.classes)
+    with tqdm(total=len(items), initial=writer.images, desc=path.name, unit="image", disable=None) as bar:
+        for chunk in _chunks(source.read(items[writer.images :])):
+            writer.append(chunk)
+            bar.update(len(chunk))
+    if writer.images != len(items):
+        raise UserError(f"{path} got {writer.images:,} of {len(items):,} images: the source has changed meanwhile")
 
 
-def _read(pool: ThreadPoolExecutor, items: Sequence[Item]) -> Iterator[Record]:
-    """Records of `items`, in their order; reading starts at once."""
-    return pool.map(lambda item: Record(item.label, item.read()), items)
+def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """CHUNK records at a time, the last ones as many as are left; the next are read while these are written."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(lambda: list(islice(records, CHUNK)))
+        while chunk := ahead.result():
+            ahead = pool.submit(lambda: list(islice(records, CHUNK)))
+            yield chunk
 
 
 def verify(out: Path, decode: bool = False) -> list[str]:
@@ -125,6 +135,29 @@ def verify(out: Path, decode: bool = False) -> list[str]:
             results = pool.map(partial(_check, split, decode), range(len(split)), chunksize=CHUNK)
             bar = tqdm(results, split.path.name, len(split), unit="image", disable=None)
             bad += [problem for problem in bar if problem]
+    return bad
+
+
+def verify_archives(source: Path) -> list[str]:
+    """A line for each official file in `source` that differs from its published MD5. UserError where there is none."""
+    paths = [source / name for name in MD5 if (source / name).is_file()]
+    if not paths:
+        raise UserError(f"{source} holds none of {', '.join(MD5)}: give the folder that has them")
+    bad = []
+    for path in paths:
+        digest = md5(usedforsecurity=False)
+        bar = tqdm(desc=path.name, total=path.stat().st_size, unit="B", unit_scale=True, disable=None)
+        try:
+            with bar, open(path, "rb") as file:
+                while part := file.read(1 << 22):
+                    digest.update(part)
+                    bar.update(len(part))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from None
+        if digest.hexdigest() != MD5[path.name]:
+            bad.append(f"{path}: its MD5 is {digest.hexdigest()}, and the published file's {MD5[path.name]}")
+        else:
+            logging.info("%s is the published file", path)
     return bad
 
 
@@ -150,12 +183,25 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         prog="python -m classification.prepare_imagenet", description=__doc__.splitlines()[0]
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("build", help="make the LMDB files from a folder tree or the official tar files")
-    command.add_argument("source", type=Path, help="folder with train/ and val/, or with the official tar files")
+    command = commands.add_parser("build", help="make the LMDB files from a download, whichever way it is laid out")
+    command.add_argument("source", type=Path, help="folder that holds the download")
     command.add_argument("out", type=Path, help="folder to write to")
-    command.add_argument("--val-labels", type=Path, metavar="FILE", help="labels of a val without class folders")
-    command.add_argument("--ids", type=Path, metavar="FILE", help="the class of each official id, one a line")
+    command.add_argument(
+        "--val-labels",
+        type=Path,
+        metavar="FILE",
+        help="labels of a val without class folders, if they are not where they are looked for; of any kind",
+    )
+    command.add_argument(
+        "--ids", type=Path, metavar="FILE", help="map_clsloc.txt, or the class of each official id, one a line"
+    )
     command = commands.add_parser("verify", help="compare a finished build with its checksums")
-    command.add_argument("out", type=Path, help="folder that was built")
-    command.add_argument("--decode", action="store_true", help="also decode every image")
+    command.add_argument(
+        "out", type=Path, metavar="FOLDER", help="folder that was built; with --archives, the download"
+    )
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--decode", action="store_true", help="also decode every image")
+    how.add_argument(
+        "--archives", action="store_true", help="OUT is a download: compare the official tar files instead"
+    )
     return parser.parse_args(arguments)

@@ -1,0 +1,202 @@
+"""Hugging Face's imagenet-1k, in SOURCE or in SOURCE/data, in the two forms that it has had.
+
+    tar.gz     train_images_0.tar.gz ... train_images_4.tar.gz and val_images.tar.gz; images named NAME_wnid.JPEG
+    parquet    train-00000-of-00294.parquet ... and validation-00000-of-00014.parquet; columns `image` (bytes, path) and
+               `label`, the class's place among the wnids in sorted order; `path` is the name in the tar.gz
+
+The names of the archives and of their images are those of the data set's own loading script, imagenet-1k.py; it takes
+the class from the end of the name, and its classes.py lists the wnids in sorted order. Both forms can only be read from
+front to back: the images come in the order of the files.
+"""
+
+import gzip
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+from types import ModuleType
+from typing import IO, TYPE_CHECKING
+
+from tqdm import tqdm
+
+from classification.image_files import is_image, scan
+from classification.imagenet.items import Item, Read, Source
+from classification.imagenet.labels import wnid_at_end
+from classification.imagenet.lmdb import Record
+from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+TRAIN_ARCHIVES, VAL_ARCHIVE = [f"train_images_{number}.tar.gz" for number in range(5)], "val_images.tar.gz"
+ARCHIVE = re.compile(r"(train_images_\d|val_images)\.tar\.gz")
+SHARD = re.compile(r"(train|validation)-(\d+)-of-(\d+)\.parquet")
+
+
+def find_hugging_face(root: Path) -> Source | None:
+    """The images of imagenet-1k in `root`, or None. Raises UserError for a file that is missing or damaged."""
+    for folder in (root, root / "data"):
+        names = [entry.name for entry in scan(folder)] if folder.is_dir() else []
+        if any(map(SHARD.fullmatch, names)):
+            return _find_parquet(folder, names)
+        if any(map(ARCHIVE.fullmatch, names)):
+            return _find_archives(folder)
+    return None
+
+
+def _find_archives(folder: Path) -> Source:
+    paths = [folder / name for name in (*TRAIN_ARCHIVES, VAL_ARCHIVE)]
+    _require(paths)
+    with ThreadPoolExecutor() as pool, tqdm(desc="listing archives", unit="image", disable=None) as bar:
+        *train, val = pool.map(lambda path: _list_archive(path, bar), paths)
+    train = [item for items in train for item in items]
+    return _labelled("tar.gz", train, val, [wnid_at_end(item.name) for item in train], read_archives)
+
+
+def _list_archive(path: Path, bar: tqdm) -> list[Item]:
+    items = []
+    for number, (name, _) in enumerate(_stream(str(path))):
+        if wnid_at_end(name) is None:
+            raise UserError(f"{path}: {name} does not end with its class, as in NAME_n01440764.JPEG")
+        items.append(Item(str(path), -1, number, name=name))
+        bar.update()
+    return items
+
+
+def read_archives(items: Sequence[Item]) -> Iterator[Record]:
+    """The images of `items`, which come in the order of the archives."""
+    for path, group in groupby(items, attrgetter("path")):
+        rest = iter(list(group))
+        wanted = next(rest)
+        for number, (name, file) in enumerate(_stream(path)):
+            if wanted and number == wanted.offset:
+                if name != wanted.name:
+                    raise UserError(f"{path} has changed since it was listed: run the same command again")
+                yield Record(wanted.label, file.read())
+                wanted = next(rest, None)
+
+
+def _stream(path: str) -> Iterator[tuple[str, IO[bytes]]]:
+    """Name and content of each image of a tar.gz, to its end, where gzip's own checksum is compared."""
+    try:
+        with gzip.open(path) as file, tarfile.open(fileobj=file, mode="r|") as archive:
+            while member := archive.next():
+                if member.isfile() and is_image(member.name):
+                    yield member.name, archive.extractfile(member)
+                archive.members.clear()  # tarfile would keep all of them
+            while padding := file.read(1 << 20):
+                if padding.strip(b"\0"):
+                    raise tarfile.ReadError("something that is no image's header")
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise UserError(f"{path} is truncated or damaged ({error}): download it again") from None
+
+
+def _find_parquet(folder: Path, names: Sequence[str]) -> Source:
+    _pyarrow(folder)
+    train, val = (_list_shards(folder, names, split) for split in ("train", "validation"))
+    wnids = [wnid_at_end(item.name) or _wnid_at_start(item.name) for item in train]
+    for item, wnid in zip(train, wnids, strict=True):
+        if wnid is None:
+            raise UserError(
+                f"{item.path}: row {item.offset} names its image '{item.name}', without a class as in "
+                f"NAME_n01440764.JPEG: nothing tells what its label {item.label} stands for"
+            )
+    return _labelled("parquet", train, val, wnids, read_parquet)
+
+
+def _wnid_at_start(name: str) -> str | None:
+    """The class in a name as image-net.org gives it, n01440764_10026.JPEG, or None."""
+    found = re.match(r"(n\d{8})_", name)
+    return found and found[1]
+
+
+def _list_shards(folder: Path, names: Sequence[str], split: str) -> list[Item]:
+    """Names and labels of all images of a split; the images themselves are not read."""
+    found = [match for match in map(SHARD.fullmatch, names) if match and match[1] == split]
+    if not found:
+        raise UserError(f"{folder} holds no {split}-*.parquet: download them too")
+    counts = sorted({match[3] for match in found})
+    if len(counts) > 1:
+        raise UserError(f"{folder} holds two sets of {split}-*.parquet, of {counts[0]} and of {counts[1]} files")
+    paths = [folder / f"{split}-{number:0{len(counts[0])}}-of-{counts[0]}.parquet" for number in range(int(counts[0]))]
+    _require(paths)
+    items = []
+    for path in tqdm(paths, f"listing {split}", unit="file", disable=None):
+        with _opened(str(path)) as file:
+            columns = set(file.schema_arrow.names)
+            leaves = {file.schema.column(at).path for at in range(len(file.schema))}
+            if "label" not in columns or not {"image.bytes", "image.path"} <= leaves:
+                raise UserError(f"{path} has no columns label and image (bytes, path): it is not imagenet-1k's")
+            table = file.read(columns=["image.path", "label"]).to_pydict()
+        for number, (image, label) in enumerate(zip(table["image"], table["label"], strict=True)):
+            name = os.path.basename((image or {}).get("path") or "")
+            items.append(Item(str(path), -1 if label is None else int(label), number, name=name))
+    return items
+
+
+def read_parquet(items: Sequence[Item]) -> Iterator[Record]:
+    """The images of `items`, which come in the order of the files' rows."""
+    for path, group in groupby(items, attrgetter("path")):
+        wanted = list(group)
+        with _opened(path) as file:
+            first = 0
+            for number in range(file.num_row_groups):
+                end = first + file.metadata.row_group(number).num_rows
+                here = [item for item in wanted if first <= item.offset < end]
+                column = file.read_row_group(number, columns=["image.bytes"])["image"] if here else ()
+                for item in here:
+                    content = column[item.offset - first].as_py()["bytes"]
+                    if content is None:
+                        raise UserError(f"{path}: row {item.offset} holds no image, only its path")
+                    yield Record(item.label, content)
+                first = end
+
+
+@contextmanager
+def _opened(path: str) -> Iterator["ParquetFile"]:
+    pyarrow = _pyarrow(Path(path).parent)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is truncated or damaged ({error}): download it again") from None
+
+
+def _pyarrow(folder: Path) -> ModuleType:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"reading the parquet files in {folder} needs pyarrow: pip install pyarrow") from None
+    return pyarrow
+
+
+def _require(paths: Sequence[Path]) -> None:
+    if missing := [path for path in paths if not path.is_file()]:
+        raise UserError(f"{missing[0]} is missing ({len(missing)} of {len(paths)} files are): download it too")
+
+
+def _labelled(kind: str, train: list[Item], val: list[Item], wnids: list[str], read: Read) -> Source:
+    """The source whose training images have these classes. Labels and names that are there must agree."""
+    classes = sorted(set(wnids))
+    label_of = {wnid: label for label, wnid in enumerate(classes)}
+    known = [(item, label_of[wnid]) for item, wnid in zip(train, wnids, strict=True)]
+    for item in val:
+        wnid = wnid_at_end(item.name)
+        if wnid is not None and wnid not in label_of:
+            raise UserError(f"{item.path}: {item.name} is of a class that the training images have not")
+        known.append((item, item.label if wnid is None else label_of[wnid]))
+    for item, label in known:
+        if kind == "parquet" and not label == item.label < len(classes):
+            raise UserError(
+                f"{item.path}: row {item.offset}, {item.name or 'without a name'}, has the label {item.label}, and its "
+                f"class is number {label} of {len(classes):,} in sorted order"
+            )
+    labelled = [item._replace(label=label) for item, label in known]
+    return Source(kind, classes, labelled[: len(train)], labelled[len(train) :], read)

@@ -1,0 +1,49 @@
+"""The list of a download's images that the ways of finding them (raw, hugging_face) make and the build reads."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from classification.image_files import printable
+from classification.imagenet.lmdb import Record
+from engine.errors import UserError
+
+
+class Item(NamedTuple):
+    """Where one image is: `size` bytes at `offset` of `path`, or (size -1) the whole file.
+
+    In a file that can only be read from its beginning (a .tar.gz, a parquet file) `offset` is the image's number there.
+    """
+
+    path: str
+    label: int
+    offset: int = 0
+    size: int = -1
+    name: str = ""  # in an archive: the image's name there
+
+    def read(self) -> bytes:
+        """The image's bytes, untouched. Raises UserError where they cannot be read."""
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                if self.size < 0:
+                    return file.readall()
+                content = os.pread(file.fileno(), self.size, self.offset)
+        except OSError as error:
+            place = printable(self.path)
+            raise UserError(f"{place}: {error.strerror}: mend that, then run the same command to go on") from None
+        if len(content) != self.size:
+            raise UserError(f"{printable(self.path)} is truncated: {self.name} ends beyond its end; download it again")
+        return content
+
+
+Read = Callable[[Sequence[Item]], Iterator[Record]]  # from a split's last so many images to what is in them
+
+
+class Source(NamedTuple):
+    """A download: the class names in the order of the labels, and both splits' images in the order of the build."""
+
+    kind: str  # folder, tar, tar.gz or parquet
+    classes: list[str]
+    train: list[Item]
+    val: list[Item]
+    read: Read
