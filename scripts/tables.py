@@ -23,6 +23,8 @@ TASKS = {
 }
 ROWS = ("sgd", "adam", "radam", "adam_adj", "radam_adj", "apollo")  # in the order of the published tables
 SCHEDULES = ("milestone", "cosine", "inverse_sqrt")
+SEEDS = "1 101 8191 65537 131071"  # the first five of the published list
+NOT_CELLS = ("base", "published")  # files of a table's folder
 
 
 def train_module(table: str) -> str:
@@ -33,6 +35,13 @@ def train_module(table: str) -> str:
 def load_cell(table: str, config: Path, overrides: tuple[str, ...] = ()) -> BaseModel:
     """The config at `config`, resolved and checked as its task's train.py does it. Raises ConfigError."""
     return load_config(import_module(train_module(table)).Config, config, overrides)
+
+
+def rows(table: str) -> list[str]:
+    """The rows of a table that have configs, in the order of the published tables."""
+    stems = {path.stem for path in (CONFIGS / table).glob("*.yaml")} - set(NOT_CELLS)
+    found = {next((stem.removesuffix(f"_{s}") for s in SCHEDULES if stem.endswith(f"_{s}")), stem) for stem in stems}
+    return sorted(found, key=lambda row: position(row, ROWS))
 
 
 def cells(table: str, row: str) -> dict[str, Path]:

@@ -37,7 +37,7 @@ def test_config_loads_and_its_optimizer_and_schedule_accept_their_settings(path)
     optimizer = create_optimizer(
         config.optimizer.name, [torch.nn.Parameter(torch.ones(2))], **config.optimizer.settings
     )
-    length, _ = plan(path.parent.name, path, 1, Path("runs")).length
+    length = plan(path.parent.name, path, 1, Path("runs")).length
     create_schedule(optimizer, config.schedule.name, updates_per_unit=390, total=length, **config.schedule.settings)
 
 
