@@ -27,6 +27,7 @@ DEVELOPMENT = [
     "hypothesis",
     "ruff==0.17.*",  # another minor version may format differently
     "tensorboard",
+    "submitit",  # scripts/reproduce.sh --executor slurm
     "ninja",
     "setuptools",
     "packaging",
@@ -45,5 +46,5 @@ if __name__ == "__main__":
         package_data={"optim.fused": ["*.cpp"], "classification.native": ["*.cpp"]},
         python_requires=">=3.10",
         install_requires=REQUIREMENTS,
-        extras_require={"dev": DEVELOPMENT},
+        extras_require={"dev": DEVELOPMENT, "slurm": ["submitit"]},
     )

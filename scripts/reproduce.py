@@ -1,7 +1,7 @@
 """Whole tables, or any list of runs: expanded, run several at a time, and shown beside the published numbers.
 
     bash scripts/reproduce.sh TABLE|all|LIST [--rows "sgd apollo"] [--schedules "milestone"] [--seeds "1 101"]
-        [--jobs N] [--gpus N] [--executor local|slurm] [--dry-run] [--runs FOLDER] [key=value ...]
+        [--jobs N] [--gpus N] [--executor local|slurm] [--nodes N] [--slurm OPTIONS] [--runs FOLDER] [key=value ...]
 
 What is to be run is written once, as a list in FOLDER/lists; what is done, the run folders say. Nothing else is
 remembered, so that the same command carries on after a kill at any moment. LIST is such a file, perhaps of one's own.
@@ -26,18 +26,25 @@ ALL = "all"  # tables that were published
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    jobs = expand(options)
-    at_once, gpus, on_cpu = options.jobs, options.gpus, "device=cpu" in options.overrides
-    status, turns = run_jobs(jobs, places_for(at_once, gpus, on_cpu), watch=Display())
-    if status > 128:
+    path = list_of_runs(options)
+    jobs = read_list(path)
+    on_cpu = any("device=cpu" in job.overrides for job in jobs)
+    if options.executor == "slurm":
+        from scripts.slurm import Request, run_in_queue
+
+        request = Request(options.jobs or 8, options.gpus, options.nodes, on_cpu, options.slurm)
+        status, turns = run_in_queue(jobs, path.stem, options.runs / "slurm", request, Display())
+    else:
+        status, turns = run_jobs(jobs, places_for(options.jobs, options.gpus, on_cpu), watch=Display())
+    if status > 128 and not any(turn.state is State.FAILED for turn in turns):
         print("stopped; the same command carries on from here", file=sys.stderr)
         return status
     print_tables(jobs)
     return print_failures(turns)
 
 
-def expand(options: argparse.Namespace) -> list[Job]:
-    """The runs that the command line names, which are written down, or those of the list that it names.
+def list_of_runs(options: argparse.Namespace) -> Path:
+    """The list that the command line names, or that of the runs that it names, which is written.
 
     Raises UserError where it names none, and for anything in a config or an override that is wrong.
     """
@@ -48,7 +55,7 @@ def expand(options: argparse.Namespace) -> list[Job]:
                 f"'{options.what}' is neither a table{nearest(options.what, valid)} nor a list of runs; "
                 f"valid: {', '.join(valid)}"
             )
-        return read_list(Path(options.what))
+        return Path(options.what)
     tables = [table for table in TASKS if published(table)] if options.what == ALL else [options.what]
     configs = [
         (table, row, schedule, config)
@@ -71,8 +78,9 @@ def expand(options: argparse.Namespace) -> list[Job]:
     ]
     if not jobs:
         raise UserError(f"{options.what} has no cell of these rows and schedules")
-    print(f"list of runs: {write_list(jobs, options.runs / 'lists', options.what)}", file=sys.stderr)
-    return jobs
+    path = write_list(jobs, options.runs / "lists", options.what)
+    print(f"list of runs: {path}", file=sys.stderr)
+    return path
 
 
 def print_tables(jobs: Sequence[Job]) -> None:
@@ -98,7 +106,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="bash scripts/reproduce.sh",
         usage='%(prog)s TABLE|all|LIST [--rows "sgd apollo"] [--schedules "milestone"] [--seeds "1 101"] [--jobs N] '
-        "[--gpus N] [--runs FOLDER] [key=value ...]",
+        '[--gpus N] [--executor local|slurm] [--nodes N] [--slurm "partition=gpu time=1440"] [--runs FOLDER] '
+        "[key=value ...]",
         description="Train the runs of a table, several at a time, and print it beside the published one. Complete "
         "runs are skipped, unfinished ones resumed. Paths are relative to the root of the repository.",
     )
@@ -112,6 +121,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--gpus", type=positive, default=1, metavar="N", help="processes of a run, one GPU each; default: 1"
     )
+    parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="default: %(default)s")
+    parser.add_argument(
+        "--nodes", type=positive, default=1, metavar="N", help="of SLURM: machines of a run; default: 1"
+    )
+    parser.add_argument("--slurm", type=sbatch_options, default=(), help="options of sbatch; time: minutes of a job")
     parser.add_argument("--runs", type=Path, default="runs", metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, e.g. precision=bf16")
     return parser.parse_intermixed_args(arguments)
@@ -122,6 +136,14 @@ def words(text: str) -> list[str]:
     if not text.split():
         raise argparse.ArgumentTypeError("no name given")
     return text.split()
+
+
+def sbatch_options(text: str) -> tuple[tuple[str, str], ...]:
+    """`"partition=gpu time=1440"` as its pairs."""
+    pairs = [tuple(word.split("=", 1)) for word in text.split()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f'options are of the form "partition=gpu time=1440", not "{text}"')
+    return tuple(pairs)
 
 
 if __name__ == "__main__":
