@@ -57,14 +57,14 @@ def list_of_runs(options: argparse.Namespace) -> Path:
             )
         return Path(options.what)
     tables = [table for table in TASKS if published(table)] if options.what == ALL else [options.what]
-    configs = [
+    every = configs = [
         (table, row, schedule, config)
         for table in tables
         for row in rows(table)
         for schedule, config in cells(table, row).items()
     ]
     for option, place, found in (("rows", 1, options.rows), ("schedules", 2, options.schedules)):
-        there = {cell[place]: None for cell in configs}
+        there = dict.fromkeys(cell[place] for cell in every)
         for name in found or ():
             if name not in there:
                 raise UserError(

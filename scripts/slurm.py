@@ -95,8 +95,9 @@ class Training:
 def submit(jobs: Sequence[Job], name: str, folder: Path, request: Request, cluster: str = "slurm") -> "list[Submitted]":
     """Put those of `jobs` that are not complete into the queue as one array called `name`.
 
-    submitit keeps its files in `folder`, which must be on a disk that every machine sees. `cluster` is SLURM, or submitit's "local" for a try of the same
-    path without it. Raises UserError where submitit or SLURM is missing, or refuses.
+    submitit keeps its files in `folder`, which must be on a disk that every machine sees. `cluster` is SLURM, or
+    submitit's "local" for a try of the same path without it. Raises UserError where submitit or SLURM is missing, or
+    refuses.
     """
     try:
         from submitit import AutoExecutor
