@@ -1,7 +1,8 @@
 """Whole tables, or any list of runs: expanded, run several at a time, and shown beside the published numbers.
 
     bash scripts/reproduce.sh TABLE|all|LIST [--rows "sgd apollo"] [--schedules "milestone"] [--seeds "1 101"]
-        [--jobs N] [--gpus N] [--executor local|slurm] [--nodes N] [--slurm OPTIONS] [--runs FOLDER] [key=value ...]
+        [--jobs N] [--gpus N] [--executor local|slurm] [--nodes N] [--slurm OPTIONS] [--dry-run] [--runs FOLDER]
+        [key=value ...]
 
 What is to be run is written once, as a list in FOLDER/lists; what is done, the run folders say. Nothing else is
 remembered, so that the same command carries on after a kill at any moment. LIST is such a file, perhaps of one's own.
@@ -29,6 +30,11 @@ def main(arguments: list[str]) -> int:
     path = list_of_runs(options)
     jobs = read_list(path)
     on_cpu = any("device=cpu" in job.overrides for job in jobs)
+    if options.dry_run:
+        from scripts.estimate import estimate
+
+        print(estimate(jobs, places_for(options.jobs, options.gpus, on_cpu)))
+        return 0
     if options.executor == "slurm":
         from scripts.slurm import Request, run_in_queue
 
@@ -106,8 +112,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="bash scripts/reproduce.sh",
         usage='%(prog)s TABLE|all|LIST [--rows "sgd apollo"] [--schedules "milestone"] [--seeds "1 101"] [--jobs N] '
-        '[--gpus N] [--executor local|slurm] [--nodes N] [--slurm "partition=gpu time=1440"] [--runs FOLDER] '
-        "[key=value ...]",
+        '[--gpus N] [--executor local|slurm] [--nodes N] [--slurm "partition=gpu time=1440"] [--dry-run] '
+        "[--runs FOLDER] [key=value ...]",
         description="Train the runs of a table, several at a time, and print it beside the published one. Complete "
         "runs are skipped, unfinished ones resumed. Paths are relative to the root of the repository.",
     )
@@ -121,6 +127,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--gpus", type=positive, default=1, metavar="N", help="processes of a run, one GPU each; default: 1"
     )
+    parser.add_argument("--dry-run", action="store_true", help="time some updates of each cell, and say what all take")
     parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="default: %(default)s")
     parser.add_argument(
         "--nodes", type=positive, default=1, metavar="N", help="of SLURM: machines of a run; default: 1"

@@ -1,14 +1,14 @@
 """The tables of the paper: which task trains a table's cells, where the cells stand, and what was published."""
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
-from engine.config import load_config
+from engine.config import RunConfig, load_config
 
 CONFIGS = Path("configs")  # commands run from the repository's root
 TASKS = {
@@ -27,14 +27,14 @@ SEEDS = "1 101 8191 65537 131071"  # the first five of the published list
 NOT_CELLS = ("base", "published")  # files of a table's folder
 
 
-def train_module(table: str) -> str:
-    """The module whose command trains `table`."""
-    return f"{TASKS[table]}.train"
+def load_settings(task: str, config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config at `config`, resolved and checked as train.py of `task` does it. Raises ConfigError."""
+    return load_config(import_module(f"{task}.train").Config, config, overrides)
 
 
-def load_cell(table: str, config: Path, overrides: tuple[str, ...] = ()) -> BaseModel:
-    """The config at `config`, resolved and checked as its task's train.py does it. Raises ConfigError."""
-    return load_config(import_module(train_module(table)).Config, config, overrides)
+def load_cell(table: str, config: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config at `config` for runs of `table`, resolved and checked. Raises ConfigError."""
+    return load_settings(TASKS[table], config, overrides)
 
 
 def rows(table: str) -> list[str]:

@@ -9,7 +9,7 @@ import yaml
 from optim import create_optimizer
 from optim.lr_scheduler import create_schedule
 from scripts.jobs import plan
-from scripts.tables import load_cell, published, train_module
+from scripts.tables import TASKS, load_cell, published
 
 ROOT = Path(__file__).parent.parent
 CELLS = sorted(
@@ -44,7 +44,7 @@ def test_config_loads_and_its_optimizer_and_schedule_accept_their_settings(path)
 @pytest.mark.parametrize("path", CELLS, ids=str)
 def test_header_names_the_command_of_this_file(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any(f"python -m {train_module(path.parent.name)} {path}" in line for line in header)
+    assert any(f"python -m {TASKS[path.parent.name]}.train {path}" in line for line in header)
 
 
 @pytest.mark.parametrize(("row", "schedule"), CIFAR10_CELLS)

@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 from test_scripts import ENVIRONMENT, ROOT, call, wait_for
 
+from classification.data import load_data as load_images
 from engine.errors import UserError
+from language_model.data import load_corpus
+from nmt.data import load_data as load_parallel
 from scripts.jobs import read_list
 from scripts.reproduce import main as reproduce
+from scripts.synthetic import make_data
+from scripts.tables import TASKS, load_settings
 
 REPRODUCE = [sys.executable, "-m", "scripts.reproduce"]
 SMALL = ["device=cpu", "epochs=2", "log_every=1"]
@@ -69,6 +74,46 @@ def test_a_farm_killed_twice_ends_in_the_right_table_and_names_what_always_fails
     for folder in folders[1:]:
         updates = [json.loads(line)["update"] for line in (folder / "metrics.jsonl").open() if '"train"' in line]
         assert updates == list(range(1, len(updates) + 1))
+
+
+def test_a_dry_run_says_what_all_will_take_and_leaves_nothing_behind(tmp_path):
+    arguments = ["cifar10", "--rows", "sgd", "--seeds", "1 101", "--dry-run", "--runs", str(tmp_path)]
+    small = ["device=cpu", "model.depth=8", "data.root=not_there"]
+    ended = call([*REPRODUCE, *arguments, *small])
+    assert ended.returncode == 0, ended.stderr
+    header, line, _, total, *notes = ended.stdout.splitlines()
+    values = dict(zip(re.split("  +", header), re.split("  +", line), strict=True))
+    assert (values["cell"], values["runs"]) == ("cifar10/sgd", "4")
+    updates = 164 * (50_000 // 128)
+    assert values["updates"] == f"{updates:,}"
+    hours = float(values["ms/update"]) / 1000 * updates / 3600
+    assert float(values["hours a run"]) == pytest.approx(hours, rel=0.01)
+    assert float(values["hours"]) == pytest.approx(2 * hours * (1 + 200 / 164), rel=0.01)  # 164 and 200 epochs
+    assert float(values["memory GB"]) > 0.1
+    assert "hours of training" in total
+    assert "timed on synthetic data, as not_there is not there" in notes[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["lists"]
+
+
+@pytest.mark.parametrize("table", ["one_billion_words", "wmt14_en_de", "imagenet"])
+def test_synthetic_data_are_what_the_task_reads(monkeypatch, tmp_path, table):
+    monkeypatch.chdir(ROOT)
+    settings = load_settings(TASKS[table], f"configs/{table}/apollo{'_cosine' if table == 'imagenet' else ''}.yaml")
+    overrides = make_data(settings.data.name, tmp_path)
+    (root,) = (Path(override.partition("=")[2]) for override in overrides if override.startswith("data.root"))
+    settings.data.root = str(root)
+    if table == "one_billion_words":
+        corpus = load_corpus(settings.data)
+        assert corpus.words == 793_471
+        assert corpus.train[0].tokens > 200_000
+    elif table == "wmt14_en_de":
+        data = load_parallel(settings.data.name, root)
+        assert data.codec.size == 40_000
+        assert 20 < data.train.target_lengths.mean() < 40
+        assert len(data.valid.references) == len(data.valid)
+    else:
+        data = load_images(settings.data, "cpu", seed=1)
+        assert (data.num_classes, data.train_size, data.test_size) == (1000, 1000, 1000)
 
 
 @pytest.mark.parametrize(
