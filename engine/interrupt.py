@@ -1,7 +1,7 @@
 """Signals ask the loop to stop after the update under way; a second Ctrl-C stops at once.
 
-Which ones: SIGTERM and Ctrl-C, SIGHUP of a terminal that closes, SIGUSR1 and SIGUSR2, which schedulers send before time is
-up. torchrun hands on SIGTERM, SIGINT, SIGHUP and SIGQUIT alone, unless its --signals-to-handle names more.
+Which ones: SIGTERM and Ctrl-C, SIGHUP of a terminal that closes, SIGUSR1 and SIGUSR2, which schedulers send before time
+is up. torchrun hands on SIGTERM, SIGINT, SIGHUP and SIGQUIT alone, unless its --signals-to-handle names more.
 """
 
 import signal
