@@ -30,6 +30,7 @@ DEVELOPMENT = [
     "pyarrow",  # one form of ImageNet; whoever has another does not need it
     "ruff==0.17.*",  # another minor version may format differently
     "tensorboard",
+    "submitit",  # scripts/reproduce.sh --executor slurm
     "ninja",
     "setuptools>=70.1",  # the first that builds a wheel without the package `wheel`
     "packaging",
@@ -48,5 +49,5 @@ if __name__ == "__main__":
         package_data={"apollo_optim": ["*.h"], "apollo_optim.fused": ["*.cpp", "*.h"]},
         python_requires=">=3.10",
         install_requires=OPTIMIZER,
-        extras_require={"experiments": EXPERIMENTS, "dev": DEVELOPMENT},
+        extras_require={"experiments": EXPERIMENTS, "slurm": ["submitit"], "dev": DEVELOPMENT},
     )

@@ -1,8 +1,14 @@
-"""SIGTERM and Ctrl-C ask the loop to stop after the update under way; a second Ctrl-C stops at once."""
+"""Signals ask the loop to stop after the update under way; a second Ctrl-C stops at once.
+
+Which ones: SIGTERM and Ctrl-C, SIGHUP of a terminal that closes, SIGUSR1 and SIGUSR2, which schedulers send before time
+is up. torchrun hands on SIGTERM, SIGINT, SIGHUP and SIGQUIT alone, unless its --signals-to-handle names more.
+"""
 
 import signal
 from enum import IntEnum
 from types import FrameType
+
+import torch.distributed as dist
 
 from engine.distributed import World
 
@@ -14,7 +20,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _signals():
             signal.signal(number, self._remember)
 
     @property
@@ -30,6 +36,16 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+
+
+def _signals() -> list[signal.Signals]:
+    """The signals that ask to stop: not SIGHUP where nohup has it ignored, nor SIGUSR1 where NCCL may use it itself."""
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    if not (dist.is_initialized() and dist.get_backend() == "nccl"):
+        numbers.append(signal.SIGUSR1)
+    return numbers
 
 
 class Wish(IntEnum):

@@ -1,7 +1,10 @@
 """The run folder: what ran (config.yaml, environment.json), how it went (metrics.jsonl, log.txt), what came out.
 
 `result.json` is written last, so its presence with `"complete": true` means that the run is whole. Only rank 0 writes.
+torch is imported where it is used: the scripts that look at run folders do without it, and start in a moment.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -11,18 +14,22 @@ import subprocess
 import sys
 import time
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import BaseModel
 from tqdm import tqdm
 
 from engine.config import ConfigError, differences, load_config, save_config
-from engine.distributed import World
 from engine.errors import UserError
 from engine.files import hold, write_atomically
 from engine.machine import cpu_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.distributed import World
 
 # Keys that do not change what a run computes: a run may be resumed with other values of these.
 NEUTRAL_KEYS = (
@@ -137,7 +144,7 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
 def describe_environment(world: World) -> dict[str, Any]:
     """Versions, device, threads, git revision and the command: what somebody needs to repeat a measurement."""
     import numpy
-    import torchvision
+    import torch
 
     cuda = world.device.type == "cuda"
     return {
@@ -145,7 +152,7 @@ def describe_environment(world: World) -> dict[str, Any]:
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
         "numpy": numpy.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
@@ -159,6 +166,8 @@ def describe_environment(world: World) -> dict[str, Any]:
 def peak_memory_mb(device: torch.device) -> float:
     """Peak memory in MiB: allocated by torch on a GPU, resident for the process on the CPU."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource
 

@@ -1,22 +1,25 @@
-"""Single runs of a table, each in a process of its own: planned and checked before the first one starts, then run."""
+"""Single runs, each a process of its own: planned and checked before the first one starts, and written down as a list.
 
-import signal
-import subprocess
+A list is a file of JSON lines, one line a run, and says what is to be run. What is done, the run folders say.
+"""
+
+import hashlib
+import json
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from json import dumps
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Literal
 
 import yaml
+from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
-from engine.config import differences
+from engine.config import RunConfig, differences
 from engine.errors import UserError
+from engine.files import write_atomically
 from engine.run_record import NEUTRAL_KEYS, holds_training, read_result
-from scripts.tables import load_cell, train_module
+from scripts.tables import TASKS, load_cell
 
 REFUSED = {
     "seed": "--seeds",
@@ -26,26 +29,38 @@ REFUSED = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Job:
     """One run to make."""
 
-    table: str
-    config: Path  # the cell's file
-    overrides: tuple[str, ...]  # the seed and the run folder, then the user's
-    settings: dict[str, Any]  # all keys, resolved
-    folder: Path
-    complete: bool
+    task: str  # the package whose train.py trains it
+    config: str  # path of the config
+    overrides: tuple[str, ...]  # what is set on top, the run folder included
+    folder: str  # the run folder
+    length: PositiveInt
+    unit: Literal["epoch", "update"]  # of the length
 
     @property
-    def length(self) -> tuple[int, str]:
-        """How long the run is, and in which unit: epoch or update."""
-        return next((self.settings[f"{unit}s"], unit) for unit in ("epoch", "update") if f"{unit}s" in self.settings)
+    def complete(self) -> bool:
+        """Whether the run folder holds a whole run, now. Raises UserError where its result.json is damaged."""
+        result = read_result(Path(self.folder))
+        return bool(result and result.get("complete"))
 
-    def command(self, gpus: int = 1) -> list[str]:
-        """What one would type; with several GPUs, under torchrun."""
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
-        return [sys.executable, *torchrun, "-m", train_module(self.table), str(self.config), *self.overrides]
+    @property
+    def log(self) -> Path:
+        """Where a farm keeps what the run's process prints: beside the run folder."""
+        return Path(f"{self.folder}.log")
+
+    def command(self, launcher: Sequence[str] = ()) -> list[str]:
+        """What one would type; `launcher` are the words of torchrun, where there are any."""
+        return [sys.executable, *launcher, "-m", f"{self.task}.train", self.config, *self.overrides]
+
+
+def torchrun(gpus: int) -> list[str]:
+    """The words that start `gpus` processes on this machine; a job whose worker dies goes on from its checkpoint."""
+    if gpus == 1:
+        return []
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "--max_restarts=2"]
 
 
 def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[str] = ()) -> Job:
@@ -66,52 +81,51 @@ def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[st
                 f"{folder} holds a run with other settings ({', '.join(changed)}); choose another folder with --runs, "
                 "or delete that one"
             )
-    path = str(folder) if yaml.safe_load(str(folder)) == str(folder) else dumps(str(folder))  # an override is YAML
-    placed = (f"seed={seed}", f"run_dir={path}", *overrides)
-    result = read_result(folder)
-    complete = bool(result and result.get("complete"))
-    return Job(table, config, placed, settings.model_dump(mode="json"), folder, complete)
+    return job_of(TASKS[table], config, (f"seed={seed}", *overrides), folder, settings)
 
 
-def run(*commands: Sequence[str], watch: Callable[[], None] = lambda: None, **settings: Any) -> int:
-    """Run `commands` side by side to their end; 0, or the exit status of the first to fail, which stops the others.
+def job_of(task: str, config: Path, overrides: Sequence[str], folder: Path, settings: RunConfig) -> Job:
+    """The run of `config` with `overrides` in `folder`; `settings` are what the two resolve to."""
+    path = str(folder) if yaml.safe_load(str(folder)) == str(folder) else json.dumps(str(folder))  # an override is YAML
+    unit = next(unit for unit in ("epoch", "update") if hasattr(settings, f"{unit}s"))
+    return Job(task, str(config), (*overrides, f"run_dir={path}"), str(folder), getattr(settings, f"{unit}s"), unit)
 
-    SIGINT, SIGTERM and SIGHUP are handed on, and the children waited for: they save before they end. Each has a session
-    of its own, as a terminal would otherwise send Ctrl-C to it a second time. The status is 128 + the number where a
-    signal ended it. `watch` is called twice a second; `settings` go to subprocess.Popen.
+
+def write_list(jobs: Sequence[Job], folder: Path, name: str) -> Path:
+    """Write `jobs` as `<name>-<digest>.jsonl` in `folder`; the same jobs have the same path, and are written once.
+
+    Raises UserError where two of them share a run folder, and where the list cannot be written.
     """
-    children: list[subprocess.Popen] = []
-    received: list[int] = []
+    folders = [job.folder for job in jobs]
+    if twice := next((path for path in folders if folders.count(path) > 1), None):
+        raise UserError(f"{twice} is the run folder of two runs: give each its own")
+    text = "".join(json.dumps(asdict(job)) + "\n" for job in jobs)
+    path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
+    if not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text)
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot write the list of runs ({error.strerror}); choose another --runs"
+            ) from None
+    return path
 
-    def hand_on(number: int, frame: FrameType | None = None) -> None:
-        received.append(number)
-        for child in children:
-            child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, hand_on) for number in numbers}
-    status = 0
+def read_list(path: Path) -> list[Job]:
+    """The jobs of a list. Raises UserError, naming the line, for what is not one."""
     try:
-        for command in commands:
-            if not received:
-                children.append(subprocess.Popen(command, start_new_session=True, **settings))
-        while running := [child for child in children if child.poll() is None]:
-            watch()
-            with suppress(subprocess.TimeoutExpired):
-                running[0].wait(timeout=0.5)
-            if not status and (status := _first_failure(children)):
-                for child in children:
-                    child.terminate()  # nothing, to one that has ended
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if received and (status or len(children) < len(commands)):
-        return 128 + received[0]  # what torchrun ends with then is its own
-    return status
-
-
-def _first_failure(children: Sequence[subprocess.Popen]) -> int:
-    statuses = (child.poll() or 0 for child in children)
-    return next((status if status > 0 else 128 - status for status in statuses if status), 0)
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read a list of runs ({error})") from None
+    jobs = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            jobs.append(TypeAdapter(Job).validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path}, line {number}: not a run: {place}: {first['msg']}") from None
+    if not jobs:
+        raise UserError(f"{path}: an empty list: there is nothing to run")
+    return jobs

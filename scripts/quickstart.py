@@ -8,7 +8,6 @@ skipped and unfinished ones resumed. The seeds of one method train side by side.
 
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +17,12 @@ from tqdm import tqdm
 from engine.errors import run_main
 from engine.machine import core_count
 from scripts.arguments import Parser, seeds
-from scripts.jobs import Job, plan, run
+from scripts.jobs import Job, plan
+from scripts.live import read_progress
 from scripts.plot import plot_curves
+from scripts.pool import Places, State, Turn, run_jobs
 from scripts.report import report
-from scripts.runs import read_metrics, read_runs
+from scripts.runs import read_runs
 from scripts.tables import CONFIGS
 
 EXPERIMENTS = {  # task to table and rows
@@ -46,15 +47,15 @@ def main(arguments: list[str]) -> int:
         config: [plan(table, config, seed, options.runs, options.overrides) for seed in options.seeds]
         for config in configs
     }
-    lengths = [job.length for of_config in jobs.values() for job in of_config]
-    with tqdm(total=sum(length for length, _ in lengths), unit=lengths[0][1], disable=None) as bar:
+    every = [job for of_config in jobs.values() for job in of_config]
+    with tqdm(total=sum(job.length for job in every), unit=every[0].unit, disable=None) as bar:
         for config, of_config in jobs.items():
             bar.set_description(f"{config.stem}, seeds {' '.join(map(str, options.seeds))}")
             if bar.disable:
                 print(config.stem, file=sys.stderr, flush=True)
             if status := train(of_config, bar):
                 return status
-    runs, _ = read_runs(*sorted({job.folder.parent for of_config in jobs.values() for job in of_config}))
+    runs, _ = read_runs(*sorted({Path(job.folder).parent for job in every}))
     curves = options.runs / table / "curves.png"
     plot_curves(runs, curves)
     print(f"\n{report(table, runs)}\n")
@@ -66,26 +67,20 @@ def train(jobs: Sequence[Job], bar: tqdm) -> int:
     """Train all `jobs` side by side while `bar` follows them. What they print is shown only if one fails."""
     start = bar.n
 
-    def follow() -> None:
-        bar.update(start + sum(map(_done, jobs)) - bar.n)
+    def follow(turns: Sequence[Turn]) -> None:
+        bar.update(start + sum(read_progress(job).length(job) for job in jobs) - bar.n)
 
     # Each has its share of the cores: more threads than cores would spend their time waiting for one another.
     threads = min(4, max(1, core_count() // len(jobs)))  # small networks gain nothing from more than four
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-    commands = [job.command() for job in jobs if not job.complete]
-    with tempfile.TemporaryFile("w+") as output:
-        if status := run(*commands, watch=follow, env=environment, stdout=output, stderr=output):
-            output.seek(0)
-            bar.write(f"{output.read()}exit status {status}; the same command carries on", file=sys.stderr)
-            return status
-    follow()
-    return 0
-
-
-def _done(job: Job) -> int:
-    """How far the run has come, in the unit of its length."""
-    evaluations, _ = read_metrics(job.folder / "metrics.jsonl", problems=[])
-    return evaluations[-1][job.length[1]] if evaluations else 0
+    environment = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+    places = Places([None] * len(jobs), environment=environment)
+    status, turns = run_jobs(jobs, places, keep_going=False, watch=follow)
+    for turn in turns:
+        if turn.state is State.FAILED:
+            bar.write(f"{turn.job.folder}: {turn.error}; {turn.job.log} has all that it said", file=sys.stderr)
+    if status:
+        bar.write(f"exit status {status}; the same command carries on", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -3,17 +3,19 @@
     python -m scripts.run_row TABLE ROW [--seeds "1 101"] [--schedules "milestone cosine"] [key=value ...]
 
 Complete runs are skipped and unfinished ones resumed, so the same command carries on after any interruption. Each run
-is a process of its own, exactly the command that one would type for it.
+is a process of its own, exactly the command that one would type for it. A whole table: scripts/reproduce.py.
 """
 
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import UserError, nearest, run_main
 from scripts.arguments import Parser, positive, seeds
-from scripts.jobs import plan, run
+from scripts.jobs import plan, torchrun
+from scripts.pool import State, Turn, places_for, run_jobs
 from scripts.report import report
 from scripts.runs import read_runs
 from scripts.tables import TASKS, cells, published, seeds_of
@@ -35,22 +37,45 @@ def main(arguments: list[str]) -> int:
         for schedule in schedules
         for seed in options.seeds or seeds_of(options.table)
     ]
-    for number, job in enumerate(jobs, start=1):
-        place = f"[{number}/{len(jobs)}] {job.folder}"
-        if job.complete:
-            say(f"{place}: complete, skipped")
-            continue
-        command = job.command(options.gpus)
-        say(f"{place}: {shlex.join(['python', *command[1:]])}")
-        if status := run(command):
-            how = "stopped" if status > 128 else f"failed with exit status {status}; when that is put right"
-            say(f"{place}: {how}, the same command carries on from here")
-            return status
-    runs, problems = read_runs(*sorted({job.folder.parent for job in jobs}))
+    places = places_for(1, options.gpus, on_cpu="device=cpu" in options.overrides)
+    told: dict[str, State] = {}
+    status, turns = run_jobs(
+        jobs,
+        places,
+        keep_going=False,
+        show_output=True,
+        watch=lambda turns: tell(turns, told, torchrun(options.gpus)),
+    )
+    if status:
+        return status
+    runs, problems = read_runs(*sorted({Path(job.folder).parent for job in jobs}))
     print(report(options.table, runs))
     for problem in problems:
         print(f"damaged: {problem}")
     return 0
+
+
+def tell(turns: Sequence[Turn], told: dict[str, State], launcher: Sequence[str]) -> None:
+    """Say on stderr what has happened since the last call: standard output is the row alone."""
+    for number, turn in enumerate(turns, start=1):
+        folder = turn.job.folder
+        if turn.state is told.get(folder, State.WAITING):
+            continue
+        told[folder] = turn.state
+        match turn.state:
+            case State.COMPLETE if turn.process is None:
+                said = "complete, skipped"
+            case State.RUNNING:
+                said = shlex.join(["python", *turn.job.command(launcher)[1:]])
+            case State.HELD:
+                said = "another process is training there; waiting for it"
+            case State.STOPPED:
+                said = "stopped, the same command carries on from here"
+            case State.FAILED:
+                said = f"failed ({turn.error}); when that is put right, the same command carries on from here"
+            case _:
+                continue
+        print(f"[{number}/{len(turns)}] {folder}: {said}", file=sys.stderr, flush=True)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -68,11 +93,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="processes, one GPU each; default: 1")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, e.g. compile=true")
     return parser.parse_intermixed_args(arguments)
-
-
-def say(text: str) -> None:
-    """Progress goes to stderr: standard output is the row alone."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

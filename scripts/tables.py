@@ -1,14 +1,14 @@
 """The tables of the paper: which task trains a table's cells, where the cells stand, and what was published."""
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
-from engine.config import load_config
+from engine.config import RunConfig, load_config
 
 CONFIGS = Path("configs")  # commands run from the repository's root
 TASKS = {
@@ -23,16 +23,24 @@ TASKS = {
 }
 ROWS = ("sgd", "adam", "radam", "adam_adj", "radam_adj", "apollo")  # in the order of the published tables
 SCHEDULES = ("milestone", "cosine", "inverse_sqrt")
+NOT_CELLS = ("base", "published")  # files of a table's folder
 
 
-def train_module(table: str) -> str:
-    """The module whose command trains `table`."""
-    return f"{TASKS[table]}.train"
+def load_settings(task: str, config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config at `config`, resolved and checked as train.py of `task` does it. Raises ConfigError."""
+    return load_config(import_module(f"{task}.train").Config, config, overrides)
 
 
-def load_cell(table: str, config: Path, overrides: tuple[str, ...] = ()) -> BaseModel:
-    """The config at `config`, resolved and checked as its task's train.py does it. Raises ConfigError."""
-    return load_config(import_module(train_module(table)).Config, config, overrides)
+def load_cell(table: str, config: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config at `config` for runs of `table`, resolved and checked. Raises ConfigError."""
+    return load_settings(TASKS[table], config, overrides)
+
+
+def rows(table: str) -> list[str]:
+    """The rows of a table that have configs, in the order of the published tables."""
+    stems = {path.stem for path in (CONFIGS / table).glob("*.yaml")} - set(NOT_CELLS)
+    found = {next((stem.removesuffix(f"_{s}") for s in SCHEDULES if stem.endswith(f"_{s}")), stem) for stem in stems}
+    return sorted(found, key=lambda row: position(row, ROWS))
 
 
 def cells(table: str, row: str) -> dict[str, Path]:

@@ -11,7 +11,7 @@ import yaml
 from optim import create_optimizer
 from optim.lr_scheduler import create_schedule
 from scripts.jobs import plan
-from scripts.tables import cells, load_cell, published, seeds_of, train_module
+from scripts.tables import TASKS, cells, load_cell, published, seeds_of
 
 ROOT = Path(__file__).parent.parent
 CELLS = sorted(
@@ -36,14 +36,14 @@ def test_config_loads_and_its_optimizer_and_schedule_accept_their_settings(path)
     optimizer = create_optimizer(
         config.optimizer.name, [torch.nn.Parameter(torch.ones(2))], **config.optimizer.settings
     )
-    length, _ = plan(path.parent.name, path, 1, Path("runs")).length
+    length = plan(path.parent.name, path, 1, Path("runs")).length
     create_schedule(optimizer, config.schedule.name, updates_per_unit=390, total=length, **config.schedule.settings)
 
 
 @pytest.mark.parametrize("path", CELLS, ids=str)
 def test_header_names_the_command_of_this_file(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any(f"python -m {train_module(path.parent.name)} {path}" in line for line in header)
+    assert any(f"python -m {TASKS[path.parent.name]}.train {path}" in line for line in header)
 
 
 @pytest.mark.parametrize(("table", "row"), ROWS)

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from scripts.jobs import run
 from scripts.missing import missing
 from scripts.quickstart import EXPERIMENTS
 from scripts.run_row import main as run_row
@@ -101,15 +100,6 @@ def test_row_stops_at_the_first_failure_with_its_one_line(tmp_path):
     assert "adamm" in error
     assert "[1/4]" in row.stderr
     assert "[2/4]" not in row.stderr
-
-
-def test_runs_side_by_side_end_with_the_first_failure():
-    def python(program):
-        return [sys.executable, "-c", program]
-
-    assert run(python("pass"), python("pass")) == 0
-    assert run(python("import time; time.sleep(600)"), python("import sys; sys.exit(3)")) == 3
-    assert run(python("import os; os.kill(os.getpid(), 9)")) == 128 + signal.SIGKILL
 
 
 @pytest.mark.parametrize(

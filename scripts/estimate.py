@@ -1,0 +1,225 @@
+"""What runs will take, before any starts: some updates of each distinct cell are timed, with the command itself.
+
+A cell is timed as it will run (model, batch, optimizer, precision, number of processes), logging every update, and
+stopped by a signal. Hours are of training alone: evaluations come on top.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from engine.errors import UserError
+from scripts.jobs import Job, torchrun
+from scripts.live import columns
+from scripts.pool import Places, last_error, open_log, start
+from scripts.synthetic import MAKERS, SIZES, make_data
+from scripts.tables import load_settings
+
+UPDATES = 30
+WARM_UP = 5  # of them: the first updates allocate, choose kernels, compile
+START_S, TRAIN_S, SAVE_S = 300, 60, 120  # limits: until the first update, for the others, to save
+POLL_S = 0.01
+# What changes neither the time nor the memory of an update.
+SAME_COST = ("table", "row", "seed", "run_dir", "schedule", "epochs", "updates")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one update and one run."""
+
+    update_s: float
+    updates: int  # timed
+    updates_in_all: int
+    memory_mb: float
+    disk_mb: float
+    synthetic: str = ""  # why the data were synthetic; "" where they were the real ones
+
+
+def estimate(jobs: Sequence[Job], places: Places) -> str:
+    """A table of what those of `jobs` that are not complete will take, one line for each distinct cell.
+
+    A cell that cannot be timed is told with its error.
+    """
+    cells: dict[str, list[Job]] = {}
+    for job in jobs:
+        if not job.complete:
+            settings = settings_of_cost(job)
+            cells.setdefault(json.dumps(settings), []).append(job)
+    if not cells:
+        return "every run is complete: nothing would be run"
+    lines, notes, hours, disk, failed = [], [], 0.0, 0.0, 0
+    with tempfile.TemporaryDirectory(prefix="dry_run_") as temporary:
+        for number, of_cell in enumerate(cells.values(), start=1):
+            cell = cell_name(of_cell[0])
+            print(f"timing {number} of {len(cells)}: {cell}", file=sys.stderr, flush=True)
+            try:
+                measured = measure(of_cell[0], places, Path(temporary))
+            except UserError as error:
+                notes.append(f"{cell}: not timed: {error}")
+                failed += len(of_cell)
+                continue
+            # Runs of a cell may differ in their length: the updates of one are known from the one that was timed.
+            lengths = [job.length / of_cell[0].length for job in of_cell]
+            of_run = measured.update_s * measured.updates_in_all / 3600
+            hours += of_run * sum(lengths)
+            disk += measured.disk_mb * len(of_cell)
+            lines.append(
+                (
+                    cell,
+                    str(len(of_cell)),
+                    f"{1000 * measured.update_s:.4g}",
+                    f"{measured.updates_in_all:,}",
+                    f"{of_run:.3g}",
+                    f"{of_run * sum(lengths):.3g}",
+                    f"{measured.memory_mb / 1024:.2f}",
+                    f"{measured.disk_mb * len(of_cell) / 1024:.2f}",
+                )
+            )
+            if measured.synthetic:
+                notes.append(f"{cell}: timed on synthetic data, as {measured.synthetic}")
+            if measured.updates < UPDATES - WARM_UP - 1:
+                notes.append(f"{cell}: {measured.updates} updates timed, for want of time: a rough figure")
+    at_once = min(len(places.devices), len(jobs))
+    total = (
+        f"{hours:.3g} hours of training, {hours / at_once:.3g} with {at_once} at a time; {disk / 1024:.2f} GB on disk"
+    )
+    left_out = f"; without {failed} runs that could not be timed" if failed else ""
+    return "\n".join([*columns([HEADER, *lines]), "", f"in all: {total}{left_out}. Evaluations come on top.", *notes])
+
+
+HEADER = ("cell", "runs", "ms/update", "updates", "hours a run", "hours", "memory GB", "disk GB")
+
+
+def settings_of_cost(job: Job) -> dict[str, Any]:
+    """What an update of `job` costs is a function of these of its settings."""
+    settings = load_settings(job.task, job.config, job.overrides).model_dump(mode="json")
+    return {"task": job.task} | {key: value for key, value in settings.items() if key not in SAME_COST}
+
+
+def cell_name(job: Job) -> str:
+    """Table and row: of schedules, an update does not know."""
+    settings = load_settings(job.task, job.config, job.overrides)
+    return f"{settings.table}/{settings.row}"
+
+
+def measure(job: Job, places: Places, temporary: Path) -> Measured:
+    """Time some updates of `job`, on synthetic data where its own are not there. Raises UserError where that fails."""
+    settings = load_settings(job.task, job.config, job.overrides)
+    root = Path(getattr(settings.data, "root", "."))
+    if settings.data.name in MAKERS and not root.exists():
+        overrides = make_data(settings.data.name, temporary / settings.data.name)
+        measured = _measure(job, overrides, places, temporary, SIZES.get(settings.data.name))
+        return replace(measured, synthetic=f"{root} is not there")
+    return _measure(job, [], places, temporary, None)
+
+
+def _measure(job: Job, overrides: list[str], places: Places, temporary: Path, size: int | None) -> Measured:
+    """As `measure`; `size` is that of an epoch of the real data, where `overrides` put others in their place."""
+    folder = Path(tempfile.mkdtemp(dir=temporary))
+    run = folder / "run"
+    trial = replace(
+        job,
+        folder=str(run),
+        overrides=(*job.overrides, *overrides, f"run_dir={run}", "log_every=1", "checkpoint.minutes=1000000"),
+    )
+    settings = load_settings(trial.task, trial.config, trial.overrides)
+    device = places.devices[0]
+    environment = places.environment | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+    before = 0.0 if device is None else gpu_memory_mb(device)
+    with open_log(trial) as log:
+        process = start(trial.command(torchrun(places.gpus)), log, environment)
+    times: list[tuple[float, int]] = []  # when an update was first seen, and its number
+    memory, started, looked = 0.0, time.monotonic(), 0.0
+    while process.poll() is None:
+        now, update = time.monotonic(), last_update(run / "metrics.jsonl")
+        if update and (not times or update > times[-1][1]):
+            times.append((now, update))
+        since, limit = (times[0][0], TRAIN_S) if times else (started, START_S)
+        ending = (update or 0) >= UPDATES or now - since > limit
+        if ending or now - looked > 1:
+            looked = now
+            memory = max(memory, resident_mb(process.pid) if device is None else gpu_memory_mb(device) - before)
+        if ending:
+            break
+        time.sleep(POLL_S)
+    try:
+        process.send_signal(signal.SIGTERM)
+        process.wait(SAVE_S)
+    except subprocess.TimeoutExpired:
+        kill(process)
+    pairs = [pair for pair in times if pair[1] > WARM_UP] if len(times) > 2 * WARM_UP else times
+    if len(pairs) < 2:
+        slow = f"fewer than 2 updates in {TRAIN_S} s: too slow here" if times else last_error(trial.log, 0)
+        raise UserError(slow or "no update came")
+    update_s = median((t1 - t0) / (u1 - u0) for (t0, u0), (t1, u1) in zip(pairs, pairs[1:], strict=False))
+    updates_in_all = whole_length(job, run, settings, size)
+    disk = disk_mb(run, settings)
+    shutil.rmtree(folder, ignore_errors=True)
+    return Measured(update_s, pairs[-1][1] - pairs[0][1], updates_in_all, memory, disk)
+
+
+def whole_length(job: Job, run: Path, settings: Any, size: int | None) -> int:
+    """Updates of the whole run, by what its environment.json says of the data, or by the real data's `size`."""
+    if job.unit == "update":
+        return job.length
+    recipe = json.loads((run / "environment.json").read_text())["recipe"]
+    examples = settings.global_batch * getattr(settings, "sequence_length", 1)  # images or tokens of an update
+    if size is None and "updates_per_epoch" in recipe:
+        return job.length * recipe["updates_per_epoch"]
+    return job.length * ((size or recipe["train_examples"]) // examples)
+
+
+def last_update(path: Path) -> int | None:
+    """The update of the last whole line of a metrics.jsonl."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 2048))
+            whole = file.read().rpartition(b"\n")[0]
+        return json.loads(whole.rpartition(b"\n")[2])["update"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def gpu_memory_mb(devices: str) -> float:
+    """Memory in use, in MiB, of those of `devices` (comma-separated) that uses most."""
+    command = ["nvidia-smi", f"--id={devices}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        return max(map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()))
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return 0.0
+
+
+def resident_mb(pid: int) -> float:
+    """Peak resident memory, in MiB, of a process and those below it; 0 where the system does not tell (Linux does)."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return 0.0
+    peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), "0")
+    return int(peak) / 1024 + sum(resident_mb(int(child)) for child in children)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End `process`, its session and so its workers, at once."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def disk_mb(run: Path, settings: Any) -> float:
+    """MiB that the run folder will hold: checkpoints of the size of the one there, and weights to be averaged."""
+    sizes = {path: path.stat().st_size / 2**20 for path in run.rglob("*") if path.is_file()}
+    checkpoint = sizes.pop(run / "checkpoint.pt", 0.0)
+    weights = [size for path, size in sizes.items() if path.suffix == ".pt"]
+    averaged = max(weights, default=checkpoint / 3) * settings.average.last if hasattr(settings, "average") else 0.0
+    return checkpoint * settings.checkpoint.keep + averaged

@@ -1,0 +1,260 @@
+"""Runs jobs, several at a time, and outlives what happens to any of them.
+
+The run folders are the truth: whatever its process ended with, a job is complete when its folder says so. Nothing else
+is remembered, so that a pool which is killed, and started again, carries on.
+"""
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import cycle, islice
+from pathlib import Path
+from subprocess import CalledProcessError, Popen
+from types import FrameType
+from typing import IO
+
+from engine.errors import UserError
+from engine.files import hold
+from scripts.jobs import Job, torchrun
+
+# torchrun hands these on to the ranks, where it is new enough to ask for it, and gives them the time to save.
+TORCHRUN_ENVIRONMENT = {
+    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # seconds, instead of 30
+}
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+POLL_S = 0.2
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+class State(Enum):
+    WAITING = "waiting"
+    HELD = "held"  # a process that is not ours works in the run folder
+    RUNNING = "running"
+    COMPLETE = "complete"
+    FAILED = "failed"
+    STOPPED = "stopped"  # a signal asked for it
+
+
+@dataclass
+class Turn:
+    """A job, and how it has fared with this pool."""
+
+    job: Job
+    state: State = State.WAITING
+    process: Popen | None = None  # None also where the job was complete from the start
+    devices: str | None = None  # the GPUs it was given
+    log_start: int | None = None  # byte of the log where this process's part begins; None where it has no log
+    status: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Places:
+    """How many jobs run at once, and on what."""
+
+    devices: Sequence[str | None] = (
+        None,
+    )  # for each job at a time: its CUDA_VISIBLE_DEVICES, or None for all there are
+    gpus: int = 1  # processes of one job
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    places: Places = Places(),
+    *,
+    keep_going: bool = True,
+    show_output: bool = False,
+    watch: Callable[[Sequence[Turn]], None] = lambda turns: None,
+) -> tuple[int, list[Turn]]:
+    """Run `jobs` to their end; 0 where all are complete, else an exit status, and how each has fared.
+
+    Complete jobs are skipped. One whose folder another process holds waits until that process has left it. After a
+    failure the others go on; without `keep_going` they are stopped. The status is that of the first failure; where a
+    signal has stopped the jobs, which save before they end, it is 128 + the signal's number.
+
+    What the jobs print goes to their logs, with `show_output` to where our own output goes. `watch` is called several
+    times a second.
+    """
+    turns = [Turn(job) for job in jobs]
+    free, ending = list(places.devices), False
+    with _signals_handed_on(turns) as received:
+        while True:
+            for turn in turns:
+                if turn.state is State.RUNNING and turn.process.poll() is not None:
+                    _end(turn, ending or bool(received))
+                    free.append(turn.devices)
+            failed = any(turn.state is State.FAILED for turn in turns)
+            if failed and not keep_going:
+                for turn in turns:
+                    if turn.state is State.RUNNING:
+                        turn.process.terminate()
+            ending = bool(received) or (failed and not keep_going)
+            for turn in turns if not ending else ():
+                if turn.state in (State.WAITING, State.HELD) and free and _begin(turn, free[0], places, show_output):
+                    free.pop(0)
+                    if received:  # while it was being started
+                        turn.process.terminate()
+            watch(turns)
+            states = {turn.state for turn in turns}
+            if State.RUNNING not in states and (ending or not states & {State.WAITING, State.HELD}):
+                break
+            time.sleep(POLL_S)
+    if received and any(turn.state is not State.COMPLETE for turn in turns):
+        return 128 + received[0], turns
+    return next((turn.status for turn in turns if turn.state is State.FAILED), 0), turns
+
+
+def places_for(at_once: int | None, gpus: int, on_cpu: bool = False) -> Places:
+    """Where jobs of `gpus` processes each can run: `at_once` of them, by default as many as there are GPUs for.
+
+    More jobs than GPUs share them. Without a GPU a job runs on the cores, of which each has its share. Raises UserError
+    where there are fewer GPUs than one job needs.
+    """
+    found = [] if on_cpu else visible_gpus()
+    if found and len(found) < gpus:
+        raise UserError(f"--gpus {gpus}: only {len(found)} are visible here")
+    at_once = at_once or max(1, len(found) // gpus)
+    if found:
+        groups = [",".join(found[first : first + gpus]) for first in range(0, len(found) - gpus + 1, gpus)]
+        return Places(list(islice(cycle(groups), at_once)), gpus)
+    threads = max(1, (os.cpu_count() or 1) // (at_once * gpus))
+    alone = at_once * gpus == 1 or "OMP_NUM_THREADS" in os.environ
+    return Places([None] * at_once, gpus, {} if alone else {"OMP_NUM_THREADS": str(threads)})
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this machine by CUDA's names, without importing torch, which takes seconds."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in chosen.split(",") if name and name != "-1"]
+    try:
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, CalledProcessError):
+        return []
+
+
+def start(command: Sequence[str], log: IO[bytes] | None = None, environment: dict[str, str] | None = None) -> Popen:
+    """A process for `command`, which prints to `log`, or where we do; OSError where it cannot be started.
+
+    It has a session of its own, as a terminal would otherwise send Ctrl-C to it a second time.
+    """
+    environment = os.environ | TORCHRUN_ENVIRONMENT | (environment or {})
+    return Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+
+
+def open_log(job: Job) -> IO[bytes]:
+    """The job's log, to be added to: what earlier processes printed stays."""
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    return open(job.log, "ab")
+
+
+def last_error(log: Path, begin: int) -> str:
+    """The line of a log, from byte `begin` on, that says why its process failed: an `error:` line, or else the last.
+
+    torchrun prints much after its ranks' own lines.
+    """
+    try:
+        with open(log, "rb") as file:
+            file.seek(begin)
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return ""
+    errors = [line for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
+    return (errors or lines or [""])[-1]
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a living process works in the run folder."""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        hold(folder, "running").close()
+    except UserError:
+        return True
+    except OSError:  # the folder has gone, or is not ours to write in: its run will say so
+        return False
+    return False
+
+
+def _begin(turn: Turn, devices: str | None, places: Places, show_output: bool) -> bool:
+    """Start the turn's process, where there is something left to do and nobody is at it; whether one was started."""
+    try:
+        if turn.job.complete:
+            turn.state = State.COMPLETE
+            return False
+        if is_held(Path(turn.job.folder)):
+            turn.state = State.HELD
+            return False
+        environment = places.environment | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
+        command = turn.job.command(torchrun(places.gpus))
+        if show_output:
+            turn.process = start(command, environment=environment)
+        else:
+            with open_log(turn.job) as log:
+                turn.log_start = log.tell()
+                turn.process = start(command, log, environment)
+    except (UserError, OSError) as error:
+        turn.state, turn.status, turn.error = State.FAILED, 2, str(error)
+        return False
+    turn.state, turn.devices = State.RUNNING, devices
+    return True
+
+
+def _end(turn: Turn, stopping: bool) -> None:
+    """Give the turn whose process has ended its state."""
+    status = turn.process.returncode
+    turn.status = status if status >= 0 else 128 - status
+    try:
+        turn.state = State.COMPLETE if turn.job.complete else State.STOPPED if stopping else State.FAILED
+    except UserError as error:
+        turn.state, turn.error = State.FAILED, str(error)
+    if turn.state is State.FAILED:
+        turn.status = turn.status or 1  # it ended well, and left no result
+        said = "" if turn.log_start is None else last_error(turn.job.log, turn.log_start)
+        ended = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        turn.error = turn.error or (said if status >= 0 else "") or ended
+
+
+@contextmanager
+def _signals_handed_on(turns: Sequence[Turn]) -> Iterator[list[int]]:
+    """Context in which signals go to the running jobs; yields the list of those received.
+
+    Ctrl-C is handed on as it is (a second one ends a job at once), any other as SIGTERM, which torchrun hands on in all
+    its versions. The jobs are waited for: they save before they end.
+    """
+    received: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None = None) -> None:
+        received.append(number)
+        for turn in turns:
+            if turn.state is State.RUNNING:
+                turn.process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
+
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
+    numbers = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
+    before = {number: signal.signal(number, hand_on) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_with_parent() -> None:
+    """Have Linux send SIGTERM when our parent dies: the jobs of a pool that was killed save, and stop.
+
+    Elsewhere they run on, and a new pool waits for them.
+    """
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
