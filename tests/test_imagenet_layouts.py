@@ -33,10 +33,11 @@ from imagenet_layouts import (
 )
 
 from classification.imagenet.labels import LabelFiles
-from classification.imagenet.lmdb import SplitWriter, open_splits, read_manifest
+from classification.imagenet.lmdb import SplitWriter, open_splits
 from classification.imagenet.prepare import MD5, build, main, verify, verify_archives
 from classification.imagenet.raw import find_source, list_folder
 from engine.errors import UserError
+from engine.manifest import MANIFEST
 
 TOY = make_toy()
 OTHERS = (tars_and_kit_2012, tars_and_kit_2017, ground_truth_and_ids_by_option, caffe_by_option)
@@ -354,7 +355,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(layout, tmp_path, mo
         status = build_until(moments.randrange(5, 5 + 90 // KILLS), source, out)
         assert status in (0, -signal.SIGKILL)
         kills += status != 0
-        if out.exists() and read_manifest(out):
+        if (out / MANIFEST).exists():
             shutil.rmtree(out)  # it came to the end: from the beginning, until it was killed often enough
     assert build_until(10**6, source, out) == 0
     for name in ("train.lmdb", "val.lmdb", "manifest.json"):

@@ -17,7 +17,7 @@ import pytest
 from imagenet_images import CLASSES, make_tree
 from imagenet_layouts import build_until
 
-from classification.imagenet.lmdb import LmdbSplit, Record, SplitWriter, open_splits
+from classification.imagenet.lmdb import FORMAT, MANIFEST_KEYS, LmdbSplit, Record, SplitWriter, open_splits
 from classification.imagenet.prepare import build, verify
 from engine.errors import UserError
 from engine.manifest import read_manifest
@@ -66,7 +66,7 @@ def test_holds_the_untouched_files_and_their_labels(tree, built):
     train, val = open_splits(built)
     assert records(train) == expected(tree, "train")
     assert records(val) == expected(tree, "val")
-    manifest = read_manifest(built)
+    manifest = read_manifest(built, MANIFEST_KEYS, FORMAT)
     assert manifest["classes"] == list(CLASSES)
     assert {name: split["images"] for name, split in manifest["splits"].items()} == {"train": 24, "val": 12}
     assert verify(built, decode=True) == []

@@ -16,11 +16,11 @@ from torchvision.datasets import CIFAR10
 
 from classification.data import read_cifar10
 from engine.errors import UserError
+from engine.manifest import read_manifest
 from language_model import benchmark
 from language_model.prepared import open_corpus
 from nmt.prepare import recipes
 from nmt.prepare.toy_text import generate
-from nmt.prepared import read_manifest
 from scripts import prepare
 
 ROOT = Path(__file__).parent.parent
