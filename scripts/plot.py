@@ -40,7 +40,7 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
     for run in runs:
         if run.evaluations:
             place = (run.table, f"{run.schedule} schedule") if _compares_schedules(run.table, runs) else (run.table,)
-            rows_of.setdefault(place, {}).setdefault(run.row, []).append(run)
+            rows_of.setdefault(place, {}).setdefault(run.label, []).append(run)
     if not rows_of:
         raise UserError("nothing to draw: no run has been evaluated yet")
 
