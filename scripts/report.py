@@ -6,6 +6,7 @@ runs are listed, not counted, and so is what cannot be read.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -214,22 +215,28 @@ def apart(runs: Sequence[Run]) -> list[Run]:
 
     The first recipe of a cell is the published one, or else the one that most runs follow.
     """
-    recipes: dict[tuple, dict[tuple, list[Run]]] = {}
+    settings: dict[tuple, dict[tuple, list[Run]]] = {}
     for run in runs:
         if not run.trial:
-            recipes.setdefault((run.table, *run.cell), {}).setdefault(_recipe(run), []).append(run)
+            of_run = tuple((key, repr(value)) for key, value in flatten(run.config, NOT_OF_THE_RECIPE).items())
+            settings.setdefault((run.table, *run.cell), {}).setdefault(of_run, []).append(run)
     variants = {}
-    for of_cell in recipes.values():
-        groups = list(of_cell.values())
+    for of_cell in settings.values():
+        groups = [group for same in of_cell.values() for group in _by_batchnorm_batch(same)]
         if len(groups) > 1:
             groups.sort(key=lambda group: (bool(changes_to_recipe(group[0])), -len(group), order(group[0])))
         variants |= {id(run): number for number, group in enumerate(groups, start=1) for run in group}
     return [run if variants.get(id(run), 1) == run.variant else replace(run, variant=variants[id(run)]) for run in runs]
 
 
-def _recipe(run: Run) -> tuple:
-    settings = flatten(run.config, ignore=NOT_OF_THE_RECIPE)
-    return tuple((key, repr(value)) for key, value in settings.items()), run.recipe.get("batchnorm_batch")
+def _by_batchnorm_batch(runs: Sequence[Run]) -> Iterable[list[Run]]:
+    """Runs of the same settings, apart by the batch that BatchNorm saw; unknown ones count as most of the others."""
+    batches = [run.recipe.get("batchnorm_batch") for run in runs]
+    usual = Counter(batch for batch in batches if batch).most_common(1)
+    groups: dict[Any, list[Run]] = {}
+    for run, batch in zip(runs, batches, strict=True):
+        groups.setdefault(batch or (usual[0][0] if usual else None), []).append(run)
+    return groups.values()
 
 
 def by_cell(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
@@ -312,8 +319,8 @@ def changes_to_recipe(run: Run) -> list[str]:
 def _changes(run: Run, usual: Run) -> list[str]:
     """`key=value` for each setting of `run` that differs from those of `usual`."""
     changes = _settings(run, differences(run.config, usual.config, NOT_OF_THE_RECIPE))
-    batch = run.recipe.get("batchnorm_batch")
-    return changes + ([f"batchnorm_batch={batch}"] if batch != usual.recipe.get("batchnorm_batch") else [])
+    batch, expected = run.recipe.get("batchnorm_batch"), usual.recipe.get("batchnorm_batch")
+    return changes + ([f"batchnorm_batch={batch}"] if batch and batch != expected else [])
 
 
 def _settings(run: Run, keys: Iterable[str]) -> list[str]:

@@ -167,6 +167,7 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
         _check(model, _read(folder / name, problems), folder / name, problems)
         for model, name in ((Result, "result.json"), (Environment, "environment.json"))
     )
+    place = folder.absolute()
     return Run(
         folder,
         identity.table,
@@ -178,7 +179,7 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
         recipe=environment.recipe if environment else {},
         result=result if result and result.complete else None,
         read_evaluations=partial(read_evaluations, folder / "metrics.jsonl", problems),
-        trial=folder.name if folder.absolute().parent.parent.name == "search" else None,
+        trial=place.name if place.parent.parent.name == "search" else None,
     )
 
 

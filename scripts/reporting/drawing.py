@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from engine.errors import UserError
 from scripts.reporting.pictures import ABOUT, TITLES, Panel, Style, styles
 
-FORMATS = ("png", "svg", "pdf")
+# Without a date: the same numbers give the same file.
+FORMATS = {"png": None, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 LOOK = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -21,7 +22,7 @@ LOOK = {
     "grid.color": "#E5E5E5",
     "grid.linewidth": 0.8,
     "svg.fonttype": "none",  # letters stay letters
-    "svg.hashsalt": "apollo",  # the same numbers give the same file
+    "svg.hashsalt": "apollo",  # the parts' names are not drawn at random
 }
 
 
@@ -33,35 +34,31 @@ def draw_all(panels: Sequence[Panel], folder: Path) -> None:
         for panel in panels:
             (folder / f"{panel.name}.csv").write_text(panel.csv(), encoding="utf-8")
         for (place, picture), group in groupby(panels, key=lambda panel: (panel.place, panel.picture)):
-            figure = draw(list(group), look)
-            for suffix in FORMATS:
-                # A date would make two drawings of the same numbers differ.
-                dated = {"png": None, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[suffix]
-                name = f"{place.replace(', ', '_').replace(' ', '-')}_{picture}.{suffix}"
-                figure.savefig(folder / name, dpi=150, metadata=dated)
+            name = f"{place.replace(', ', '_').replace(' ', '-')}_{picture}"
+            with matplotlib.rc_context(LOOK):
+                figure = draw(list(group), look)
+                for suffix, undated in FORMATS.items():
+                    figure.savefig(folder / f"{name}.{suffix}", dpi=150, metadata=undated)
     except OSError as error:
         raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
 
 
 def draw(panels: Sequence[Panel], look: dict[str, Style]) -> Figure:
     """The panels of one picture, two a line, under one legend."""
-    with matplotlib.rc_context(LOOK):
-        columns = min(2, len(panels))
-        lines = -(-len(panels) // columns)
-        width = 5.6 * columns if columns > 1 else 7.5
-        figure = Figure(figsize=(width, 4.2 * lines + 0.7), layout="constrained")
-        grid = figure.subplots(lines, columns, squeeze=False).flat
-        for axes, panel in zip(grid, panels, strict=False):
-            _draw_panel(axes, panel, look)
-        for axes in list(grid)[len(panels) :]:
-            axes.set_visible(False)
-        shown = {
-            text: line for axes in figure.axes for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(shown.values(), shown.keys(), loc="outside right upper", frameon=False)
-        figure.suptitle(f"{panels[0].place}: {TITLES[panels[0].picture].lower()}", x=0.01, ha="left", fontsize=11)
-        about = wrap(ABOUT[panels[0].picture], int(15 * width))
-        figure.supxlabel("\n".join(about), fontsize=8, color="#666666")
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    width = 5.6 * columns if columns > 1 else 7.5
+    figure = Figure(figsize=(width, 4.2 * lines + 0.7), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, panel in zip(grid, panels, strict=False):
+        _draw_panel(axes, panel, look)
+    for axes in list(grid)[len(panels) :]:
+        axes.set_visible(False)
+    shown = {text: line for axes in figure.axes for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside right upper", frameon=False)
+    figure.suptitle(f"{panels[0].place}: {TITLES[panels[0].picture].lower()}", x=0.01, ha="left", fontsize=11)
+    about = wrap(ABOUT[panels[0].picture], int(15 * width))
+    figure.supxlabel("\n".join(about), fontsize=8, color="#666666")
     return figure
 
 

@@ -17,9 +17,11 @@ from itertools import cycle
 from statistics import mean
 from typing import NamedTuple
 
+import numpy as np
+
 from scripts.plot import OTHER_COLOURS, PANELS, STYLES
 from scripts.reporting.records import flatten
-from scripts.reporting.statistics import expected_best, first_reached, interval
+from scripts.reporting.statistics import expected_best, quantile
 from scripts.runs import Run, lower_is_better
 
 METRICS = {"top1": "accuracy (%)", "ppl": "perplexity", "bleu": "BLEU"}
@@ -91,8 +93,12 @@ def pictures(runs: Sequence[Run]) -> list[Panel]:
     panels: list[Panel] = []
     for place, of_place in _places([run for run in runs if not run.trial]).items():
         panels += curve_panels(place, of_place) + level_panels(place, of_place)
+    finals: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        if not run.trial and run.rate:
+            finals.setdefault((run.table, run.label), []).append(run)
     for place, trials in _places([run for run in runs if run.trial and run.result]).items():
-        chosen = _chosen_rates(place, trials, runs)
+        chosen = _chosen_rates(trials, finals)
         panels += [*sensitivity_panel(place, trials, chosen), *budget_panels(place, trials)]
     return panels
 
@@ -167,15 +173,17 @@ def level_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
     if not evaluated:
         return []
     key, label = curve_keys(next(iter(evaluated.values()))[0])[1]
-    lower = lower_is_better(key.rpartition("_")[2])
-    curves_of = {method: [points(run, key) for run in runs] for method, runs in evaluated.items()}
-    seen = sorted({value for runs in curves_of.values() for run in runs for *_, value in run}, reverse=lower)
+    sign = -1 if lower_is_better(key.rpartition("_")[2]) else 1
+    found = {
+        method: [np.array(curve).T for run in runs if (curve := points(run, key))] for method, runs in evaluated.items()
+    }
+    seen = np.unique([value for runs in found.values() for run in runs for value in run[2]])[::sign]
     levels = seen[:: -(-len(seen) // MOST_LEVELS) or 1]
     panels = []
     for by, which in (("updates", 0), ("seconds", 1)):
-        curves = [_level_curve(method, runs, levels, which, lower) for method, runs in curves_of.items()]
+        curves = [_level_curve(method, runs, levels, which, sign) for method, runs in found.items() if runs]
         heights = [value for curve in curves for value in curve.y if value is not None]
-        if heights and not any(map(math.isnan, heights)):
+        if heights:
             top = 1.08 * max(heights)
             ends = [[(x, top) for x, y in zip(curve.x, curve.y, strict=True) if y is None] for curve in curves]
             curves = [replace(curve, crosses=end[:1]) for curve, end in zip(curves, ends, strict=True)]
@@ -183,23 +191,29 @@ def level_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
     return panels
 
 
-def _level_curve(
-    method: str, runs: list[list[tuple[float, float, float]]], levels: Sequence[float], which: int, lower: bool
-) -> Curve:
-    y: list[float | None] = []
-    ends: list[tuple[float, float] | tuple[None, None]] = []
-    notes = []
-    for level in levels:
-        found = [first_reached([value for *_, value in run], level, lower) for run in runs]
-        reached = [run[index][which] for run, index in zip(runs, found, strict=True) if index is not None]
-        everyone = len(reached) == len(runs)
-        y.append(mean(reached) if everyone else None)
-        ends.append((everyone and interval(reached)) or (None, None))
-        some = f", {mean(reached):.5g} on average for those that do" if reached else ""
-        notes.append(
-            f"n = {len(runs)}" if everyone else f"never by {len(runs) - len(reached)} of {len(runs)} seeds{some}"
-        )
-    return Curve(method, list(levels), y, [low and max(low, 0.0) for low, _ in ends], [high for _, high in ends], notes)
+def _level_curve(method: str, runs: Sequence[np.ndarray], levels: np.ndarray, which: int, sign: int) -> Curve:
+    """Updates (`which` = 0) or seconds (1) to each of `levels`; `runs` are [3, evaluations] as of `points`."""
+    times = np.full((len(runs), len(levels)), np.nan)
+    for row, run in zip(times, runs, strict=True):
+        best = np.maximum.accumulate(sign * run[2])
+        first = np.searchsorted(best, sign * levels)  # the first evaluation at the level or better
+        reached = first < len(best)
+        row[reached] = run[which, first[reached]]
+    arrived = np.isfinite(times).sum(0)
+    middle = times.mean(0)  # NaN where a run never arrives
+    low = high = np.full(len(levels), np.nan)
+    if len(runs) > 1:
+        half = quantile(len(runs), 0.95) * times.std(0, ddof=1) / math.sqrt(len(runs))
+        low, high = np.maximum(middle - half, 0), middle + half
+    notes = [
+        f"n = {len(runs)}" if count == len(runs) else f"never by {len(runs) - count} of {len(runs)} seeds"
+        for count in arrived
+    ]
+    return Curve(method, levels.tolist(), *map(_without_nan, (middle, low, high)), notes)
+
+
+def _without_nan(values: np.ndarray) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]
 
 
 def sensitivity_panel(place: str, methods: dict[str, list[Run]], chosen: dict[str, float]) -> list[Panel]:
@@ -272,12 +286,12 @@ def _trial_curve(method: str, groups: Sequence[Sequence[Run]], chosen: float, po
     return Curve(method, [trials[0].rate / chosen for trials in groups], y, notes=notes, points=points)
 
 
-def _chosen_rates(place: str, methods: dict[str, list[Run]], runs: Sequence[Run]) -> dict[str, float]:
+def _chosen_rates(methods: dict[str, list[Run]], finals: dict[tuple[str, str], list[Run]]) -> dict[str, float]:
     """Method to the rate of its runs of the table, or where there are none, to that of its best trial."""
     chosen = {}
     for method, trials in methods.items():
         first = trials[0]
-        final = [run for run in runs if (run.table, run.label) == (first.table, method) and not run.trial and run.rate]
+        final = finals.get((first.table, method), [])
         final = [run for run in final if run.schedule == first.schedule] or final
         sign = -1 if lower_is_better(first.result.metric) else 1
         best = max(trials, key=lambda trial: sign * trial_value(trial))

@@ -25,7 +25,7 @@ from scripts.runs import Environment, Identity, Result, Run
 
 FORMAT = 1
 MOST_POINTS = 250
-CURVES = re.compile(r"update|epoch|wall_s|(train|test|valid)_\w+")
+CURVES = re.compile(r"update|epoch|wall_s|tokens|(train|test|valid)_\w+")
 KINDS = ("results", "comparison")
 MARKED = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 OF_ONE_START = ("command", "started", "resumed_from")  # parts of an environment that belong to no measurement
@@ -38,7 +38,7 @@ class _RecordedRun(BaseModel):
     trial: str | None
     recipe: dict[str, Any]
     result: Result
-    curves: dict[str, list[float | None]] = {}
+    curves: dict[str, list[int | float | None]] = {}
 
 
 class _Record(BaseModel):

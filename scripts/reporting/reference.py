@@ -25,7 +25,7 @@ def compare(runs: Sequence[Run], record: Sequence[Run]) -> tuple[list[str], bool
     for run in runs:
         if run.trial:
             continue
-        others = [other for other in record if (other.table, *other.cell) == (run.table, *run.cell) and not other.trial]
+        others = _same_cell(run, record)
         if not others or not run.evaluations:
             reason = (
                 "nothing evaluated yet" if others else f"the record has no runs of {run.table} {' '.join(run.cell)}"
@@ -45,6 +45,13 @@ def compare(runs: Sequence[Run], record: Sequence[Run]) -> tuple[list[str], bool
             found = [(update, value) for update, _, value in points(run, key)]
             panel.curves.append(Curve(f"seed {run.seed}", *map(list, zip(*found, strict=True))))
     return lines, left, list(panels.values())
+
+
+def _same_cell(run: Run, record: Sequence[Run]) -> list[Run]:
+    """The record's runs of the cell of `run`: those with its settings, or else those of the cell's first recipe."""
+    of_cell = [other for other in record if (other.table, *other.cell) == (run.table, *run.cell) and not other.trial]
+    same = [other for other in of_cell if not differences(run.config, other.config, NOT_OF_THE_RECIPE)]
+    return same or [other for other in of_cell if other.variant == 1]
 
 
 def _band(others: Sequence[Run], key: str) -> dict[int, Any]:

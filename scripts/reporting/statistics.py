@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from itertools import groupby
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -22,7 +23,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     """The ends of Student's t-interval of the mean; None below two values, or where one is not finite."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    half = quantile(len(values), level) * stdev(values) / math.sqrt(len(values))
     return mean(values) - half, mean(values) + half
 
 
@@ -30,9 +31,14 @@ def prediction_interval(values: Sequence[float], level: float) -> tuple[float, f
     """Where one further value of the same normal distribution lies with probability `level`; None as `interval`."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
-    spread = stdev(values) * math.sqrt(1 + 1 / len(values))
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * spread
+    half = quantile(len(values), level) * stdev(values) * math.sqrt(1 + 1 / len(values))
     return mean(values) - half, mean(values) + half
+
+
+@cache
+def quantile(count: int, level: float) -> float:
+    """Half the width of an interval of `count` values, in standard errors: Student's t with count − 1 degrees."""
+    return float(stats.t.ppf((1 + level) / 2, count - 1))
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> Difference | None:
@@ -62,9 +68,3 @@ def expected_best(trials: Sequence[tuple[float, float]], lower_is_better: bool) 
         math.fsum(math.comb(i, k - 1) / math.comb(count, k) * seconds[i] for i in range(k - 1, count))
         for k in range(1, count + 1)
     ]
-
-
-def first_reached(values: Sequence[float], level: float, lower_is_better: bool) -> int | None:
-    """The index of the first of `values` that is at `level` or better; None where none is."""
-    reached = (value <= level if lower_is_better else value >= level for value in values)
-    return next((index for index, yes in enumerate(reached) if yes), None)
