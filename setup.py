@@ -30,6 +30,8 @@ DEVELOPMENT = [
     "ninja",
     "setuptools",
     "packaging",
+    "plotly",  # the report's HTML page
+    "safetensors",  # the weights that the report bundles for a release
 ]
 
 if __name__ == "__main__":

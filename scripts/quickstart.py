@@ -20,7 +20,7 @@ from scripts.arguments import Parser, seeds
 from scripts.jobs import Job, plan, run
 from scripts.plot import plot_curves
 from scripts.report import report
-from scripts.runs import read_evaluations, read_runs
+from scripts.runs import read_metrics, read_runs
 from scripts.tables import CONFIGS
 
 EXPERIMENTS = {  # task to table and rows
@@ -83,7 +83,7 @@ def train(jobs: Sequence[Job], bar: tqdm) -> int:
 
 def _done(job: Job) -> int:
     """How far the run has come, in the unit of its length."""
-    evaluations = read_evaluations(job.folder / "metrics.jsonl", problems=[])
+    evaluations = read_metrics(job.folder / "metrics.jsonl", problems=[])
     return evaluations[-1][job.length[1]] if evaluations else 0
 
 

@@ -77,6 +77,7 @@ def report_on(runs: list[Run], problems: list[str], options: Any) -> int:
         of_table = [run for run in runs if run.table == table]
         print(report(table, of_table, published_cells(table), options.markdown), end="\n\n")
         print(comparison(of_table, options.markdown), end="\n\n")
+    print(ABOUT_WELCH, end="\n\n")
     panels, status = [], 0
     if options.reference:
         from scripts.reporting.reference import compare
@@ -127,9 +128,8 @@ def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] 
 
 
 def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
-    """The second table of `runs`: intervals, Apollo against each other row, and what a run costs."""
-    text = format_table(*comparisons(by_cell(runs)), markdown)
-    return "\n".join([*text, "", ABOUT_WELCH])
+    """The second table of `runs`: intervals, Apollo against each other row (ABOUT_WELCH), and what a run costs."""
+    return "\n".join(format_table(*comparisons(by_cell(runs)), markdown))
 
 
 def render(runs: Sequence[Run], kind: str) -> str:
@@ -138,7 +138,8 @@ def render(runs: Sequence[Run], kind: str) -> str:
     tables = {table: [run for run in runs if run.table == table] for table in dict.fromkeys(run.table for run in runs)}
     if kind == "results":
         return "\n\n".join(report(table, of_table, markdown=True) for table, of_table in tables.items())
-    return "\n\n".join(f"{table}:\n\n{comparison(of_table, markdown=True)}" for table, of_table in tables.items())
+    parts = [f"{table}:\n\n{comparison(of_table, markdown=True)}" for table, of_table in tables.items()]
+    return "\n\n".join([*parts, ABOUT_WELCH])
 
 
 def results(
@@ -195,7 +196,10 @@ def duration(seconds: float) -> str:
 
 
 def optimizer_share(run: Run) -> float | None:
-    """The optimizer's part of the time of an update, 0 to 1; None where the run does not tell."""
+    """The optimizer's part of the time of an update, 0 to 1; None where the run does not tell.
+
+    A run of a few updates may have sampled its first step alone, with the building of a kernel in it: no share either.
+    """
     result, config = run.result, run.config
     if not result.optimizer_ms_per_step:
         return None
@@ -207,7 +211,8 @@ def optimizer_share(run: Run) -> float | None:
         update_s = run.evaluations[-1]["tokens"] / result.updates / result.tokens_per_s
     else:
         return None
-    return result.optimizer_ms_per_step / 1000 / update_s
+    share = result.optimizer_ms_per_step / 1000 / update_s
+    return share if share < 1 else None
 
 
 def apart(runs: Sequence[Run]) -> list[Run]:

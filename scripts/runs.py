@@ -13,7 +13,7 @@ which is not the test set) beside `final` on the test set. A run that diverged i
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from scripts.tables import ROWS, SCHEDULES, position
 NOT_OF_THE_RECIPE = (*NEUTRAL_KEYS, "seed", "compile", "channels_last")
 LOWER_IS_BETTER = ("ppl", "loss", "nll")
 FILES = ("config.yaml", "result.json", "metrics.jsonl")  # a folder with one of these is a run, or looks like one
+EVALUATIONS = ("epoch", "validation")  # kinds of lines in metrics.jsonl
 YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is some ten times as fast
 
 
@@ -100,7 +101,7 @@ class Run:
     environment: dict[str, Any]  # environment.json, without the recipe
     recipe: dict[str, Any]  # of environment.json
     result: Result | None  # None where the run is not complete
-    read_evaluations: Callable[[], list[dict[str, Any]]] = field(repr=False)
+    read_lines: Callable[[Sequence[str]], list[dict[str, Any]]] = field(repr=False)  # of metrics.jsonl, by their kinds
     trial: str | None = None  # its name in the search that it belongs to; None for a run of the table
     variant: int = 1  # above 1 for runs whose settings are not those of their cell's other runs
 
@@ -127,7 +128,7 @@ class Run:
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that tell of one. They are read when first asked for: tables do not need them."""
-        return self.read_evaluations()
+        return self.read_lines(EVALUATIONS)
 
 
 def read_runs(*folders: Path) -> tuple[list[Run], list[str]]:
@@ -178,7 +179,7 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
         environment=environment.model_dump(exclude={"recipe"}) if environment else {},
         recipe=environment.recipe if environment else {},
         result=result if result and result.complete else None,
-        read_evaluations=partial(read_evaluations, folder / "metrics.jsonl", problems),
+        read_lines=partial(read_metrics, folder / "metrics.jsonl", problems),
         trial=place.name if place.parent.parent.name == "search" else None,
     )
 
@@ -211,8 +212,8 @@ def _check(model: type[ModelT], values: Any, path: Path, problems: list[str]) ->
         return None
 
 
-def read_evaluations(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The lines of kind `epoch` or `validation`. A last line without its end is being written, or a run died at it."""
+def read_metrics(path: Path, problems: list[str], kinds: Sequence[str] = EVALUATIONS) -> list[dict[str, Any]]:
+    """The lines of these kinds. A last line without its end is being written, or a run died at it."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
@@ -220,19 +221,19 @@ def read_evaluations(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     except OSError as error:
         problems.append(f"{path}: {error.strerror}")
         return []
-    evaluations, damaged = [], []
+    found, damaged = [], []
     for number, line in enumerate(lines, start=1):
-        if line.startswith('{"kind": "train"') and line.endswith("}\n"):
-            continue  # most lines are such; nothing here needs them, and parsing them would take the time
+        if "train" not in kinds and line.startswith('{"kind": "train"') and line.endswith("}\n"):
+            continue  # most lines are such, and parsing them would take most of the time
         try:
             values = json.loads(line)
-            if values["kind"] in ("epoch", "validation"):
+            if values["kind"] in kinds:
                 values["epoch"] += 0  # both are numbers
                 values["update"] += 0
-                evaluations.append(values)
+                found.append(values)
         except (ValueError, TypeError, KeyError, RecursionError):
             if line.endswith("\n"):
                 damaged.append(number)
     if damaged:
         problems.append(f"{path}: line {damaged[0]} cannot be read ({len(damaged)} such lines); left out")
-    return evaluations
+    return found

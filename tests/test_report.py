@@ -270,7 +270,7 @@ def test_optimizer_share_is_of_the_time_of_an_update(tmp_path, config, speeds, s
     write_run(tmp_path / "run", "own", "sgd", 1, 0.1)
     (run,), _ = read_runs(tmp_path)
     result = Result(final=1.0, best=1.0, complete=True, optimizer_ms_per_step=5.0, **speeds)
-    found = replace(run, config=config, result=result, read_evaluations=lambda: [{"update": 5, "tokens": 500}])
+    found = replace(run, config=config, result=result, read_lines=lambda kinds: [{"update": 5, "tokens": 500}])
     assert optimizer_share(found) == (share and pytest.approx(share))
 
 

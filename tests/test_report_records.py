@@ -138,7 +138,7 @@ def test_tables_in_the_documents_are_those_of_their_records(document):
     text = document.read_text()
     command = f"python -m scripts.report --update {document.relative_to(ROOT)}"
     assert updated(document, text, render) == text, f"a table is not that of its record: {command}"
-    assert text.count("<!-- table ") == text.count("<!-- end of table -->")
+    assert text.count("\n<!-- table ") == text.count("\n<!-- end of table -->")
 
 
 def edit_metrics(folder, change):

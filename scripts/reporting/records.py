@@ -21,13 +21,14 @@ from pydantic import BaseModel, ValidationError
 from engine.errors import UserError
 from engine.files import write_atomically
 from engine.run_record import NEUTRAL_KEYS
-from scripts.runs import Environment, Identity, Result, Run
+from scripts.runs import EVALUATIONS, Environment, Identity, Result, Run
 
 FORMAT = 1
 MOST_POINTS = 250
 CURVES = re.compile(r"update|epoch|wall_s|tokens|(train|test|valid)_\w+")
 KINDS = ("results", "comparison")
-MARKED = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+# At the beginning of a line: an indented one is an example of code.
+MARKED = re.compile(r"^(<!-- table (\S+) (\S+) -->\n).*?^(<!-- end of table -->)", re.DOTALL | re.MULTILINE)
 OF_ONE_START = ("command", "started", "resumed_from")  # parts of an environment that belong to no measurement
 
 
@@ -144,7 +145,7 @@ def _run(path: Path, record: _Record, entry: _RecordedRun) -> Run:
         environment.model_dump(exclude={"recipe"}),
         entry.recipe,
         entry.result,
-        read_evaluations=lambda: lines,
+        read_lines=lambda kinds: lines if kinds == EVALUATIONS else [],
         trial=entry.trial,
     )
 
