@@ -192,7 +192,7 @@ def make_trained(folder, average=False):
         "output": shared,
         "kernel": torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last),
     }
-    extra = {"codec": "abc"} if average else {}
+    extra = {"vocabulary": "abc" if average else None}
     write_checkpoint(folder, {"model": state, "progress": {"update": 1200}, "extra": extra}, keep=1)
     if average:
         with open(folder / "config.yaml", "a") as file:
@@ -231,7 +231,7 @@ def test_bundle_has_the_weights_and_the_checksums(tmp_path, capsys, average):
 
 
 @pytest.mark.parametrize(
-    ("missing", "message"), [("result.json", "a run that has ended"), ("checkpoint.pt", "no checkpoint")]
+    ("missing", "message"), [("result.json", "a run that has ended"), ("checkpoint.pt", "neither a checkpoint nor")]
 )
 def test_bundle_needs_a_complete_run_with_weights(tmp_path, missing, message):
     make_trained(tmp_path / "run")
