@@ -24,8 +24,9 @@ from scripts.tables import ROWS, SCHEDULES, cells, load_cell, position, publishe
 
 MOST_CHANGES = 8  # named in a note
 Cell = tuple[str, str, int]  # row, schedule, variant
+TEST = "apollo − row"  # the column of Welch's test
 ABOUT_WELCH = (
-    "apollo − row: difference of the final means with its 95 % interval, and the p-value of Welch's t-test (number of "
+    f"{TEST}: difference of the final means with its 95 % interval, and the p-value of Welch's t-test (number of "
     "runs on both sides), not corrected for the number of rows. A few seeds prove little: with 3 on each side only a "
     "difference of several standard deviations can be told from chance."
 )
@@ -73,13 +74,17 @@ def read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 def report_on(runs: list[Run], problems: list[str], options: Any) -> int:
     """Print and write what the command line asks for; the exit status is 1 where a run leaves the reference's band."""
+    tested = False
     for table in dict.fromkeys(run.table for run in runs):
         of_table = [run for run in runs if run.table == table]
         print(report(table, of_table, published_cells(table), options.markdown), end="\n\n")
-        print(comparison(of_table, options.markdown), end="\n\n")
+        if compared := comparison(of_table, options.markdown):
+            print(compared, end="\n\n")
+            tested = tested or TEST in compared
         if log := log_table(table, of_table, options.markdown):
             print(log, end="\n\n")
-    print(ABOUT_WELCH, end="\n\n")
+    if tested:
+        print(ABOUT_WELCH, end="\n\n")
     panels, status = [], 0
     if options.reference:
         from scripts.reporting.reference import compare
@@ -140,8 +145,8 @@ def render(runs: Sequence[Run], kind: str) -> str:
     tables = {table: [run for run in runs if run.table == table] for table in dict.fromkeys(run.table for run in runs)}
     if kind == "results":
         return "\n\n".join(report(table, of_table, markdown=True) for table, of_table in tables.items())
-    parts = [f"{table}:\n\n{comparison(of_table, markdown=True)}" for table, of_table in tables.items()]
-    return "\n\n".join([*parts, ABOUT_WELCH])
+    text = "\n\n".join(f"{table}:\n\n{comparison(of_table, markdown=True)}" for table, of_table in tables.items())
+    return f"{text}\n\n{ABOUT_WELCH}" if TEST in text else text
 
 
 def results(
@@ -205,8 +210,8 @@ def _about_log(log: dict[str, Any]) -> str:
 
 
 def comparisons(groups: dict[Cell, list[Run]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the second table; see `comparison`."""
-    header = ["row", "schedule", "95 % interval", "apollo − row", "p (n)", "time a run", "memory", "optimizer's share"]
+    """Header and lines of the second table (see `comparison`), without the columns that no run has anything for."""
+    header = ["row", "schedule", "95 % interval", TEST, "p (n)", "time a run", "memory", "optimizer's share"]
     lines = []
     for cell in sorted(groups, key=_cell_position):
         complete = [run for run in groups[cell] if run.result]
@@ -221,7 +226,8 @@ def comparisons(groups: dict[Cell, list[Run]]) -> tuple[list[str], list[list[str
         line.append(_of_all(complete, lambda run: run.result.peak_memory_mb, lambda value: f"{value:,.0f} MiB"))
         line.append(_of_all(complete, optimizer_share, lambda value: f"{100 * value:.1f} %"))
         lines.append(line)
-    return header, lines
+    kept = [place for place in range(len(header)) if any(line[place] for line in lines)]
+    return [header[place] for place in kept], [[line[place] for place in kept] for line in lines]
 
 
 def _of_all(runs: Sequence[Run], value: Callable[[Run], float | None], text: Callable[[float], str]) -> str:
@@ -401,9 +407,10 @@ def page_tables(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
         notes = [note for of_cell in groups.values() for note in _notes(of_cell, groups)]
         facts = published(table)
         words = f"{facts['metric_in_words']}, " if facts else ""
+        compared = comparisons(groups)
         parts = [
             (f"{words}mean (std) over n seeds", results(table, groups, published_cells(table)), notes),
-            ("Intervals, tests and costs", comparisons(groups), [ABOUT_WELCH]),
+            ("Intervals, tests and costs", compared, [ABOUT_WELCH] if TEST in compared[0] else []),
             ("Trials of the search", trial_lines(of_table), []),
         ]
         log, of_cell = author_log(table, of_table)

@@ -317,6 +317,14 @@ def test_comparison_has_the_test_the_interval_and_the_costs(tmp_path):
     assert "(3, 3)" not in apollo
 
 
+def test_comparison_is_silent_on_what_no_run_tells(tmp_path, capsys):
+    write_run(tmp_path / "own", "own", "apollo", 1, 0.5)
+    assert main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "time a run" in printed and "memory" in printed
+    assert not any(words in printed for words in ("95 %", "apollo − row", "p (n)", "Welch"))
+
+
 @pytest.mark.parametrize(
     ("config", "speeds", "share"),
     [
