@@ -62,3 +62,4 @@ def write_bundled(folder: Path, weights: Weights, about: dict[str, str]) -> None
     # safetensors takes no tensors that share memory, and tied weights do.
     state = {name: tensor.contiguous().clone() for name, tensor in weights.state.items()}
     save_file(state, folder / BUNDLED, metadata=about)
+    (folder / BUNDLED).chmod(0o644)  # safetensors lets nobody else read it

@@ -159,7 +159,7 @@ def results(
     if facts:
         header += ["published", "difference", *also.values()]
     lines = []
-    for cell in sorted({*((*pair, 1) for pair in expected), *groups}, key=_cell_position):
+    for cell in sorted({*((*pair, 1) for pair in expected), *_with_line(groups)}, key=_cell_position):
         complete = [run for run in groups.get(cell, ()) if run.result]
         finals, bests = [run.result.final for run in complete], [run.result.best for run in complete]
         line = [_label(cell), cell[1], spread(finals), spread(bests), str(len(complete))]
@@ -213,7 +213,7 @@ def comparisons(groups: dict[Cell, list[Run]]) -> tuple[list[str], list[list[str
     """Header and lines of the second table (see `comparison`), without the columns that no run has anything for."""
     header = ["row", "schedule", "95 % interval", TEST, "p (n)", "time a run", "memory", "optimizer's share"]
     lines = []
-    for cell in sorted(groups, key=_cell_position):
+    for cell in sorted(_with_line(groups), key=_cell_position):
         complete = [run for run in groups[cell] if run.result]
         finals = [run.result.final for run in complete]
         apollo = [run.result.final for run in groups.get(("apollo", cell[1], 1), ()) if run.result]
@@ -265,7 +265,7 @@ def optimizer_share(run: Run) -> float | None:
 def apart(runs: Sequence[Run]) -> list[Run]:
     """`runs`, with a `variant` above 1 for those of a cell that follow another recipe than its first ones.
 
-    The first recipe of a cell is the published one, or else the one that most runs follow.
+    The first recipe of a cell is the published one, or else the one that most complete runs follow.
     """
     settings: dict[tuple, dict[tuple, list[Run]]] = {}
     for run in runs:
@@ -276,9 +276,15 @@ def apart(runs: Sequence[Run]) -> list[Run]:
     for of_cell in settings.values():
         groups = [group for same in of_cell.values() for group in _by_batchnorm_batch(same)]
         if len(groups) > 1:
-            groups.sort(key=lambda group: (bool(changes_to_recipe(group[0])), -len(group), order(group[0])))
+            groups.sort(key=_precedence)
         variants |= {id(run): number for number, group in enumerate(groups, start=1) for run in group}
     return [run if variants.get(id(run), 1) == run.variant else replace(run, variant=variants[id(run)]) for run in runs]
+
+
+def _precedence(group: Sequence[Run]) -> tuple:
+    """A sorting key for the recipes of a cell, each given by its runs."""
+    complete = sum(run.result is not None for run in group)
+    return bool(changes_to_recipe(group[0])), -complete, -len(group), order(group[0])
 
 
 def _by_batchnorm_batch(runs: Sequence[Run]) -> Iterable[list[Run]]:
@@ -298,6 +304,11 @@ def by_cell(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
         if not run.trial:
             groups.setdefault((*run.cell, run.variant), []).append(run)
     return groups
+
+
+def _with_line(groups: dict[Cell, list[Run]]) -> list[Cell]:
+    """The cells that a table has lines for: a further recipe has none before a run of it is complete."""
+    return [cell for cell, runs in groups.items() if cell[2] == 1 or any(run.result for run in runs)]
 
 
 def _cell_position(cell: Cell) -> tuple:

@@ -161,6 +161,16 @@ def test_runs_of_different_recipes_are_not_averaged_together(tmp_path):
     assert apart(runs) == runs
 
 
+def test_recipe_that_no_complete_run_follows_has_no_line(tmp_path):
+    for folder, rate in (("a", 0.2), ("b", 0.2), ("c", 0.1)):
+        write_run(tmp_path / folder, "own", "sgd", 1, rate)
+    for folder in "ab":
+        (tmp_path / folder / "result.json").unlink()
+    _, _, line, _, *notes = report("own", read_runs(tmp_path)[0]).splitlines()
+    assert line.split()[:2] == ["sgd", "milestone"] and line.split()[-1] == "1"
+    assert notes == [f"unfinished: {tmp_path / folder}, epoch 12 of 12" for folder in "ab"]
+
+
 def test_unpublished_cell_names_what_its_smaller_recipe_changes(tmp_path):
     for seed, epochs in ((1, 4), (2, 4), (3, 5)):
         write_run(tmp_path / f"{seed}", "own", "sgd", seed, 0.1, epochs=epochs)

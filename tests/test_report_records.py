@@ -226,6 +226,7 @@ def test_bundle_has_the_weights_and_the_checksums(tmp_path, capsys, average):
     )
     assert all((folder / name).read_bytes() == (tmp_path / "run" / name).read_bytes() for name in copied)
     assert sums.keys() == copied | {"weights.safetensors"}
+    assert (folder / "weights.safetensors").stat().st_mode & 0o777 == 0o644
     with pytest.raises(UserError, match="exists already"):
         main(["--bundle", str(tmp_path / "run"), "--out", str(tmp_path / "release")])
 
