@@ -18,6 +18,7 @@ EXPERIMENTS = [
     "pillow",
     "lmdb",
     "simplejpeg",
+    "safetensors",  # the weights of a bundle
     "xxhash",
     "sacremoses",
     "sacrebleu",
@@ -34,6 +35,7 @@ DEVELOPMENT = [
     "ninja",
     "setuptools>=70.1",  # the first that builds a wheel without the package `wheel`
     "packaging",
+    "plotly",  # the report's page
 ]
 
 if __name__ == "__main__":

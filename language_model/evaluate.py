@@ -1,8 +1,9 @@
-"""Score a text with a trained model: python -m language_model.evaluate RUN FILE [key=value ...]
+"""Score a text with a trained model: python -m language_model.evaluate RUN|BUNDLE FILE [key=value ...]
 
-RUN is a run folder; its newest checkpoint is used. FILE holds tokenized text, one sentence a line, as the training text
-was. Each sentence is read between <S> and </S>, and a word that is not in the vocabulary as <UNK>. Three perplexities,
-the log-probability of the whole text over three denominators (language_model/data.py):
+RUN is a run folder, whose newest checkpoint is used; BUNDLE is what `python -m scripts.report --bundle RUN` made of it.
+FILE holds tokenized text, one sentence a line, as the training text was. Each sentence is read between <S> and </S>,
+and a word that is not in the vocabulary as <UNK>. Three perplexities, the log-probability of the whole text over three
+denominators (language_model/data.py):
 
     both marks    the words, and each sentence's <S> and </S>: as in training, and as the published code counts
     end mark      the words, and each sentence's </S>: what the benchmark's literature reports
@@ -17,18 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from engine.checkpoint import read_checkpoint, require_same_shapes
+from engine.checkpoint import require_same_shapes
 from engine.config import load_config
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main, settings_of
 from engine.run import create_precision
+from engine.weights import read_weights
 from language_model.data import load_corpus, perplexities, scored_batches
 from language_model.model import LanguageModel
 from language_model.raw_text import Part
 from language_model.train import Config, score
 
 PERPLEXITIES = ("perplexity, both marks", "perplexity, end mark", "perplexity, words")
-USAGE = "usage: python -m language_model.evaluate RUN FILE [key=value ...]     RUN: a run folder"
+USAGE = "usage: python -m language_model.evaluate RUN|BUNDLE FILE [key=value ...]"
 
 
 def main(arguments: list[str]) -> int:
@@ -50,17 +52,15 @@ def main(arguments: list[str]) -> int:
 def evaluate_file(config: Config, run: Path, file: Path, world: World) -> dict[str, Any]:
     """What is printed about `file`, by name. Raises UserError where the run, its data or the file cannot be used."""
     corpus = load_corpus(config.data)
-    saved = read_checkpoint(run, _say)
-    if saved is None:
-        raise UserError(f"{run}: no checkpoint there: train first")
-    if saved["extra"].get("vocabulary") != corpus.vocabulary_digest:
+    weights = read_weights(run, _say)
+    if weights.vocabulary != corpus.vocabulary_digest:
         raise UserError(f"{run}: trained with another vocabulary than that of {config.data.root}: give its data.root=")
     tokens, lengths, unknown = _read(file, corpus.load_vocabulary())
 
     with settings_of("model"):
         model = LanguageModel(corpus.words, config.model.name, **config.model.model_dump(exclude={"name"}))
-    require_same_shapes(model, saved["model"], run)
-    model.load_state_dict(saved["model"])
+    require_same_shapes(model, weights.state, run)
+    model.load_state_dict(weights.state)
     model.to(world.device)
     rows = scored_batches(tokens, lengths, config.eval_rows, world.rank, world.world_size, device=world.device)
     total = score(model, rows, create_precision(config.precision, world.device, _say), world)

@@ -1,7 +1,8 @@
-"""Score a run on its test set: python -m nmt.evaluate RUN [key=value ...]     (also under torchrun)
+"""Score a run on its test set: python -m nmt.evaluate RUN|BUNDLE [key=value ...]     (also under torchrun)
 
-RUN is a run folder, finished or not. The average of the last weights kept translates the test set, and BLEU is printed
-in the four ways of nmt/scoring.py. Overrides go on top of the run's config: average.last=5 decoding.beam=4
+RUN is a run folder, finished or not: the average of the last weights kept translates the test set. BUNDLE is what
+`python -m scripts.report --bundle RUN` made of it: it holds that average. BLEU is printed in the four ways of
+nmt/scoring.py. Overrides go on top of the run's config: average.last=5 decoding.beam=4
 decoding.length_penalty=1.0 eval_batch=8192 data.root=... device=cpu.
 """
 
@@ -13,7 +14,7 @@ from nmt.scoring import all_scores
 from nmt.train import translate_split
 from nmt.trained import open_run
 
-USAGE = "usage: python -m nmt.evaluate RUN [key=value ...]     e.g. runs/grammar/apollo_milestone/seed1 decoding.beam=4"
+USAGE = "usage: python -m nmt.evaluate RUN|BUNDLE [key=value ...]    e.g. runs/grammar/apollo_milestone/seed1"
 
 
 def main(arguments: list[str]) -> int:

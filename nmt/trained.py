@@ -1,4 +1,4 @@
-"""A run folder opened for translating: its settings, its vocabulary, and the average of its last weights."""
+"""A run folder or a bundle, opened for translating: settings, vocabulary, and the average of the last weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +8,8 @@ from engine.allocator import keep_freed_memory
 from engine.checkpoint import require_same_shapes
 from engine.config import load_config
 from engine.distributed import World, setup
+from engine.errors import UserError
+from engine.weights import BUNDLED, read_bundled
 from nmt.averaging import average_weights
 from nmt.codec import Codec
 from nmt.model import Transformer
@@ -23,13 +25,23 @@ class Trained(NamedTuple):
 
 
 def open_run(run_dir: Path, overrides: Sequence[str]) -> Trained:
-    """Read RUN, finished or not, with `key=value` on top of its config. UserError where something does not fit."""
+    """Read the run folder, finished or not, or the bundle that scripts.report made of one.
+
+    `overrides` (`key=value`) go on top of its config. Raises UserError where something does not fit.
+    """
     config = load_config(Config, run_dir / "config.yaml", overrides)
     world = setup(config.device)
     if world.device.type == "cpu":
         keep_freed_memory()
     codec = Codec.load(run_dir)
-    weights, updates = average_weights(run_dir, config.average.last, codec.digest)
+    if bundled := read_bundled(run_dir):
+        if any(override.startswith("average") for override in overrides):
+            raise UserError(f"{run_dir} holds the average alone, not what went into it: leave average.last out")
+        if bundled.vocabulary != codec.digest:
+            raise UserError(f"{run_dir / BUNDLED} was trained with another vocabulary than codec.json there holds")
+        weights, updates = bundled.state, list(bundled.averaged)
+    else:
+        weights, updates = average_weights(run_dir, config.average.last, codec.digest)
     model = Transformer(config.model, codec.size)
     require_same_shapes(model, weights, run_dir)
     model.load_state_dict(weights)

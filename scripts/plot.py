@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from engine.errors import UserError
-from scripts.runs import Run
-from scripts.tables import published
+from scripts.runs import Run, author_log
 
 # The palette of Okabe and Ito, told apart with every kind of colour vision.
 STYLES = {
@@ -46,18 +45,19 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
     for run in runs:
         if run.evaluations:
             place = (run.table, f"{run.schedule} schedule") if _compares_schedules(run.table, runs) else (run.table,)
-            rows_of.setdefault(place, {}).setdefault(run.row, []).append(run)
+            rows_of.setdefault(place, {}).setdefault(run.label, []).append(run)
     if not rows_of:
         raise UserError("nothing to draw: no run has been evaluated yet")
 
-    logs = {table: log for table in dict.fromkeys(run.table for run in runs) if (log := _log_of_author(table, runs))}
+    found = {table: author_log(table, runs) for table in dict.fromkeys(run.table for run in runs)}
+    logs = {table: (log, of_log) for table, (log, of_log) in found.items() if of_log}
     style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
     with matplotlib.rc_context(style | {"grid.color": "#E5E5E5", "grid.linewidth": 0.8, "legend.frameon": False}):
         lines = len(rows_of) + len(logs)
         figure = Figure(figsize=(11, 4.4 * lines), layout="constrained")
         grid = figure.subplots(lines, 2, squeeze=False)
-        for axes, (table, log) in zip(grid[len(rows_of) :], logs.items(), strict=True):
-            _draw_log(axes, table, log, runs)
+        for axes, (table, (log, of_log)) in zip(grid[len(rows_of) :], logs.items(), strict=True):
+            _draw_log(axes, table, log, of_log)
         for axes, (place, rows) in zip(grid, rows_of.items(), strict=False):
             first = next(iter(rows.values()))[0]
             panels = next((two for two in PANELS if two[1][0] in first.evaluations[0]), PANELS[0])
@@ -76,21 +76,11 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
             raise UserError(f"{path}: {error}") from None
 
 
-def _log_of_author(table: str, runs: Sequence[Run]) -> dict[str, Any] | None:
-    """The table's published training log, where one of `runs` can be held against it."""
-    log = (published(table) or {}).get("log_of_author")
-    return log if log and _of_log(table, log, runs) else None
-
-
-def _of_log(table: str, log: dict[str, Any], runs: Sequence[Run]) -> list[Run]:
-    return [run for run in runs if (run.table, *run.cell) == (table, log["row"], log["schedule"]) and run.training]
-
-
-def _draw_log(axes: Sequence[Axes], table: str, log: dict[str, Any], runs: Sequence[Run]) -> None:
+def _draw_log(axes: Sequence[Axes], table: str, log: dict[str, Any], of_log: Sequence[Run]) -> None:
     """The author's training loss beside that of our runs, and the share of clipped updates of these."""
     end = 1.1 * max(log["bits"])
     name, colour = STYLES[log["row"]]
-    for number, run in enumerate(of_log := _of_log(table, log, runs)):
+    for number, run in enumerate(of_log):
         label = f"{name} (n = {len(of_log)})" if number == 0 else None
         lines = [line for line in run.training if line["update"] <= end and "clipped" in line]
         updates = [line["update"] for line in lines]

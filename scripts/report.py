@@ -1,96 +1,176 @@
-"""The table of a folder of runs, beside the published one: python -m scripts.report runs/cifar10 [--plot curves.png]
+"""What a folder of runs says: tables, pictures, one HTML page, a record to commit. python -m scripts.report --help
 
-A cell is the mean over its complete runs, with the sample standard deviation in parentheses. Unfinished and damaged
-runs are listed, not counted. The final value comes first: the best one was selected on the test data.
+A cell is the mean over its complete runs, with the sample standard deviation in parentheses. The final value comes
+first: the best one was selected on the test data. Runs of one cell whose settings differ are listed apart. Unfinished
+runs are listed, not counted, and so is what cannot be read.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cache
-from math import isnan
-from math import log as ln
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from engine.config import differences
 from engine.errors import UserError, run_main
-from engine.run_record import NEUTRAL_KEYS
 from scripts.arguments import Parser
-from scripts.runs import Run, read_runs
+from scripts.reporting.records import flatten, read_record, update_document, write_record
+from scripts.reporting.statistics import interval, welch
+from scripts.runs import NOT_OF_THE_RECIPE, Run, author_log, order, read_runs
 from scripts.tables import ROWS, SCHEDULES, cells, load_cell, position, published
 
-# Keys that may differ from the published cell: those that change no result, the seed, and what changes speed alone.
-NOT_OF_THE_RECIPE = (*NEUTRAL_KEYS, "seed", "compile", "channels_last")
+MOST_CHANGES = 8  # named in a note
+Cell = tuple[str, str, int]  # row, schedule, variant
+TEST = "apollo − row"  # the column of Welch's test
+ABOUT_WELCH = (
+    f"{TEST}: difference of the final means with its 95 % interval, and the p-value of Welch's t-test (number of "
+    "runs on both sides), not corrected for the number of rows. A few seeds prove little: with 3 on each side only a "
+    "difference of several standard deviations can be told from chance."
+)
 
 
-def main(arguments: list[str]) -> None:
-    parser = Parser(prog="python -m scripts.report", description="The table of a folder of runs.")
-    parser.add_argument("folder", type=Path, help="a folder with run folders below it, e.g. runs/cifar10")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the curves (png, pdf, svg)")
+def main(arguments: list[str]) -> int:
+    parser = Parser(
+        prog="python -m scripts.report",
+        description="Tables, pictures and a page of run folders, or of a committed record of them.",
+    )
+    parser.add_argument("folder", type=Path, nargs="*", help="a folder with run folders below it, or a record")
     parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves (png, pdf, svg)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write tables, all pictures and their numbers there")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write everything as one page that needs no network")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write results and curves as JSON, to be committed")
+    parser.add_argument("--reference", type=Path, metavar="RECORD", help="say which runs leave the band of a record's")
+    parser.add_argument(
+        "--update", type=Path, nargs="+", metavar="FILE", help="write the tables in Markdown files anew"
+    )
+    parser.add_argument("--bundle", type=Path, metavar="RUN", help="write RUN's results and weights, for a release")
     options = parser.parse_args(arguments)
+    if options.bundle:
+        from scripts.reporting.bundle import write_bundle
 
-    runs, problems = read_runs(options.folder)
+        print(f"bundle: {write_bundle(options.bundle, options.out or Path('bundles'))}")
+        return 0
+    if options.update:
+        for path in options.update:
+            print(f"{path}: {update_document(path, render)} tables written")
+        return 0
+    if not options.folder:
+        parser.error("the following arguments are required: folder")
+    return report_on(*read(options.folder), options)
+
+
+def read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs of folders and of records, and what could not be used; UserError where there is nothing."""
+    runs, problems = read_runs(*(path for path in paths if not path.is_file()))
+    runs += [run for path in paths if path.is_file() for run in read_record(path)]
     if not runs and not problems:
-        raise UserError(f"{options.folder}: no runs below this folder; a run folder holds a config.yaml")
+        raise UserError(f"{' '.join(map(str, paths))}: no runs below this folder; a run folder holds a config.yaml")
+    return apart(sorted(runs, key=order)), problems
+
+
+def report_on(runs: list[Run], problems: list[str], options: Any) -> int:
+    """Print and write what the command line asks for; the exit status is 1 where a run leaves the reference's band."""
+    tested = False
     for table in dict.fromkeys(run.table for run in runs):
         of_table = [run for run in runs if run.table == table]
         print(report(table, of_table, published_cells(table), options.markdown), end="\n\n")
+        if compared := comparison(of_table, options.markdown):
+            print(compared, end="\n\n")
+            tested = tested or TEST in compared
         if log := log_table(table, of_table, options.markdown):
             print(log, end="\n\n")
-    for problem in problems:
-        print(f"damaged: {problem}")
+    if tested:
+        print(ABOUT_WELCH, end="\n\n")
+    panels, status = [], 0
+    if options.reference:
+        from scripts.reporting.reference import compare
+
+        lines, left, panels = compare(runs, apart(read_record(options.reference)))
+        print(*lines, sep="\n", end="\n\n")
+        status = int(left)
     if options.plot:
         from scripts.plot import plot_curves  # importing matplotlib takes a second
 
-        plot_curves(runs, options.plot)
+        plot_curves([run for run in runs if not run.trial], options.plot)
         print(f"curves: {options.plot}")
+    if options.out or options.html:
+        from scripts.reporting.pictures import pictures
+
+        panels = pictures(runs) + panels
+    if options.out:
+        from scripts.reporting.drawing import draw_all
+
+        draw_all(panels, options.out)
+        tables = "\n\n".join(render(runs, kind) for kind in ("results", "comparison"))
+        (options.out / "tables.md").write_text(tables + "\n", encoding="utf-8")
+        print(f"tables, pictures and their numbers: {options.out}")
+    if options.html:
+        from scripts.reporting.page import write_page
+
+        write_page(options.html, page_tables(runs), panels, runs, problems)
+        print(f"page: {options.html}")
+    if options.record:
+        print(f"record: {options.record}, {write_record(options.record, runs)} runs")
+    for problem in dict.fromkeys(problems):
+        print(f"skipped: {problem}")
+    return status
 
 
 def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] = (), markdown: bool = False) -> str:
     """The table of `runs`, with a line for each cell in `expected` even where no run is; then notes on single runs."""
+    groups = by_cell(runs)
     facts = published(table)
     title = f"{table}: mean (std) over n seeds"
-    header = ["row", "schedule", "final", "best", "n"]
     if facts:
         title = f"{table}: {facts['metric_in_words']}, mean (std) over n seeds; published: over {facts['runs']} runs"
-        header += ["published", "difference", *facts.get("also", {}).values()]
-    lines, notes = [], []
-    for row, schedule in sorted({*expected, *(run.cell for run in runs)}, key=_cell_position):
-        of_cell = [run for run in runs if run.cell == (row, schedule)]
-        complete = [run for run in of_cell if run.result]
+    notes = [note for of_cell in groups.values() for note in _notes(of_cell, groups)]
+    text = format_table(*results(table, groups, expected, markdown), markdown)
+    if markdown:
+        title, notes = f"{title}\n", [f"- {note}" for note in notes]
+    return "\n".join([title, *text, *([""] if notes else []), *notes])
+
+
+def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
+    """The second table of `runs`: intervals, Apollo against each other row (ABOUT_WELCH), and what a run costs."""
+    return "\n".join(format_table(*comparisons(by_cell(runs)), markdown))
+
+
+def render(runs: Sequence[Run], kind: str) -> str:
+    """Tables of `runs` as Markdown: `results`, or the `comparison`."""
+    runs = apart(runs)
+    tables = {table: [run for run in runs if run.table == table] for table in dict.fromkeys(run.table for run in runs)}
+    if kind == "results":
+        return "\n\n".join(report(table, of_table, markdown=True) for table, of_table in tables.items())
+    text = "\n\n".join(f"{table}:\n\n{comparison(of_table, markdown=True)}" for table, of_table in tables.items())
+    return f"{text}\n\n{ABOUT_WELCH}" if TEST in text else text
+
+
+def results(
+    table: str, groups: dict[Cell, list[Run]], expected: Iterable[tuple[str, str]] = (), markdown: bool = False
+) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a table's means; published values in italics where they are Markdown."""
+    header = ["row", "schedule", "final", "best", "n"]
+    facts = published(table)
+    also = facts.get("also", {}) if facts else {}
+    if facts:
+        header += ["published", "difference", *also.values()]
+    lines = []
+    for cell in sorted({*((*pair, 1) for pair in expected), *_with_line(groups)}, key=_cell_position):
+        complete = [run for run in groups.get(cell, ()) if run.result]
         finals, bests = [run.result.final for run in complete], [run.result.best for run in complete]
-        line = [row, schedule, spread(finals), spread(bests), str(len(complete))]
+        line = [_label(cell), cell[1], spread(finals), spread(bests), str(len(complete))]
         if facts:
-            target = published_cells(table).get((row, schedule))
-            line.append(f"{target[0]:.2f} ({target[1]:.2f})" if target else "")
+            target = published_cells(table).get(cell[:2])
+            value = f"{target[0]:.2f} ({target[1]:.2f})" if target else ""
+            line.append(f"*{value}*" if value and markdown else value)
             line.append(f"{mean(finals) - target[0]:+.2f}" if target and finals else "")
-            line += [spread(_scores(complete, name)) for name in facts.get("also", {})]
+            line += [spread(_scores(complete, name)) for name in also]
         lines.append(line)
-        notes += _notes(of_cell)
-    return "\n".join([title, *format_table(header, lines, markdown), *([""] if notes else []), *notes])
-
-
-def log_table(table: str, runs: Sequence[Run], markdown: bool = False) -> str | None:
-    """The author's training log beside those of `runs`; None without such a log, or without runs of its cell."""
-    log = (published(table) or {}).get("log_of_author")
-    of_cell = [run for run in runs if log and run.cell == (log["row"], log["schedule"]) and run.training]
-    if not of_cell:
-        return None
-    title = f"{table}: {log['row']} {log['schedule']}, training loss in bits per target token, share of clipped updates"
-    updates = list(log["bits"])
-    header = ["update", "published"]
-    columns = [[f"{update:,}" for update in updates], [f"{bits:.2f}" for bits in log["bits"].values()]]
-    for run in of_cell:
-        header += [f"seed {run.seed}", "clipped"]
-        columns.append(["" if isnan(nats) else f"{nats / ln(2):.2f}" for nats in run.logged("loss", updates)])
-        columns.append(["" if isnan(share) else f"{share:.0%}" for share in run.logged("clipped", updates)])
-    lines = format_table(header, list(zip(*columns, strict=True)), markdown)
-    return "\n".join([title, *lines, "", f"published: {log['source']}; {log['in_words']}"])
-
-
-def _cell_position(cell: tuple[str, str]) -> tuple:
-    return position(cell[0], ROWS), position(cell[1], SCHEDULES)
+    return header, lines
 
 
 def _scores(complete: Sequence[Run], name: str) -> list[float]:
@@ -99,18 +179,163 @@ def _scores(complete: Sequence[Run], name: str) -> list[float]:
     return [score for score in scores if isinstance(score, (int, float))]
 
 
-def _notes(of_cell: Sequence[Run]) -> list[str]:
-    """What a reader of the cell's numbers must know: how a score was computed, seeds that follow another recipe, runs
-    that are not counted."""
-    seeds_by_changes: dict[str, list[int]] = {}
+def log_table(table: str, runs: Sequence[Run], markdown: bool = False) -> str | None:
+    """The author's training log beside those of `runs`; None without such a log, or without runs of its cell."""
+    log, of_cell = author_log(table, runs)
+    if not of_cell:
+        return None
+    lines = format_table(*log_lines(log, of_cell), markdown)
+    return "\n".join([f"{table}: {_of_log(log)}", *([""] if markdown else []), *lines, "", _about_log(log)])
+
+
+def log_lines(log: dict[str, Any], of_cell: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the table of a published training log, with two columns for each run."""
+    updates = list(log["bits"])
+    header = ["update", "published"]
+    columns = [[f"{update:,}" for update in updates], [f"{bits:.2f}" for bits in log["bits"].values()]]
     for run in of_cell:
-        if run.result and (changes := changes_to_recipe(run)):
-            seeds_by_changes.setdefault(", ".join(changes), []).append(run.seed)
-    signatures = dict.fromkeys(run.result.model_extra.get("signature") for run in of_cell if run.result)
-    notes = [f"{' '.join(of_cell[0].cell)}, sacreBLEU: {signature}" for signature in signatures if signature]
-    for changes, seeds in seeds_by_changes.items():
-        who = f"{' '.join(of_cell[0].cell)}, seed{'s' if len(seeds) > 1 else ''} {' '.join(map(str, seeds))}"
-        notes.append(f"{who}: not the published recipe: {changes}")
+        header += [f"seed {run.seed}", "clipped"]
+        losses = run.logged("loss", updates)
+        columns.append(["" if math.isnan(nats) else f"{nats / math.log(2):.2f}" for nats in losses])
+        columns.append(["" if math.isnan(share) else f"{share:.0%}" for share in run.logged("clipped", updates)])
+    return header, list(map(list, zip(*columns, strict=True)))
+
+
+def _of_log(log: dict[str, Any]) -> str:
+    return f"{log['row']} {log['schedule']}, training loss in bits per target token, share of clipped updates"
+
+
+def _about_log(log: dict[str, Any]) -> str:
+    return f"published: {log['source']}; {log['in_words']}"
+
+
+def comparisons(groups: dict[Cell, list[Run]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the second table (see `comparison`), without the columns that no run has anything for."""
+    header = ["row", "schedule", "95 % interval", TEST, "p (n)", "time a run", "memory", "optimizer's share"]
+    lines = []
+    for cell in sorted(_with_line(groups), key=_cell_position):
+        complete = [run for run in groups[cell] if run.result]
+        finals = [run.result.final for run in complete]
+        apollo = [run.result.final for run in groups.get(("apollo", cell[1], 1), ()) if run.result]
+        ends = interval(finals)
+        test = welch(apollo, finals) if cell != ("apollo", cell[1], 1) else None
+        line = [_label(cell), cell[1], f"{ends[0]:.2f} to {ends[1]:.2f}" if ends else ""]
+        line.append(f"{test.mean:+.2f} ({test.low:+.2f} to {test.high:+.2f})" if test else "")
+        line.append(f"{test.p:.2g} ({len(apollo)}, {len(finals)})" if test else "")
+        line.append(_of_all(complete, lambda run: run.result.wall_s, duration))
+        line.append(_of_all(complete, lambda run: run.result.peak_memory_mb, lambda value: f"{value:,.0f} MiB"))
+        line.append(_of_all(complete, optimizer_share, lambda value: f"{100 * value:.1f} %"))
+        lines.append(line)
+    kept = [place for place in range(len(header)) if any(line[place] for line in lines)]
+    return [header[place] for place in kept], [[line[place] for place in kept] for line in lines]
+
+
+def _of_all(runs: Sequence[Run], value: Callable[[Run], float | None], text: Callable[[float], str]) -> str:
+    """The mean of a value over the runs that have it, as text; nothing where none has."""
+    values = [found for run in runs if (found := value(run)) is not None]
+    return text(mean(values)) if values else ""
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def optimizer_share(run: Run) -> float | None:
+    """The optimizer's part of the time of an update, 0 to 1; None where the run does not tell.
+
+    A run of a few updates may have sampled its first step alone, with the building of a kernel in it: no share either.
+    """
+    result, config = run.result, run.config
+    if not result.optimizer_ms_per_step:
+        return None
+    if result.examples_per_s:
+        update_s = config["global_batch"] / result.examples_per_s
+    elif result.tokens_per_s and "sequence_length" in config:
+        update_s = config["global_batch"] * config["sequence_length"] / result.tokens_per_s
+    elif result.tokens_per_s and result.updates and run.evaluations and "tokens" in run.evaluations[-1]:
+        update_s = run.evaluations[-1]["tokens"] / result.updates / result.tokens_per_s
+    else:
+        return None
+    share = result.optimizer_ms_per_step / 1000 / update_s
+    return share if share < 1 else None
+
+
+def apart(runs: Sequence[Run]) -> list[Run]:
+    """`runs`, with a `variant` above 1 for those of a cell that follow another recipe than its first ones.
+
+    The first recipe of a cell is the published one, or else the one that most complete runs follow.
+    """
+    settings: dict[tuple, dict[tuple, list[Run]]] = {}
+    for run in runs:
+        if not run.trial:
+            of_run = tuple((key, repr(value)) for key, value in flatten(run.config, NOT_OF_THE_RECIPE).items())
+            settings.setdefault((run.table, *run.cell), {}).setdefault(of_run, []).append(run)
+    variants = {}
+    for of_cell in settings.values():
+        groups = [group for same in of_cell.values() for group in _by_batchnorm_batch(same)]
+        if len(groups) > 1:
+            groups.sort(key=_precedence)
+        variants |= {id(run): number for number, group in enumerate(groups, start=1) for run in group}
+    return [run if variants.get(id(run), 1) == run.variant else replace(run, variant=variants[id(run)]) for run in runs]
+
+
+def _precedence(group: Sequence[Run]) -> tuple:
+    """A sorting key for the recipes of a cell, each given by its runs."""
+    complete = sum(run.result is not None for run in group)
+    return bool(changes_to_recipe(group[0])), -complete, -len(group), order(group[0])
+
+
+def _by_batchnorm_batch(runs: Sequence[Run]) -> Iterable[list[Run]]:
+    """Runs of the same settings, apart by the batch that BatchNorm saw; unknown ones count as most of the others."""
+    batches = [run.recipe.get("batchnorm_batch") for run in runs]
+    usual = Counter(batch for batch in batches if batch).most_common(1)
+    groups: dict[Any, list[Run]] = {}
+    for run, batch in zip(runs, batches, strict=True):
+        groups.setdefault(batch or (usual[0][0] if usual else None), []).append(run)
+    return groups.values()
+
+
+def by_cell(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
+    """The runs of each line of a table, trials left out."""
+    groups: dict[Cell, list[Run]] = {}
+    for run in apart(runs):
+        if not run.trial:
+            groups.setdefault((*run.cell, run.variant), []).append(run)
+    return groups
+
+
+def _with_line(groups: dict[Cell, list[Run]]) -> list[Cell]:
+    """The cells that a table has lines for: a further recipe has none before a run of it is complete."""
+    return [cell for cell, runs in groups.items() if cell[2] == 1 or any(run.result for run in runs)]
+
+
+def _cell_position(cell: Cell) -> tuple:
+    return position(cell[0], ROWS), position(cell[1], SCHEDULES), cell[2]
+
+
+def _label(cell: Cell) -> str:
+    return cell[0] if cell[2] == 1 else f"{cell[0]} #{cell[2]}"
+
+
+def _notes(of_cell: Sequence[Run], groups: dict[Cell, list[Run]]) -> list[str]:
+    """What a reader of the cell's numbers must know: how a score was computed, another recipe, diverged runs, runs that
+    are not counted."""
+    notes, first = [], of_cell[0]
+    cell = f"{first.label} {first.schedule}"
+    complete = [run for run in of_cell if run.result]
+    signatures = dict.fromkeys(run.result.model_extra.get("signature") for run in complete)
+    notes += [f"{cell}, sacreBLEU: {signature}" for signature in signatures if signature]
+    if complete and (changes := changes_to_recipe(first)):
+        notes.append(f"{cell}, {_seeds(complete)}: not the published recipe: {_shortened(changes)}")
+    elif complete and first.variant > 1:
+        usual = groups[(*first.cell, 1)][0]
+        notes.append(
+            f"{cell}, {_seeds(complete)}: another recipe than {usual.row}'s: {_shortened(_changes(first, usual))}"
+        )
+    if diverged := [run for run in complete if run.result.diverged]:
+        notes.append(f"{cell}, {_seeds(diverged)}: diverged, and counted with the worst value that there is")
     for run in of_cell:
         if not run.result:
             done = run.evaluations[-1][run.unit] if run.evaluations else 0
@@ -118,11 +343,21 @@ def _notes(of_cell: Sequence[Run]) -> list[str]:
     return notes
 
 
+def _shortened(changes: Sequence[str]) -> str:
+    more = f" and {len(changes) - MOST_CHANGES} more settings" if len(changes) > MOST_CHANGES else ""
+    return ", ".join(changes[:MOST_CHANGES]) + more
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    return f"seed{'s' if len(runs) > 1 else ''} {' '.join(str(run.seed) for run in runs)}"
+
+
 def spread(values: Sequence[float]) -> str:
     """`mean (std)` with the sample standard deviation; the mean alone for one value, nothing for none."""
     if not values:
         return ""
-    return f"{mean(values):.2f}" + (f" ({stdev(values):.2f})" if len(values) > 1 else "")
+    varies = len(values) > 1 and math.isfinite(mean(values))
+    return f"{mean(values):.2f}" + (f" ({stdev(values):.2f})" if varies else "")
 
 
 def published_cells(table: str) -> dict[tuple[str, str], list[float]]:
@@ -140,16 +375,27 @@ def changes_to_recipe(run: Run) -> list[str]:
     """`key=value` for each setting of the run that differs from the published cell; empty also where there is none."""
     if run.cell not in published_cells(run.table):
         return []
-    recipe = _published_recipe(run.table, *run.cell)
+    changes = _settings(run, differences(run.config, _published_recipe(run.table, *run.cell), NOT_OF_THE_RECIPE))
+    batch, expected = run.recipe.get("batchnorm_batch"), published(run.table).get("batchnorm_batch")
+    if batch and expected and batch != expected:
+        changes.append(f"batchnorm_batch={batch}")
+    return changes
+
+
+def _changes(run: Run, usual: Run) -> list[str]:
+    """`key=value` for each setting of `run` that differs from those of `usual`."""
+    changes = _settings(run, differences(run.config, usual.config, NOT_OF_THE_RECIPE))
+    batch, expected = run.recipe.get("batchnorm_batch"), usual.recipe.get("batchnorm_batch")
+    return changes + ([f"batchnorm_batch={batch}"] if batch and batch != expected else [])
+
+
+def _settings(run: Run, keys: Iterable[str]) -> list[str]:
     changes = []
-    for key in differences(run.config, recipe, ignore=NOT_OF_THE_RECIPE):
+    for key in keys:
         value: Any = run.config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         changes.append(f"{key}={'unset' if value is None else value}")
-    batch, expected = run.recipe.get("batchnorm_batch"), published(run.table).get("batchnorm_batch")
-    if batch and expected and batch != expected:
-        changes.append(f"batchnorm_batch={batch}")
     return changes
 
 
@@ -161,6 +407,44 @@ def format_table(header: Sequence[str], lines: Sequence[Sequence[str]], markdown
         return ["  ".join(line).rstrip() for line in texts]
     texts.insert(1, ["-" * width for width in widths])
     return [f"| {' | '.join(line)} |" for line in texts]
+
+
+def page_tables(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
+    """The tables of the HTML page, by table of the paper: title, header, lines, notes, folded away or not."""
+    tables = {}
+    for table in dict.fromkeys(run.table for run in runs):
+        of_table = [run for run in runs if run.table == table]
+        groups = by_cell(of_table)
+        notes = [note for of_cell in groups.values() for note in _notes(of_cell, groups)]
+        facts = published(table)
+        words = f"{facts['metric_in_words']}, " if facts else ""
+        compared = comparisons(groups)
+        parts = [
+            (f"{words}mean (std) over n seeds", results(table, groups, published_cells(table)), notes),
+            ("Intervals, tests and costs", compared, [ABOUT_WELCH] if TEST in compared[0] else []),
+            ("Trials of the search", trial_lines(of_table), []),
+        ]
+        log, of_cell = author_log(table, of_table)
+        if of_cell:
+            parts.append((_of_log(log), log_lines(log, of_cell), [_about_log(log)]))
+        tables[table] = [
+            {"title": title, "header": header, "lines": lines, "notes": below, "folded": header[1] == "trial"}
+            for title, (header, lines), below in parts
+            if lines
+        ]
+    return tables
+
+
+def trial_lines(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the table of a search's trials."""
+    lines = []
+    for run in runs:
+        if run.trial and run.result:
+            settings = [f"{key}={value}" for key, value in run.config["optimizer"].items() if key not in ("name", "lr")]
+            values = [] if run.result.diverged else [run.result.validation, run.result.final]
+            texts = [f"{value:.2f}" if value is not None else "" for value in values] or ["diverged", ""]
+            lines.append([run.row, run.trial, f"{run.rate:g}" if run.rate else "", *texts, " ".join(settings)])
+    return ["row", "trial", "lr", "validation", "test", "other settings"], lines
 
 
 if __name__ == "__main__":

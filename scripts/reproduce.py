@@ -95,7 +95,7 @@ def print_tables(jobs: Sequence[Job]) -> None:
     for table in dict.fromkeys(run.table for run in runs):
         print(report(table, [run for run in runs if run.table == table]), end="\n\n")
     for problem in problems:
-        print(f"damaged: {problem}")
+        print(f"skipped: {problem}")
 
 
 def print_failures(turns: Sequence[Turn]) -> int:

@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     runs, problems = read_runs(*sorted({Path(job.folder).parent for job in jobs}))
     print(report(options.table, runs))
     for problem in problems:
-        print(f"damaged: {problem}")
+        print(f"skipped: {problem}")
     return 0
 
 

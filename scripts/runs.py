@@ -1,18 +1,38 @@
-"""Reads run folders as they are found: whole, unfinished, still being written, or damaged."""
+"""Reads run folders as they are found: whole, unfinished, still being written, damaged, or not runs at all.
+
+A run of a table lies anywhere but in a search. A trial of a search (scripts/compare.sh) lies in
+
+    <runs>/<table>/search/<row>/<trial>/
+
+and nothing but this place tells the two apart. A trial is an ordinary run folder otherwise: config.yaml holds its
+settings (`optimizer.lr` is its rate), and result.json its value on the split that the search selects by (`validation`,
+which is not the test set) beside `final` on the test set. A run that diverged is complete too: its result.json has
+`"complete": true, "diverged": true`, and it counts with the worst value that its metric has, whatever it wrote.
+"""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import nan
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from engine.config import Named
-from scripts.tables import ROWS, SCHEDULES, position
+from engine.run_record import NEUTRAL_KEYS
+from scripts.tables import ROWS, SCHEDULES, position, published
+
+# Keys that may differ within a cell: those that change no result, the seed, and what changes speed alone.
+NOT_OF_THE_RECIPE = (*NEUTRAL_KEYS, "seed", "compile", "channels_last")
+LOWER_IS_BETTER = ("ppl", "loss", "nll")
+FILES = ("config.yaml", "result.json", "metrics.jsonl")  # a folder with one of these is a run, or looks like one
+EVALUATIONS = ("epoch", "validation")  # kinds of lines in metrics.jsonl
+YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is some ten times as fast
 
 
 class Identity(BaseModel):
@@ -25,17 +45,50 @@ class Identity(BaseModel):
 
 
 class Result(BaseModel):
-    """What a table takes from result.json; other scores of the run are among its further keys."""
+    """What a report takes from result.json; other scores of the run are among its further keys."""
 
-    model_config = ConfigDict(allow_inf_nan=False, extra="allow")
+    model_config = ConfigDict(extra="allow")
     final: float
     best: float
     complete: bool
+    diverged: bool = False
+    validation: float | None = None
+    metric: str = "top1"
+    updates: int | None = None
+    wall_s: float | None = None
+    peak_memory_mb: float | None = None
+    optimizer_ms_per_step: float | None = None
+    examples_per_s: float | None = None
+    tokens_per_s: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _worst_where_diverged(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("diverged"):
+            return values | dict.fromkeys(("final", "best", "validation"), worst(values.get("metric", "top1")))
+        return values
+
+    @model_validator(mode="after")
+    def _finite(self) -> "Result":
+        values = [value for value in vars(self).values() if isinstance(value, float)]
+        if not self.diverged and not all(map(math.isfinite, values)):
+            raise ValueError("every number must be finite")
+        return self
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric in LOWER_IS_BETTER
+
+
+def worst(metric: str) -> float:
+    """The worst value that `metric` has: of a perplexity or a loss infinity, of an accuracy or BLEU 0."""
+    return math.inf if lower_is_better(metric) else 0.0
 
 
 class Environment(BaseModel):
     """What a table takes from environment.json: the recipe as it was carried out (world size, per-rank batch, ...)."""
 
+    model_config = ConfigDict(extra="allow")
     recipe: dict[str, Any] = {}
 
 
@@ -47,44 +100,93 @@ class Run:
     schedule: str
     seed: int
     config: dict[str, Any]  # config.yaml: every key, resolved
+    environment: dict[str, Any]  # environment.json, without the recipe
     recipe: dict[str, Any]  # of environment.json
     result: Result | None  # None where the run is not complete
-    evaluations: list[dict[str, Any]]  # the lines of metrics.jsonl that tell of one
-    training: list[dict[str, Any]]  # its log lines of training, one every log_every updates
+    read_lines: Callable[[Sequence[str]], list[dict[str, Any]]] = field(repr=False)  # of metrics.jsonl, by their kinds
+    trial: str | None = None  # its name in the search that it belongs to; None for a run of the table
+    variant: int = 1  # above 1 for runs whose settings are not those of their cell's other runs
 
     @property
     def cell(self) -> tuple[str, str]:
         return self.row, self.schedule
 
     @property
+    def label(self) -> str:
+        """What its curve and its line in a table are called by."""
+        return self.row if self.variant == 1 else f"{self.row} #{self.variant}"
+
+    @property
     def unit(self) -> str:
         """What its length is given in, and its evaluations are counted by: epoch or update."""
         return "epoch" if "epochs" in self.config else "update"
+
+    @property
+    def rate(self) -> float | None:
+        optimizer = self.config.get("optimizer")
+        rate = optimizer.get("lr") if isinstance(optimizer, dict) else None
+        return rate if isinstance(rate, (int, float)) and rate > 0 else None
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that tell of one. They are read when first asked for: tables do not need them."""
+        return self.read_lines(EVALUATIONS)
+
+    @cached_property
+    def training(self) -> list[dict[str, Any]]:
+        """Its log lines of training, one every log_every updates; none in a record."""
+        return self.read_lines(("train",))
 
     def logged(self, key: str, updates: Sequence[int]) -> list[float]:
         """The log lines' `key` at these updates, interpolated between two lines; NaN before the first and after the
         last of them."""
         lines = [line for line in self.training if isinstance(line.get(key), (int, float))]
         if not lines:
-            return [nan] * len(updates)
+            return [math.nan] * len(updates)
         at, values = ([line[name] for line in lines] for name in ("update", key))
-        return np.interp(updates, at, values, left=nan, right=nan).tolist()
+        return np.interp(updates, at, values, left=math.nan, right=math.nan).tolist()
 
 
 def read_runs(*folders: Path) -> tuple[list[Run], list[str]]:
-    """Every run at or below `folders`, in the order of the tables; and one line for each file that is damaged."""
+    """Every run at or below `folders`, in the order of the tables; and one line for each file that cannot be used.
+
+    The list of such lines grows when the evaluations of a run are read and turn out to be damaged.
+    """
     problems: list[str] = []
-    found = (path.parent for folder in folders for path in folder.rglob("config.yaml"))
-    runs = [run for folder in sorted(found) if (run := _read_run(folder, problems))]
-    order = sorted(
-        runs, key=lambda run: (run.table, position(run.row, ROWS), position(run.schedule, SCHEDULES), run.seed)
-    )
-    return order, problems
+    found = sorted({folder for top in folders for folder in _run_folders(top)})
+    runs = [run for folder in found if (run := _read_run(folder, problems))]
+    return sorted(runs, key=order), problems
+
+
+def order(run: Run) -> tuple:
+    """A sorting key: the order of the tables."""
+    place = position(run.row, ROWS), position(run.schedule, SCHEDULES)
+    return run.table, *place, run.trial or "", run.seed, str(run.folder)
+
+
+def author_log(table: str, runs: Sequence[Run]) -> tuple[dict[str, Any], list[Run]]:
+    """The training log that the table's author published, and those of `runs` that can be held against it.
+
+    Both are empty where there is no such log.
+    """
+    log = (published(table) or {}).get("log_of_author", {})
+    place = (table, log.get("row"), log.get("schedule"))
+    return log, [run for run in runs if (run.table, *run.cell) == place and not run.trial and run.training]
+
+
+def _run_folders(top: Path) -> Iterator[Path]:
+    for folder, _, names in os.walk(top):
+        if any(name in FILES for name in names):
+            yield Path(folder)
 
 
 def _read_run(folder: Path, problems: list[str]) -> Run | None:
     """The run in `folder`, or None where its config.yaml does not say which run it is."""
     config = _read(folder / "config.yaml", problems)
+    if config is None:
+        if not (folder / "config.yaml").exists():
+            problems.append(f"{folder}: no config.yaml: not a run, or cut off before it began")
+        return None
     identity = _check(Identity, config, folder / "config.yaml", problems)
     if identity is None:
         return None
@@ -92,7 +194,7 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
         _check(model, _read(folder / name, problems), folder / name, problems)
         for model, name in ((Result, "result.json"), (Environment, "environment.json"))
     )
-    evaluations, training = read_metrics(folder / "metrics.jsonl", problems)
+    place = folder.absolute()
     return Run(
         folder,
         identity.table,
@@ -100,10 +202,11 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
         identity.schedule.name,
         identity.seed,
         config,
+        environment=environment.model_dump(exclude={"recipe"}) if environment else {},
         recipe=environment.recipe if environment else {},
         result=result if result and result.complete else None,
-        evaluations=evaluations,
-        training=training,
+        read_lines=partial(read_metrics, folder / "metrics.jsonl", problems),
+        trial=place.name if place.parent.parent.name == "search" else None,
     )
 
 
@@ -114,10 +217,11 @@ def _read(path: Path, problems: list[str]) -> Any:
     """The file's YAML or JSON; None where there is no such file, or where it cannot be read (a problem)."""
     try:
         text = path.read_text(encoding="utf-8")
-        return yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        values = yaml.load(text, Loader=YamlLoader) if path.suffix == ".yaml" else json.loads(text)
+        return {} if values is None else values
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         problems.append(f"{path}: {' '.join(str(error).split())}")
         return None
 
@@ -134,29 +238,28 @@ def _check(model: type[ModelT], values: Any, path: Path, problems: list[str]) ->
         return None
 
 
-def read_metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The lines of kind `epoch` or `validation`, and those of kind `train`.
-
-    A last line without its end is being written, or a run died at it.
-    """
+def read_metrics(path: Path, problems: list[str], kinds: Sequence[str] = EVALUATIONS) -> list[dict[str, Any]]:
+    """The lines of these kinds. A last line without its end is being written, or a run died at it."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
-        return [], []
+        return []
     except OSError as error:
         problems.append(f"{path}: {error.strerror}")
-        return [], []
-    evaluations, training, damaged = [], [], []
+        return []
+    found, damaged = [], []
     for number, line in enumerate(lines, start=1):
+        if "train" not in kinds and line.startswith('{"kind": "train"') and line.endswith("}\n"):
+            continue  # most lines are such, and parsing them would take most of the time
         try:
             values = json.loads(line)
-            values["epoch"] += 0  # both are numbers
-            values["update"] += 0
-            kinds = {"epoch": evaluations, "validation": evaluations, "train": training}
-            kinds.get(values["kind"], []).append(values)
-        except (ValueError, TypeError, KeyError):
+            if values["kind"] in kinds:
+                values["epoch"] += 0  # both are numbers
+                values["update"] += 0
+                found.append(values)
+        except (ValueError, TypeError, KeyError, RecursionError):
             if line.endswith("\n"):
                 damaged.append(number)
     if damaged:
         problems.append(f"{path}: line {damaged[0]} cannot be read ({len(damaged)} such lines); left out")
-    return evaluations, training
+    return found

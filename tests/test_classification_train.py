@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from training_runs import (
     Cell,
     assert_same_end,
@@ -19,6 +21,10 @@ from training_runs import (
     saved,
     wait_until,
 )
+
+from classification import evaluate
+from engine.errors import UserError
+from scripts.reporting.bundle import write_bundle
 
 CONFIG = """
 table: digits
@@ -45,6 +51,43 @@ def cell(tmp_path_factory) -> Cell:
 @pytest.fixture(scope="module")
 def uninterrupted(cell, tmp_path_factory) -> Path:
     return cell.complete(tmp_path_factory.mktemp("uninterrupted") / "run")
+
+
+def printed_scores(capsys, *arguments: object) -> list[str]:
+    """What `python -m classification.evaluate` prints."""
+    capsys.readouterr()
+    assert evaluate.main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_run_and_its_bundle_are_scored_alike(uninterrupted, tmp_path, capsys):
+    last = metrics(uninterrupted, "epoch")[-1]
+    expected = [
+        f"355 images, weights after {UPDATES} updates",
+        f"top-1 accuracy, %  {last['test_top1']:8.2f}",
+        f"loss               {last['test_loss']:8.4f}",
+    ]
+    assert printed_scores(capsys, uninterrupted, "eval_batch=100") == expected
+    bundle = write_bundle(uninterrupted, tmp_path)
+    assert printed_scores(capsys, bundle, "eval_batch=100") == expected
+
+
+def test_weights_that_cannot_be_scored(uninterrupted, tmp_path):
+    bundle = write_bundle(uninterrupted, tmp_path)
+    with pytest.raises(UserError, match=r"another model \(\S+: "):
+        evaluate.main([str(bundle), "model.depth=14"])
+    path = bundle / "weights.safetensors"
+    content = path.read_bytes()
+    for damaged in (content[:1000], b"", b"\xff" * 1000):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="weights.safetensors: damaged"):
+            evaluate.main([str(bundle)])
+    save_file({"weight": torch.zeros(1)}, path)  # of another program
+    with pytest.raises(UserError, match="not written by scripts.report"):
+        evaluate.main([str(bundle)])
+    path.unlink()
+    with pytest.raises(UserError, match="neither a checkpoint nor weights.safetensors there"):
+        evaluate.main([str(bundle)])
 
 
 def test_a_whole_run(uninterrupted, cell):

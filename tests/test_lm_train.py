@@ -18,6 +18,7 @@ from language_model import evaluate as evaluate_command
 from language_model import train as train_command
 from language_model.prepare import build
 from language_model.train import Config
+from scripts.reporting.bundle import write_bundle
 
 CONFIG = """
 table: pydoc_topics
@@ -198,6 +199,11 @@ def test_a_prepared_corpus_is_trained_on_and_a_file_scored(cell, prepared, tmp_p
     for (name, tokens), key in zip(by_denominator.items(), ("ppl", "ppl_with_end_mark", "ppl_per_word"), strict=True):
         assert number[f"perplexity, {name}"] == pytest.approx(math.exp(loss / tokens), abs=0.01)
         assert outcome[key] == pytest.approx(math.exp(loss / tokens), rel=1e-6)
+    bundle = write_bundle(run_dir, tmp_path / "bundles")
+    capsys.readouterr()
+    assert evaluate_command.main([str(bundle), str(held_out)]) == 0
+    assert dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()) == printed
+    assert "trained with another vocabulary" in not_scored(bundle, held_out, "data={name: pydoc_topics}")
 
 
 def test_all_held_out_files_are_scored_at_the_end(cell, prepared, tmp_path, capsys):
@@ -272,4 +278,4 @@ def test_a_text_that_cannot_be_scored_is_refused(uninterrupted, tmp_path):
         assert words in not_scored(uninterrupted, tmp_path / name)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text((uninterrupted / "config.yaml").read_text())
-    assert "no checkpoint there" in not_scored(tmp_path / "run", tmp_path / "text")
+    assert "neither a checkpoint nor" in not_scored(tmp_path / "run", tmp_path / "text")

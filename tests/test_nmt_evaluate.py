@@ -20,6 +20,7 @@ from nmt.averaging import average_weights, keep_weights
 from nmt.codec import SPECIALS, WORD_START, Codec
 from nmt.scoring import all_scores, sacre_bleu
 from nmt.trained import open_run
+from scripts.reporting.bundle import write_bundle
 
 SCORES = ("fairseq_bleu", "sacrebleu", "compound_split_bleu", "tokenized_bleu")
 
@@ -89,6 +90,23 @@ def test_evaluate_prints_the_scores_of_the_result(trained, capsys):
     assert evaluate.main([str(trained), "average.last=1", "decoding.beam=1"]) == 0
     printed = capsys.readouterr().out
     assert "averaged over 1: those after 150 updates" in printed and "beam 1" in printed
+
+
+def test_a_bundle_is_scored_and_translates_as_its_run(trained, folder, translated, tmp_path, capsys):
+    bundle = write_bundle(trained, tmp_path)
+    assert evaluate.main([str(trained)]) == 0
+    printed = capsys.readouterr().out
+    assert evaluate.main([str(bundle)]) == 0
+    assert capsys.readouterr().out == printed
+    text = (folder / "test.en").read_bytes()
+    assert translated(bundle, text) == translated(trained, text)
+    with pytest.raises(UserError, match="holds the average alone"):
+        open_run(bundle, ["average.last=1"])
+    codec = Codec.load(bundle)
+    pieces = [*codec.pieces[:-2], codec.pieces[-1], codec.pieces[-2]]
+    Codec(codec.source, codec.target, pieces, codec.merges).save(bundle)
+    with pytest.raises(UserError, match="trained with another vocabulary than codec.json"):
+        open_run(bundle, [])
 
 
 def plain_bleu(hypotheses: list[str], references: list[str]) -> float:

@@ -2,15 +2,21 @@
 
 import json
 import math
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import scipy.stats
+from report_runs import write_run, write_search
 
 from engine.config import save_config
 from engine.errors import UserError
 from scripts.jobs import plan
-from scripts.report import format_table, main, report, spread
-from scripts.runs import read_runs
+from scripts.report import apart, comparison, format_table, main, optimizer_share, report, spread
+from scripts.reporting.records import read_record, write_record
+from scripts.runs import Result, read_runs
 from scripts.tables import cells, load_cell
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +84,8 @@ def test_a_translation_row_compares_like_with_like(tmp_path):
                         ("compound-split", "28.20 (0.14)"), ("whole words", "27.60 (0.14)")):  # fmt: skip
         assert line[header.index(name) :].startswith(value)
     assert note == "apollo milestone, sacreBLEU: nrefs:1|tok:13a"
+    write_record(tmp_path / "record.json", read_runs(tmp_path)[0])
+    assert report("wmt14_en_de", read_record(tmp_path / "record.json")) == report("wmt14_en_de", read_runs(tmp_path)[0])
 
 
 def test_a_run_is_held_against_the_authors_log(tmp_path, capsys):
@@ -95,6 +103,13 @@ def test_a_run_is_held_against_the_authors_log(tmp_path, capsys):
         "8,600 4.68",
     ]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_scripts_that_plan_and_report_start_in_a_moment():
+    """What takes a second or more to import is imported where it is used."""
+    code = "import sys, scripts.reproduce; print(*{'torch', 'matplotlib', 'plotly', 'scipy'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_spread_needs_two_values_for_a_deviation():
@@ -131,7 +146,61 @@ def test_other_recipes_are_marked_with_what_they_change(tmp_path, overrides, bat
         assert marks == []
     else:
         assert len(marks) == 1
-        assert marks[0].startswith(f"apollo milestone, seed 101: not the published recipe: {expected}")
+        assert marks[0].startswith(f"apollo #2 milestone, seed 101: not the published recipe: {expected}")
+
+
+def test_runs_of_different_recipes_are_not_averaged_together(tmp_path):
+    make_run(tmp_path, "apollo", 1, 90.0, overrides=["epochs=1"])
+    make_run(tmp_path, "apollo", 11, 91.0, overrides=["epochs=1"])
+    make_run(tmp_path, "apollo", 101, 94.0)
+    runs = apart(read_runs(tmp_path)[0])
+    lines = [line.split() for line in report("cifar10", runs).splitlines() if line.startswith("apollo")]
+    assert lines[0][:5] == ["apollo", "milestone", "94.00", "94.50", "1"]  # the published recipe comes first
+    assert lines[1][:6] == ["apollo", "#2", "milestone", "90.50", "(0.71)", "91.00"]
+    assert {run.seed: run.label for run in runs} == {1: "apollo #2", 11: "apollo #2", 101: "apollo"}
+    assert apart(runs) == runs
+
+
+def test_recipe_that_no_complete_run_follows_has_no_line(tmp_path):
+    for folder, rate in (("a", 0.2), ("b", 0.2), ("c", 0.1)):
+        write_run(tmp_path / folder, "own", "sgd", 1, rate)
+    for folder in "ab":
+        (tmp_path / folder / "result.json").unlink()
+    _, _, line, _, *notes = report("own", read_runs(tmp_path)[0]).splitlines()
+    assert line.split()[:2] == ["sgd", "milestone"] and line.split()[-1] == "1"
+    assert notes == [f"unfinished: {tmp_path / folder}, epoch 12 of 12" for folder in "ab"]
+
+
+def test_unpublished_cell_names_what_its_smaller_recipe_changes(tmp_path):
+    for seed, epochs in ((1, 4), (2, 4), (3, 5)):
+        write_run(tmp_path / f"{seed}", "own", "sgd", seed, 0.1, epochs=epochs)
+    notes = [line for line in report("own", read_runs(tmp_path)[0]).splitlines() if "another" in line]
+    assert notes == ["sgd #2 milestone, seed 3: another recipe than sgd's: epochs=5"]
+
+
+def test_diverged_run_counts_with_the_worst_value(tmp_path):
+    for table, metric, shown in (("own", "top1", "45.0"), ("text", "ppl", "inf")):
+        finals = [
+            write_run(tmp_path / table / f"{rate}", table, "sgd", 1, rate, metric)["final"] for rate in (0.1, 3.2)
+        ]
+        assert finals[1] is None
+        runs, problems = read_runs(tmp_path / table)
+        assert [run.result.diverged for run in runs] == [False, True]
+        assert problems == []
+        text = report(table, [replace(run, config=runs[0].config) for run in runs])
+        assert text.splitlines()[2].split()[2].startswith(shown if table == "text" else f"{finals[0] / 2:.2f}")
+        assert "sgd milestone, seed 1: diverged, and counted with the worst value that there is" in text
+
+
+def test_trials_of_a_search_are_told_by_their_place_and_stay_out_of_the_table(tmp_path, monkeypatch):
+    write_run(tmp_path / "own/sgd_milestone/seed1", "own", "sgd", 1, 0.1)
+    write_search(tmp_path, "own", "sgd")
+    runs, _ = read_runs(tmp_path)
+    assert [run.trial for run in runs if not run.trial] == [None]
+    assert sorted(run.trial for run in runs if run.trial) == [f"trial{number}" for number in range(9)]
+    assert report("own", runs).splitlines()[2].split()[-1] == "1"
+    monkeypatch.chdir(tmp_path / "own/search/sgd/trial3")
+    assert [run.trial for run in read_runs(Path("."))[0]] == ["trial3"]
 
 
 @pytest.mark.parametrize(
@@ -139,24 +208,54 @@ def test_other_recipes_are_marked_with_what_they_change(tmp_path, overrides, bat
     [
         ("result.json", '{"final": 94', False),
         ("result.json", '{"final": "high", "best": 94.0, "complete": true}', False),
+        ("result.json", '{"final": Infinity, "best": 94.0, "complete": true}', False),
         ("result.json", "[]", False),
+        ("result.json", "[" * 100_000, False),
         ("environment.json", "\0\0\0", True),
-        ("metrics.jsonl", "\0\n{}\n", True),
         ("config.yaml", "table: [", False),
         ("config.yaml", "table: cifar10\n", False),
+        ("config.yaml", "", False),
         ("config.yaml", b"\xff\xfe\x00", False),
+        ("config.yaml", None, False),
     ],
 )
 def test_damaged_file_costs_its_run_at_most(tmp_path, capsys, name, content, counted):
     make_run(tmp_path, "apollo", 1, 94.0)
     folder = make_run(tmp_path, "apollo", 101, 94.0)
-    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    main([str(tmp_path)])
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main([str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    (damaged,) = [line for line in lines if line.startswith("damaged: ")]
-    assert str(folder / name) in damaged
-    (apollo,) = [line for line in lines if line.startswith("apollo     milestone")]
+    (skipped,) = [line for line in lines if line.startswith("skipped: ")]
+    assert str(folder) in skipped
+    apollo = next(line for line in lines if line.startswith("apollo     milestone"))
     assert (" 2  " if counted else " 1  ") in apollo
+
+
+def test_damaged_line_of_a_curve_is_left_out_and_named(tmp_path, capsys):
+    folder = make_run(tmp_path, "apollo", 1, 94.0)
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text("\0\n{}\n" + text)
+    runs, problems = read_runs(tmp_path)
+    assert [line["epoch"] for line in runs[0].evaluations] == [1, 2, 3]
+    assert problems == [f"{folder / 'metrics.jsonl'}: line 1 cannot be read (2 such lines); left out"]
+
+
+def test_foreign_folder_changes_nothing_but_the_list(tmp_path, capsys):
+    make_run(tmp_path, "apollo", 1, 94.0)
+    main([str(tmp_path)])
+    before = capsys.readouterr().out
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/config.yaml").write_text("defaults: [model: vit]\n")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/metrics.jsonl").write_text("")
+    main([str(tmp_path)])
+    added = capsys.readouterr().out.removeprefix(before).splitlines()
+    assert [line.partition(": ")[0] for line in added] == ["skipped", "skipped"]
+    assert str(tmp_path / "half") in added[0]
+    assert str(tmp_path / "theirs/config.yaml") in added[1]
 
 
 def test_half_a_last_line_is_a_run_being_written(tmp_path):
@@ -174,7 +273,7 @@ def test_command_prints_the_whole_table_and_draws_it(tmp_path, capsys):
     picture = tmp_path / "pictures/curves.png"
     main([str(tmp_path), "--markdown", "--plot", str(picture)])
     lines = capsys.readouterr().out.splitlines()
-    table = [line for line in lines if line.startswith("|")]
+    table = [line for line in lines[: lines.index("", 2)] if line.startswith("|")]
     assert len(table) == 2 + 12  # every published cell, whether run or not
     assert len({len(line) for line in table}) == 1
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -206,6 +305,51 @@ def test_planning_refuses_a_folder_with_other_settings(tmp_path):
     assert plan("cifar10", config, 1, tmp_path, ["log_every=1"]).complete
     with pytest.raises(UserError, match=r"other settings \(epochs\).*--runs"):
         plan("cifar10", config, 1, tmp_path, ["epochs=1"])
+
+
+def test_comparison_has_the_test_the_interval_and_the_costs(tmp_path):
+    values = {"sgd": (90.0, 90.5, 91.5), "apollo": (92.0, 92.5, 92.75)}
+    for row, finals in values.items():
+        for seed, final in enumerate(finals):
+            folder = tmp_path / row / f"seed{seed}"
+            write_run(folder, "own", row, seed, 0.1)
+            result = json.loads((folder / "result.json").read_text()) | {"final": final}
+            (folder / "result.json").write_text(json.dumps(result))
+    header, sgd, apollo = comparison(read_runs(tmp_path)[0]).splitlines()[:3]
+    test = scipy.stats.ttest_ind(values["apollo"], values["sgd"], equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    assert f"+1.75 ({low:+.2f} to {high:+.2f})  {test.pvalue:.2g} (3, 3)" in sgd
+    low, high = scipy.stats.t.interval(0.95, 2, 90 + 2 / 3, scipy.stats.sem(values["sgd"]))
+    assert sgd.startswith(f"sgd     milestone  {low:.2f} to {high:.2f}")
+    assert sgd.split()[-6:] == ["2", "min", "812", "MiB", "4.5", "%"]  # 4.5 of 100 ms
+    assert "apollo − row" in header
+    assert apollo.split()[:2] == ["apollo", "milestone"]
+    assert "(3, 3)" not in apollo
+
+
+def test_comparison_is_silent_on_what_no_run_tells(tmp_path, capsys):
+    write_run(tmp_path / "own", "own", "apollo", 1, 0.5)
+    assert main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "time a run" in printed and "memory" in printed
+    assert not any(words in printed for words in ("95 %", "apollo − row", "p (n)", "Welch"))
+
+
+@pytest.mark.parametrize(
+    ("config", "speeds", "share"),
+    [
+        ({"global_batch": 100}, {"examples_per_s": 1000}, 0.05),
+        ({"global_batch": 10, "sequence_length": 20}, {"tokens_per_s": 2000}, 0.05),
+        ({"global_batch": 4096}, {"tokens_per_s": 1000, "updates": 5}, 0.05),  # 500 tokens were trained on in all
+        ({"global_batch": 100}, {}, None),
+    ],
+)
+def test_optimizer_share_is_of_the_time_of_an_update(tmp_path, config, speeds, share):
+    write_run(tmp_path / "run", "own", "sgd", 1, 0.1)
+    (run,), _ = read_runs(tmp_path)
+    result = Result(final=1.0, best=1.0, complete=True, optimizer_ms_per_step=5.0, **speeds)
+    found = replace(run, config=config, result=result, read_lines=lambda kinds: [{"update": 5, "tokens": 500}])
+    assert optimizer_share(found) == (share and pytest.approx(share))
 
 
 def test_columns_are_aligned():

@@ -1,0 +1,64 @@
+"""What one attaches to a release of a trained model: settings, environment, metrics, result, weights, checksums.
+
+    config.yaml  environment.json  metrics.jsonl  result.json     as the run left them
+    weights.safetensors     the model's state_dict under its own names, float32 as trained; for a translation run the
+                            average that its score is that of. Its metadata say which run, update and vocabulary
+    codec.json              of a translation run: its vocabulary
+    SHA256SUMS              for `sha256sum -c SHA256SUMS`
+
+No file in it is a pickle. The tasks' evaluate.py and nmt/translate.py take a bundle as they take a run folder.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+from engine.errors import UserError
+from engine.files import write_atomically
+from engine.weights import Weights, read_weights, write_bundled
+from nmt.averaging import average_weights
+from scripts.runs import Run, read_runs
+
+COPIED = ("config.yaml", "environment.json", "metrics.jsonl", "result.json", "codec.json")
+
+
+def write_bundle(run_dir: Path, into: Path) -> Path:
+    """Write the bundle of the complete run in `run_dir` to a folder of its own in `into`, and return that folder.
+
+    Raises UserError where there is no complete run with a checkpoint, or where the folder exists.
+    """
+    runs, problems = read_runs(run_dir)
+    run = next((run for run in runs if run.folder == run_dir), None)
+    if run is None or not run.result or run.result.diverged:
+        reason = problems[0] if problems else "no complete run there"
+        raise UserError(f"{run_dir}: {reason}; a bundle is made of a run that has ended")
+    weights = _weights(run)
+    folder = into / f"{run.table}_{run.row}_{run.schedule}_seed{run.seed}"
+    if folder.exists():
+        raise UserError(f"{folder} exists already: delete it, or choose another folder with --out")
+    folder.mkdir(parents=True)
+    for name in COPIED:
+        if (run_dir / name).exists():
+            shutil.copyfile(run_dir / name, folder / name)
+    about = {"table": run.table, "row": run.row, "schedule": run.schedule, "seed": str(run.seed)}
+    write_bundled(folder, weights, about)
+    sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    write_atomically(folder / "SHA256SUMS", "".join(sums))
+    return folder
+
+
+def _weights(run: Run) -> Weights:
+    """Those that the run's final value belongs to."""
+    weights = read_weights(run.folder, say=print)
+    if "average" in run.config:
+        mean, updates = average_weights(run.folder, run.config["average"]["last"], weights.vocabulary)
+        weights = weights._replace(state=mean, averaged=tuple(updates))
+    return weights
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

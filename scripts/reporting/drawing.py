@@ -1,0 +1,99 @@
+"""The pictures as files: a figure for each picture of each table, as PNG, SVG and PDF, and its numbers as CSV."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from textwrap import wrap
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from engine.errors import UserError
+from scripts.reporting.pictures import ABOUT, TITLES, Panel, Style, styles
+
+# Without a date: the same numbers give the same file.
+FORMATS = {"png": None, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+LOOK = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.8,
+    "svg.fonttype": "none",  # letters stay letters
+    "svg.hashsalt": "apollo",  # the parts' names are not drawn at random
+}
+
+
+def draw_all(panels: Sequence[Panel], folder: Path) -> None:
+    """Write every picture of `panels` to `folder`. Raises UserError where it cannot be written to."""
+    look = styles(panels)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for panel in panels:
+            (folder / f"{panel.name}.csv").write_text(panel.csv(), encoding="utf-8")
+        for (place, picture), group in groupby(panels, key=lambda panel: (panel.place, panel.picture)):
+            name = f"{place.replace(', ', '_').replace(' ', '-')}_{picture}"
+            with matplotlib.rc_context(LOOK):
+                figure = draw(list(group), look)
+                for suffix, undated in FORMATS.items():
+                    figure.savefig(folder / f"{name}.{suffix}", dpi=150, metadata=undated)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
+
+
+def draw(panels: Sequence[Panel], look: dict[str, Style]) -> Figure:
+    """The panels of one picture, two a line, under one legend."""
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    width = 5.6 * columns if columns > 1 else 7.5
+    figure = Figure(figsize=(width, 4.2 * lines + 0.7), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, panel in zip(grid, panels, strict=False):
+        _draw_panel(axes, panel, look)
+    for axes in list(grid)[len(panels) :]:
+        axes.set_visible(False)
+    shown = {text: line for axes in figure.axes for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside right upper", frameon=False)
+    figure.suptitle(f"{panels[0].place}: {TITLES[panels[0].picture].lower()}", x=0.01, ha="left", fontsize=11)
+    about = wrap(ABOUT[panels[0].picture], int(15 * width))
+    figure.supxlabel("\n".join(about), fontsize=8, color="#666666")
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, look: dict[str, Style]) -> None:
+    for curve in panel.curves:
+        name, colour, dashed = look[curve.method]
+        y = [float("nan") if value is None else value for value in curve.y]
+        if curve.points:
+            axes.plot(curve.x, y, "o", color=colour, markerfacecolor="none")
+        else:
+            few = len(curve.x) <= 15 and panel.picture in ("sensitivity", "budget")
+            marker = "o" if few or len(curve.x) == 1 else None
+            style = "--" if dashed else "-"
+            steps = "steps-pre" if panel.picture == "levels" else "default"
+            axes.plot(
+                curve.x,
+                y,
+                style,
+                color=colour,
+                linewidth=1.8,
+                marker=marker,
+                markersize=4,
+                drawstyle=steps,
+                label=name,
+                zorder=3,
+            )
+        if curve.low:
+            low, high = ([float("nan") if v is None else v for v in ends] for ends in (curve.low, curve.high))
+            step = "pre" if panel.picture == "levels" else None
+            axes.fill_between(curve.x, low, high, color=colour, alpha=0.18, linewidth=0, step=step, zorder=2)
+        for x, y in curve.crosses:
+            axes.plot(x, y, "x", color=colour, markeredgewidth=2, zorder=4)
+    axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+    if panel.x_log:
+        axes.set_xscale("log")
+        axes.axvline(1, color="#999999", linewidth=0.8, zorder=1)
+    if panel.y_log:
+        axes.set_yscale("log")

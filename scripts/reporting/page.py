@@ -1,0 +1,129 @@
+"""The report as one HTML page that needs no network: tables that sort, pictures that answer, settings of every cell.
+
+The pictures are drawn in the browser by plotly.js, which stands in the page itself (some 4 MB).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+from engine.files import write_atomically
+from engine.run_record import NEUTRAL_KEYS
+from scripts.reporting.pictures import ABOUT, TITLES, Panel, styles
+from scripts.reporting.records import OF_ONE_START, flatten
+from scripts.runs import Run
+
+TEMPLATE = Path(__file__).with_name("page.html")
+NOT_MEASURED = ("published",)  # columns that are marked as such
+
+
+def write_page(
+    path: Path,
+    tables: dict[str, list[dict[str, Any]]],
+    panels: Sequence[Panel],
+    runs: Sequence[Run],
+    problems: Sequence[str],
+) -> None:
+    """Write the page; `tables` are the tables (title, header, lines, notes, folded) of each table of the paper.
+
+    Raises UserError where plotly is not installed.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise UserError("--html needs the plotly package: pip install plotly") from None
+    sections = []
+    for table, of_table in tables.items():
+        numbers = [number for number, panel in enumerate(panels) if f"{panel.place}, ".startswith(f"{table}, ")]
+        figures = "".join(f'<figure data-panel="{number}"></figure>' for number in numbers)
+        cells = _settings([run for run in runs if run.table == table and not run.trial])
+        written = "".join(_table(part) for part in of_table if not part["folded"])
+        folded = "".join(
+            f"<details><summary>{escape(part['title'])}</summary>{_table(part | {'title': ''})}</details>"
+            for part in of_table
+            if part["folded"]
+        )
+        body = f"{written}<div class=panels>{figures}</div>{folded}{cells}"
+        sections.append(f'<section id="{escape(table)}"><h2>{escape(table)}</h2>{body}</section>')
+    if problems:
+        lines = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
+        sections.append(f"<section><h2>Skipped</h2><ul>{lines}</ul></section>")
+    data = {
+        "panels": [asdict(panel) | {"name": panel.name} for panel in panels],
+        "styles": {method: style._asdict() for method, style in styles(panels).items()},
+        "about": ABOUT,
+        "titles": TITLES,
+    }
+    text = TEMPLATE.read_text(encoding="utf-8")
+    parts = {
+        "title": escape(", ".join(tables)),
+        "links": "".join(f'<a href="#{escape(table)}">{escape(table)}</a>' for table in tables),
+        "sections": "".join(sections),
+        "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/"),
+        "plotly": get_plotlyjs(),
+    }
+    for name, part in parts.items():
+        text = text.replace(f"[[{name}]]", part, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+
+
+def _table(table: dict[str, Any]) -> str:
+    """A sortable table with its title above and its notes below."""
+    header = table["header"]
+    foreign = [name in NOT_MEASURED for name in header]
+    mark = {True: ' class="published"', False: ""}
+    head = "".join(
+        f"<th{mark[is_foreign]}>{escape(name)}</th>" for name, is_foreign in zip(header, foreign, strict=True)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{mark[is_foreign]}>{escape(text)}</td>" for text, is_foreign in zip(line, foreign, strict=True))
+        + "</tr>"
+        for line in table["lines"]
+    )
+    title = f"<h3>{escape(table['title'])}</h3>" if table["title"] else ""
+    notes = "".join(f"<p class=note>{escape(note)}</p>" for note in table["notes"])
+    return (
+        f"{title}<div class=wide><table class=sortable><thead><tr>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>{notes}"
+    )
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    """What the cells were run with and on: keys in which they differ cell by cell, then what all have in common."""
+    cells: dict[str, list[Run]] = {}
+    for run in runs:
+        cells.setdefault(f"{run.label} {run.schedule}", []).append(run)
+    found = {
+        "Settings": lambda run: flatten(run.config, ignore=("seed", *NEUTRAL_KEYS)),
+        "Environment": lambda run: (
+            flatten(run.recipe)
+            | {key: value for key, value in flatten(run.environment).items() if key not in OF_ONE_START}
+        ),
+    }
+    return "".join(_differences(title, cells, values) for title, values in found.items()) if cells else ""
+
+
+def _differences(title: str, cells: dict[str, list[Run]], values: Any) -> str:
+    columns: dict[str, dict[str, str]] = {}
+    for cell, runs in cells.items():
+        texts: dict[str, list[str]] = {}
+        for run in runs:
+            for key, value in values(run).items():
+                texts.setdefault(key, []).append(str(value))
+        columns[cell] = {key: " | ".join(dict.fromkeys(found)) for key, found in texts.items()}
+    keys = dict.fromkeys(key for column in columns.values() for key in column)
+    rows = {key: [column.get(key, "") for column in columns.values()] for key in keys}
+    differ = [[key, *row] for key, row in rows.items() if len(set(row)) > 1]
+    common = [[key, row[0]] for key, row in rows.items() if len(set(row)) == 1]
+    parts = ""
+    if differ:
+        parts += _table({"title": "by cell", "header": ["key", *columns], "lines": differ, "notes": []})
+    if common:
+        parts += _table({"title": "the same in all cells", "header": ["key", "value"], "lines": common, "notes": []})
+    return f"<details><summary>{title}</summary>{parts}</details>"

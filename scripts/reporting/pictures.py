@@ -1,0 +1,351 @@
+"""What the pictures show, as numbers: drawn by matplotlib (drawing.py), by the page (page.py), and written as CSV.
+
+curves       training and evaluation over updates or seconds: mean over seeds, from lowest to highest
+levels       updates or seconds until the evaluated metric first reaches a level, with 95 % intervals over seeds
+sensitivity  the trials of a search: the value at the end over the rate divided by the chosen rate
+budget       the expected best of k trials in random order (arXiv 1910.11758), and what the choice gives on the test set
+"""
+
+import csv
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from io import StringIO
+from itertools import cycle
+from statistics import mean
+from typing import NamedTuple
+
+import numpy as np
+
+from scripts.plot import OTHER_COLOURS, PANELS, STYLES
+from scripts.reporting.records import flatten
+from scripts.reporting.statistics import expected_best, quantile
+from scripts.runs import Run, lower_is_better
+
+METRICS = {"top1": "accuracy (%)", "ppl": "perplexity", "fairseq_bleu": "BLEU"}
+MOST_LEVELS = 120
+TITLES = {
+    "curves": "Training and evaluation",
+    "levels": "Time to reach a level",
+    "sensitivity": "Sensitivity to the learning rate",
+    "budget": "What a tuning budget gives",
+    "reference": "Beside the record",
+}
+ABOUT = {
+    "curves": "The line is the mean over seeds, the band reaches from the lowest to the highest.",
+    "levels": "The first evaluation at the level or beyond: mean over seeds and 95 % interval. ✕: from this level on, "
+    "one seed at least never arrives.",
+    "sensitivity": "Trials of the search, each a whole training. ✕: the trial diverged. Single points vary a second "
+    "setting beside the rate.",
+    "reference": "The record's seeds: middle and 99 % prediction interval for one more seed; beside it, the run.",
+    "budget": "Expectation over all orders of the trials that were run; it says nothing beyond them.",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method's points. `y` is None where there is no value: the trial diverged, or the level was never reached."""
+
+    method: str
+    x: list[float]
+    y: list[float | None]
+    low: list[float | None] = field(default_factory=list)  # with `high`, the band; empty where there is none
+    high: list[float | None] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # on each point, shown beside its values
+    points: bool = False  # single points instead of a line
+    crosses: list[tuple[float, float]] = field(default_factory=list)  # where a missing value is marked
+
+
+@dataclass(frozen=True)
+class Panel:
+    picture: str  # curves, levels, sensitivity, budget, reference
+    place: str  # the table, with the schedule where rows have several
+    x_label: str
+    y_label: str
+    curves: list[Curve]
+    by: str = ""  # updates or seconds, where there is one panel for each
+    x_log: bool = False
+    y_log: bool = False
+
+    @property
+    def name(self) -> str:
+        """What its file is called by."""
+        words = dict.fromkeys((self.place, self.picture, self.y_label, self.by))
+        return "_".join(re.sub(r"\W+", "-", word).strip("-") for word in words if word)
+
+    def csv(self) -> str:
+        """All numbers, one point a line."""
+        text = StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["method", self.x_label, self.y_label, "low", "high", "note"])
+        for curve in self.curves:
+            for index, (x, y) in enumerate(zip(curve.x, curve.y, strict=True)):
+                ends = [ends[index] if ends else None for ends in (curve.low, curve.high)]
+                note = curve.notes[index] if curve.notes else ""
+                writer.writerow([curve.method, x, *("" if value is None else value for value in (y, *ends)), note])
+        return text.getvalue()
+
+
+def pictures(runs: Sequence[Run]) -> list[Panel]:
+    """Every picture that `runs` have the numbers for, table by table."""
+    panels: list[Panel] = []
+    for place, of_place in _places([run for run in runs if not run.trial]).items():
+        panels += curve_panels(place, of_place) + level_panels(place, of_place)
+    finals: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        if not run.trial and run.rate:
+            finals.setdefault((run.table, run.label), []).append(run)
+    for place, trials in _places([run for run in runs if run.trial and run.result]).items():
+        chosen = _chosen_rates(trials, finals)
+        panels += [*sensitivity_panel(place, trials, chosen), *budget_panels(place, trials)]
+    return panels
+
+
+def _places(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
+    """Runs by the picture that they belong to, and there by method: schedules apart where a row has several."""
+    schedules: dict[tuple[str, str], set[str]] = {}
+    for run in runs:
+        schedules.setdefault((run.table, run.row), set()).add(run.schedule)
+    several = {table for (table, _), names in schedules.items() if len(names) > 1}
+    places: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        place = f"{run.table}, {run.schedule} schedule" if run.table in several else run.table
+        places.setdefault(place, {}).setdefault(run.label, []).append(run)
+    return places
+
+
+def curve_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
+    panels = []
+    for index in (0, 1):
+        for by in ("updates", "seconds"):
+            curves, label = [], ""
+            for method, runs in methods.items():
+                if not (found := _evaluated(runs)):
+                    continue
+                key, label = curve_keys(found[0])[index]
+                columns = _columns(found, key, by)
+                if columns:
+                    curves.append(_mean_curve(method, *columns))
+            if curves:
+                panels.append(Panel("curves", place, by, label, curves, by, y_log=index == 0))
+    return panels
+
+
+def _evaluated(runs: Sequence[Run]) -> list[Run]:
+    """The complete runs that have evaluations; where none is complete, the unfinished ones."""
+    return [run for run in [run for run in runs if run.result] or runs if run.evaluations]
+
+
+def curve_keys(run: Run) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Key and label of the training curve and of the evaluation's, of a run that has evaluations."""
+    return next((two for two in PANELS if two[1][0] in run.evaluations[0]), PANELS[0])
+
+
+def points(run: Run, key: str) -> list[tuple[float, float, float]]:
+    """Updates, seconds (NaN where unknown) and value of each evaluation that has a finite one."""
+    found = ((line["update"], line.get("wall_s", math.nan), line.get(key)) for line in run.evaluations)
+    return [point for point in found if isinstance(point[2], (int, float)) and math.isfinite(point[2])]
+
+
+def _columns(runs: Sequence[Run], key: str, by: str) -> tuple[list[float], list[list[float]]] | None:
+    """Positions, and the values of all runs at each, as far as all of them have come; None where nobody knows."""
+    curves = [curve for run in runs if (curve := points(run, key))]
+    steps = list(zip(*curves, strict=False))  # as long as the shortest
+    which = 0 if by == "updates" else 1
+    positions = [mean(point[which] for point in step) for step in steps]
+    if not positions or any(map(math.isnan, positions)):
+        return None
+    return positions, [[point[2] for point in step] for step in steps]
+
+
+def _mean_curve(method: str, positions: list[float], values: list[list[float]]) -> Curve:
+    notes = [f"n = {len(values[0])}"] * len(positions)
+    return Curve(
+        method, positions, [mean(step) for step in values], [min(step) for step in values],
+        [max(step) for step in values], notes,
+    )  # fmt: skip
+
+
+def level_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
+    evaluated = {method: found for method, runs in methods.items() if (found := _evaluated(runs))}
+    if not evaluated:
+        return []
+    key, label = curve_keys(next(iter(evaluated.values()))[0])[1]
+    sign = -1 if lower_is_better(key.rpartition("_")[2]) else 1
+    found = {
+        method: [np.array(curve).T for run in runs if (curve := points(run, key))] for method, runs in evaluated.items()
+    }
+    seen = np.unique([value for runs in found.values() for run in runs for value in run[2]])[::sign]
+    levels = seen[:: -(-len(seen) // MOST_LEVELS) or 1]
+    panels = []
+    for by, which in (("updates", 0), ("seconds", 1)):
+        curves = [_level_curve(method, runs, levels, which, sign) for method, runs in found.items() if runs]
+        heights = [value for curve in curves for value in curve.y if value is not None]
+        if heights:
+            top = 1.08 * max(heights)
+            ends = [[(x, top) for x, y in zip(curve.x, curve.y, strict=True) if y is None] for curve in curves]
+            curves = [replace(curve, crosses=end[:1]) for curve, end in zip(curves, ends, strict=True)]
+            panels.append(Panel("levels", place, label, by, curves, by))
+    return panels
+
+
+def _level_curve(method: str, runs: Sequence[np.ndarray], levels: np.ndarray, which: int, sign: int) -> Curve:
+    """Updates (`which` = 0) or seconds (1) to each of `levels`; `runs` are [3, evaluations] as of `points`."""
+    times = np.full((len(runs), len(levels)), np.nan)
+    for row, run in zip(times, runs, strict=True):
+        best = np.maximum.accumulate(sign * run[2])
+        first = np.searchsorted(best, sign * levels)  # the first evaluation at the level or better
+        reached = first < len(best)
+        row[reached] = run[which, first[reached]]
+    arrived = np.isfinite(times).sum(0)
+    middle = times.mean(0)  # NaN where a run never arrives
+    low = high = np.full(len(levels), np.nan)
+    if len(runs) > 1:
+        half = quantile(len(runs), 0.95) * times.std(0, ddof=1) / math.sqrt(len(runs))
+        low, high = np.maximum(middle - half, 0), middle + half
+    notes = [
+        f"n = {len(runs)}" if count == len(runs) else f"never by {len(runs) - count} of {len(runs)} seeds"
+        for count in arrived
+    ]
+    return Curve(method, levels.tolist(), *map(_without_nan, (middle, low, high)), notes)
+
+
+def _without_nan(values: np.ndarray) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
+def sensitivity_panel(place: str, methods: dict[str, list[Run]], chosen: dict[str, float]) -> list[Panel]:
+    """The panel, in a list that is empty where no trial has a rate."""
+    curves = []
+    for method, trials in methods.items():
+        trials = [trial for trial in trials if trial.rate]
+        if not trials:
+            continue
+        grid = grid_of(trials)
+        rates: dict[float, list[Run]] = {}
+        for trial in grid:
+            rates.setdefault(trial.rate, []).append(trial)
+        groups = [rates[rate] for rate in sorted(rates)]
+        curves.append(_trial_curve(method, groups, chosen[method]))
+        if others := [[trial] for trial in trials if trial not in grid]:
+            curves.append(_trial_curve(method, others, chosen[method], points=True))
+    if not curves:
+        return []
+    trials = [trial for runs in methods.values() for trial in runs]
+    lower = lower_is_better(trials[0].result.metric)
+    label = f"{_split(trials)} {_metric(trials)} at the end"
+    return [Panel("sensitivity", place, "rate / chosen rate", label, _crossed(curves, lower), x_log=True, y_log=lower)]
+
+
+def _crossed(curves: Sequence[Curve], lower: bool) -> list[Curve]:
+    """The curves with a cross for each diverged trial: beyond the worst value, one method above the other."""
+    heights = [value for curve in curves for value in curve.y if value is not None] or [1.0]
+    step = (max(heights) - min(heights) or 1.0) * 0.04
+    crossed = []
+    for index, method in enumerate(dict.fromkeys(curve.method for curve in curves), start=1):
+        edge = max(heights) * 1.06**index if lower else min(heights) - step * index
+        for curve in curves:
+            if curve.method == method:
+                missing = [x for x, y in zip(curve.x, curve.y, strict=True) if y is None]
+                crossed.append(replace(curve, crosses=[(x, edge) for x in missing]))
+    return crossed
+
+
+def grid_of(trials: Sequence[Run]) -> list[Run]:
+    """The trials in which the rate alone varies: the settings that the most rates were tried with.
+
+    With decoupled decay a grid keeps the product of rate and decay, so both readings of "alone" are tried.
+    """
+
+    def others(trial: Run, product: bool) -> tuple:
+        settings = flatten({"optimizer": trial.config["optimizer"]}, ignore=("optimizer.lr",))
+        decay = settings.get("optimizer.weight_decay")
+        if product and isinstance(decay, (int, float)):
+            settings["optimizer.weight_decay"] = f"{decay * trial.rate:.3g}"
+        return product, *((key, repr(value)) for key, value in settings.items())
+
+    tried = Counter(
+        key for product in (False, True) for key in {(trial.rate, others(trial, product)) for trial in trials}
+    )
+    settings = Counter(key for _, key in tried)
+    best = max(settings, key=lambda key: (settings[key], not key[0]))
+    return [trial for trial in trials if others(trial, best[0]) == best]
+
+
+def _trial_curve(method: str, groups: Sequence[Sequence[Run]], chosen: float, points: bool = False) -> Curve:
+    y: list[float | None] = []
+    notes = []
+    for trials in groups:
+        values = [trial_value(trial) for trial in trials]
+        y.append(None if any(trial.result.diverged for trial in trials) else mean(values))
+        decay = trials[0].config["optimizer"].get("weight_decay")
+        tested = f", test {mean(trial.result.final for trial in trials):.2f}" if y[-1] is not None else ", diverged"
+        notes.append(f"lr {trials[0].rate:g}" + (f", weight_decay {decay:g}" if decay else "") + tested)
+    return Curve(method, [trials[0].rate / chosen for trials in groups], y, notes=notes, points=points)
+
+
+def _chosen_rates(methods: dict[str, list[Run]], finals: dict[tuple[str, str], list[Run]]) -> dict[str, float]:
+    """Method to the rate of its runs of the table, or where there are none, to that of its best trial."""
+    chosen = {}
+    for method, trials in methods.items():
+        first = trials[0]
+        final = finals.get((first.table, method), [])
+        final = [run for run in final if run.schedule == first.schedule] or final
+        sign = -1 if lower_is_better(first.result.metric) else 1
+        best = max(trials, key=lambda trial: sign * trial_value(trial))
+        chosen[method] = final[0].rate if final else best.rate or 1.0
+    return chosen
+
+
+def budget_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
+    trials = [trial for runs in methods.values() for trial in runs]
+    lower = lower_is_better(trials[0].result.metric)
+    validated = all(trial.result.validation is not None for trial in trials)
+    wanted = [(f"expected best {_split(trials)} {_metric(trials)}", trial_value)]
+    if validated:
+        wanted.append((f"expected test {_metric(trials)} of that choice", lambda trial: trial.result.final))
+    panels = []
+    for label, value in wanted:
+        curves = []
+        for method, of_method in methods.items():
+            expected = expected_best([(trial_value(trial), value(trial)) for trial in of_method], lower)
+            y = [value if math.isfinite(value) else None for value in expected]
+            notes = ["" if found is not None else "some orders find diverged trials alone" for found in y]
+            curves.append(Curve(method, [float(k) for k in range(1, len(y) + 1)], y, notes=notes))
+        panels.append(Panel("budget", place, "trials", label, curves, y_log=lower))
+    return panels
+
+
+def trial_value(trial: Run) -> float:
+    """What a search selects by; the test value where a run has no other split."""
+    return trial.result.final if trial.result.validation is None else trial.result.validation
+
+
+def _split(trials: Iterable[Run]) -> str:
+    return "validation" if all(trial.result.validation is not None for trial in trials) else "test"
+
+
+def _metric(trials: Sequence[Run]) -> str:
+    return METRICS.get(trials[0].result.metric, trials[0].result.metric)
+
+
+class Style(NamedTuple):
+    name: str
+    colour: str
+    dashed: bool
+
+
+def styles(panels: Sequence[Panel]) -> dict[str, Style]:
+    """How each method is written and drawn, in all panels alike; another recipe of a row has its colour, dashed."""
+    others = cycle(OTHER_COLOURS)
+    rows: dict[str, tuple[str, str]] = {}
+    found = {}
+    for method in dict.fromkeys(curve.method for panel in panels for curve in panel.curves):
+        row, _, variant = method.partition(" #")
+        if row not in rows:
+            rows[row] = STYLES.get(row) or (row, next(others))
+        name, colour = rows[row]
+        found[method] = Style(f"{name} #{variant}" if variant else name, colour, bool(variant))
+    return found

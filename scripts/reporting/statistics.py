@@ -1,0 +1,75 @@
+"""Intervals, tests and expectations over the runs of a cell or the trials of a search.
+
+scipy is imported where it is used: that takes a second, and a row's table needs none of it.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from itertools import groupby
+from statistics import mean, stdev
+from typing import NamedTuple
+
+
+class Difference(NamedTuple):
+    """Of two means: a − b, the ends of its 95 % interval, and the p-value of Welch's t-test."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """The ends of Student's t-interval of the mean; None below two values, or where one is not finite."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return None
+    half = quantile(len(values), level) * stdev(values) / math.sqrt(len(values))
+    return mean(values) - half, mean(values) + half
+
+
+def prediction_interval(values: Sequence[float], level: float) -> tuple[float, float] | None:
+    """Where one further value of the same normal distribution lies with probability `level`; None as `interval`."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return None
+    half = quantile(len(values), level) * stdev(values) * math.sqrt(1 + 1 / len(values))
+    return mean(values) - half, mean(values) + half
+
+
+@cache
+def quantile(count: int, level: float) -> float:
+    """Half the width of an interval of `count` values, in standard errors: Student's t with count − 1 degrees."""
+    from scipy import stats
+
+    return float(stats.t.ppf((1 + level) / 2, count - 1))
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> Difference | None:
+    """Welch's t-test of two samples; None where one has fewer than two values, or neither varies."""
+    if interval(a) is None or interval(b) is None or (stdev(a) == 0 and stdev(b) == 0):
+        return None
+    from scipy import stats
+
+    test = stats.ttest_ind(a, b, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    return Difference(mean(a) - mean(b), float(low), float(high), float(test.pvalue))
+
+
+def expected_best(trials: Sequence[tuple[float, float]], lower_is_better: bool) -> list[float]:
+    """What a search gives for a budget: for k = 1 … N the expectation of the second value of the trial that has the
+    best first value among k trials drawn without replacement. With twice the same value it is the expected best itself.
+
+    Dodge et al. 2019 (arXiv 1910.11758) estimate it with replacement; without, the i-th worst of N trials is the best
+    of k with probability C(i−1, k−1) / C(N, k), and the curve ends at the best of the trials that there are. Trials
+    that tie share their second values. An entry is infinite where some order of the trials yields an infinite value.
+    """
+    count = len(trials)
+    ordered = sorted(trials, key=lambda trial: trial[0], reverse=lower_is_better)  # from worst to best
+    seconds: list[float] = []
+    for _, tied in groupby(ordered, key=lambda trial: trial[0]):
+        values = [second for _, second in tied]
+        seconds += [mean(values)] * len(values)
+    return [
+        math.fsum(math.comb(i, k - 1) / math.comb(count, k) * seconds[i] for i in range(k - 1, count))
+        for k in range(1, count + 1)
+    ]
