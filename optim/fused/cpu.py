@@ -20,7 +20,7 @@ from ..settings import Settings
 from ..sharded import join_sums
 from ..step_tensors import StepTensors
 from .carried_sums import CarriedSums, are_carried, note_of
-from .layout import lay_out_like
+from .layout import laid_out
 
 SOURCE = Path(__file__).with_name("apollo_cpu.cpp")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -53,7 +53,7 @@ def _fused_cpu_apollo(
     if found_inf is not None and found_inf.item():
         return
     s, params = settings, tensors.params
-    tensors = replace(tensors, grads=lay_out_like(params, tensors.grads, *tensors.states))
+    tensors = replace(tensors, grads=laid_out(params, tensors.grads))
     here = list(map(Tensor.numel, params))
 
     def note(i: int) -> tuple:
