@@ -26,8 +26,6 @@ from .dispatch import apollo, fused_step
 from .settings import Settings, check_settings
 from .step_tensors import StepTensors
 
-STATE = {"step", "hessian", "direction"}  # what every parameter's state has
-
 
 class Apollo(Optimizer):
     r"""Apollo, an adaptive parameter-wise diagonal quasi-Newton method.
@@ -193,16 +191,16 @@ class Apollo(Optimizer):
             params.append(param)
             grads.append(grad)
             states.append(state)
-        for param, state in zip(params, states, strict=True):
-            if not state.keys() >= STATE:
-                missing = ", ".join(sorted(STATE - state.keys()))
-                index = next(i for i, x in enumerate(group["params"]) if x is param)
-                raise RuntimeError(f"Apollo: the state of {_name_of(group, index)} has no {missing}; is it another's?")
         exp_avgs += [state.get("exp_avg") for state in states]
-        hessians += [state["hessian"] for state in states]
-        directions += [state["direction"] for state in states]
         sigmas += [state.get("sigma") for state in states]
-        steps += [state["step"] for state in states]
+        try:
+            hessians += [state["hessian"] for state in states]
+            directions += [state["direction"] for state in states]
+            steps += [state["step"] for state in states]
+        except KeyError as missing:
+            i = next(i for i, state in enumerate(states) if missing.args[0] not in state)
+            name = _name_with_gradient(group, i)
+            raise RuntimeError(f"Apollo: the state of {name} has no {missing}; is it another optimizer's?") from None
 
     def _init_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
         """Adds to a parameter's state what its group's settings ask for and it does not have yet."""

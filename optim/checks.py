@@ -29,9 +29,12 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 def facts(tensors: StepTensors) -> tuple[list[Any], ...]:
     """What `check_tensors` depends on: where parameters and state are and in which form, and the form of gradients."""
-    written = list(_written(tensors))
-    columns = [list(map(fact, written)) for fact in (SHAPE, DTYPE, Tensor.stride, Tensor.data_ptr)]
-    return *columns, *(list(map(fact, tensors.grads)) for fact in (type, SHAPE, DTYPE, Tensor.is_neg))
+    large, small = list(_of_shape(tensors)), list(_scalars(tensors))
+    return (
+        *(list(map(fact, large)) for fact in (SHAPE, DTYPE, Tensor.stride, Tensor.data_ptr)),
+        *(list(map(fact, small)) for fact in (SHAPE, DTYPE, Tensor.data_ptr)),
+        *(list(map(fact, tensors.grads)) for fact in (SHAPE, DTYPE)),
+    )
 
 
 def check_tensors(tensors: StepTensors, name_of: NameOf) -> None:
@@ -59,7 +62,7 @@ def check_tensors(tensors: StepTensors, name_of: NameOf) -> None:
 def written_ranges(tensors: StepTensors) -> Ranges:
     """The ranges of memory that a step writes to, joined where they meet in each other."""
     begins, ends = [], []
-    for begin, end in sorted(_range_of(x) for x in _written(tensors) if x.numel()):
+    for begin, end in sorted(_range_of(x) for x in chain(_of_shape(tensors), _scalars(tensors)) if x.numel()):
         if ends and begin < ends[-1]:
             ends[-1] = max(ends[-1], end)
         else:
@@ -68,7 +71,7 @@ def written_ranges(tensors: StepTensors) -> Ranges:
 
 
 def apart_from(ranges: Ranges, grads: list[Tensor], known: list[int]) -> list[Tensor]:
-    """The gradients, with a copy of each that shares memory with what the step writes to.
+    """The gradients as a kernel may read them: with a copy of each that shares memory with what the step writes to.
 
     `known` keeps the addresses for which nothing was found, for the next step.
     """
@@ -80,20 +83,26 @@ def apart_from(ranges: Ranges, grads: list[Tensor], known: list[int]) -> list[Te
     for i, grad in enumerate(grads):
         begin, end = _range_of(grad)
         last = bisect_left(begins, end) - 1
-        if last >= 0 and ends[last] > begin:
+        if (last >= 0 and ends[last] > begin) or grad.is_neg():  # the sign of is_neg() is not in memory
             found.append(i)
     if not found:
         known[:] = addresses
         return grads
     grads = list(grads)
     for i in found:
-        grads[i] = grads[i].clone()
+        grads[i] = grads[i].clone().resolve_neg()
     return grads
 
 
-def _written(tensors: StepTensors) -> Iterable[Tensor]:
-    optional = (x for x in chain(tensors.exp_avgs, tensors.sigmas) if x is not None)
-    return chain(tensors.params, tensors.hessians, tensors.directions, tensors.steps, optional)
+def _of_shape(tensors: StepTensors) -> Iterable[Tensor]:
+    """What the step writes to of the parameters' shapes."""
+    averages = (x for x in tensors.exp_avgs if x is not None)
+    return chain(tensors.params, tensors.hessians, tensors.directions, averages)
+
+
+def _scalars(tensors: StepTensors) -> Iterable[Tensor]:
+    """What else the step writes to."""
+    return chain(tensors.steps, (x for x in tensors.sigmas if x is not None))
 
 
 def _state(tensors: StepTensors, i: int) -> dict[str, Any]:

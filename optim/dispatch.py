@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,8 +49,8 @@ def apollo(
     else:
         plan = _plan(owner, tensors, settings, name_of)
         lists, tensors = plan.lists, replace(tensors, grads=apart_from(plan.written, tensors.grads, plan.apart))
-    for step, device, indices in lists:
-        part = tensors if len(lists) == 1 else tensors.part(indices)
+    for step, device, indices, kept in lists:
+        part = replace(tensors if len(lists) == 1 else tensors.part(indices), kept=kept)
         scale = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
         if step not in UNFUSED:
             step(part, settings, scale, None if found_inf is None else found_inf.to(device, non_blocking=True))
@@ -62,11 +62,20 @@ def apollo(
 UNFUSED = (_single_tensor_apollo, _multi_tensor_apollo)  # they take their scalars on the host
 
 
+class _List(NamedTuple):
+    """What steps over a list of one kind, where, the indices of its parameters, and what the step keeps."""
+
+    step: Callable[..., None]
+    device: torch.device
+    indices: list[int]
+    kept: dict[str, Any]
+
+
 class _Plan(NamedTuple):
     """What has been found out about the tensors of a group, and holds as long as `key` does."""
 
     key: tuple
-    lists: list[tuple[Callable[..., None], torch.device, list[int]]]
+    lists: list[_List]
     written: Ranges
     apart: list[int]  # addresses of gradients that were found to be apart from what is written
 
@@ -87,8 +96,8 @@ def _plan(owner: Tensor, tensors: StepTensors, settings: Settings, name_of: Name
     return plan
 
 
-def _lists(tensors: StepTensors, settings: Settings) -> list[tuple[Callable[..., None], torch.device, list[int]]]:
-    """The lists of one kind, by their indices: what steps over each, and where."""
+def _lists(tensors: StepTensors, settings: Settings) -> list[_List]:
+    """The lists of one kind."""
     kinds: dict[tuple, list[int]] = {}
     for i, (param, grad) in enumerate(zip(tensors.params, tensors.grads, strict=True)):
         plain = grad.dtype is param.dtype and not is_compiling() and _has_plain_memory(tensors, i)
@@ -106,7 +115,7 @@ def _lists(tensors: StepTensors, settings: Settings) -> list[tuple[Callable[...,
             for i in indices:  # elsewhere after a change of settings
                 if tensors.steps[i].is_cuda != (on_device and device.type == "cuda"):
                     tensors.steps[i].data = tensors.steps[i].to(device if on_device else "cpu")
-        lists.append((step, device, indices))
+        lists.append(_List(step, device, indices, {}))
     return lists
 
 

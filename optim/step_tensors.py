@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -25,6 +26,8 @@ class StepTensors:
     steps: list[Tensor]  # t
     numels: list[int] = field(default_factory=list)  # elements of the whole parameters, over all ranks
     shards: list[ProcessGroups] = field(default_factory=list)  # the ranks that share a parameter, () where it is whole
+
+    kept: dict[str, Any] = field(default_factory=dict)  # what a step keeps for as long as nothing but gradients changes
 
     def part(self, indices: Sequence[int]) -> "StepTensors":
         columns = (

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+import optim.native
 from classification.native import resize
 from classification.native.resize import resized_square
-import optim.native
 from optim.native import NotCompiled
 
 
