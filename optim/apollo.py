@@ -45,6 +45,8 @@ class Apollo(Optimizer):
         p      <-  p - lr_t * d
 
     lr_t rises linearly from `init_lr` to `lr` over the first `warmup` steps. Where a scheduler warms up, pass warmup=0.
+    An lr of 0 moves nothing, in the warmup too. `load_state_dict` keeps the optimizer's own `capturable`, and its lr a
+    tensor where it was and a float else; all other settings are those of the checkpoint.
 
     Starting points, of the two eras of the published results: sigma=1.0 with lr 0.5 (image classification) to 10
     (language modelling, translation), warmup 100 to 1000 from init_lr 0.01; or sigma=0.01 with lr 0.01 to 0.1, warmup
@@ -78,7 +80,7 @@ class Apollo(Optimizer):
 
     Raises:
         ValueError: a setting that is out of range, not finite or unknown.
-        RuntimeError: a sparse or complex gradient (step).
+        RuntimeError: a sparse or complex gradient; state that does not fit its parameter, or shared memory (step).
 
     Source: arXiv 2009.13586, Algorithm 1; rebound "constant" with sigma 0.01 and "belief" from the later revisions.
     """

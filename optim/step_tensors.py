@@ -47,7 +47,7 @@ class StepTensors:
 
     def local(self) -> "StepTensors":
         """The same with numels and shards, and where parameters are sharded with this rank's part of each tensor."""
-        numels = [param.numel() for param in self.params]
+        numels = list(map(Tensor.numel, self.params))
         if not any_sharded(self.params):
             return replace(self, numels=numels, shards=[()] * len(numels))
         return replace(
