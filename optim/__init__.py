@@ -6,8 +6,10 @@ Needs torch alone, and nothing of the rest of the repository.
 import importlib
 import inspect
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
+from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 from torch.optim.optimizer import ParamsT
 
@@ -54,12 +56,34 @@ def create_optimizer(name: str, params: ParamsT, **settings: Any) -> Optimizer:
     for key in names:
         if accepted[key].default is inspect.Parameter.empty and key not in settings:
             raise ValueError(f"optimizer {name!r} needs the setting {key!r}")
+    if name in OPTIMIZERS:
+        for key, value in settings.items():
+            if rule := _broken_rule(accepted[key].default, value):
+                raise ValueError(f"optimizer {name!r}: {key} must be {rule}, got {value!r}")
     if cls is Apollo:
         settings = {"warmup": 0, **settings}
     try:
         return cls(params, **settings)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"optimizer {name!r}: {error}") from error
+    except Exception as error:  # classes of others check their settings as they like, or not at all
+        raise ValueError(f"optimizer {name!r}: {error or type(error).__name__}; its settings: {settings}") from error
+
+
+def _broken_rule(default: Any, value: Any) -> str | None:
+    """What a setting must be by the kind of its default, where it is not that."""
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, (int, float)):
+        return None if _is_number(value) else "a number"
+    if isinstance(default, tuple):
+        fits = isinstance(value, (list, tuple)) and len(value) == len(default) and all(map(_is_number, value))
+        return None if fits else f"a list of {len(default)} numbers"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (Real, Tensor)) and not isinstance(value, bool)
 
 
 def _import(path: str) -> Callable[..., Optimizer]:

@@ -1,9 +1,9 @@
 """Apollo, an adaptive parameter-wise diagonal quasi-Newton method (Ma, arXiv 2009.13586).
 
-Laid out as a file of torch.optim: the class, the state of a group, the step, the algorithm, and the choice between its
-implementations. The published algorithm, written literally, is apollo_reference.py: read that first. The step here
-takes it tensor by tensor; the foreach step (apollo_foreach.py) and the fused ones (fused/cpu.py, fused/cuda.py) do the
-same over lists of tensors. Tests hold all of them to the reference.
+Laid out as a file of torch.optim: the class, the state of a group, the step, and the choice between its
+implementations (dispatch.py). The published algorithm, written literally, is apollo_reference.py: read that first. The
+single-tensor step (apollo_single.py) takes it tensor by tensor; the foreach step (apollo_foreach.py) and the fused ones
+(fused/cpu.py, fused/cuda.py) do the same over lists of tensors. Tests hold all of them to the reference.
 
 The average m = d * D of the gradient is not stored where it can be computed again from d and B: two state tensors, like
 Adam, instead of the three of the published code. Only decoupled weight decay, which adds to d, needs the third. (Or d =
@@ -11,9 +11,7 @@ m / D might not be stored, instead of m. But a step's sums are of d: with d at h
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,12 +20,10 @@ from torch.compiler import is_compiling
 from torch.optim.optimizer import Optimizer, ParamsT
 from typing_extensions import override
 
-from .apollo_foreach import _multi_tensor_apollo
-from .apollo_math import averaging_weight, curvature_offset, norm_eps, warmed_up_lr
-from .fused import cpu as fused_cpu
-from .fused.layout import is_dense
+from .apollo_math import curvature_offset
+from .checks import state_dtype
+from .dispatch import apollo, fused_step
 from .settings import Settings, check_settings
-from .sharded import join
 from .step_tensors import StepTensors
 
 
@@ -49,6 +45,8 @@ class Apollo(Optimizer):
         p      <-  p - lr_t * d
 
     lr_t rises linearly from `init_lr` to `lr` over the first `warmup` steps. Where a scheduler warms up, pass warmup=0.
+    An lr of 0 moves nothing, in the warmup too. `load_state_dict` keeps the optimizer's own `capturable`, and its lr a
+    tensor where it was and a float else; all other settings are those of the checkpoint.
 
     Starting points, of the two eras of the published results: sigma=1.0 with lr 0.5 (image classification) to 10
     (language modelling, translation), warmup 100 to 1000 from init_lr 0.01; or sigma=0.01 with lr 0.01 to 0.1, warmup
@@ -82,7 +80,7 @@ class Apollo(Optimizer):
 
     Raises:
         ValueError: a setting that is out of range, not finite or unknown.
-        RuntimeError: a sparse or complex gradient (step).
+        RuntimeError: a sparse or complex gradient; state that does not fit its parameter, or shared memory (step).
 
     Source: arXiv 2009.13586, Algorithm 1; rebound "constant" with sigma 0.01 and "belief" from the later revisions.
     """
@@ -137,6 +135,7 @@ class Apollo(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for group in state_dict["param_groups"]:
             check_settings({**self.defaults, **group})
+        own = [(group["capturable"], group["lr"]) for group in self.param_groups]
         # torch casts loaded state to the parameter's dtype. Ours stays float32 where parameters are half precision, so
         # the tensors are taken once more from what was loaded, after any hook of the user's has had its say.
         loaded: dict[str, Any] = {}
@@ -145,6 +144,15 @@ class Apollo(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        for group, (capturable, lr) in zip(self.param_groups, own, strict=True):
+            # What belongs to the process and not to the run: a graph needs its own, and so does a step without one.
+            group["capturable"] = capturable
+            if isinstance(lr, Tensor):
+                group["lr"] = torch.as_tensor(group["lr"]).to(lr.device, lr.dtype, copy=True)
+            else:
+                group["lr"] = float(group["lr"])
+            for key, value in self.defaults.items():  # settings that the checkpoint is too old for
+                group.setdefault(key, value)
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
         owners = [(group, param) for group in self.param_groups for param in group["params"]]
         for i, (group, param) in zip(ids, owners, strict=True):
@@ -153,7 +161,7 @@ class Apollo(Optimizer):
                     device = param.device if _counts_on_device(group, param) else "cpu"
                     self.state[param][key] = torch.as_tensor(value).to(device, torch.float32, copy=True)
                 elif isinstance(value, Tensor):
-                    self.state[param][key] = value.to(param.device, _state_dtype(param), copy=True)
+                    self.state[param][key] = value.to(param.device, state_dtype(param), copy=True)
 
     def _init_group(
         self,
@@ -186,14 +194,19 @@ class Apollo(Optimizer):
             grads.append(grad)
             states.append(state)
         exp_avgs += [state.get("exp_avg") for state in states]
-        hessians += [state["hessian"] for state in states]
-        directions += [state["direction"] for state in states]
         sigmas += [state.get("sigma") for state in states]
-        steps += [state["step"] for state in states]
+        try:
+            hessians += [state["hessian"] for state in states]
+            directions += [state["direction"] for state in states]
+            steps += [state["step"] for state in states]
+        except KeyError as missing:
+            i = next(i for i, state in enumerate(states) if missing.args[0] not in state)
+            name = _name_with_gradient(group, i)
+            raise RuntimeError(f"Apollo: the state of {name} has no {missing}; is it another optimizer's?") from None
 
     def _init_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
         """Adds to a parameter's state what its group's settings ask for and it does not have yet."""
-        belief, dtype = group["rebound"] == "belief", _state_dtype(param)
+        belief, dtype = group["rebound"] == "belief", state_dtype(param)
         if not state:
             device = param.device if _counts_on_device(group, param) else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
@@ -218,7 +231,7 @@ class Apollo(Optimizer):
                 loss = closure()
 
         for group in self.param_groups:
-            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing() and not group["capturable"]:
+            if not group["capturable"] and not is_compiling() and _is_capturing():
                 raise RuntimeError("Apollo: a step captured in a CUDA graph needs capturable=True")
             params: list[Tensor] = []
             grads: list[Tensor] = []
@@ -233,115 +246,26 @@ class Apollo(Optimizer):
                 Settings.of(group),
                 grad_scale=getattr(self, "grad_scale", None),
                 found_inf=getattr(self, "found_inf", None),
+                name_of=partial(_name_with_gradient, group),
             )
         return loss
 
 
-def _single_tensor_apollo(tensors: StepTensors, settings: Settings, grad_scale: Tensor | None) -> None:
-    s = settings
-    for i, param in enumerate(tensors.params):
-        hessian, d, sigma, step = tensors.hessians[i], tensors.directions[i], tensors.sigmas[i], tensors.steps[i]
-        before = step.to(d.dtype, copy=True) if s.capturable else step.item()
-        t = before + 1
-        step += 1
-        if tensors.numels[i] == 0:
-            continue
-        alpha = averaging_weight(s.beta, t)
-        total = partial(join, groups=tensors.shards[i])  # of a sharded parameter's sums, over its shards
-
-        grad = tensors.grads[i].to(d.dtype)
-        if grad_scale is not None:
-            grad = grad / grad_scale
-        if s.maximize:
-            grad = -grad
-        if s.l2 != 0:
-            grad = grad.add(param, alpha=s.l2)
-
-        # the average of the gradient: m = d * D of the step before, and what this gradient changes
-        exp_avg = tensors.exp_avgs[i]
-        if exp_avg is None:
-            bound = sigma if s.belief else s.sigma
-            exp_avg = d * (hessian.abs().clamp_(min=bound) + curvature_offset(s.eps, s.beta, before, s.rebound))
-        delta_g = grad - exp_avg
-        exp_avg.add_(alpha * delta_g)
-
-        # the diagonal Hessian, by the weak secant equation along the direction of the step before
-        denom = total(d.pow(4).sum()) ** 0.25 + norm_eps(s.eps, s.sigma, s.rebound)
-        v = d / denom
-        delta = total(-alpha * (delta_g / denom * v).sum() - (hessian * v.square()).sum())
-        hessian.add_(delta * v.square())
-
-        # the rectified curvature, and the direction of this step
-        if s.belief:
-            sigma.copy_(total(delta_g.abs().amax() if delta_g.numel() else delta_g.sum(), largest=True))
-            curvature = hessian.abs().clamp_(min=sigma) + curvature_offset(s.eps, s.beta, t, s.rebound)
-        else:
-            curvature = hessian.abs().clamp_(min=s.sigma)
-        torch.div(exp_avg, curvature, out=d)
-        if s.stable:
-            d.addcmul_(param.to(d.dtype), s.decay / (total(curvature.sum()) / tensors.numels[i]))
-        elif s.decay != 0:
-            d.add_(param, alpha=s.decay)
-
-        param.sub_(d * warmed_up_lr(s.lr, s.init_lr, s.warmup, before))
-
-
-def apollo(
-    tensors: StepTensors,
-    settings: Settings,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """Functional form of `Apollo`'s step, in place.
-
-    Sorts the parameters into lists of one device and dtype, and gives each list to the implementation that suits it.
-    Gradients are divided by `grad_scale`; nothing happens where `found_inf` is not 0. Both are 1-element tensors.
-    """
-    tensors = tensors.local()
-    kinds = [
-        (param.device, param.dtype, grad.dtype, exp_avg is None, is_dense(param))
-        for param, grad, exp_avg in zip(tensors.params, tensors.grads, tensors.exp_avgs, strict=True)
-    ]
-    lists = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)}
-    for (device, dtype, grad_dtype, _, dense), indices in lists.items():
-        step = _implementation(device, dtype, settings, dense and grad_dtype is dtype)
-        part = tensors.part(indices) if len(lists) > 1 else tensors
-        scale = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
-        if step not in (_single_tensor_apollo, _multi_tensor_apollo):
-            step(part, settings, scale, None if found_inf is None else found_inf.to(device, non_blocking=True))
-        elif found_inf is None or not found_inf.item():
-            on_host = isinstance(settings.lr, Tensor) and not settings.capturable
-            step(part, replace(settings, lr=settings.lr.item()) if on_host else settings, scale)
-
-
-def _implementation(device: torch.device, dtype: torch.dtype, s: Settings, plain: bool) -> Callable[..., None]:
-    """What steps over a list. `plain`: in memory without gaps, with gradients of the parameters' dtype."""
-    if s.fused or (s.fused is None and s.foreach is None):
-        return (plain and not is_compiling() and _fused_step(device, dtype)) or _multi_tensor_apollo
-    return _multi_tensor_apollo if s.foreach else _single_tensor_apollo
-
-
-def _fused_step(device: torch.device, dtype: torch.dtype) -> Callable[..., None] | None:
-    """The fused step for parameters of this device and dtype, if there is one."""
-    if device.type == "cpu":
-        return fused_cpu._fused_cpu_apollo if dtype in fused_cpu.DTYPES and fused_cpu.library() else None
-    if device.type == "cuda" and find_spec("triton"):
-        from .fused import cuda as fused_cuda  # not at the top: it needs Triton
-
-        return fused_cuda._fused_cuda_apollo if dtype in fused_cuda.DTYPES else None
-    return None
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _counts_on_device(group: dict[str, Any], param: Tensor) -> bool:
     """Whether the count of steps lives on the parameter's device, for a graph or a fused step; else on the CPU."""
     wants_fused = group["fused"] or (group["fused"] is None and group["foreach"] is None)
     return group["capturable"] or bool(
-        param.device.type == "cuda" and wants_fused and _fused_step(param.device, param.dtype)
+        param.device.type == "cuda" and wants_fused and fused_step(param.device, param.dtype)
     )
 
 
-def _state_dtype(param: Tensor) -> torch.dtype:
-    return torch.float32 if param.dtype.itemsize < 4 else param.dtype
+def _name_with_gradient(group: dict[str, Any], i: int) -> str:
+    """The name of number i among the parameters that have a gradient."""
+    return _name_of(group, [index for index, param in enumerate(group["params"]) if param.grad is not None][i])
 
 
 def _name_of(group: dict[str, Any], index: int) -> str:

@@ -13,13 +13,16 @@ def averaging_weight(beta: float, step: float | Tensor) -> float | Tensor:
 
 
 def warmed_up_lr(lr: float | Tensor, init_lr: float, warmup: int, steps_before: float | Tensor) -> float | Tensor:
-    """lr of the step after `steps_before` steps: linear from `init_lr` over the first `warmup` steps, then `lr`."""
+    """lr of the step after `steps_before` steps: linear from `init_lr` over the first `warmup` steps, then `lr`.
+
+    An lr of 0 stays 0, for whoever sets it means that nothing moves.
+    """
     if warmup == 0:
         return lr
     ramp = init_lr + (lr - init_lr) * steps_before / warmup
     if isinstance(steps_before, Tensor):
-        return torch.where(steps_before < warmup, ramp, lr)
-    return ramp if steps_before < warmup else lr
+        return torch.where((steps_before < warmup) & (lr != 0), ramp, lr)
+    return ramp if steps_before < warmup and lr != 0 else lr
 
 
 def norm_eps(eps: float, sigma: float, rebound: str) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +27,8 @@ class StepTensors:
     numels: list[int] = field(default_factory=list)  # elements of the whole parameters, over all ranks
     shards: list[ProcessGroups] = field(default_factory=list)  # the ranks that share a parameter, () where it is whole
 
+    kept: dict[str, Any] = field(default_factory=dict)  # what a step keeps for as long as nothing but gradients changes
+
     def part(self, indices: Sequence[int]) -> "StepTensors":
         columns = (
             self.params, self.grads, self.exp_avgs, self.hessians, self.directions, self.sigmas, self.steps,
@@ -44,7 +47,7 @@ class StepTensors:
 
     def local(self) -> "StepTensors":
         """The same with numels and shards, and where parameters are sharded with this rank's part of each tensor."""
-        numels = [param.numel() for param in self.params]
+        numels = list(map(Tensor.numel, self.params))
         if not any_sharded(self.params):
             return replace(self, numels=numels, shards=[()] * len(numels))
         return replace(

@@ -21,13 +21,13 @@ import torch
 from golden_trajectories import APOLLO, errors, follow, load
 from torch import nn
 
-import optim.apollo
+import optim.dispatch
 from optim import Apollo
 from optim.fused import cuda as fused_cuda
 
 # Chunks of a few blocks, so that the small golden tensors take several, the last one not full.
 fused_cuda.CHUNK, fused_cuda.BLOCK, fused_cuda.JOIN = 32, 16, 1
-optim.apollo._implementation = lambda *_: fused_cuda._fused_cuda_apollo
+optim.dispatch._implementation = lambda *_: fused_cuda._fused_cuda_apollo
 
 results = {}
 for name in APOLLO:
@@ -37,8 +37,8 @@ for name in APOLLO:
 
 
 def train(dtype=torch.float32, fused=True, scale=None, lr=0.1, found=(), between=lambda params: None, **settings):
-    chosen = fused_cuda._fused_cuda_apollo if fused else optim.apollo._single_tensor_apollo
-    optim.apollo._implementation = lambda *_: chosen
+    chosen = fused_cuda._fused_cuda_apollo if fused else optim.dispatch._single_tensor_apollo
+    optim.dispatch._implementation = lambda *_: chosen
     draw = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(n, generator=draw).to(dtype)) for n in (50, 5, 0)]
     optimizer = Apollo(params, lr=lr, warmup=2, init_lr=0.01, **settings)

@@ -6,7 +6,7 @@ forward and twice backward, ReLU and addition included. Statistics are summed in
 """
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,30 @@ def _is_native(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool
     return (
         norm.training
         and x.device.type == "cpu"
+        and x.dim() == 4
         and not torch.compiler.is_compiling()
         and type(norm) is nn.BatchNorm2d
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None
-        and norm.weight.dtype == torch.float32
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.shape[1] % LANES == 0
         and x.numel() > x.shape[1]
         and x.is_contiguous(memory_format=torch.channels_last)
-        and (shortcut is None or (shortcut.shape == x.shape and shortcut.dtype == x.dtype))
+        and all(map(partial(_is_of_rows, like=x), (x,) if shortcut is None else (x, shortcut)))
+        and all(map(partial(_is_of_channels, x=x), (norm.weight, norm.bias, norm.running_mean, norm.running_var)))
     )
+
+
+def _is_of_rows(tensor: Tensor, like: Tensor) -> bool:
+    """Whether it has what the native function takes for granted of x and the tensors of its shape, but for strides."""
+    return tensor.shape == like.shape and tensor.dtype == like.dtype and tensor.device.type == "cpu"
+
+
+def _is_of_channels(tensor: Tensor, x: Tensor) -> bool:
+    """Whether it is float32 [channels of x], in memory without gaps."""
+    expected = tensor.shape == x.shape[1:2] and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    return expected and tensor.is_contiguous()
 
 
 class _NormRelu(torch.autograd.Function):
@@ -73,6 +85,10 @@ class _NormRelu(torch.autograd.Function):
     @override(check_signature=False)
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight, mean, inverse_std = ctx.saved_tensors
+        # Whoever writes to `.data` between the passes may have changed what was saved.
+        rows = all(_is_of_rows(tensor, like=y) for tensor in (x, grad_y))
+        if not (rows and _is_of_channels(weight, y) and x.is_contiguous(memory_format=torch.channels_last)):
+            raise RuntimeError("relu(batch_norm(x)): x or the weight got another shape or dtype after forward")
         grad_y = grad_y.contiguous(memory_format=torch.channels_last)
         grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
         grad_shortcut = torch.empty_like(x) if ctx.has_shortcut else None

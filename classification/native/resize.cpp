@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <new>
 #include <vector>
@@ -157,7 +158,7 @@ extern "C" int resize_square(const uint8_t* pixels, int64_t stride, int64_t widt
       filter_rows(in, stride, down.extent, across, size, filtered.get());
       filter_columns(filtered.get(), bytes, bytes, down, size, square);
     }
-  } catch (const std::bad_alloc&) {
+  } catch (const std::exception&) {
     return 1;
   }
   return 0;

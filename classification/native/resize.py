@@ -42,13 +42,18 @@ def resized_square(
     """uint8 [size, size, 3]: `box` of `pixels` (uint8 [height, width, 3]) as `resized`, what begins at `corner` of it.
 
     `out`: contiguous and of that shape, to be written to and returned. ValueError where the box or the square reach
-    beyond what they are part of.
+    beyond what they are part of, or where `pixels` or `out` are of another form.
     """
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"pixels must be uint8 [height, width, 3], not {pixels.dtype} {list(pixels.shape)}")
     left, top, right, bottom = box
     inside = 0 <= left < right <= pixels.shape[1] and 0 <= top < bottom <= pixels.shape[0]
     if not (inside and size > 0 and all(0 <= at <= side - size for at, side in zip(corner, resized, strict=True))):
         raise ValueError(f"{box} of {pixels.shape} as {resized}: there is no square of {size} at {corner}")
     square = torch.empty(size, size, 3, dtype=torch.uint8) if out is None else out
+    fits = square.shape == (size, size, 3) and square.dtype == torch.uint8 and square.device.type == "cpu"
+    if not (fits and square.is_contiguous()):
+        raise ValueError(f"out must be contiguous, uint8 {[size, size, 3]}, not {square.dtype} {list(square.shape)}")
     if native := native_resize():
         function, order = native
         _by_native(function, order, pixels, box, resized, corner, square)

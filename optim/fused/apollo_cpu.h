@@ -96,7 +96,7 @@ Scalars<S> scalars_of_update(const ApolloTensor& t, const ApolloSettings& s, con
   const double steps = *t.step, warmup = double(s.warmup);
   const double alpha = (1 - s.beta) / (1 - std::pow(s.beta, steps + 1));
   const double denom = std::pow(sums.d4, 0.25) + (s.belief ? s.eps : s.eps / s.sigma);
-  x.lr = S(steps < warmup ? s.init_lr + (s.lr - s.init_lr) * steps / warmup : s.lr);
+  x.lr = S(steps < warmup && s.lr != 0 ? s.init_lr + (s.lr - s.init_lr) * steps / warmup : s.lr);
   x.alpha = S(alpha);
   x.delta = S(-(alpha * sums.gd + sums.bdd) / (denom * denom) / (denom * denom));
   x.bound = s.belief ? S(sums.max) : S(s.sigma);

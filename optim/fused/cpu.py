@@ -20,11 +20,12 @@ from ..settings import Settings
 from ..sharded import join_sums
 from ..step_tensors import StepTensors
 from .carried_sums import CarriedSums, are_carried, note_of
-from .layout import lay_out_like
+from .layout import laid_out
 
 SOURCE = Path(__file__).with_name("apollo_cpu.cpp")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SUM, UPDATE, DIRECTION = 1, 2, 4
+GRAD, KNOWN, COLUMNS = 1, 9, 10  # of struct ApolloTensor, in words of 64 bits
 LARGE = 65536  # elements; up to here a tensor is done in one go, in cache: float32 p, g, B and d are 1 MiB then
 
 _carried = CarriedSums()  # of each large parameter an array, by its direction
@@ -52,35 +53,26 @@ def _fused_cpu_apollo(
     """The step of parameters of one dtype whose memory has no gaps."""
     if found_inf is not None and found_inf.item():
         return
-    s, params = settings, tensors.params
-    tensors = replace(tensors, grads=lay_out_like(params, tensors.grads, *tensors.states))
-    here = list(map(Tensor.numel, params))
+    s, params, kept = settings, tensors.params, tensors.kept
+    tensors = replace(tensors, grads=laid_out(params, tensors.grads))
+    if "rows" not in kept or kept["belief"] != s.belief:
+        kept["rows"], kept["belief"] = _rows(tensors, s), s.belief
+        kept["large"] = [i for i, param in enumerate(params) if param.numel() > LARGE]
+    rows = kept["rows"]
+    rows[GRAD::COLUMNS] = array("q", map(Tensor.data_ptr, tensors.grads))
 
     def note(i: int) -> tuple:
         return note_of(s, [params[i], *(state[i] for state in tensors.states)])
 
-    carrying = [i for i, numel in enumerate(here) if numel > LARGE] if are_carried(s) else []
+    carrying = kept["large"] if are_carried(s) else []
     state_sums = array("d", bytes(32 * len(params)))  # four numbers a tensor
-    known = [0] * len(params)
+    known = array("q", bytes(8 * len(params)))
     for i in carrying:
         left = _carried.take(tensors.directions[i], note(i))
         if left is not None:
             state_sums[4 * i : 4 * i + 4], known[i] = left, 1
+    rows[KNOWN::COLUMNS] = known
 
-    nothing = [0] * len(params)
-    columns = [
-        _addresses(params),
-        _addresses(tensors.grads),
-        _addresses(tensors.exp_avgs) if tensors.stores_average else nothing,
-        _addresses(tensors.hessians),
-        _addresses(tensors.directions),
-        _addresses(tensors.sigmas) if s.belief else nothing,
-        _addresses(tensors.steps),
-        here,
-        tensors.numels,
-        known,
-    ]
-    rows = array("q", chain.from_iterable(zip(*columns, strict=True)))  # each is a struct ApolloTensor
     sums = torch.zeros(len(params), 5, dtype=torch.float64)
     factor = (-1.0 if s.maximize else 1.0) / (1.0 if grad_scale is None else grad_scale.item())
     numbers = float(s.lr), s.beta, s.eps, s.sigma, s.init_lr, s.l2, s.decay, factor
@@ -114,8 +106,14 @@ def _fused_cpu_apollo(
         _carried.leave(tensors.directions[i], note(i), state_sums[4 * i : 4 * i + 4])
 
 
-def _addresses(tensors: list[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
+def _rows(tensors: StepTensors, settings: Settings) -> array:
+    """For each tensor a struct ApolloTensor, without its gradient, and its carried sums not known."""
+    nothing = [None] * len(tensors.params)
+    addresses = [tensors.params, nothing, tensors.exp_avgs, tensors.hessians, tensors.directions]
+    addresses += [tensors.sigmas if settings.belief else nothing, tensors.steps]
+    columns = [[0 if x is None else x.data_ptr() for x in column] for column in addresses]
+    columns += [list(map(Tensor.numel, tensors.params)), tensors.numels, [0] * len(tensors.params)]
+    return array("q", chain.from_iterable(zip(*columns, strict=True)))
 
 
 if __name__ == "__main__":

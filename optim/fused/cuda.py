@@ -32,8 +32,9 @@ from ..settings import Settings
 from ..sharded import join_sums
 from ..step_tensors import StepTensors
 from .carried_sums import CarriedSums, are_carried, note_of
-from .layout import lay_out_like
+from .layout import laid_out
 from .triton_kernels import (
+    COLUMNS,
     CURVATURE,
     MAX,
     SCALARS,
@@ -61,7 +62,7 @@ def _fused_cuda_apollo(
     s, params, device = settings, tensors.params, tensors.params[0].device
     stored, sharded, lr = tensors.stores_average, any(tensors.shards), s.lr
 
-    tensors = replace(tensors, grads=lay_out_like(params, tensors.grads, *tensors.states))
+    tensors = replace(tensors, grads=laid_out(params, tensors.grads))
     here = tuple(param.numel() for param in params)
     chunks, first_chunks, counts = _chunks(here, device)
     nothing = [0] * len(params)
@@ -136,6 +137,14 @@ def _fused_cuda_apollo(
             )
 
 
+def launch_one() -> None:
+    """Launches the smallest kernel on one empty tensor's row. Raises what Triton raises where it cannot."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU in Triton's interpreter
+    table = torch.zeros(1, COLUMNS.value, dtype=torch.int64, device=device)
+    sums = torch.empty(1, SUMS.value, dtype=torch.float64, device=device)
+    join_chunks[(1,)](table, sums, sums, JOIN=JOIN)
+
+
 def _addresses(tensors: list[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
@@ -150,7 +159,7 @@ def _chunks(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, list
 
 
 # Tables on the device by what is in them, the latest last; and, by size, one pinned and one device buffer in reserve:
-# neither should be allocated while a CUDA graph is being captured.
+# neither should be allocated while a CUDA graph is being captured, and a capture uses both up.
 _tables: OrderedDict[tuple, Tensor] = OrderedDict()
 _reserve: dict[tuple, tuple[Tensor, Tensor]] = {}
 _captured: list[tuple[Tensor, ...]] = []  # what graphs go on reading
@@ -160,25 +169,27 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _pinned(values: Tensor, device: torch.device) -> Tensor:
+    return values.pin_memory() if device.type == "cuda" else values
+
+
 def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
     """`values` as int64 on the device, sent there without waiting for it, and only where they have changed."""
-    key, size = (device, values), (device, len(values))
+    key, size, capturing = (device, values), (device, len(values)), _is_capturing(device)
     table = _tables.get(key)
     if table is not None:
         _tables.move_to_end(key)
-    elif _is_capturing(device):
+    elif capturing:
         if size not in _reserve:
-            raise RuntimeError("Apollo: make a few steps before the one that is captured, as torch.cuda.graph asks")
+            raise RuntimeError("Apollo: make a step before each one that is captured, as torch.cuda.graph asks")
         pinned, table = _reserve.pop(size)
         table.copy_(pinned.copy_(torch.tensor(values)), non_blocking=True)
         _captured.append((pinned,))
     else:
-        pinned = torch.tensor(values)
-        if device.type == "cuda":
-            pinned = pinned.pin_memory()
-            if size not in _reserve:
-                _reserve[size] = torch.empty_like(pinned).pin_memory(), torch.empty_like(pinned, device=device)
-        table = _tables[key] = pinned.to(device, non_blocking=True)
+        table = _tables[key] = _pinned(torch.tensor(values), device).to(device, non_blocking=True)
         if len(_tables) > 16:
             _tables.popitem(last=False)
+    if not capturing and size not in _reserve:  # by every step, for the next capture may follow this one
+        empty = torch.empty(len(values), dtype=torch.int64)
+        _reserve[size] = _pinned(empty, device), torch.empty_like(empty, device=device)
     return table

@@ -18,23 +18,26 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
-def lay_out_like(params: list[Tensor], grads: list[Tensor], *states: list[Tensor]) -> list[Tensor]:
-    """Brings states, in place, and gradients, returned, into the order of their dense parameters.
+def lay_out_states(params: list[Tensor], *states: list[Tensor]) -> None:
+    """Brings states, in place, into the order of their dense parameters.
 
-    They have it as a rule. State has not where it was loaded from elsewhere, or is older than a change of the model's
-    memory format: it is laid out anew, once. A gradient is copied.
+    They have it as a rule, but not where they were loaded from elsewhere, or are older than a change of the model's
+    memory format.
     """
-    if all(map(Tensor.is_contiguous, chain(params, grads, *states))):
-        return grads
-    grads = list(grads)
     for i, param in enumerate(params):
-        layout = _layout(param)
         for state in states:
-            if _layout(state[i]) != layout:
+            if _layout(state[i]) != _layout(param):
                 state[i].data = torch.empty_like(param, dtype=state[i].dtype).copy_(state[i])
-        if _layout(grads[i]) != layout:
-            grads[i] = torch.empty_like(param).copy_(grads[i])
-    return grads
+
+
+def laid_out(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """The gradients, with a copy of each that has not the order of its dense parameter."""
+    if all(map(Tensor.is_contiguous, chain(params, grads))):
+        return grads
+    return [
+        grad if _layout(grad) == _layout(param) else torch.empty_like(param).copy_(grad)
+        for param, grad in zip(params, grads, strict=True)
+    ]
 
 
 def _layout(x: Tensor) -> list[int]:

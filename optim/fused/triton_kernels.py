@@ -198,7 +198,7 @@ def make_scalars(
     inverse_alpha = (1 - tl.exp((before + 1) * log_beta)) / one_minus_beta
     norm = tl.sqrt(tl.sqrt(d4)) + norm_eps
     delta = -(gd / inverse_alpha + bdd) / (norm * norm) / (norm * norm)
-    lr = tl.where(before < warmup, init_lr + (lr - init_lr) * before / tl.maximum(warmup, 1), lr)
+    lr = tl.where((before < warmup) & (lr != 0), init_lr + (lr - init_lr) * before / tl.maximum(warmup, 1), lr)
 
     out = scalars + tensor * SCALARS
     tl.store(out + LR, lr.to(tl.float32))

@@ -1,0 +1,158 @@
+"""What a step asks of its tensors before it is taken, so that no step reads or writes outside a tensor.
+
+Any Python code may give a tensor another shape, dtype, order or memory between two steps, or load state that belongs to
+another parameter. torch's own operators compare the tensors that they are given, but the fused steps work with
+addresses. So all forms of the step take lists that have passed `check_tensors`. That takes longer than a step may, so
+it is asked again only where `facts` have changed, which are cheap.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .step_tensors import StepTensors
+
+NameOf = Callable[[int], str]  # what an error calls parameter i of a list
+Ranges = tuple[list[int], list[int]]  # of memory: where they begin, in order, and where they end
+
+SHAPE, DTYPE = attrgetter("shape"), attrgetter("dtype")
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    return torch.float32 if param.dtype.itemsize < 4 else param.dtype
+
+
+def facts(tensors: StepTensors) -> tuple[list[Any], ...]:
+    """What `check_tensors` depends on: where parameters and state are and in which form, and the form of gradients."""
+    large, small = list(_of_shape(tensors)), list(_scalars(tensors))
+    return (
+        *(list(map(fact, large)) for fact in (SHAPE, DTYPE, Tensor.stride, Tensor.data_ptr)),
+        *(list(map(fact, small)) for fact in (SHAPE, DTYPE, Tensor.data_ptr)),
+        *(list(map(fact, tensors.grads)) for fact in (SHAPE, DTYPE)),
+    )
+
+
+def check_tensors(tensors: StepTensors, name_of: NameOf) -> None:
+    """Raises RuntimeError, naming the parameter, where a tensor does not fit its parameter or shares memory."""
+    for i, param in enumerate(tensors.params):
+        if not param.is_floating_point() or param.layout is not torch.strided:
+            raise RuntimeError(f"Apollo takes dense floating-point parameters: {name_of(i)} is {_form(param)}")
+        state, dtype = _state(tensors, i), state_dtype(param)
+        for key, x in [("gradient", tensors.grads[i]), *state.items()]:
+            if not isinstance(x, Tensor):
+                raise RuntimeError(f"Apollo: {key} of {name_of(i)} must be a tensor, not {type(x).__name__}")
+            scalar = key in ("sigma", "step")
+            wanted = torch.float32 if key == "step" else x.dtype if key == "gradient" else dtype
+            fits = x.numel() == 1 if scalar else x.shape == param.shape
+            fits = fits and x.dtype == wanted and x.is_floating_point() and x.layout is torch.strided
+            if not fits or (key != "step" and x.device != param.device):  # steps are moved to where they are counted
+                shape = "one element" if scalar else f"shape {tuple(param.shape)}"
+                raise RuntimeError(
+                    f"Apollo: {key} of {name_of(i)} is {_form(x)}, not {wanted} of {shape} on {param.device}; "
+                    "was the parameter changed after its first step, or the state loaded from another model?"
+                )
+    _check_overlap(tensors, name_of)
+
+
+def written_ranges(tensors: StepTensors) -> Ranges:
+    """The ranges of memory that a step writes to, joined where they meet in each other."""
+    begins, ends = [], []
+    for begin, end in sorted(_range_of(x) for x in chain(_of_shape(tensors), _scalars(tensors)) if x.numel()):
+        if ends and begin < ends[-1]:
+            ends[-1] = max(ends[-1], end)
+        else:
+            begins.append(begin), ends.append(end)
+    return begins, ends
+
+
+def apart_from(ranges: Ranges, grads: list[Tensor], known: list[int]) -> list[Tensor]:
+    """The gradients as a kernel may read them: with a copy of each that shares memory with what the step writes to.
+
+    `known` keeps the addresses for which nothing was found, for the next step.
+    """
+    addresses = list(map(Tensor.data_ptr, grads))
+    if addresses == known:
+        return grads
+    begins, ends = ranges
+    found = []
+    for i, grad in enumerate(grads):
+        begin, end = _range_of(grad)
+        last = bisect_left(begins, end) - 1
+        if (last >= 0 and ends[last] > begin) or grad.is_neg():  # the sign of is_neg() is not in memory
+            found.append(i)
+    if not found:
+        known[:] = addresses
+        return grads
+    grads = list(grads)
+    for i in found:
+        grads[i] = grads[i].clone().resolve_neg()
+    return grads
+
+
+def _of_shape(tensors: StepTensors) -> Iterable[Tensor]:
+    """What the step writes to of the parameters' shapes."""
+    averages = (x for x in tensors.exp_avgs if x is not None)
+    return chain(tensors.params, tensors.hessians, tensors.directions, averages)
+
+
+def _scalars(tensors: StepTensors) -> Iterable[Tensor]:
+    """What else the step writes to."""
+    return chain(tensors.steps, (x for x in tensors.sigmas if x is not None))
+
+
+def _state(tensors: StepTensors, i: int) -> dict[str, Any]:
+    state = {"exp_avg": tensors.exp_avgs[i], "hessian": tensors.hessians[i], "direction": tensors.directions[i]}
+    state |= {"sigma": tensors.sigmas[i], "step": tensors.steps[i]}
+    return {key: x for key, x in state.items() if x is not None or key not in ("exp_avg", "sigma")}
+
+
+def _form(x: Tensor) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
+
+
+def _range_of(x: Tensor) -> tuple[int, int]:
+    """The range of memory between the first and the last byte of a tensor; an empty one for an empty tensor."""
+    begin = x.data_ptr()
+    if x.is_contiguous():
+        return begin, begin + x.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return begin, begin + (last + 1) * x.itemsize
+
+
+def _check_overlap(tensors: StepTensors, name_of: NameOf) -> None:
+    """Raises RuntimeError where two elements that a step writes are one in memory."""
+    named = []  # a range of memory, a tensor, and its name
+    for i, param in enumerate(tensors.params):
+        for key, x in [("", param), *_state(tensors, i).items()]:
+            if x.numel() and x.data_ptr():
+                named.append((*_range_of(x), x, f"{key} of {name_of(i)}" if key else name_of(i)))
+    named.sort(key=lambda entry: entry[:2])
+    cluster: list[tuple] = []  # entries whose ranges meet
+    for entry in [*named, None]:
+        if cluster and (entry is None or entry[0] >= max(end for _, end, *_ in cluster)):
+            if len(cluster) > 1 or not cluster[0][2].is_contiguous():
+                _check_cluster(cluster)
+            cluster = []
+        cluster.append(entry)
+
+
+def _check_cluster(cluster: list[tuple]) -> None:
+    """Ranges that meet need not overlap: views of every other column of one matrix do not. So elements are compared."""
+    start = cluster[0][0]
+    seen: list[Tensor] = []
+    for k, (begin, _, x, name) in enumerate(cluster):
+        offsets = torch.full((1,), begin - start)
+        for size, stride in zip(x.shape, x.stride(), strict=True):
+            offsets = (offsets[:, None] + torch.arange(size) * (stride * x.itemsize)).flatten()
+        offsets = (offsets[:, None] + torch.arange(x.itemsize)).flatten()
+        if offsets.unique().numel() < offsets.numel():
+            raise RuntimeError(f"Apollo: elements of {name} share memory with each other; give the optimizer a copy")
+        for other, (*_, other_name) in zip(seen, cluster[:k], strict=True):
+            if torch.isin(offsets, other).any():
+                raise RuntimeError(f"Apollo: {name} and {other_name} share memory; give the optimizer one of them")
+        seen.append(offsets)

@@ -1,0 +1,160 @@
+"""The choice between the implementations of Apollo's step: single-tensor, foreach, fused.
+
+What is found out about the tensors of a group (that they fit each other, and which of them go together) is kept until
+one of them changes.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .apollo_foreach import _multi_tensor_apollo
+from .apollo_single import _single_tensor_apollo
+from .checks import NameOf, Ranges, apart_from, check_tensors, facts, written_ranges
+from .fused import cpu as fused_cpu
+from .fused.layout import is_dense, lay_out_states
+from .settings import Settings
+from .step_tensors import StepTensors
+
+
+def apollo(
+    tensors: StepTensors,
+    settings: Settings,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    name_of: NameOf = "parameter {}".format,
+) -> None:
+    """Functional form of `Apollo`'s step, in place.
+
+    Sorts the parameters into lists of one kind, and gives each list to the implementation that suits it. Gradients are
+    divided by `grad_scale`; nothing happens where `found_inf` is not 0. Both are 1-element tensors. `name_of(i)` is
+    what an error calls parameter i.
+
+    Raises:
+        RuntimeError: a tensor whose shape, dtype or device is not what the parameter's asks for, or shared memory.
+    """
+    if not tensors.params:
+        return
+    owner, tensors = tensors.params[0], tensors.local()
+    if is_compiling():  # torch's own operators check what they are given
+        lists = _lists(tensors, settings)
+    else:
+        plan = _plan(owner, tensors, settings, name_of)
+        lists, tensors = plan.lists, replace(tensors, grads=apart_from(plan.written, tensors.grads, plan.apart))
+    for step, device, indices, kept in lists:
+        part = replace(tensors if len(lists) == 1 else tensors.part(indices), kept=kept)
+        scale = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
+        if step not in UNFUSED:
+            step(part, settings, scale, None if found_inf is None else found_inf.to(device, non_blocking=True))
+        elif found_inf is None or not found_inf.item():
+            on_host = isinstance(settings.lr, Tensor) and not settings.capturable
+            step(part, replace(settings, lr=settings.lr.item()) if on_host else settings, scale)
+
+
+UNFUSED = (_single_tensor_apollo, _multi_tensor_apollo)  # they take their scalars on the host
+
+
+class _List(NamedTuple):
+    """What steps over a list of one kind, where, the indices of its parameters, and what the step keeps."""
+
+    step: Callable[..., None]
+    device: torch.device
+    indices: list[int]
+    kept: dict[str, Any]
+
+
+class _Plan(NamedTuple):
+    """What has been found out about the tensors of a group, and holds as long as `key` does."""
+
+    key: tuple
+    lists: list[_List]
+    written: Ranges
+    apart: list[int]  # addresses of gradients that were found to be apart from what is written
+
+
+_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by a group's first parameter
+
+
+def _plan(owner: Tensor, tensors: StepTensors, settings: Settings, name_of: NameOf) -> _Plan:
+    try:
+        key = facts(tensors), settings.foreach, settings.fused, settings.capturable
+    except (AttributeError, TypeError, RuntimeError):  # something there is no tensor, or has no memory
+        check_tensors(tensors, name_of)
+        raise
+    plan = _plans.get(owner)
+    if plan is None or plan.key != key:
+        check_tensors(tensors, name_of)
+        plan = _plans[owner] = _Plan(key, _lists(tensors, settings), written_ranges(tensors), [])
+    return plan
+
+
+def _lists(tensors: StepTensors, settings: Settings) -> list[_List]:
+    """The lists of one kind."""
+    kinds: dict[tuple, list[int]] = {}
+    for i, (param, grad) in enumerate(zip(tensors.params, tensors.grads, strict=True)):
+        plain = grad.dtype is param.dtype and not is_compiling() and _has_plain_memory(tensors, i)
+        kind = param.device, param.dtype, grad.dtype, tensors.exp_avgs[i] is None, plain
+        kinds.setdefault(kind, []).append(i)
+    lists = []
+    for (device, dtype, _, _, plain), indices in kinds.items():
+        step = _implementation(device, dtype, settings, plain)
+        if not is_compiling():
+            fused = step not in UNFUSED
+            if fused:
+                part = tensors.part(indices)
+                lay_out_states(part.params, *part.states)
+            on_device = settings.capturable or (device.type == "cuda" and fused)
+            for i in indices:  # elsewhere after a change of settings
+                if tensors.steps[i].is_cuda != (on_device and device.type == "cuda"):
+                    tensors.steps[i].data = tensors.steps[i].to(device if on_device else "cpu")
+        lists.append(_List(step, device, indices, {}))
+    return lists
+
+
+def _has_plain_memory(tensors: StepTensors, i: int) -> bool:
+    """Whether kernels may go by the addresses of tensor i: no gaps, no pending sign, no wrapper of other tensors."""
+    param = tensors.params[i]
+    mine = [param, tensors.grads[i], tensors.hessians[i], tensors.directions[i], tensors.exp_avgs[i]]
+    return is_dense(param) and not any(x.is_neg() or (x.numel() and not x.data_ptr()) for x in mine if x is not None)
+
+
+def _implementation(device: torch.device, dtype: torch.dtype, s: Settings, plain: bool) -> Callable[..., None]:
+    """What steps over a list. `plain`: in memory without gaps, with gradients of the parameters' dtype."""
+    if s.fused or (s.fused is None and s.foreach is None):
+        return (plain and fused_step(device, dtype)) or _multi_tensor_apollo
+    return _multi_tensor_apollo if s.foreach else _single_tensor_apollo
+
+
+def fused_step(device: torch.device, dtype: torch.dtype) -> Callable[..., None] | None:
+    """The fused step for parameters of this device and dtype, if there is one."""
+    if device.type == "cpu":
+        return fused_cpu._fused_cpu_apollo if dtype in fused_cpu.DTYPES and fused_cpu.library() else None
+    if device.type == "cuda" and _triton_works():
+        from .fused import cuda as fused_cuda  # not at the top: it needs Triton
+
+        return fused_cuda._fused_cuda_apollo if dtype in fused_cuda.DTYPES else None
+    return None
+
+
+@cache
+def _triton_works() -> bool:
+    """Whether kernels can be launched, found out once; if not, after one warning. Triton compiles its driver then."""
+    if not find_spec("triton"):
+        return False
+    try:
+        from .fused import cuda as fused_cuda
+
+        fused_cuda.launch_one()
+    except Exception as error:  # a compiler that is not there, headers, a driver: Triton has an error for each
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f"Triton cannot launch kernels, Apollo takes the slower foreach step: {reason}", stacklevel=2)
+        return False
+    return True
