@@ -1,0 +1,86 @@
+"""Which recipe a run follows: the published one of its cell, or another, and what that changes."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from engine.config import differences
+from scripts.reporting.records import flatten
+from scripts.runs import NOT_OF_THE_RECIPE, Run, order
+from scripts.tables import cells, load_cell, published
+
+
+def apart(runs: Sequence[Run]) -> list[Run]:
+    """`runs`, with a `variant` above 1 for those of a cell that follow another recipe than its first ones.
+
+    The first recipe of a cell is the published one, or else the one that most complete runs follow.
+    """
+    settings: dict[tuple, dict[tuple, list[Run]]] = {}
+    for run in runs:
+        if not run.trial:
+            of_run = tuple((key, repr(value)) for key, value in flatten(run.config, NOT_OF_THE_RECIPE).items())
+            settings.setdefault((run.table, *run.cell), {}).setdefault(of_run, []).append(run)
+    variants = {}
+    for of_cell in settings.values():
+        groups = [group for same in of_cell.values() for group in _by_batchnorm_batch(same)]
+        if len(groups) > 1:
+            groups.sort(key=_precedence)
+        variants |= {id(run): number for number, group in enumerate(groups, start=1) for run in group}
+    return [run if variants.get(id(run), 1) == run.variant else replace(run, variant=variants[id(run)]) for run in runs]
+
+
+def _precedence(group: Sequence[Run]) -> tuple:
+    """A sorting key for the recipes of a cell, each given by its runs."""
+    complete = sum(run.result is not None for run in group)
+    return bool(changes_to_recipe(group[0])), -complete, -len(group), order(group[0])
+
+
+def _by_batchnorm_batch(runs: Sequence[Run]) -> Iterable[list[Run]]:
+    """Runs of the same settings, apart by the batch that BatchNorm saw; unknown ones count as most of the others."""
+    batches = [run.recipe.get("batchnorm_batch") for run in runs]
+    usual = Counter(batch for batch in batches if batch).most_common(1)
+    groups: dict[Any, list[Run]] = {}
+    for run, batch in zip(runs, batches, strict=True):
+        groups.setdefault(batch or (usual[0][0] if usual else None), []).append(run)
+    return groups.values()
+
+
+def published_cells(table: str) -> dict[tuple[str, str], list[float]]:
+    """(row, schedule) to the published [mean, std]; empty for a table that nobody published."""
+    facts = published(table) or {"cells": {}}
+    return {(row, schedule): value for row, values in facts["cells"].items() for schedule, value in values.items()}
+
+
+@cache
+def _published_recipe(table: str, row: str, schedule: str) -> dict[str, Any]:
+    return load_cell(table, cells(table, row)[schedule]).model_dump(mode="json")
+
+
+def changes_to_recipe(run: Run) -> list[str]:
+    """`key=value` for each setting of the run that differs from the published cell; empty also where there is none."""
+    if run.cell not in published_cells(run.table):
+        return []
+    changes = _settings(run, differences(run.config, _published_recipe(run.table, *run.cell), NOT_OF_THE_RECIPE))
+    batch, expected = run.recipe.get("batchnorm_batch"), published(run.table).get("batchnorm_batch")
+    if batch and expected and batch != expected:
+        changes.append(f"batchnorm_batch={batch}")
+    return changes
+
+
+def changes_between(run: Run, usual: Run) -> list[str]:
+    """`key=value` for each setting of `run` that differs from those of `usual`."""
+    changes = _settings(run, differences(run.config, usual.config, NOT_OF_THE_RECIPE))
+    batch, expected = run.recipe.get("batchnorm_batch"), usual.recipe.get("batchnorm_batch")
+    return changes + ([f"batchnorm_batch={batch}"] if batch and batch != expected else [])
+
+
+def _settings(run: Run, keys: Iterable[str]) -> list[str]:
+    changes = []
+    for key in keys:
+        value: Any = run.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        changes.append(f"{key}={'unset' if value is None else value}")
+    return changes
