@@ -104,6 +104,23 @@ def test_a_nan_goes_through(dtype):
     assert x.grad[:, 3].isnan().all() and not x.grad[:, 4].isnan().any()
 
 
+@pytest.mark.parametrize("which", ["x", "weight"])
+def test_what_is_changed_between_the_passes_is_refused(which):
+    x, norm = channels_last(4, 16, 4, 4, dtype=torch.float32).requires_grad_(), random_norm(16)
+    y = norm_relu(norm, x)
+    changed = x if which == "x" else norm.weight
+    changed.data = changed.data[:1].clone()
+    with pytest.raises(RuntimeError, match="got another shape or dtype after forward"):
+        y.sum().backward()
+
+
+def test_a_norm_that_does_not_fit_is_torchs_to_refuse():
+    x, norm = channels_last(4, 16, 4, 4, dtype=torch.float32), random_norm(16)
+    norm.running_mean = norm.running_mean[:3]
+    with pytest.raises(RuntimeError, match="running_mean should contain 16 elements"):
+        norm_relu(norm, x)
+
+
 def test_without_a_compiler_one_warning_and_torch(monkeypatch):
     def refuse(source):
         raise NotCompiled("no C++ compiler found")

@@ -89,6 +89,22 @@ def test_what_lies_outside_is_refused(box, resized, corner, size):
         resized_square(noise(10, 20), box, resized, corner, size)
 
 
+@pytest.mark.parametrize(
+    "pixels, out",
+    [
+        (np.zeros((10, 20), np.uint8), None),
+        (np.zeros((10, 20, 1), np.uint8), None),
+        (np.zeros((10, 20, 3), np.float32), None),
+        (noise(10, 20), torch.zeros(8, 8, 3)),
+        (noise(10, 20), torch.zeros(4, 8, 3, dtype=torch.uint8)),
+        (noise(10, 20), torch.zeros(3, 8, 8, dtype=torch.uint8).permute(1, 2, 0)),
+    ],
+)
+def test_arrays_of_another_form_are_refused(pixels, out):
+    with pytest.raises(ValueError, match="must be"):
+        resized_square(pixels, (0, 0, 20, 10), (8, 8), (0, 0), 8, out)
+
+
 def test_without_a_compiler_pillow_gives_the_same(forgetful, monkeypatch):
     random = Random(0)
     requests = [random_request(random, 60) for _ in range(30)]
