@@ -1,7 +1,7 @@
 """Score a run on its test set: python -m nmt.evaluate RUN [key=value ...]     (also under torchrun)
 
-RUN is a run folder, finished or not. The average of the last weights kept translates the test set, and BLEU is printed
-in the four ways of nmt/scoring.py. Overrides go on top of the run's config: average.last=5 decoding.beam=4
+RUN is a run folder, finished or not. The average of the last kept weights translates the test set. BLEU is printed in
+the four ways of nmt/scoring.py. Overrides change the run's config: average.last=5 decoding.beam=4
 decoding.length_penalty=1.0 eval_batch=8192 data.root=... device=cpu.
 """
 

@@ -1,4 +1,4 @@
-"""A run folder opened for translating: its settings, its vocabulary, and the average of its last weights."""
+"""A run folder opened for translation: its settings, its vocabulary and the average of its last weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +18,12 @@ class Trained(NamedTuple):
     config: Config
     codec: Codec
     model: Transformer  # in evaluation mode, on the world's device
-    updates: list[int]  # that the averaged weights are from
+    updates: list[int]  # the averaged weights are from after these
     world: World
 
 
 def open_run(run_dir: Path, overrides: Sequence[str]) -> Trained:
-    """Read RUN, finished or not, with `key=value` on top of its config. UserError where something does not fit."""
+    """Read RUN, finished or not. `overrides` ("key=value") change its config. UserError if something does not fit."""
     config = load_config(Config, run_dir / "config.yaml", overrides)
     world = setup(config.device)
     if world.device.type == "cpu":

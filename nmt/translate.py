@@ -1,7 +1,7 @@
 """Translate standard input, line by line: echo "A dog runs." | python -m nmt.translate RUN [key=value ...]
 
-RUN is a run folder; it carries its vocabulary, so the data are not needed. An empty line stays empty. Overrides go on
-top of the run's config: decoding.beam=4 average.last=1 eval_batch=8192 device=cpu.
+RUN is a run folder. It holds its vocabulary, so the data are not needed. An empty line stays empty. Overrides change
+the run's config: decoding.beam=4 average.last=1 eval_batch=8192 device=cpu.
 """
 
 import sys
@@ -13,7 +13,7 @@ from nmt.codec import Codec
 from nmt.trained import open_run
 
 USAGE = "usage: python -m nmt.translate RUN [key=value ...] < TEXT     e.g. runs/grammar/apollo_milestone/seed1"
-LONGEST = 1024  # words of the vocabulary in a line: far beyond what a model has seen in training
+LONGEST = 1024  # words of the vocabulary in a line; lines in training are far shorter
 
 
 def main(arguments: list[str]) -> int:
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
 
 
 def read_sentences(codec: Codec) -> list[list[int]]:
-    """Standard input as ids, one list a line. UserError for a line that is not UTF-8, or too long."""
+    """Standard input as ids, one list for each line. UserError if a line is not UTF-8 or is too long."""
     lines = []
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
