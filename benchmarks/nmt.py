@@ -6,15 +6,15 @@
 
     train       three loops in turn over the last updates of the cell's first epoch, in target tokens per second:
                 train.py        its `train_epoch`: batches cut from the data, metrics summed and written
-                bare loop       forward, backward, clipping and optimizer of the same model, on the same batches ready
-                                in memory: what is left when everything but the training is taken away
-                torch's own     torch.nn.Transformer of the same size on those batches, cross entropy over all positions
-                and the padding: its share of the tokens of both sides in the cell's first epoch
-    decode      beam search of a random model, which hardly ever ends by itself, for a forced number of steps: with the
-                caches, and decoding the whole hypotheses anew at every step
+                bare loop       forward, backward, clipping and optimizer of the same model, on the same batches, which
+                                are in memory. Only the training is left
+                torch's own     torch.nn.Transformer of the same size on these batches, cross entropy over all positions
+                then the share of padding among the tokens of both sides in the cell's first epoch
+    decode      beam search for a forced number of steps, with caches and without (then every step decodes the whole
+                hypotheses). The model is random, so hypotheses hardly ever end by themselves
     full-size   updates of Transformer-base with a vocabulary of 37,000: seconds, tokens per second, memory
 
-Rounds alternate, and the order is reversed every other round. On a GPU, device=cuda (train) or --device cuda.
+All take turns, and every other round reverses the order. For a GPU: device=cuda (train) or --device cuda.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from nmt.model import ModelConfig, Transformer, create_model, sinusoids
 from nmt.train import Config, TranslationRun, prepare, train_epoch
 from optim import create_optimizer
 
-Contender = Callable[[], float]  # does its round, and returns how much it did
+Contender = Callable[[], float]  # does one round; returns the number of tokens or sentences
 
 
 def main(arguments: list[str]) -> None:
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> None:
 
 def measure_training(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        rounds = options.rounds + 1  # and one that does not count
+        rounds = options.rounds + 1  # the first does not count
         never = 10 * options.updates * rounds
         ours = [f"run_dir={scratch}", f"updates={never}", f"validate_every={never}", f"average.every={never}"]
         config = load_config(Config, options.config, [*options.overrides, *ours])
@@ -99,11 +99,11 @@ def measure_training(options: argparse.Namespace) -> None:
 
 
 def train_py(run: TranslationRun, start: int, tokens: int) -> float:
-    """The first epoch's updates from `start` on, which have `tokens`, without validations and checkpoints."""
+    """The first epoch's updates from `start` on, with `tokens` tokens, without validation and checkpoints."""
     run.progress.update = run.progress.epoch = 0
     run.progress.update_in_epoch = start
     if not train_epoch(run, tqdm(disable=True)):
-        raise KeyboardInterrupt  # the loop takes the signal, and asks us to stop
+        raise KeyboardInterrupt  # the loop has caught a signal: stop
     return tokens
 
 
@@ -120,7 +120,7 @@ def bare_loop(run: TranslationRun, updates: list[list[Batch]]) -> Contender:
 
 
 def torchs_own(run: TranslationRun, updates: list[list[Batch]]) -> Contender:
-    """torch.nn.Transformer with the same embeddings, positions and rates of dropout (it has one for all)."""
+    """torch.nn.Transformer with the same embeddings, positions and dropout (one rate for all)."""
     torch.manual_seed(0)
     config, words = run.config.model, run.data.codec.size
     embedding = torch.nn.Embedding(words, config.width, padding_idx=PAD)
@@ -177,7 +177,7 @@ def plain_updates(
 
 
 class WithoutCaches:
-    """A Transformer to beam_search that decodes whole hypotheses anew at every step; sources are encoded once."""
+    """Acts as a Transformer for beam_search. Every step decodes the whole hypotheses. Sources are encoded once."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -259,14 +259,14 @@ def measure_full_size(options: argparse.Namespace) -> None:
 
 
 def random_words(sentences: int, words: int, vocabulary: int) -> torch.Tensor:
-    """[sentences, words + 1] random ids, each row ending with EOS."""
+    """[sentences, words + 1] random ids. Each row ends with EOS."""
     ids = torch.randint(EOS + 1, vocabulary, (sentences, words + 1))
     ids[:, -1] = EOS
     return ids
 
 
 def in_turn(contenders: dict[str, Contender], rounds: int, world: World) -> dict[str, list[float]]:
-    """How much each does a second in each round, after one of each that does not count."""
+    """How much each contender does a second in each round. One round of each runs before and does not count."""
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in tqdm(range(rounds + 1), unit="round", disable=None):
         for name in list(contenders) if number % 2 == 0 else list(reversed(contenders)):
