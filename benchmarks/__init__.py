@@ -1,1 +1,1 @@
-"""Speed and memory, each printing ratios against a named baseline measured in the same process."""
+"""Speed and memory. Each benchmark prints ratios to a named baseline that it measures itself."""

@@ -3,15 +3,15 @@
     python -m benchmarks.cifar_throughput [--depth 110] [--batch 128] [--precision fp32,bf16] [--device cuda] ...
 
     train.py    `train_epoch` of classification/train.py on the Apollo cell of configs/cifar10: batches drawn, cropped,
-                mirrored and normalised, metrics summed and written, Apollo as the cell has it
-    bare loop   forward, backward and torch's fused SGD on one fixed batch, at the same precision and memory format:
-                what is left when everything but the network is taken away, so the ceiling
+                mirrored and normalised, metrics summed and written, Apollo with the cell's settings
+    bare loop   forward, backward and torch's fused SGD on one fixed batch, at the same precision and memory format.
+                It is the ceiling: only the network is left
     plain way   what most scripts do: NCHW, fp32, torchvision's transforms on PIL images in a DataLoader with 2 workers,
-                and a single-tensor Apollo; in a process of its own, as train.py sets up the process it runs in (on the
-                CPU, glibc's allocator: engine/allocator.py)
+                and a single-tensor Apollo. It has its own process, because train.py changes the settings of its
+                process (on the CPU, glibc's allocator: engine/allocator.py)
 
-All run `--updates` updates a round, in turn, the order reversed every other round, so that a busy moment of the machine
-does not fall on one of them alone. The images are noise of CIFAR's size, or those of `--data ROOT` (train/<class>/*).
+All take turns of `--updates` updates, and every other round reverses the order. So a busy moment of the machine does
+not slow down only one of them. The images are noise of CIFAR's size, or those of `--data ROOT` (train/<class>/*).
 """
 
 import argparse
@@ -45,7 +45,7 @@ from optim import SGD, Apollo
 CELL = Path(__file__).parents[1] / "configs" / "cifar10" / "apollo_milestone.yaml"
 CLASSES = 10
 
-Contender = Callable[[int], None]  # runs that many updates
+Contender = Callable[[int], None]  # runs the given number of updates
 
 
 def main(arguments: list[str]) -> None:
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
 
 
 def train_loop(images: Path, precision: str, options: argparse.Namespace, world: World, scratch: Path) -> Contender:
-    """The real loop: everything is made by `prepare`, and a round is one `train_epoch` of the given images."""
+    """The real loop: `prepare` makes everything, and a round is one `train_epoch` of the given images."""
     config = load_config(
         Config,
         CELL,
@@ -93,8 +93,8 @@ def train_loop(images: Path, precision: str, options: argparse.Namespace, world:
     def updates(count: int) -> None:
         run.progress.update_in_epoch = options.updates - count
         if not train_epoch(run, bar):
-            raise KeyboardInterrupt  # the loop takes the signal, and asks us to stop
-        end_epoch(run)  # without an evaluation and a checkpoint: they are no part of training
+            raise KeyboardInterrupt  # the loop has caught a signal: stop
+        end_epoch(run)  # no evaluation and no checkpoint: they are not training
 
     return updates
 
@@ -118,7 +118,7 @@ def bare_loop(precision: str, options: argparse.Namespace, world: World) -> Cont
 
 
 class ImagesInMemory(Dataset):
-    """PIL images and labels through a transform, as torchvision's CIFAR10 does it."""
+    """Transformed PIL images and their labels, as torchvision's CIFAR10 gives them."""
 
     def __init__(self, folder: Path, transform: Callable) -> None:
         files = [(file, label) for label, name in enumerate(sorted(folder.iterdir())) for file in name.iterdir()]
@@ -165,11 +165,11 @@ def plain_way(images: Path, options: argparse.Namespace, world: World) -> Conten
 
 
 def in_a_process_of_its_own(make: Callable[..., Contender], images: Path, options: argparse.Namespace) -> Contender:
-    """`make(images, options, world)` in a child that idles between rounds."""
+    """`make(images, options, world)` in a child process, which is idle between rounds."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     spawn.Process(target=_serve, args=(theirs, make, images, options)).start()
-    theirs.close()  # the child ends when ours is closed
+    theirs.close()  # the child ends when `ours` is closed
 
     def updates(count: int) -> None:
         ours.send(count)
@@ -193,7 +193,7 @@ def _serve(pipe: Connection, make: Callable[..., Contender], images: Path, optio
 
 
 def measure(contenders: dict[str, Contender], options: argparse.Namespace, world: World) -> dict[str, list[float]]:
-    """Images per second of each contender in each round, after two updates of each that do not count."""
+    """Images per second of each contender in each round. Two updates of each run before and do not count."""
     for run in contenders.values():
         run(min(2, options.updates))
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -225,7 +225,7 @@ def report(speeds: dict[str, list[float]], precisions: list[str]) -> None:
 
 
 def make_images(root: Path, count: int, source: str | None) -> None:
-    """A folder set of exactly `count` training images, so that one epoch of the real loop is one round."""
+    """Make a folder set of exactly `count` training images: one epoch of the real loop is then one round."""
     if source:
         classes = [sorted(folder.iterdir()) for folder in sorted(Path(source).glob("train/*")) if folder.is_dir()]
         files = [file for same_rank in zip(*classes, strict=False) for file in same_rank][:count]

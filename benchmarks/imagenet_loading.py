@@ -1,18 +1,18 @@
-"""Images per second of ImageNet's loader, against torchvision's usual one and against decoding alone.
+"""Images per second of ImageNet's loader, against torchvision's usual loader and against decoding alone.
 
     python -m benchmarks.imagenet_loading DATA [--workers 1] [--batch 64] [--rounds 7] [--device cuda]
 
-DATA holds real images, train/<class>/*; a hundred will do: they are repeated up to --images, in a temporary folder, as
-a tree of files and as an LMDB.
+DATA holds real images, train/<class>/*. A hundred are enough: they are repeated up to --images in a temporary folder,
+as a tree of files and as an LMDB.
 
     torchvision    ImageFolder with RandomResizedCrop(224), RandomHorizontalFlip, ToTensor and Normalize on PIL images
     exact, fast    ImageNetData on the LMDB, up to the normalised batch on the device
-    bare decode    the same bytes, from memory, decoded whole and dropped in one process: by simplejpeg, which both
-                   decode with, and for comparison by Pillow
+    bare decode    the same bytes, from memory, decoded whole in one process: by simplejpeg, as exact and fast do, and
+                   for comparison by Pillow
 
-All run in turn, the order reversed every other round. Two measures: by the clock, and by the CPU time of the workers
-alone, which a busy machine disturbs less; the device's part of ImageNetData is the main process's and is printed by
-itself. Last, the mean absolute difference between the pixels of fast and exact, in levels of 255.
+All take turns, and every other round reverses the order. There are two measures: the clock, and the CPU time of the
+workers alone, which a busy machine disturbs less. The main process does the device's part of ImageNetData, which is
+printed separately. Last comes the mean absolute difference between the pixels of fast and exact, in levels of 255.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from engine.distributed import World
 from engine.errors import UserError, run_main
 from engine.run_record import describe_environment
 
-Contender = Callable[[], tuple[float, float]]  # seconds by the clock and of CPU, for all images once
+Contender = Callable[[], tuple[float, float]]  # seconds an image: by the clock, and of CPU
 DECODERS = ("exact", "fast")
 BARE = "bare simplejpeg"
 
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
 
 
 def make_tree(data: Path, tree: Path, count: int) -> Path:
-    """`count` images, those of `data` over and over under new names; val is one of each class."""
+    """A tree of `count` images: those of `data`, repeated under new names. val has one image of each class."""
     found = sorted(path for path in data.glob("train/*/*") if path.suffix.lower() in IMG_EXTENSIONS)
     if not found:
         raise UserError(f"{data} holds no images: give a folder with train/<class>/*")
@@ -131,7 +131,7 @@ def our_loader(root: Path, decoder: str, options: argparse.Namespace, device: to
 
 
 def timed(batches: Callable[[], Iterator[torch.Tensor]], loader: DataLoader) -> Contender:
-    """Take all batches; times are scaled to all images, as the last, incomplete batch may be left out."""
+    """Take all batches. Times are per image, because a loader may drop the last, incomplete batch."""
 
     def run() -> tuple[float, float]:
         images, started, used = 0, time.perf_counter(), workers_cpu_s(loader)
@@ -154,7 +154,7 @@ def bare(files: list[bytes], decode: Callable[[bytes], object]) -> Contender:
 
 
 def workers_cpu_s(loader: DataLoader) -> float:
-    """CPU seconds that the loader's worker processes have used, from /proc."""
+    """CPU seconds that the loader's worker processes have used so far, from /proc."""
     ticks = 0
     for worker in getattr(loader._iterator, "_workers", ()):
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
@@ -163,7 +163,7 @@ def workers_cpu_s(loader: DataLoader) -> float:
 
 
 def report(times: dict[str, list[tuple[float, float]]], images: int, workers: int) -> None:
-    """Medians over the rounds; ratios are medians of each round's own ratio."""
+    """Print medians over the rounds. A ratio is the median of the rounds' ratios."""
     rounds = len(times["torchvision"])
     print(f"{images} images a round, {rounds} rounds, in turn; median (lowest to highest round)")
     print(f"{'by the clock':20} {'images/s a process':>22} {'x torchvision':>20} {'x bare decode':>20}")
@@ -173,7 +173,7 @@ def report(times: dict[str, list[tuple[float, float]]], images: int, workers: in
 
 
 def print_table(times: dict[str, list[tuple[float, float]]], workers: int, measure: int) -> None:
-    """One line a contender; ratios are of equal numbers of processes, round by round."""
+    """One line for each contender. Ratios are taken round by round, for equal numbers of processes."""
     for name, measured in times.items():
         is_bare = name.startswith("bare")
         processes = 1 if is_bare else workers
@@ -193,7 +193,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def device_part(root: Path, options: argparse.Namespace, device: torch.device) -> float:
-    """Milliseconds an image for mirroring and normalising, on the device."""
+    """Milliseconds an image for mirroring and normalisation on the device."""
     data = ImageNetData(root, workers=0, device=device)
     raw = data._loader.dataset[Request(TRAIN, 0, range(min(options.batch, data.train_size)))]
     measured = []

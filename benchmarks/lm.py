@@ -1,19 +1,19 @@
-"""Language modelling: speed and memory of preparing a corpus and of training, against plain ways to do the same.
+"""Language modelling: speed and memory of preparing a corpus and of training, against plain ways.
 
     python -m benchmarks.lm prepare [--text FILE ...] [--tokens 1 10 50] [--rounds 3]
     python -m benchmarks.lm train [--precision fp32 bf16] [--optimizers adam radam apollo] [--device cuda] ...
     python -m benchmarks.lm train --full-size --updates 5
 
-prepare   `python -m language_model.prepare` with one and with two processes against the published way, one process that
+prepare   `python -m language_model.prepare` with one and with two processes against the published way: one process that
           encodes line by line and pickles a list of lists for each file (benchmarks/lm_literal.py). All are commands,
-          timed from start to end, in turn. Then the command's peak memory, its workers included, for longer texts.
+          timed from start to end, in turn. Then the command's peak memory, with its workers, for longer texts.
 train     `train_epoch` of language_model/train.py against a bare loop: forward, backward and torch's fused AdamW on one
-          fixed batch, without clipping. Both run in turn, the order reversed every other round.
---full-size  the published model, 793,470 words and 2 x 2048: each contender alone, in a process of its own, and its
-          memory. On a CPU only train.py runs: 5 updates need some 12 GB.
+          fixed batch, without clipping. Both take turns, and every other round reverses the order.
+--full-size  the published model, 793,470 words and 2 x 2048: each contender in its own process, and its memory.
+          On a CPU only train.py runs: 5 updates need some 12 GB.
 
-The text is Python's own manual, repeated, or that of --text files; for training it is noise with the frequencies of
-English (the word of rank r has a share of about 1 / r**1.1), which is what the adaptive softmax's work depends on.
+The text is Python's own manual, repeated, or that of --text files. For training it is noise with the frequencies of
+English (the word of rank r has a share of about 1 / r**1.1), because the adaptive softmax's work depends on them.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from language_model.vocabulary import count_words, counted_vocabulary, load_voca
 from optim import AdamW
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "one_billion_words"
-FILE_BYTES = 8_200_000  # a fifth of a training file of the benchmark: a short text then has several, too
+FILE_BYTES = 8_200_000  # a fifth of a training file of the benchmark, so that a short text has several files too
 EXPONENT = 1.1  # of the word frequencies
 
 
@@ -151,7 +151,7 @@ def text_lines(files: list[Path] | None) -> list[str]:
 
 
 def write_source(root: Path, lines: list[str], tokens: int) -> Path:
-    """A source of at least `tokens` tokens, <S> and </S> counted, in files of the benchmark's size."""
+    """A source of at least `tokens` tokens, with <S> and </S>, in files of up to about FILE_BYTES."""
     for folder in FOLDERS.values():
         (root / folder).mkdir(parents=True)
     (root / FOLDERS["test"] / preparation.TEST_FILE).write_text("\n".join(lines[:100]) + "\n", encoding="utf-8")
@@ -172,13 +172,13 @@ def source_tokens(source: Path) -> int:
 
 
 def cpu_of_children() -> float:
-    """Seconds of CPU time of all processes started and waited for so far: what a busy machine does not change much."""
+    """CPU seconds of all processes that were started and have ended. A busy machine changes them little."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def peak_of_tree(command: list[str]) -> float:
-    """Runs `command`; the largest sum of resident memory of it and its children at one time, in MiB."""
+    """Run `command`. Returns the largest sum of resident memory of it and its children at one time, in MiB."""
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     peak = 0.0
     while process.poll() is None:
@@ -237,7 +237,7 @@ def measure_training(options: argparse.Namespace) -> None:
 
 
 class Contender:
-    """`run(count)` takes that many updates; `optimizer_ms` are samples of the optimizer's share of one."""
+    """`run(count)` takes `count` updates. `optimizer_ms` has samples of the optimizer's part of an update."""
 
     def __init__(self, run: Callable[[int], None], optimizer_ms: list[float]) -> None:
         self.run, self.optimizer_ms = run, optimizer_ms
@@ -250,7 +250,7 @@ def contender(name: str, corpus: Path, options: argparse.Namespace) -> Contender
 
 
 def train_loop(row: str, precision: str, corpus: Path, options: argparse.Namespace, world: World) -> Contender:
-    """The real loop: everything is made by `prepare`, and a round is the end of a `train_epoch`."""
+    """The real loop: `prepare` makes everything, and a round is the end of a `train_epoch`."""
     config = load_config(
         Config,
         CONFIGS / f"{row}.yaml",
@@ -271,7 +271,7 @@ def train_loop(row: str, precision: str, corpus: Path, options: argparse.Namespa
     def updates(count: int) -> None:
         run.progress.update_in_epoch = run.data.updates_per_epoch - count
         if not train_epoch(run, bar):
-            raise KeyboardInterrupt  # the loop takes the signal, and asks us to stop
+            raise KeyboardInterrupt  # the loop has caught a signal: stop
         end_epoch(run)
 
     return Contender(updates, run.optimizer_ms)
@@ -296,11 +296,11 @@ def bare_loop(method: str, precision: str, corpus: Path, options: argparse.Names
     return Contender(updates, [])
 
 
-Found = tuple[list[float], float | None, float | None]  # seconds an update, each round; ms of the optimizer; peak MiB
+Found = tuple[list[float], float | None, float | None]  # seconds an update in each round; optimizer ms; peak MiB
 
 
 def in_turn(contenders: dict[str, Contender], options: argparse.Namespace, warmup: bool = True) -> dict[str, Found]:
-    """All in this process, after a round of each that does not count (`warmup`)."""
+    """Measure all in this process. With `warmup`, one round of each runs before and does not count."""
     world = setup(options.device)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for each in contenders.values() if warmup else ():
@@ -320,7 +320,7 @@ def in_turn(contenders: dict[str, Contender], options: argparse.Namespace, warmu
 
 
 def alone(name: str, corpus: Path, options: argparse.Namespace) -> Found:
-    """One contender, in a process of its own: its memory is then its alone."""
+    """Measure one contender in its own process, to know the memory of this one alone."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=serve, args=(theirs, name, corpus, options))
@@ -339,7 +339,7 @@ def serve(pipe: multiprocessing.connection.Connection, name: str, corpus: Path, 
 
 
 def make_corpus(folder: Path, options: argparse.Namespace) -> Path:
-    """A prepared corpus of noise whose words are as frequent as those of English."""
+    """A prepared corpus of noise whose words have the frequencies of English."""
     random = np.random.default_rng(0)
     words = [*(f"w{number}" for number in range(options.words - 3)), "<S>", "<UNK>", "</S>"]
     counts = np.sort((1e9 / np.arange(1, len(words) + 1) ** EXPONENT).astype(int))[::-1]

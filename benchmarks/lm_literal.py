@@ -1,7 +1,7 @@
 """The published way to encode a corpus, as a baseline: python -m benchmarks.lm_literal SOURCE OUT VOCABULARY
 
-One process, a dictionary from word to id, every line split and looked up by itself, and a pickle of a list of lists for
-each training file.
+One process splits each line and looks up its words in a dictionary. It writes a pickle of a list of lists for each
+training file.
 """
 
 import pickle

@@ -1,4 +1,4 @@
-"""The parameter shapes of the published experiments' models, which is all that an optimizer sees of them."""
+"""The parameter shapes of the published experiments' models. An optimizer sees nothing else of a model."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 Shape = tuple[int, ...]
 
 BATCH = 2_560  # words of a batch of the language model
-SEEN = 800  # steps in which Apollo's direction, shrinking by beta = 0.9 a step, becomes less than any normal float32
+SEEN = 800  # steps in which Apollo's direction shrinks below all normal float32 numbers, by beta = 0.9 a step
 
 
 def resnet110() -> list[Shape]:
@@ -27,7 +27,7 @@ def resnet110() -> list[Shape]:
 
 
 def resnext50() -> list[Shape]:
-    """ResNeXt-50 32x4d as in torchvision."""
+    """ResNeXt-50 32x4d, as in torchvision."""
     import torchvision
 
     with torch.device("meta"):
@@ -35,7 +35,7 @@ def resnext50() -> list[Shape]:
 
 
 def transformer_base() -> list[Shape]:
-    """Transformer-base as in fairseq: separate q, k, v; one embedding of 40,000 words for source, target and output."""
+    """Transformer-base as in fairseq: separate q, k, v; one embedding of 40,000 words for source, target, output."""
     linear = lambda inputs, outputs: [(outputs, inputs), (outputs,)]  # noqa: E731
     attention, norm = linear(512, 512) * 4, [(512,), (512,)]
     feed_forward = linear(512, 2048) + linear(2048, 512)
@@ -66,7 +66,7 @@ SETS: dict[str, tuple[Callable[[], list[Shape]], int, float]] = {
 
 
 def shapes(name: str) -> list[Shape]:
-    """The shapes of a set, their sum checked against the published number of parameters."""
+    """The shapes of a set. RuntimeError if they do not have the set's number of parameters."""
     make, expected, _ = SETS[name]
     found = make()
     count = sum(math.prod(shape) for shape in found)
@@ -76,11 +76,11 @@ def shapes(name: str) -> list[Shape]:
 
 
 def gradients(name: str, device: torch.device, dense: bool = False) -> tuple[list[Tensor], list[Tensor]]:
-    """Random gradients of a set's shapes, of the steps so far and of the next one.
+    """Random gradients with a set's shapes: for the steps so far, and for the next step.
 
-    These are the same tensors but for the One Billion Words embedding's. Its rows are zero, unless `dense`, but for
-    those of the words in the last SEEN batches, or in the next batch, as in training. Words are in the order of their
-    frequency, and drawn by Zipf's law, which makes more of the rare ones than the corpus has.
+    Both lists hold the same tensors, except for the One Billion Words embedding. Without `dense` most of its rows are
+    zero, as in training: only words of the last SEEN batches, or of the next batch, have a gradient. Words are in the
+    order of their frequency. They are drawn by Zipf's law, which gives more rare words than the corpus has.
     """
     so_far = [torch.randn(shape, device=device) for shape in shapes(name)]
     following = list(so_far)

@@ -2,19 +2,19 @@
 
     python -m benchmarks.nmt train configs/grammar/apollo.yaml [key=value ...]
     python -m benchmarks.nmt decode [--width 256 --layers 3 --sentences 100 --steps 30 --beam 5]
-    python -m benchmarks.nmt full-size [--updates 5 --tokens 8192 --precision fp32]
+    python -m benchmarks.nmt full-size [--updates 2 --batch 8192 --passes 8 --precision fp32]
 
     train       three loops in turn over the last updates of the cell's first epoch, in target tokens per second:
                 train.py        its `train_epoch`: batches cut from the data, metrics summed and written
-                bare loop       forward, backward, clipping and optimizer of the same model, on the same batches ready
-                                in memory: what is left when everything but the training is taken away
-                torch's own     torch.nn.Transformer of the same size on those batches, cross entropy over all positions
-                and the padding: its share of the tokens of both sides in the cell's first epoch
-    decode      beam search of a random model, which hardly ever ends by itself, for a forced number of steps: with the
-                caches, and decoding the whole hypotheses anew at every step
-    full-size   updates of Transformer-base with a vocabulary of 37,000: seconds, tokens per second, memory
+                bare loop       forward, backward, clipping and optimizer of the same model, on the same batches, which
+                                are in memory. Only the training is left
+                torch's own     torch.nn.Transformer of the same size on these batches, cross entropy over all positions
+                then the share of padding among the tokens of both sides in the cell's first epoch
+    decode      beam search for a forced number of steps, with caches and without (then every step decodes the whole
+                hypotheses). The model is random, so hypotheses hardly ever end by themselves
+    full-size   updates of Transformer-base with the published vocabulary and batch: seconds, tokens per second, memory
 
-Rounds alternate, and the order is reversed every other round. On a GPU, device=cuda (train) or --device cuda.
+All take turns, and every other round reverses the order. For a GPU: device=cuda (train) or --device cuda.
 """
 
 import argparse
@@ -40,7 +40,8 @@ from nmt.model import ModelConfig, Transformer, create_model, sinusoids
 from nmt.train import Config, TranslationRun, prepare, train_epoch
 from optim import create_optimizer
 
-Contender = Callable[[], float]  # does its round, and returns how much it did
+WORDS = 40_624  # the types of the author's log, which is the vocabulary of the published runs
+Contender = Callable[[], float]  # does one round; returns the number of tokens or sentences
 
 
 def main(arguments: list[str]) -> None:
@@ -58,8 +59,9 @@ def main(arguments: list[str]) -> None:
     decode.add_argument("--beam", type=int, default=5)
     decode.add_argument("--rounds", type=int, default=5)
     full = commands.add_parser("full-size")
-    full.add_argument("--updates", type=int, default=5)
-    full.add_argument("--tokens", type=int, default=8192)
+    full.add_argument("--updates", type=int, default=2)
+    full.add_argument("--batch", type=int, default=8192, help="tokens of a pass")
+    full.add_argument("--passes", type=int, default=8, help="of an update")
     for command in (decode, full):
         command.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16", "fp16"))
         command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -69,7 +71,7 @@ def main(arguments: list[str]) -> None:
 
 def measure_training(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        rounds = options.rounds + 1  # and one that does not count
+        rounds = options.rounds + 1  # the first does not count
         never = 10 * options.updates * rounds
         ours = [f"run_dir={scratch}", f"updates={never}", f"validate_every={never}", f"average.every={never}"]
         config = load_config(Config, options.config, [*options.overrides, *ours])
@@ -99,11 +101,11 @@ def measure_training(options: argparse.Namespace) -> None:
 
 
 def train_py(run: TranslationRun, start: int, tokens: int) -> float:
-    """The first epoch's updates from `start` on, which have `tokens`, without validations and checkpoints."""
+    """The first epoch's updates from `start` on, with `tokens` tokens, without validation and checkpoints."""
     run.progress.update = run.progress.epoch = 0
     run.progress.update_in_epoch = start
     if not train_epoch(run, tqdm(disable=True)):
-        raise KeyboardInterrupt  # the loop takes the signal, and asks us to stop
+        raise KeyboardInterrupt  # the loop has caught a signal: stop
     return tokens
 
 
@@ -120,7 +122,7 @@ def bare_loop(run: TranslationRun, updates: list[list[Batch]]) -> Contender:
 
 
 def torchs_own(run: TranslationRun, updates: list[list[Batch]]) -> Contender:
-    """torch.nn.Transformer with the same embeddings, positions and rates of dropout (it has one for all)."""
+    """torch.nn.Transformer with the same embeddings, positions and dropout (one rate for all)."""
     torch.manual_seed(0)
     config, words = run.config.model, run.data.codec.size
     embedding = torch.nn.Embedding(words, config.width, padding_idx=PAD)
@@ -177,7 +179,7 @@ def plain_updates(
 
 
 class WithoutCaches:
-    """A Transformer to beam_search that decodes whole hypotheses anew at every step; sources are encoded once."""
+    """Acts as a Transformer for beam_search. Every step decodes the whole hypotheses. Sources are encoded once."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -236,37 +238,41 @@ def measure_decoding(options: argparse.Namespace) -> None:
 def measure_full_size(options: argparse.Namespace) -> None:
     world = setup(options.device)
     torch.manual_seed(0)
-    model = create_model(ModelConfig(), 37_000).to(world.device).train()
+    model = create_model(ModelConfig(), WORDS).to(world.device).train()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    describe(world, f"Transformer-base, {parameters:,} parameters, {options.tokens:,} tokens, {options.precision}")
+    update = f"{options.passes} passes of {options.batch:,} tokens an update"
+    describe(world, f"Transformer-base, {parameters:,} parameters, {update}, {options.precision}")
     optimizer = create_optimizer("apollo", model.parameters(), lr=0.01, weight_decay=1e-8)
     cast = Precision(options.precision, world.device)
-    source, target = (random_words(options.tokens // 32, 31, 37_000).to(world.device) for _ in range(2))
-    target_in = torch.cat((torch.full_like(target[:, :1], BOS), target[:, :-1]), 1)
+    tokens = options.passes * options.batch
     print(f"{'update':>6}{'loss':>9}{'s':>9}{'tokens/s':>10}{'peak MiB':>10}")
     for number in range(1, options.updates + 1):
         started = time.perf_counter()
         optimizer.zero_grad()
-        with cast.autocast():
-            loss, _ = model(source, target_in, target, target.numel(), 0.1)
-        cast.backward(loss / target.numel())
+        total = 0.0
+        for _ in range(options.passes):
+            source, target = (random_words(options.batch // 32, 31, WORDS).to(world.device) for _ in range(2))
+            target_in = torch.cat((torch.full_like(target[:, :1], BOS), target[:, :-1]), 1)
+            with cast.autocast():
+                loss, _ = model(source, target_in, target, target.numel(), 0.1)
+            cast.backward(loss / tokens)
+            total += loss.item() / tokens
         cast.clip(optimizer, model.parameters(), 1.0)
         cast.step(optimizer)
-        mean = loss.item() / target.numel()
         seconds = time.perf_counter() - started
-        speed = target.numel() / seconds
-        print(f"{number:>6}{mean:>9.4f}{seconds:>9.2f}{speed:>10.0f}{peak_memory_mb(world.device):>10.0f}", flush=True)
+        memory = peak_memory_mb(world.device)
+        print(f"{number:>6}{total:>9.4f}{seconds:>9.2f}{tokens / seconds:>10.0f}{memory:>10.0f}", flush=True)
 
 
 def random_words(sentences: int, words: int, vocabulary: int) -> torch.Tensor:
-    """[sentences, words + 1] random ids, each row ending with EOS."""
+    """[sentences, words + 1] random ids. Each row ends with EOS."""
     ids = torch.randint(EOS + 1, vocabulary, (sentences, words + 1))
     ids[:, -1] = EOS
     return ids
 
 
 def in_turn(contenders: dict[str, Contender], rounds: int, world: World) -> dict[str, list[float]]:
-    """How much each does a second in each round, after one of each that does not count."""
+    """How much each contender does a second in each round. One round of each runs before and does not count."""
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in tqdm(range(rounds + 1), unit="round", disable=None):
         for name in list(contenders) if number % 2 == 0 else list(reversed(contenders)):

@@ -2,16 +2,16 @@
 
     python -m benchmarks.optimizer_step [--device cuda] [--shapes resnet110,lstm_1b] [--json OUT] [--plot OUT.png]
 
-Apollo single-tensor, foreach and fused; the published algorithm written literally (optim/apollo_reference.py); torch's
-SGD with momentum, AdamW and RAdam in the forms they have. Nothing but the step is timed, on random gradients that stay.
-In the language model's embedding only the rows of a batch's words have one, and only those of the batches before have
-state that is not zero, as in training; --dense gives a gradient to all.
+The contenders are Apollo single-tensor, foreach and fused; the published algorithm written literally
+(optim/apollo_reference.py); torch's SGD with momentum, AdamW and RAdam in the forms they have. Only the step is timed,
+with random gradients that do not change. In the language model's embedding only the words of one batch have a gradient,
+and only words of earlier batches have a state that is not zero, as in training. --dense gives a gradient to all words.
 
-All take their turn in every round, in one process, the order reversed every other round; a turn lasts at least
+All run in one process, one turn each in a round, and every other round reverses the order. A turn lasts at least
 --seconds. The table gives medians over the rounds. `/ AdamW` is the ratio to fused AdamW's median. `/ floor` compares
-with the time that fused AdamW's 7 transfers of a tensor would take for the transfers that the step cannot do without
-(Apollo: 9, SGD: 5), so it is 1 where only memory counts, and may be less where caches or zeros help. `GB/s` are these
-transfers over the time.
+the step with the least transfers of a tensor that it needs (Apollo: 9, SGD: 5), at the speed of fused AdamW's 7
+transfers. So it is 1 if only memory counts, and can be less if caches or zeros help. `GB/s` is these transfers over the
+time.
 """
 
 import argparse
@@ -36,14 +36,14 @@ from optim import SGD, AdamW, Apollo, RAdam
 from optim.apollo_reference import LiteralApollo
 
 BASELINE = "AdamW fused"
-LR = 1e-6  # small enough for parameters to stay where they are
+LR = 1e-6  # so small that the parameters hardly change
 
 
 class Contender(NamedTuple):
     make: Callable[[list[Tensor], float], torch.optim.Optimizer]  # from parameters and weight decay
     states: int  # tensors of state
-    temporaries: int  # tensors that a step makes of the whole list, for the check of memory
-    transfers: int | None  # of a parameter's 4 bytes, of a step at its best; None where nobody aims at that
+    temporaries: int  # lists of the parameters' size that a step makes, for the check of memory
+    transfers: int | None  # least transfers of a parameter's 4 bytes in a step; None: no floor for this form
 
 
 def contenders() -> dict[str, Contender]:
@@ -67,7 +67,7 @@ def contenders() -> dict[str, Contender]:
     ):
         for form, choice in forms.items():
             if form == "fused" and cls is RAdam:
-                continue  # torch has none
+                continue  # torch has no fused RAdam
             temporaries = 3 if form == "foreach" else 1
             least = transfers if form == "fused" else None
             found[f"{name} {form}"] = Contender(other(cls, **how, **choice), states, temporaries, least)
@@ -119,12 +119,12 @@ def main(arguments: list[str]) -> None:
 def measure(
     name: str, kept: dict[str, Contender], options: argparse.Namespace, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """For each contender: seconds of a step in every round, bytes of state per parameter, launches on a GPU."""
+    """For each contender: seconds a step in every round, bytes of state per parameter, launches on a GPU."""
     decay = SETS[name][2]
     params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes(name)]
     so_far, following = gradients(name, device, options.dense)
     count = sum(param.numel() for param in params)
-    # Where the states of all at once would fill the memory, each is made for its turn, and given back after it.
+    # If all states together would fill the memory, each state is made for its turn and freed after it.
     together = 4 * count * sum(contender.states for contender in kept.values()) < free_memory(device) / 3
     made: dict[str, torch.optim.Optimizer] = {}
     results: dict[str, dict[str, Any]] = {}
@@ -137,7 +137,7 @@ def measure(
                 continue
             if label not in made:
                 made[label] = contender.make(params, decay)
-                for grads in (so_far, following):  # makes the state, and compiles what is compiled
+                for grads in (so_far, following):  # makes the state and compiles kernels
                     for param, grad in zip(params, grads, strict=True):
                         param.grad = grad
                     made[label].step()
@@ -171,7 +171,7 @@ def measure(
 
 
 def timed(optimizer: torch.optim.Optimizer, seconds: float, device: torch.device) -> float:
-    """Seconds of a step, over as many as fill `seconds`, after one that finds what another optimizer has left."""
+    """Seconds a step, over as many as fill `seconds`. One step before fills the caches and does not count."""
     optimizer.step()
     synchronize(device)
     steps, start = 0, time.perf_counter()
@@ -186,7 +186,7 @@ def timed(optimizer: torch.optim.Optimizer, seconds: float, device: torch.device
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """GB/s of copying a tensor of 256 MiB, read and written: the best of a few."""
+    """GB/s of copying a tensor of 256 MiB, reading and writing counted: the best of ten."""
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source).copy_(source)
     best = math.inf
@@ -200,7 +200,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def launches(optimizer: torch.optim.Optimizer) -> int:
-    """Kernels and copies that one step gives the GPU."""
+    """The number of kernels and copies that one step starts on the GPU."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
@@ -210,7 +210,7 @@ def launches(optimizer: torch.optim.Optimizer) -> int:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of state of a parameter's size; counts of steps and other scalars are left out."""
+    """Bytes of the state tensors that have a parameter's shape. Step counts and other scalars are left out."""
     states = ((param, x) for param, state in optimizer.state.items() for x in state.values())
     return sum(x.nbytes for param, x in states if isinstance(x, Tensor) and x.shape == param.shape)
 
@@ -222,7 +222,7 @@ def free_memory(device: torch.device) -> float:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return math.inf  # not Linux: try
+        return math.inf  # not Linux: unknown, so try
 
 
 def synchronize(device: torch.device) -> None:
@@ -261,7 +261,7 @@ def table(name: str, results: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Step times over fused AdamW's, a panel for each set of shapes, on a common logarithmic scale."""
+    """Draw step times over fused AdamW's: a panel for each set of shapes, on one logarithmic scale."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,1 +1,1 @@
-"""Neural machine translation: Transformer-base on WMT14 English-German, from the text files to the BLEU row."""
+"""Neural machine translation: Transformer-base on WMT14 English-German, from text files to the BLEU row."""

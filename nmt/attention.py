@@ -1,9 +1,9 @@
 """Multi-head attention: projections, then torch's scaled_dot_product_attention.
 
-Queries, keys and values have a matrix each, as published: Apollo's sums go over a tensor, so one matrix of all three
-would be another method. (One product with the three stacked was measured, and is not faster.)
+Queries, keys and values have one matrix each, as published. Apollo's sums go over a whole tensor, so one matrix for all
+three would be another method. (One product with the three stacked was measured. It is not faster.)
 
-Hidden states are rows (nmt/rows.py), which the size of the batch tells apart.
+Hidden states are rows (nmt/rows.py). The batch's size tells which row is which word.
 """
 
 import torch
@@ -18,7 +18,7 @@ Size = tuple[int, int]  # of a batch: sentences and words, or sentences and hypo
 
 
 class Attention(torch.nn.Module):
-    """What self-attention and attention to the source share: the parameters, and everything after the projections."""
+    """The part common to both kinds of attention: the parameters, and all that follows the projections."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Attention(torch.nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """As fairseq's MultiheadAttention.reset_parameters; biases of queries, keys and values stay as Linear's are."""
+        """As fairseq's MultiheadAttention.reset_parameters. Biases of queries, keys and values stay Linear's."""
         for projection in (self.query, self.key, self.value):
             torch.nn.init.xavier_uniform_(projection.weight, gain=2**-0.5)
         torch.nn.init.xavier_uniform_(self.output.weight)
@@ -47,7 +47,7 @@ class Attention(torch.nn.Module):
         mask: torch.Tensor | None,
         causal: bool = False,
     ) -> torch.Tensor:
-        """[B, heads, T, width / heads] to rows; `mask` is boolean, True where a query may look."""
+        """[B, heads, T, width / heads] to rows. `mask` is boolean: True where a query may look."""
         if queries.device.type == "cpu" and queries.requires_grad:
             attended = self._spelled_out(queries, keys, values, mask, causal)
         else:
@@ -63,9 +63,10 @@ class Attention(torch.nn.Module):
         mask: torch.Tensor | None,
         causal: bool,
     ) -> torch.Tensor:
-        """The same for training on the CPU, where the fused kernel is slow backwards on sentences and has no dropout.
+        """The same in plain operations, for training on the CPU.
 
-        Its other kernel converts everything to float32 and back.
+        There the fused kernel has no dropout, and its backward pass is slow on sentences. torch's other kernel converts
+        everything to float32 and back.
         """
         scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
         if causal:
@@ -83,7 +84,7 @@ class SelfAttention(Attention):
         return self.attend(*self._project(x, size), mask, causal)
 
     def step(self, x: torch.Tensor, size: Size, state: DecodingState, layer: int) -> torch.Tensor:
-        """For the newest words alone, of size [B, K]; `layer` is the number of the decoder layer in the state."""
+        """Attention of the newest words alone, of size [B, K]. `layer` is the decoder layer's number in the state."""
         queries, keys, values = self._project(x, size)
         return self.attend(queries, *state.append(layer, keys, values), state.mask)
 
@@ -92,10 +93,10 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Of target words to the source."""
+    """Attention of target words to the source."""
 
     def keys_values(self, memory: torch.Tensor, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the source words, [B, heads, S, width / heads] each: they serve every word of the translation."""
+        """Keys and values of the source words, [B, heads, S, width / heads] each. All target words use them."""
         return self.split(self.key(memory), size), self.split(self.value(memory), size)
 
     @override(check_signature=False)

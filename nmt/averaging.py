@@ -1,7 +1,7 @@
-"""Averages of the last checkpoints' weights: what the published scores are those of.
+"""The average of the last checkpoints' weights. The published scores belong to such an average.
 
-They are kept in RUN/averaging/<update>/, apart from the checkpoint to resume from. Named by their update, they are
-the same files whether or not the run was interrupted in between.
+The weights are kept in RUN/averaging/<update>/, apart from the checkpoint that a run resumes from. An interrupted run
+writes the same files as an uninterrupted one, because the update names them.
 """
 
 import shutil
@@ -18,12 +18,12 @@ from engine.errors import UserError
 class AverageConfig(Strict):
     """The settings under `average:` in a config."""
 
-    every: PositiveInt | None = None  # updates between the weights kept; None: they are kept at each epoch's end
+    every: PositiveInt | None = None  # keep weights every so many updates; None: at each epoch's end
     last: PositiveInt = 10  # how many are kept and averaged
 
 
 def keep_weights(run_dir: Path, update: int, model: torch.nn.Module, codec_digest: str, last: int) -> None:
-    """Write the weights after `update` updates, and delete all but the `last` newest kept."""
+    """Write the weights after `update` updates. Of all kept weights only the `last` newest stay."""
     folder = run_dir / "averaging" / f"{update:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     write_checkpoint(folder, {"model": model.state_dict(), "codec": codec_digest}, keep=1)
@@ -32,9 +32,9 @@ def keep_weights(run_dir: Path, update: int, model: torch.nn.Module, codec_diges
 
 
 def average_weights(run_dir: Path, last: int, codec_digest: str) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """The mean of the `last` newest weights kept (of all, where there are fewer), and the updates they are from.
+    """The mean of the `last` newest kept weights (of all, if there are fewer), and the updates that they are from.
 
-    Raises UserError where there are none, where they are of different models, or not of the vocabulary `codec_digest`.
+    Raises UserError if there are none, if they are of different models, or if their vocabulary is not `codec_digest`.
     """
     folders = _kept(run_dir)[-last:]
     if not folders:

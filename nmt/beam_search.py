@@ -1,11 +1,11 @@
-"""Batched beam search: all sentences of a batch and all their hypotheses in a few tensor operations a word.
+"""Batched beam search: a few tensor operations a word for all sentences of a batch and all their hypotheses.
 
-A hypothesis's score is log p(words) / length ** length_penalty, as in fairseq's generation; the length counts the
+A hypothesis's score is log p(words) / length ** length_penalty, as in fairseq's generation. The length counts the
 closing EOS. ("Attention Is All You Need" divides by ((5 + length) / 6) ** length_penalty instead.)
 
-Each step looks at the K best continuations of a sentence and at the K ways to end one of its hypotheses; an end counts
-if it is among the K best of both. A sentence is finished when K ends have counted, when no continuation can still beat
-the best of them, or at its longest allowed length, where every hypothesis ends.
+Each step looks at the K best continuations of a sentence and at the K ways to end one of its hypotheses. An end counts
+if it is among the K best of both. A sentence is finished when K ends have counted, when no continuation can beat the
+best end any more, or at its longest allowed length. There every hypothesis ends.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from engine.config import Strict
 from nmt.codec import BOS, EOS, PAD
 from nmt.model import Transformer
 
-LONGER = 50  # a translation may be so many words longer than its source, as in "Attention Is All You Need"
-DROP_SHARE = 0.8  # finished sentences leave the batch once no more than this share is still going on
+LONGER = 50  # a translation may have this many words more than its source, as in "Attention Is All You Need"
+DROP_SHARE = 0.8  # finished sentences leave the batch when at most this share of it is unfinished
 
 
 class DecodingConfig(Strict):
@@ -46,14 +46,14 @@ def translate(
     max_tokens: int = 4096,
     progress: bool = False,
 ) -> list[Hypothesis]:
-    """The best translation of each source (ids without EOS), in their order.
+    """The best translation of each source (ids without EOS), in the order of the sources.
 
-    Sentences of like length share a batch of at most `max_tokens` padded source words (or one sentence); what else is
-    in its batch does not change a translation. The model is put into evaluation mode; the caller's autocast holds.
+    Sentences of similar length share a batch of at most `max_tokens` padded source words (or of one sentence). The rest
+    of a batch does not change a translation. The model is put into evaluation mode. The caller's autocast applies.
     """
     model.eval()
     device = next(model.parameters()).device
-    order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))  # longest first: if memory fails, at once
+    order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))  # longest first: a lack of memory shows at once
     found: list[Hypothesis | None] = [None] * len(sources)
     with tqdm(
         total=len(sources), unit="sentence", desc="translating", leave=False, disable=None if progress else True
@@ -84,7 +84,7 @@ def beam_search(
 ) -> list[Hypothesis]:
     """The best hypothesis for each sentence of `source`, [B, S] int64 on the model's device, padded with PAD.
 
-    `longest` [B] int64: each translation's greatest length with its EOS; default: 50 more than its source.
+    `longest` [B] int64 is each translation's greatest length, with EOS. Default: 50 more than its source.
     """
     device, k = source.device, beam_size
     if longest is None:
@@ -94,10 +94,10 @@ def beam_search(
     def penalty(length: torch.Tensor | int) -> torch.Tensor | float:
         return length**length_penalty
 
-    # Of the sentences still in the batch: the number of each, its K hypotheses with their scores, and its best end.
+    # For each sentence in the batch: its number, its K hypotheses with their scores, and its best end.
     number = torch.arange(len(source), device=device)
     scores = torch.full((len(source), k), -torch.inf, device=device)
-    scores[:, 0] = 0.0  # all hypotheses begin alike: one is enough
+    scores[:, 0] = 0.0  # all hypotheses are equal at the start, so one is enough
     words = source.new_full((len(source), k), BOS)
     history = source.new_empty((len(source), k, 0))
     best = torch.full((len(source),), -torch.inf, device=device)
@@ -115,7 +115,7 @@ def beam_search(
         top, top_words = logits.topk(min(k, logits.shape[2]), dim=2)
         continued, index = (top + log_p).flatten(1).topk(k, dim=1)
 
-        # Ends among the K best of both kinds count, and all of them at the last step.
+        # An end counts if it is among the K best of both kinds. At the last step all ends count.
         least = torch.cat((continued, ended), 1).topk(k, dim=1).values[:, -1:]
         last = longest == length
         counts = ((ended >= least) | last[:, None]) & ended.isfinite() & ~done[:, None]

@@ -1,9 +1,9 @@
-"""Joint byte-pair encoding of Moses tokens: one vocabulary for both languages, as all embeddings are shared.
+"""Joint byte-pair encoding of Moses tokens: one vocabulary for both languages, because all embeddings are shared.
 
-A piece that begins a token carries the mark U+2581, so decoding gives back the tokens exactly, and no text can spell a
-special token: `</s>` in a sentence is tokens like any others. The library tokenizers learns and applies the merges;
-what is kept is a plain `codec.json` (languages, pieces in the order of their ids, merges), whose digest ties prepared
-data, checkpoints and translations to each other.
+A piece that begins a token carries the mark U+2581. So decoding gives back the exact tokens, and no text can spell a
+special token: `</s>` in a sentence is plain tokens. The library tokenizers learns and applies the merges. They are kept
+in a plain `codec.json` (languages, pieces in the order of their ids, merges). Prepared data, checkpoints and
+translations belong together if its digest is the same.
 """
 
 import json
@@ -25,12 +25,12 @@ from nmt.text import WORD_START, moses
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 FILE = "codec.json"
-MAX_CHARACTERS = 1000  # characters with a piece of their own; Common Crawl has thousands that occur a few times
-MIN_PAIR_COUNT = 2  # as in subword-nmt: what occurs once is not worth a merge
+MAX_CHARACTERS = 1000  # characters that have a piece; Common Crawl has thousands that occur a few times
+MIN_PAIR_COUNT = 2  # as in subword-nmt: a pair that occurs once gets no merge
 
 
 class Codec:
-    """Text to ids and back, for two languages. `size` counts the special tokens too; `digest` is a SHA-256 in hex."""
+    """Text to ids and back, for two languages. `size` includes the special tokens. `digest` is a SHA-256 in hex."""
 
     def __init__(self, source: str, target: str, pieces: Sequence[str], merges: Sequence[str]) -> None:
         self.source, self.target = source, target
@@ -44,7 +44,7 @@ class Codec:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Codec":
-        """Read `folder`/codec.json; UserError where it is missing or not one."""
+        """Read `folder`/codec.json. UserError if it is missing or is not a codec."""
         path = Path(folder) / FILE
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
@@ -53,7 +53,7 @@ class Codec:
             codec = cls(kept["source"], kept["target"], kept["pieces"], kept["merges"])
         except FileNotFoundError:
             raise UserError(f"{path} is not there: prepare the data first (python -m nmt.prepare --help)") from None
-        except Exception as error:  # tokenizers raises bare Exception for pieces and merges that do not fit together
+        except Exception as error:  # tokenizers raises a bare Exception if pieces and merges do not fit together
             raise UserError(f"{path}: not a codec ({error}); prepare the data again") from None
         moses(codec.source), moses(codec.target)
         return codec
@@ -63,11 +63,11 @@ class Codec:
         write_atomically(Path(folder) / FILE, self._serialised())
 
     def encode(self, line: str, language: str | None = None) -> list[int]:
-        """Ids of one raw line, without <s> and </s>; `language` None means the source's. [] for an empty line."""
+        """Ids of one raw line, without <s> and </s>. `language` None is the source's. An empty line gives []."""
         return self.encode_tokens([self.tokenize(line, language or self.source)])[0]
 
     def encode_lines(self, lines: Iterable[str], language: str | None = None) -> list[list[int]]:
-        """`encode` for many lines at once, which is much faster."""
+        """`encode` for many lines at once. This is much faster."""
         return self.encode_tokens([self.tokenize(line, language or self.source) for line in lines])
 
     def encode_tokens(self, lines: Sequence[str]) -> list[list[int]]:
@@ -75,12 +75,12 @@ class Codec:
         return [found.ids for found in self._bpe.encode_batch_fast(lines, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], language: str | None = None) -> str:
-        """The text of `ids`, up to the first </s>, special tokens left out; `language` None means the target's."""
+        """The text of `ids` up to the first </s>, without special tokens. `language` None is the target's."""
         language = language or self.target
         return moses(language).detokenize(self.decode_tokens(ids))
 
     def decode_tokens(self, ids: Iterable[int]) -> str:
-        """The Moses tokens of `ids`, separated by spaces: what tokenized BLEU counts."""
+        """The Moses tokens of `ids`, separated by spaces. Tokenized BLEU counts them."""
         pieces = []
         for index in map(int, ids):
             if index == EOS:
@@ -90,7 +90,7 @@ class Codec:
         return " ".join("".join(pieces).replace(WORD_START, " ").split())
 
     def tokenize(self, line: str, language: str | None = None, normalize: bool = True) -> str:
-        """The Moses tokens of a raw line, as Moses.tokenize; `language` None means the target's."""
+        """The Moses tokens of a raw line, as Moses.tokenize. `language` None is the target's."""
         return moses(language or self.target).tokenize(line, normalize)
 
     def _serialised(self) -> str:
@@ -103,8 +103,8 @@ def learn(
 ) -> Codec:
     """Learn at most `merges` merges from `files` (Moses tokens, UTF-8) of both languages together.
 
-    `characters` are the counts of all characters in these files: the most frequent MAX_CHARACTERS get a piece each. The
-    outcome depends on the files' content alone, neither on the number of threads nor on the order of the files.
+    `characters` counts all characters in these files. The MAX_CHARACTERS most frequent ones get a piece each. The
+    result depends on the files' content alone, not on the number of threads or the order of the files.
     """
     ranked = sorted(characters.keys() - {" ", "\n"}, key=lambda character: (-characters[character], character))
     alphabet = [WORD_START, *ranked[:MAX_CHARACTERS]]

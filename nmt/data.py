@@ -1,11 +1,11 @@
-"""Batches of prepared parallel text: by number of tokens, of like lengths, the same for any number of ranks.
+"""Batches of prepared parallel text: limited by tokens, of similar lengths, the same for any number of ranks.
 
 An epoch is cut into batches of sentences of about one length, and the batches are shuffled. An update takes the next
-`passes` of them, so it sees several lengths: so it is published (fairseq's EpochBatchIterator, which gives each GPU one
-batch). Which batches an update takes is a function of the seed and the epoch alone, and the ranks divide them. There is
-no state to keep: a resumed run asks for the epoch's updates from a given one on.
+`passes` batches, so it sees several lengths, as published (fairseq's EpochBatchIterator gives each GPU one batch).
+The batches of an update are a function of the seed and the epoch alone, and the ranks divide them. There is no state to
+save: a resumed run asks for the epoch's updates from a given number on.
 
-Nothing here is done sentence by sentence in Python: one index cuts a batch from the flat, memory-mapped array of ids.
+Python never loops over sentences here. One index cuts a batch from the flat, memory-mapped array of ids.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,13 +27,13 @@ from nmt.prepare.recipes import GRAMMAR, WMT14
 from nmt.prepared import EVALUATED, MANIFEST_KEYS
 
 JITTER = 1.0  # tokens; measured on Multi30k at 4,096 tokens a batch: 3.9 % padding instead of 3.1 %
-ROWS_MULTIPLE = 8  # the number of sentences in a batch is a multiple of this where so many fit, as in fairseq
+ROWS_MULTIPLE = 8  # a batch has a multiple of this many sentences if so many fit, as in fairseq
 
 
 class DataConfig(Strict):
     """The settings under `data:` in a config."""
 
-    name: str  # of the recipe that the data were prepared by
+    name: str  # of the recipe that prepared the data
     root: str
 
 
@@ -43,11 +43,11 @@ class Batch(NamedTuple):
     source: Tensor  # [B, S]: ids, EOS
     target_in: Tensor  # [B, T]: BOS, ids
     target_out: Tensor  # [B, T]: ids, EOS
-    tokens: int  # of the target, EOS included, padding not
-    sentences: int  # B; 0 for a pass that has nothing to do
+    tokens: int  # of the target, with EOS, without padding
+    sentences: int  # B; 0 for a pass without work
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`; to a GPU it is copied while the host goes on."""
+        """The batch on `device`. The host does not wait for a copy to a GPU."""
         if device.type != "cuda":
             return self
         tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in self[:3]]
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
 
 class Side:
-    """The ids of one language of a split; sentence i is flat[starts[i] : starts[i] + lengths[i]], its EOS included."""
+    """The ids of one language of a split. Sentence i, with its EOS, is flat[starts[i] : starts[i] + lengths[i]]."""
 
     def __init__(self, folder: Path, split: str, language: str, entry: dict[str, Any]) -> None:
         array, offsets = (folder / f"{split}.{language}.{kind}" for kind in ("bin", "offsets"))
@@ -68,7 +68,7 @@ class Side:
             if found != size:
                 raise UserError(f"{path} has {found:,} bytes, not {size:,}: prepare the data again")
         mapped = np.memmap(array, f"<u{entry[language]['token_bytes']}", mode="r")
-        self.flat = np.asarray(mapped)  # still mapped, without the subclass's cost at every index
+        self.flat = np.asarray(mapped)  # still mapped; indexing a memmap object is slower
         boundaries = np.fromfile(offsets, "<i8")
         self.starts, self.lengths = boundaries[:-1], np.diff(boundaries).astype(np.int32)
 
@@ -82,7 +82,7 @@ class Side:
 
 
 class Split:
-    """The pairs of one split. Lengths and ids are without special tokens; `sources` and `references` are raw text."""
+    """The pairs of one split. Lengths and ids exclude special tokens. `sources` and `references` are raw text."""
 
     def __init__(self, folder: Path, name: str, manifest: dict[str, Any]) -> None:
         self.folder, self.name, self.manifest = folder, name, manifest
@@ -117,7 +117,7 @@ class Split:
         return self._raw("target")
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """These pairs, padded to the longest of each side; without any, a row whose loss is zero."""
+        """These pairs, padded to the longest of each side. Without pairs it is one row whose loss is zero."""
         if not len(indices):
             one = torch.tensor([[EOS], [BOS], [PAD]])
             return Batch(*one[:, None], tokens=0, sentences=0)
@@ -131,7 +131,7 @@ class Split:
 
     @cached_property
     def longest(self) -> np.ndarray:
-        """For each pair its longer side, EOS included: what it costs in a batch."""
+        """The length of each pair's longer side, with EOS. This is what the pair costs in a batch."""
         return np.maximum(self.source_side.lengths, self.target_side.lengths)
 
     def _sentence(self, side: Side, index: int) -> np.ndarray:
@@ -149,7 +149,7 @@ class Split:
 
 
 class ParallelData:
-    """Prepared data, opened; UserError where it is not whole."""
+    """Prepared data, opened. UserError if it is not whole."""
 
     def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
         self.root, self.manifest = root, manifest
@@ -160,9 +160,9 @@ class ParallelData:
 
 
 def load_data(name: str, root: str | Path) -> ParallelData:
-    """The data prepared in `root`, which must be that of the recipe `name`; "grammar" is prepared where it is missing.
+    """The data prepared in `root` by the recipe `name`. "grammar" is prepared here if it is missing.
 
-    Raises UserError, in one line, for data that is missing, damaged or of another recipe.
+    Raises UserError, in one line, if the data is missing, damaged or of another recipe.
     """
     root = Path(root)
     manifest = read_manifest(root, MANIFEST_KEYS)
@@ -191,11 +191,11 @@ def train_batches(
     world_size: int = 1,
     start_update: int = 0,
 ) -> Iterator[list[tuple[int, Batch]]]:
-    """The epoch's updates from number `start_update` on: for each, this rank's passes, as (index in the update, batch).
+    """The epoch's updates from number `start_update` on, each as this rank's passes: [(index in the update, batch)].
 
-    An update has `passes` batches, and this rank takes those numbered rank, rank + world_size, ... A batch has as many
-    sentences of about one length as fit: sentences x longest side <= `max_tokens`. The last update of an epoch takes
-    the batches that are left, and its other passes hold no sentence. UserError for a pair longer than `max_tokens`.
+    An update has `passes` batches. This rank takes those with the numbers rank, rank + world_size, ... A batch has as
+    many sentences of about one length as fit: sentences x longest side <= `max_tokens`. The last update of an epoch
+    takes the remaining batches, and its other passes hold no sentence. UserError if a pair is longer than `max_tokens`.
     """
     order = _by_length(split, _random(seed, "pairs", epoch).uniform(-JITTER, JITTER, len(split)))
     cuts = _cuts(split.longest[order], max_tokens)
@@ -210,7 +210,7 @@ def train_batches(
 
 
 def updates_per_epoch(split: Split, max_tokens: int, passes: int) -> int:
-    """How many updates `train_batches` yields, in every epoch and for every seed."""
+    """How many updates `train_batches` yields. The number is the same in every epoch and for every seed."""
     batches = len(_cuts(np.sort(split.longest), max_tokens)) - 1
     return -(-batches // passes)
 
@@ -218,7 +218,7 @@ def updates_per_epoch(split: Split, max_tokens: int, passes: int) -> int:
 def eval_batches(
     split: Split, max_tokens: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Every pair exactly once over all ranks, the longest first: batches, and which pairs they hold."""
+    """Batches and the indices of their pairs. Over all ranks every pair comes exactly once, the longest first."""
     order = _by_length(split, 0.0)
     cuts = _cuts(split.longest[order], max(max_tokens, int(split.longest.max())), multiple=1)
     for index in range(len(cuts) - 2 - rank, -1, -world_size):
@@ -237,9 +237,10 @@ def padding_share(batches: Iterable[Batch]) -> float:
 
 
 def _by_length(split: Split, noise: np.ndarray | float) -> np.ndarray:
-    """All pairs by their longer side, then by the difference of the sides: up and down in turn, so that no step is big.
+    """All pairs, sorted by their longer side, then by the difference of the sides.
 
-    `noise` is added to the difference: from epoch to epoch other pairs come together, for a little more padding.
+    The difference rises at one length and falls at the next, so that neighbours never differ much. `noise` is added to
+    it. So other pairs come together in each epoch, which costs a little more padding.
     """
     source, target = split.source_side.lengths, split.target_side.lengths
     difference = np.where(split.longest % 2, source - target, target - source)
@@ -247,10 +248,10 @@ def _by_length(split: Split, noise: np.ndarray | float) -> np.ndarray:
 
 
 def _cuts(longest: np.ndarray, budget: int, multiple: int = ROWS_MULTIPLE) -> np.ndarray:
-    """Where to cut pairs of ascending length so that in each part pairs x longest <= budget; the end is the last cut.
+    """Where to cut pairs of ascending length so that pairs x longest <= budget in each part. The last cut is the end.
 
-    The number of pairs in a part is a multiple of `multiple` where so many fit. It depends on the lengths alone, and so
-    is the same in every epoch.
+    A part has a multiple of `multiple` pairs if so many fit. The cuts depend on the lengths alone, so they are the same
+    in every epoch.
     """
     if longest[-1] > budget:
         raise UserError(
@@ -258,7 +259,7 @@ def _cuts(longest: np.ndarray, budget: int, multiple: int = ROWS_MULTIPLE) -> np
         )
     cuts, total = [0], len(longest)
     while (begin := cuts[-1]) < total:
-        # with n pairs the longest is the last: take the largest n with n * longest[begin + n - 1] <= budget
+        # The last of n pairs is the longest. Take the largest n with n * longest[begin + n - 1] <= budget.
         most = min(total - begin, budget // int(longest[begin]))
         costs = np.arange(1, most + 1) * longest[begin : begin + most]
         count = int(np.searchsorted(costs, budget, side="right"))

@@ -1,33 +1,33 @@
-"""What decoding remembers between two words: keys and values, written once and never moved between hypotheses.
+"""What decoding remembers between two words: keys and values. They are written once and never moved.
 
-Beam search makes hypotheses children of others at every step. Instead of copying each child the keys and values of its
-ancestors, the K hypotheses of a sentence share one cache with a slot for every hypothesis and step, and a mask says
-which slots are a hypothesis's own ancestors: the mask alone is reordered.
+Beam search makes hypotheses children of others at every step. Copying the ancestors' keys and values to each child
+would be slow. So the K hypotheses of a sentence share one cache with a slot for every hypothesis and step. A mask says
+which slots hold a hypothesis's own ancestors, and only the mask is reordered.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 
-FIRST_STEPS = 32  # room made for so many words, doubled whenever it is full
+FIRST_STEPS = 32  # words that the first cache has room for; the room is doubled whenever it is full
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
 class DecodingState:
-    """Caches for K hypotheses of each of B sentences, over all decoder layers; made by `Transformer.start`."""
+    """Caches of all decoder layers for K hypotheses of each of B sentences. `Transformer.start` makes it."""
 
     hypotheses: int  # K
     cross: list[Pair]  # of each layer: keys and values of the source words, [B, heads, S, width / heads]
     source_mask: torch.Tensor | None  # [B, 1, 1, S], as from Transformer.encode
-    own: list[Pair] = field(default_factory=list)  # of each layer, as `cross`, for K slots a step
+    own: list[Pair] = field(default_factory=list)  # of each layer: as `cross`, with K slots a step
     slots: torch.Tensor | None = None  # [B, 1, K, slots]: which slots are a hypothesis's ancestors, or itself
     length: int = 0  # words so far
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """The slots that each hypothesis attends to, [B, 1, K, slots so far]; None where that is all of them."""
+        """The slots that each hypothesis attends to, [B, 1, K, slots so far]. None means all."""
         return None if self.hypotheses == 1 else self.slots[..., : self.length * self.hypotheses]
 
     def next_word(self) -> None:
@@ -43,7 +43,7 @@ class DecodingState:
         self.length += 1
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Pair:
-        """Store the newest word's keys and values, [B, heads, K, width / heads]; returns those of all words so far."""
+        """Store the newest word's keys and values, [B, heads, K, width / heads]. Returns those of all words so far."""
         end, k = self.length * self.hypotheses, self.hypotheses
         if layer == len(self.own):
             shape = (*keys.shape[:2], FIRST_STEPS * k, keys.shape[3])
@@ -55,7 +55,7 @@ class DecodingState:
         return tuple(cache[:, :, :end] for cache in self.own[layer])
 
     def reorder(self, parents: torch.Tensor) -> None:
-        """Hypothesis k becomes a child of hypothesis parents[b, k], [B, K] int64."""
+        """Hypothesis k of sentence b becomes a child of hypothesis parents[b, k], [B, K] int64."""
         if self.hypotheses > 1:
             past = self.slots[..., : self.length * self.hypotheses]
             past.copy_(past.gather(2, parents[:, None, :, None].expand_as(past)))
@@ -69,5 +69,5 @@ class DecodingState:
 
 
 def _doubled(cache: torch.Tensor, dim: int) -> torch.Tensor:
-    """The cache with as much room again along `dim`; what is there is not yet anything."""
+    """The cache with twice the room along `dim`. The new half has no meaning yet."""
     return torch.cat((cache, torch.zeros_like(cache)), dim)

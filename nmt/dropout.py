@@ -1,7 +1,8 @@
-"""Dropout whose random numbers cost a sixth on the CPU, where torch's Bernoulli draws take a sixth of a training step.
+"""Dropout with cheap random numbers on the CPU. torch's Bernoulli draws take a sixth of a training step there.
 
-One 64-bit random number decides about four elements, 16 bits each, so that the probability is rounded to a multiple of
-2**-16; the scale 1 / (1 - p) is that of the rounded one. On other devices it is torch.nn.functional.dropout.
+These draws take a sixth of that time. One 64-bit random number decides about four elements, 16 bits each. So the
+probability is rounded to a multiple of 2**-16, and the scale 1 / (1 - p) is that of the rounded probability. On other
+devices this is torch.nn.functional.dropout.
 """
 
 import torch

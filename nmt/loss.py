@@ -1,8 +1,8 @@
-"""Label-smoothed cross entropy of a vocabulary projection, without ever holding the logits of a whole batch.
+"""Label-smoothed cross entropy of a vocabulary projection. It never holds the logits of a whole batch.
 
-The logits of 8,192 tokens over 37,000 words are 1.2 GB in float32, and the plain way holds three such tensors. Here a
-block of tokens at a time is projected, its loss summed and its gradients computed, while the block is in cache: the
-forward pass does the backward's work, and the backward only scales it.
+The logits of 8,192 tokens over 37,000 words are 1.2 GB in float32, and the plain way holds three such tensors. Here the
+forward pass takes one block of tokens at a time. It projects the block, sums its loss and computes its gradients while
+the block is in cache. The backward pass only scales these gradients.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from nmt.rows import rounded
 
-BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # logits held at a time: what a CPU's cache holds, 1 GiB on a GPU
+BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # logits held at a time: a CPU's cache, 1 GiB on a GPU
 
 
 def smoothed_cross_entropy(
@@ -22,17 +22,17 @@ def smoothed_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over tokens, in nats, of the label-smoothed loss and of the plain negative log-likelihood.
 
-    With logits `hidden @ weight.T` and q the target's distribution, label_smoothing / V on every word and the rest on
-    the right one, as torch.nn.functional.cross_entropy has it: loss = -sum q log p, nll = -log p[target].
+    The logits are `hidden @ weight.T`. The target's distribution q has label_smoothing / V on every word, and the rest
+    on the right word, as in torch.nn.functional.cross_entropy. So loss = -sum q log p and nll = -log p[target].
 
     Args:
-        hidden: [N, width] float; gradients flow to it and to `weight`.
-        weight: [V, width], the output embeddings; both are cast to autocast's dtype where that is on.
+        hidden: [N, width] float. Gradients flow to it and to `weight`.
+        weight: [V, width], the output embeddings. Both are cast to autocast's dtype if autocast is on.
         target: [N] int64, without padding.
         label_smoothing: in [0, 1).
 
     Returns:
-        Two 0-d float32 tensors; only the first has gradients.
+        Two 0-d float32 tensors. Only the first has gradients.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

@@ -1,8 +1,8 @@
 """The Transformer of "Attention Is All You Need", for training on whole sentences and for decoding word by word.
 
-Three embeddings (source, target, output) are one matrix, scaled by sqrt(width) on the way in. Post-norm is the
-published order, pre-norm the one that trains without warmup. `forward` sees whole target sentences; `step` one more
-word of each hypothesis, with the keys and values of the words before it cached.
+One matrix serves as source, target and output embedding. Inputs are scaled by sqrt(width). Post-norm is the published
+order. Pre-norm trains without warmup. `forward` sees whole target sentences. `step` sees one more word of each
+hypothesis, and the keys and values of the words before it are cached.
 """
 
 import math
@@ -23,11 +23,11 @@ from nmt.dropout import Dropout
 from nmt.loss import smoothed_cross_entropy
 from nmt.rows import to_rows
 
-FIRST_POSITION = 2  # as in fairseq, which counts on from the padding's index, 1
+FIRST_POSITION = 2  # as in fairseq: one more than the padding's index, 1
 
 
 class ModelConfig(Strict):
-    """The defaults are Transformer-base: 44,138,496 parameters and 512 for each word of the joint vocabulary."""
+    """The defaults are Transformer-base: 44,138,496 parameters, and 512 more for each word of the joint vocabulary."""
 
     name: Literal["transformer"] = "transformer"
     width: PositiveInt = 512
@@ -55,7 +55,7 @@ def create_model(config: ModelConfig, vocabulary_size: int) -> "Transformer":
 
 
 class Transformer(torch.nn.Module):
-    """Encoder and decoder over one joint vocabulary. Word ids are int64, and PAD fills sentences up at their end."""
+    """Encoder and decoder with one joint vocabulary. Word ids are int64. Sentences are padded at their end with PAD."""
 
     def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
         super().__init__()
@@ -64,15 +64,15 @@ class Transformer(torch.nn.Module):
         self.dropout = Dropout(config.dropout)
         self.encoder = torch.nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.decoder = torch.nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
-        # After a stack of pre-norm layers nothing has been normalised yet; post-norm layers end with it.
+        # The output of a stack of pre-norm layers is not normalised yet. Post-norm layers end with a normalisation.
         last_norm = torch.nn.LayerNorm if config.norm == "pre" else torch.nn.Identity
         self.encoder_norm, self.decoder_norm = last_norm(config.width), last_norm(config.width)
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Embeddings of std width**-0.5, attention as its `initialise`; the feed-forward layers stay as Linear's are.
+        """Embeddings with std width**-0.5, attention by its `initialise`. Feed-forward layers stay as Linear made them.
 
-        So fairseq's transformer of September 2020 is, which the published code was built on.
+        This is as in fairseq's transformer of September 2020, on which the published code was built.
         """
         torch.nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5)
         self.embedding.weight[PAD].zero_()
@@ -89,14 +89,14 @@ class Transformer(torch.nn.Module):
         tokens: int = 0,
         label_smoothing: float = 0.0,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Logits [B, T, V] for the words that follow `target_in`; or, given `target_out`, the two sums of the loss.
+        """Logits [B, T, V] for the words that follow `target_in`. With `target_out`, the two sums of the loss instead.
 
         Args:
             source: [B, S], each sentence ending with EOS.
             target_in: [B, T], beginning with BOS.
-            target_out: [B, T], ending with EOS: the words to predict. Then nothing is computed for padded positions,
-                and the result is (loss, nll) of nmt/loss.py, summed over the `tokens` words.
-            tokens: how many words of target_out are not padding, known on the host so that no device is waited for.
+            target_out: [B, T], ending with EOS: the words to predict. Padded positions are then not projected, and the
+                result is (loss, nll) of nmt/loss.py, summed over the `tokens` words.
+            tokens: the number of words in target_out without padding. It is given so that the host need not wait.
         """
         hidden = self.decode(target_in, *self.encode(source))
         if target_out is None:
@@ -107,9 +107,9 @@ class Transformer(torch.nn.Module):
         return smoothed_cross_entropy(hidden, self.embedding.weight, words, label_smoothing)
 
     def encode(self, source: torch.Tensor) -> tuple[torch.Tensor, Size, torch.Tensor | None]:
-        """Memory as rows, its size [B, S], and the mask [B, 1, 1, S] of the words to attend to, None for all."""
+        """Memory as rows, its size [B, S], and the mask [B, 1, 1, S] of the words to attend to (None: all)."""
         mask = (source != PAD)[:, None, None]
-        if source.device.type == "cpu" and mask.all():  # elsewhere looking would make the host wait
+        if source.device.type == "cpu" and mask.all():  # on a GPU this test would make the host wait
             mask = None
         x = self.embed(source, self.positions(source.shape[1], source.device))
         for layer in self.encoder:
@@ -119,20 +119,20 @@ class Transformer(torch.nn.Module):
     def decode(
         self, target_in: torch.Tensor, memory: torch.Tensor, memory_size: Size, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Decoder output for whole sentences, as rows; words see those before them, so padding needs no mask."""
+        """Decoder output for whole sentences, as rows. A word sees only words before it, so padding needs no mask."""
         x = self.embed(target_in, self.positions(target_in.shape[1], target_in.device))
         for layer in self.decoder:
             x = layer(x, target_in.shape, *layer.cross_attention.keys_values(memory, memory_size), mask)
         return self.decoder_norm(x)
 
     def start(self, source: torch.Tensor, hypotheses: int) -> DecodingState:
-        """Encode, and be ready for the first `step` of `hypotheses` translations of each sentence."""
+        """Encode, and make the state for the first `step` of `hypotheses` translations of each sentence."""
         memory, size, mask = self.encode(source)
         cross = [layer.cross_attention.keys_values(memory, size) for layer in self.decoder]
         return DecodingState(hypotheses, cross, mask)
 
     def step(self, words: torch.Tensor, state: DecodingState) -> torch.Tensor:
-        """Logits [B, K, V] for the words that follow `words` [B, K], the newest of each hypothesis; BOS comes first."""
+        """Logits [B, K, V] for the words that follow `words` [B, K], each hypothesis's newest word (at first BOS)."""
         state.next_word()
         x = self.embed(words, self.positions(state.length, words.device)[-1])
         for index, layer in enumerate(self.decoder):
@@ -140,11 +140,11 @@ class Transformer(torch.nn.Module):
         return linear(self.decoder_norm(x), self.embedding.weight)[: words.numel()].view(*words.shape, -1)
 
     def embed(self, words: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Scaled embeddings of `words` [B, T], `positions` [T, width] or [width] added, dropped out: as rows."""
+        """Scaled embeddings of `words` [B, T] plus `positions` [T, width] or [width], after dropout, as rows."""
         return self.dropout(to_rows(self.embedding(words) * math.sqrt(self.config.width) + positions))
 
     def positions(self, length: int, device: torch.device) -> torch.Tensor:
-        room = 256 * math.ceil(length / 256)  # so that few tables are made and kept
+        room = 256 * math.ceil(length / 256)  # a multiple of 256, so that few tables are made and kept
         return sinusoids(room, self.config.width, device)[:length]
 
 
@@ -173,7 +173,7 @@ class DecoderLayer(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, size: Size, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Whole target sentences of `size` [B, T]; keys and values are the source's, from cross_attention."""
+        """Whole target sentences of `size` [B, T]. Keys and values are the source's, from cross_attention."""
         x = self.self_residual(x, lambda y: self.self_attention(y, size, causal=True))
         return self._rest(x, size, keys, values, mask)
 
@@ -190,7 +190,7 @@ class DecoderLayer(torch.nn.Module):
 
 
 class Residual(torch.nn.Module):
-    """x + dropout(sublayer(x)), with layer normalisation of the sum (post-norm) or of the sublayer's input (pre)."""
+    """x + dropout(sublayer(x)), with layer normalisation of the sum (post) or of the sublayer's input (pre)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -221,9 +221,9 @@ class FeedForward(torch.nn.Module):
 def sinusoids(length: int, width: int, device: torch.device) -> torch.Tensor:
     """Positions of the first `length` words, [length, width]: sines of all wavelengths, then the cosines.
 
-    The wavelengths are a geometric series from 2 pi to 10,000 * 2 pi: as in fairseq's SinusoidalPositionalEmbedding.
+    The wavelengths are a geometric series from 2 pi to 10,000 * 2 pi, as in fairseq's SinusoidalPositionalEmbedding.
     """
-    with torch.inference_mode(False):  # the table outlives the caller's mode
+    with torch.inference_mode(False):  # the table is used after the caller's inference mode has ended
         half = width // 2
         frequencies = torch.exp(torch.arange(half, device=device) * (-math.log(10_000) / max(1, half - 1)))
         angles = torch.arange(FIRST_POSITION, FIRST_POSITION + length, device=device)[:, None] * frequencies

@@ -1,9 +1,9 @@
-"""The folder of prepared data: which files it holds, and its manifest, which is written last.
+"""The folder of prepared data: its files, and its manifest, which is written last.
 
 manifest.json                      recipe, line counts, vocabulary, checksums
 codec.json                         the joint BPE (nmt/codec.py)
 <split>.<language>.bin             ids of all sentences end to end, each with its </s>; uint16 or uint32, little endian
-<split>.<language>.offsets         int64, one more than sentences: where each begins
+<split>.<language>.offsets         where each sentence begins, and the end: int64, one more than sentences
 valid|test.<language>.txt          the raw text, for sacreBLEU
 """
 

@@ -1,8 +1,8 @@
-"""Hidden states as rows, [R, width]: all words of a batch one after another, and perhaps a few idle rows.
+"""Hidden states as rows, [R, width]: all words of a batch one after another, and sometimes a few idle rows.
 
-On the CPU, half-precision matrix products are compiled for each number of rows that comes along, which takes
-milliseconds, and megabytes that are kept. Batches of sentences have hundreds of sizes; rounded up there are eight to a
-power of two. The idle rows, some 3 %, are computed and never looked at.
+On the CPU, half-precision matrix products are compiled for each new number of rows. That takes milliseconds, and
+megabytes that are kept. Batches of sentences have hundreds of sizes. Rounding up leaves eight sizes to a power of two.
+The idle rows, some 3 %, are computed but never used.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 
 def rounded(rows: int, dtype: torch.dtype, device: torch.device) -> int:
-    """`rows`, rounded up to four significant bits where products of `dtype` are compiled for their size."""
+    """`rows`, rounded up to four significant bits if products of `dtype` are compiled for their size."""
     if device.type != "cpu" or dtype == torch.float32:
         return rows
     step = 1 << max(0, rows.bit_length() - 4)
@@ -18,7 +18,7 @@ def rounded(rows: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def to_rows(x: torch.Tensor) -> torch.Tensor:
-    """[B, T, width] to [R, width]: row b * T + t is word t of sentence b, and those from B * T on are idle, zeros."""
+    """[B, T, width] to [R, width]. Row b * T + t is word t of sentence b. Rows from B * T on are idle: zeros."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     words = x.shape[0] * x.shape[1]

@@ -20,7 +20,7 @@ class Trained(NamedTuple):
     config: Config
     codec: Codec
     model: Transformer  # in evaluation mode, on the world's device
-    updates: list[int]  # that the averaged weights are from
+    updates: list[int]  # the averaged weights are from after these
     world: World
 
 

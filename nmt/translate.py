@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
 
 
 def read_sentences(codec: Codec) -> list[list[int]]:
-    """Standard input as ids, one list a line. UserError for a line that is not UTF-8, or too long."""
+    """Standard input as ids, one list for each line. UserError if a line is not UTF-8 or is too long."""
     lines = []
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:

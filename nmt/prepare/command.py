@@ -1,14 +1,14 @@
-"""Parallel text to what training reads: token arrays, offsets, codec and manifest.
+"""Turns parallel text into what training reads: token arrays, offsets, codec and manifest.
 
     python -m nmt.prepare download SOURCE             the archives of WMT14 English-German
-    python -m nmt.prepare wmt14_en_de SOURCE OUT      the paper's recipe, from these archives or what was in them
+    python -m nmt.prepare wmt14_en_de SOURCE OUT      the paper's recipe, from these archives or their unpacked text
     python -m nmt.prepare files OUT --name NAME --train PREFIX ... --valid PREFIX --test PREFIX --merges N
-    python -m nmt.prepare grammar OUT                 the generated sentences that need no download
-    python -m nmt.prepare verify OUT                  compare what was prepared with its checksums
+    python -m nmt.prepare grammar OUT                 generated sentences that need no download
+    python -m nmt.prepare verify OUT                  compare the prepared data with its checksums
 
-Three stages (stages.py): Moses tokens, chunk by chunk over all processes; the BPE, learned on both sides; ids of the
-pairs that pass the filter. A preparation that was interrupted, by whatever, goes on where it was when the
-same command is run again. docs/data.md says how to get WMT14 and how long this takes.
+There are three stages (stages.py): Moses tokens, chunk by chunk over all processes; the BPE, learned on both sides; ids
+of the pairs that pass the filter. After any interruption the same command continues the preparation. docs/data.md says
+how to get WMT14 and how long this takes.
 """
 
 import argparse
@@ -59,10 +59,10 @@ def main(arguments: list[str]) -> int:
 
 
 def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: bool = False) -> None:
-    """Prepare the files that `recipe` names, below `folder`, into `out`; or finish what was begun there.
+    """Prepare the files that `recipe` names, below `folder`, into `out`. This also continues an unfinished preparation.
 
-    `wait` for another process that prepares into `out`, rather than refuse. Raises UserError where a file is missing,
-    not UTF-8, empty or out of step with its other side, and where `out` is in use or holds other data.
+    With `wait` it waits for another process that prepares into `out`. Without, that is a UserError. Raises UserError
+    also if a file is missing, not UTF-8, empty or does not match its other side, and if `out` holds other data.
     """
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, "preparing data", wait):
@@ -90,13 +90,13 @@ def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: boo
 
 
 def prepare_grammar(out: Path, wait: bool = False) -> None:
-    """Generate the sentences of toy_text.py below `out`, and prepare them: a matter of seconds, in this process."""
+    """Generate the sentences of toy_text.py below `out` and prepare them. This takes seconds, in this process."""
     toy_text.write(out / "text")
     prepare(GRAMMAR, out / "text", out, wait=wait)
 
 
 def verify(out: Path) -> list[str]:
-    """What is wrong with the data prepared in `out`: a line for each damaged file, or none."""
+    """One line for each damaged file of the data prepared in `out`. UserError if there is no finished preparation."""
     manifest = read_manifest(out, MANIFEST_KEYS)
     if manifest is None:
         raise UserError(f"{out} holds no finished preparation: there is no manifest.json")
@@ -113,17 +113,17 @@ def verify(out: Path) -> list[str]:
 
 
 def _scan(recipe: Recipe, folder: Path, unpacked: Path) -> dict[str, list[Pair]]:
-    """Both sides of every split's files; the small splits first, as what is wrong with them is found at once."""
+    """Both sides of every split's files. The small splits come first, so that their errors show at once."""
     languages = (recipe.source, recipe.target)
     for language in languages:
-        moses(language)  # refuses a language without rules
+        moses(language)  # raises if the language has no rules
     splits = {"test": [recipe.test], "valid": [recipe.valid], "train": recipe.train}
     paths = find_texts(folder, [text for texts in splits.values() for text in texts], languages, unpacked)
     return {name: [scan_pair(paths[text], recipe.lines.get(text)) for text in texts] for name, texts in splits.items()}
 
 
 def _describe(recipe: Recipe, inputs: dict[str, list[Pair]]) -> dict[str, Any]:
-    """All that the outcome depends on: the head of the manifest."""
+    """The head of the manifest: everything on which the result depends."""
     return {
         "recipe": recipe.name,
         "source": recipe.source,
@@ -139,7 +139,7 @@ def _describe(recipe: Recipe, inputs: dict[str, list[Pair]]) -> dict[str, Any]:
 
 
 def _claim(work: Path, task: dict[str, Any]) -> None:
-    """Make `work` the place for this task, or see that it is already."""
+    """Make `work` the folder of this task, or check that it is."""
     path = work / "task.json"
     if not path.exists():
         shutil.rmtree(work, ignore_errors=True)
@@ -152,7 +152,7 @@ def _claim(work: Path, task: dict[str, Any]) -> None:
 
 
 def _table(splits: dict[str, Any]) -> list[str]:
-    """The lines left after each filter, and the share of <unk>, aligned."""
+    """An aligned table: the lines left after each filter, and the share of <unk>."""
     filters = list(splits["train"]["lines"])
     rows = [("split", *filters, "unknown")]
     for name, entry in splits.items():

@@ -1,7 +1,7 @@
 """The archives of WMT14 English-German, and their download: python -m nmt.prepare download FOLDER     (1.7 GB)
 
-Each is compared with its published checksum; docs/data_facts.yaml names the source of each. Where statmt.org does not
-give one, its text is taken from the zip file that Hugging Face's public script for the set downloads.
+Each is compared with its published checksum. docs/data_facts.yaml names the source of each checksum. If statmt.org does
+not deliver an archive, its text comes from the zip file that Hugging Face's public script for the set downloads.
 """
 
 import logging
@@ -19,7 +19,7 @@ HUB = "https://huggingface.co/datasets/wmt"
 
 @dataclass(frozen=True)
 class Archive:
-    """A tar or zip file: where to get it, how to know it, and of which texts it holds both sides."""
+    """A tar or zip file: its address, its checksum, and the texts of which it holds both sides."""
 
     url: str
     checksum: str
@@ -76,7 +76,7 @@ MIRRORS = (
 def get_archives(
     folder: Path, wanted: Sequence[str], archives: Sequence[Archive] = ARCHIVES, mirrors: Sequence[Archive] = MIRRORS
 ) -> None:
-    """See to it that archives with all texts in `wanted` are in `folder`; UserError where one cannot be had."""
+    """Download archives with all texts in `wanted` to `folder`, unless they are there. UserError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     left, problems = set(wanted), []
     with hold(folder, "downloading"):

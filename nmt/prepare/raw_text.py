@@ -1,7 +1,7 @@
-"""Parallel text files, read in chunks that can be worked on apart: where each begins, how many lines, which content.
+"""Parallel text files, read in independent chunks.
 
-Lines end with a newline and with nothing else. Common Crawl holds carriage returns, form feeds and Unicode's line
-separators *inside* sentences; whoever splits at those finds the two sides out of step some thousand lines on.
+A line ends with a newline and with nothing else. Common Crawl holds carriage returns, form feeds and Unicode's line
+separators *inside* sentences. If lines were split there, the two sides would soon not match any more.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from engine.errors import UserError
 
 CHUNK = 10_000  # lines
 BLOCK = 1 << 23  # bytes read at once
-OTHER_SETS = {  # by their number of lines
+OTHER_SETS = {  # number of lines: what such a file is
     2_737: "the filtered test set; this recipe wants that of test-full.tgz",
     4_508_785: "the number of Hugging Face's wmt14, another set",
 }
@@ -24,7 +24,7 @@ OTHER_SETS = {  # by their number of lines
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file after one pass over its bytes; `starts` holds the offset of every CHUNK-th line, and the file's end."""
+    """A file after one pass over its bytes. `starts` holds the offset of every CHUNK-th line, and the file's end."""
 
     path: Path
     lines: int
@@ -36,7 +36,7 @@ class TextFile:
         return len(self.starts) - 1
 
     def read(self, chunk: int) -> list[str]:
-        """The lines of one chunk; UserError where one is not UTF-8."""
+        """The lines of one chunk. UserError if one is not UTF-8."""
         with open(self.path, "rb") as file:
             file.seek(self.starts[chunk])
             block = file.read(self.starts[chunk + 1] - self.starts[chunk])
@@ -55,7 +55,7 @@ class TextFile:
 
 
 def scan(path: Path) -> TextFile:
-    """Read `path` once; UserError where it is missing or empty."""
+    """Read `path` once. UserError if it is missing or empty."""
     digest, lines, place, starts, last = sha256(), 0, 0, [0], b"\n"
     try:
         with open(path, "rb") as file, _bar(path) as bar:
@@ -70,7 +70,7 @@ def scan(path: Path) -> TextFile:
                 bar.update(len(block))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    if last != b"\n":  # the last line lacks its end
+    if last != b"\n":  # the last line has no newline
         lines += 1
     if not lines:
         raise UserError(f"{path} is empty")
@@ -80,7 +80,7 @@ def scan(path: Path) -> TextFile:
 
 
 def scan_pair(paths: Sequence[Path], lines: int | None = None) -> tuple[TextFile, TextFile]:
-    """Both sides of a text; UserError where they differ in length, or have not `lines` lines."""
+    """Both sides of a text. UserError if they differ in their number of lines, or if that is not `lines`."""
     one, other = map(scan, paths)
     if one.lines != other.lines:
         raise UserError(

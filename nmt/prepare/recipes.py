@@ -1,8 +1,8 @@
-"""What is prepared, from which files and how: the recipe of the paper's table, and the two others that ship with it.
+"""What is prepared, from which files and how: the recipe of the paper's table, and the generated sentences' recipe.
 
-WMT14 English-German is confused with its neighbours easily. This one is the training data of WMT 2014 (Europarl v7,
-Common Crawl, News Commentary v9), validated on newstest2013 and tested on the full newstest2014 of 3,003 sentences;
-docs/data.md sets it beside the others. The line counts are those of the files as WMT publishes them.
+WMT14 English-German is easily confused with similar sets. This one is the training data of WMT 2014 (Europarl v7,
+Common Crawl, News Commentary v9), validated on newstest2013 and tested on the full newstest2014 of 3,003 sentences.
+docs/data.md compares it with the others. The line counts are those of the files that WMT publishes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Recipe:
-    """Parallel text to prepared data. A prefix stands for two files, `<prefix>.<source>` and `<prefix>.<target>`.
+    """How parallel text becomes prepared data. A prefix means two files, `<prefix>.<source>` and `<prefix>.<target>`.
 
-    The BPE is learned on all training pairs. Then those with an empty side, with a side of more than `max_length`
-    pieces, or with more than `ratio` times as many pieces on one side as on the other are left out. Nothing is left out
-    of `valid` and `test`.
+    The BPE is learned on all training pairs. Then some training pairs are left out: those with an empty side, with a
+    side of more than `max_length` pieces, or with more than `ratio` times as many pieces on one side as on the other.
+    `valid` and `test` stay whole.
     """
 
     name: str  # data.name in the configs
@@ -27,7 +27,7 @@ class Recipe:
     max_length: int = 250
     source: str = "en"
     target: str = "de"
-    lines: Mapping[str, int] = field(default_factory=dict)  # prefix: lines it must have
+    lines: Mapping[str, int] = field(default_factory=dict)  # prefix: the number of lines that it must have
 
 
 WMT14 = Recipe(

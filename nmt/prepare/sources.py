@@ -1,12 +1,12 @@
-"""Where the two sides of a text lie: plain files, the tree that fairseq's script leaves in orig/, SGM, or the archives.
+"""Finds the two sides of a text: plain files, the tree that fairseq's script leaves in orig/, SGM, or the archives.
 
-What is plain is read where it is. SGM is turned into lines, and what is in an archive is unpacked, into a folder of the
-preparation's own; the source is never written to. As a member of an archive and in a folder, a text has these names:
+A plain file is read where it is. SGM is turned into lines, and members of archives are unpacked, into a folder of the
+preparation. The source is never written to. In an archive and in a folder a text has one of these names:
 
     europarl-v7.de-en.en            plain, one sentence a line
     newstest2013-src.en.sgm         of statmt's test.tgz
-    newstest2014-deen-ref.de.sgm    of statmt's test-full.tgz: English is src, German ref; or the other way round, as
-                                    the two directions have one test set
+    newstest2014-deen-ref.de.sgm    of statmt's test-full.tgz: English is src, German is ref. It may be the other way
+                                    round, because both directions have the same test set
 """
 
 import logging
@@ -29,32 +29,32 @@ from engine.download import matches
 from engine.errors import UserError
 from nmt.prepare.download import ARCHIVES, MIRRORS
 
-FOLDERS = ("", "training", "test-full", "dev", "test")  # below the source; the archives' own, and so those of orig/
+FOLDERS = ("", "training", "test-full", "dev", "test")  # below the source: the folders in the archives and in orig/
 CHECKSUMS = {archive.name: archive.checksum for archive in (*ARCHIVES, *MIRRORS)} | {"dev.tgz": None}
 HUB_SET = "Hugging Face's wmt14, which is another set: 4,508,785 training pairs instead of 4,520,620"
 BLOCK = 1 << 20
-MOST_LISTED = 10_000  # entries of a folder looked through for the nearest thing
+MOST_LISTED = 10_000  # entries of a folder that are searched for similar names
 
 
 class Place(NamedTuple):
-    """Where a side of a text was found."""
+    """The place of one side of a text."""
 
-    path: Path  # of a text, of SGM, or of an archive
-    member: str | None = None  # in the archive
+    path: Path  # a text, SGM, or an archive
+    member: str | None = None  # its name in the archive
 
     @property
     def is_plain(self) -> bool:
         return self.member is None and self.path.suffix != ".sgm"
 
 
-Side = tuple[str, str]  # of a text, in a language
+Side = tuple[str, str]  # text, language
 
 
 def find_texts(source: Path, texts: Sequence[str], languages: Sequence[str], unpacked: Path) -> dict[str, list[Path]]:
     """For each of `texts` a plain file in each of the two `languages`, from `source` or made in `unpacked`.
 
-    A text is a name, or the path of one below `source`. Raises UserError as `locate` does, and for an archive that is
-    damaged or not the published one.
+    A text is a name, or a path below `source`. Raises UserError as `locate` does, and if an archive is damaged or not
+    the published one.
     """
     places = locate(source, texts, languages)
     files = {
@@ -71,9 +71,9 @@ def find_texts(source: Path, texts: Sequence[str], languages: Sequence[str], unp
 
 
 def locate(source: Path, texts: Sequence[str], languages: Sequence[str]) -> dict[Side, Place]:
-    """Where `source` holds each side of `texts`, without unpacking any.
+    """Where `source` holds each side of `texts`. Nothing is unpacked.
 
-    Raises UserError, which says what was looked for and what is there instead, where one is found nowhere.
+    Raises UserError if one is found nowhere. It says what was looked for and what is there instead.
     """
     if not source.is_dir():
         raise UserError(f"{source} is not a folder: SOURCE holds the text, or the archives with it")
@@ -92,7 +92,7 @@ def locate(source: Path, texts: Sequence[str], languages: Sequence[str]) -> dict
 
 
 def first_lines(place: Place, count: int) -> list[str]:
-    """Up to `count` lines of a plain file, or of a member of an archive that is one."""
+    """Up to `count` lines of a plain file, or of a plain member of an archive."""
     with _readable(place.path):
         if place.member is None:
             with open(place.path, "rb") as file:
@@ -102,14 +102,14 @@ def first_lines(place: Place, count: int) -> list[str]:
 
 
 def names(text: str, language: str) -> list[str]:
-    """The file names under which a side of a text is known, the best first: of SGM, what sacreBLEU and fairseq take."""
+    """The possible file names of a side of a text, the best first: of SGM, the one that sacreBLEU and fairseq take."""
     ours, other = ("src", "ref") if language == "en" else ("ref", "src")
     kinds = ("-src", "-ref", f"-deen-{ours}", f"-deen-{other}")
     return [f"{text}.{language}", *(f"{text}{kind}.{language}.sgm" for kind in kinds)]
 
 
 def sgm_to_text(sgm: str) -> str:
-    """The segments of WMT's SGM, a line each, as sacreBLEU reads them: white space is joined, entities stay."""
+    """The segments of WMT's SGM, one a line, as sacreBLEU reads them: white space is joined, entities stay."""
     segments = re.findall(r"<seg[^>]*>(.*?)</seg>", sgm, flags=re.DOTALL)
     return "".join(f"{' '.join(segment.split())}\n" for segment in segments)
 
@@ -121,7 +121,7 @@ def _in_folders(source: Path, text: str, language: str) -> Path | None:
 
 
 def _unpack(archive: Path, targets: Mapping[str, Path]) -> None:
-    """Write members of the archive to plain files; those that are there already stay."""
+    """Write members of the archive to plain files. Existing files stay."""
     missing = {member: path for member, path in targets.items() if not path.exists()}
     checksum = CHECKSUMS[archive.name]
     if missing and checksum and not matches(archive, checksum):
@@ -184,7 +184,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _nothing(source: Path, text: str, language: str) -> str:
-    """What was looked for, and the nearest thing that is there."""
+    """An error message: what was looked for, and the most similar names that are there."""
     folder, name = source / os.path.dirname(text), os.path.basename(text)
     looked, archives = [f"{name}.{language}"], [archive.name for archive in ARCHIVES if name in archive.texts]
     if name.startswith("newstest"):

@@ -1,7 +1,7 @@
 """The three stages of a preparation: Moses tokens, the BPE learned on all of them, ids of the pairs that pass filters.
 
-The first and the last work chunk by chunk, over processes. The tokens and the BPE lie in the work folder, each piece
-whole or not there at all, so that a preparation that was killed goes on with the first piece that is missing.
+The first and the last work chunk by chunk, over several processes. The work folder holds the tokens and the BPE. Each
+file there is whole or absent, so a killed preparation continues with the first missing file.
 """
 
 import json
@@ -31,7 +31,7 @@ from nmt.prepare.recipes import Recipe
 from nmt.prepared import EVALUATED, paths_of, write_json
 from nmt.text import moses
 
-MAX_EVALUATED = 1000  # tokens; a longer line of a validation or test set is no sentence, but a file that is broken
+MAX_EVALUATED = 1000  # tokens; a longer line of a validation or test set means a broken file
 
 Pair = tuple[TextFile, TextFile]
 Result = TypeVar("Result")
@@ -40,13 +40,13 @@ Map = Callable[[Callable[["Chunk"], Result], Sequence["Chunk"]], Iterator[Result
 
 @dataclass(frozen=True)
 class Chunk:
-    """CHUNK lines of both sides of a split, and where their tokens go."""
+    """CHUNK lines of both sides of a split, and the files of their tokens."""
 
     split: str
     files: Pair
     index: int  # in the files
     tokens: tuple[Path, Path]
-    counts: Path  # written last: where it is, the tokens are whole
+    counts: Path  # written last: if it exists, the tokens are whole
 
     @property
     def lines(self) -> int:
@@ -66,7 +66,7 @@ def make_chunks(split: str, pairs: Sequence[Pair], recipe: Recipe, work: Path) -
 
 @contextmanager
 def processes(workers: int) -> Iterator[Map]:
-    """A map over `workers` processes; with 1, in this one. UserError where the system kills one."""
+    """A map over `workers` processes. One worker is this process. UserError if the system kills one."""
     if workers == 1:
         yield map
         return
@@ -83,13 +83,13 @@ def processes(workers: int) -> Iterator[Map]:
 
 
 def _begin_worker() -> None:
-    """One thread each, and no longer a life than the parent's: a killed preparation leaves no process behind."""
+    """Use one thread, and end when the parent ends: a killed preparation leaves no process behind."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def tokenize(split: str, chunks: Sequence[Chunk], recipe: Recipe, each: Map) -> Counter[str]:
-    """The first stage: tokens of every chunk to its files; how often each character occurs in them."""
+    """The first stage: write the tokens of every chunk to its files, and count each character in them."""
     characters = Counter()
     with _bar(f"tokens of {split}", chunks) as bar:
         for chunk, found in zip(chunks, each(partial(tokenize_chunk, recipe), chunks), strict=True):
@@ -99,7 +99,7 @@ def tokenize(split: str, chunks: Sequence[Chunk], recipe: Recipe, each: Map) -> 
 
 
 def tokenize_chunk(recipe: Recipe, chunk: Chunk) -> dict[str, int]:
-    """Write the tokens of both sides, unless that is done; how often each character occurs in them."""
+    """Write the tokens of both sides, unless they are there. Returns the count of each character in them."""
     if chunk.counts.exists():
         return json.loads(chunk.counts.read_text(encoding="utf-8"))
     sides = []
@@ -118,7 +118,7 @@ def tokenize_chunk(recipe: Recipe, chunk: Chunk) -> dict[str, int]:
 
 
 def learn_codec(chunks: Sequence[Chunk], characters: Counter[str], recipe: Recipe, work: Path) -> Codec:
-    """The second stage: the codec in `work`, learned from the training chunks unless that is done."""
+    """The second stage: the codec in `work`. It is learned from the training chunks unless it is there."""
     if (work / "codec.json").exists():
         return Codec.load(work)
     if not characters.keys() - {"\n"}:
@@ -131,7 +131,7 @@ def learn_codec(chunks: Sequence[Chunk], characters: Counter[str], recipe: Recip
 
 
 def encode(split: str, chunks: Sequence[Chunk], codec: Codec, recipe: Recipe, out: Path, each: Map) -> dict[str, Any]:
-    """The third stage: the split's arrays and raw text; for the manifest its lines, pairs, tokens and checksums."""
+    """The third stage: write the split's arrays and raw text. Returns its lines, pairs, tokens and checksums."""
     dtype = np.dtype("<u2" if codec.size <= 1 << 16 else "<u4")
     languages = (recipe.source, recipe.target)
     lengths: dict[str, list[np.ndarray]] = {language: [] for language in languages}
@@ -170,7 +170,7 @@ def encode_chunk(
 ) -> tuple[dict[str, int], list[tuple[np.ndarray, np.ndarray]]]:
     """The lines left after each filter; then for both sides the ids of all sentences end to end, and their lengths.
 
-    Each sentence ends with its </s>, which counts in its length, but not in the filter.
+    Each sentence ends with its </s>. A length includes it, the filters do not count it.
     """
     sides = []
     for path in chunk.tokens:
@@ -192,9 +192,9 @@ def encode_chunk(
 
 
 def _filters(recipe: Recipe, pieces: np.ndarray) -> dict[str, np.ndarray]:
-    """Which training pairs pass each filter, bool [pairs], for the numbers of their pieces, int64 [2, pairs].
+    """Which training pairs pass each filter, bool [pairs]. `pieces`, int64 [2, pairs], has the numbers of their pieces.
 
-    The filters of clean-corpus-n.perl, which fairseq's prepare-wmt14en2de.sh runs on the text after BPE.
+    These are the filters of clean-corpus-n.perl. fairseq's prepare-wmt14en2de.sh runs it on the text after BPE.
     """
     longer, shorter = pieces.max(axis=0), pieces.min(axis=0)
     return {

@@ -1,9 +1,9 @@
 """English-German sentences from a small grammar: the data set that needs no download.
 
 The grammar has what makes German hard for a model: gender and case on articles, adjectives and pronouns; the finite
-verb second in a main clause and last in a subordinate one; the perfect with haben or sein; verbs with the dative. What
-the sentences say is often odd, but both sides are correct, and the German follows from the English, so that a model can
-learn to get nearly all of it right. The sentences are a function of one fixed seed: the same files on every machine.
+verb second in a main clause and last in a subordinate one; the perfect with haben or sein; verbs with the dative. The
+sentences often mean something odd. But both sides are correct, and the English determines the German, so a model can
+learn to translate nearly all of it. The seed is fixed, so the files are the same on every machine.
 """
 
 import os
@@ -16,7 +16,7 @@ SIZES = {"train": 8_000, "valid": 500, "test": 500}
 SEED = 2009
 CASES = ("nom", "acc", "dat")
 
-# Endings for the genders m, f and n, by case; "-" is none.
+# Endings for the genders m, f and n, by case. "-" means no ending.
 THE = {"nom": "er ie as", "acc": "en ie as", "dat": "em er em"}
 AFTER_DER = {"nom": "e e e", "acc": "en e e", "dat": "en en en"}  # adjectives
 DIES = {"nom": "er e es", "acc": "en e es", "dat": "em er em"}
@@ -75,17 +75,17 @@ COORDINATE = (("and", "und"), ("but", "aber"))
 
 
 class Clause(NamedTuple):
-    """One clause in both languages, the German with its finite verb in three places."""
+    """One clause in both languages. The German has its finite verb in three places."""
 
     english: str  # without the time
     time: str
     second: str
-    second_after_time: str  # which comes first; only where there is a time
+    second_after_time: str  # the time comes first; used only if there is one
     final: str
 
 
 def write(folder: Path) -> None:
-    """Write <split>.en and <split>.de to `folder`; no English sentence is in two splits."""
+    """Write <split>.en and <split>.de to `folder`. No English sentence is in two splits."""
     folder.mkdir(parents=True, exist_ok=True)
     pairs = iter(generate(sum(SIZES.values())))
     for split, size in SIZES.items():
@@ -96,7 +96,7 @@ def write(folder: Path) -> None:
 
 
 def generate(count: int) -> list[tuple[str, str]]:
-    """`count` pairs (English, German), no English sentence twice; the first n are the same for every `count` >= n."""
+    """`count` pairs (English, German), no English sentence twice. The first n are the same for every `count` >= n."""
     draw = random.Random(SEED)
     pairs: dict[str, str] = {}
     while len(pairs) < count:
@@ -159,7 +159,7 @@ def _clause(draw: random.Random) -> Clause:
 
 
 def _noun(draw: random.Random, nouns: Words, can_be_pronoun: bool = False) -> tuple[str, str, Sequence[str], bool]:
-    """As subject and as object in English, by case in German, and whether it is a pronoun."""
+    """English subject, English object, German by case, and whether it is a pronoun."""
     if can_be_pronoun and _one_of(draw, (True, False, False)):
         return *_one_of(draw, PRONOUNS), True
     (noun, german, gender), determiner = _one_of(draw, nouns), _one_of(draw, tuple(DETERMINERS))
@@ -176,7 +176,7 @@ def _noun(draw: random.Random, nouns: Words, can_be_pronoun: bool = False) -> tu
 
 
 def _one_of(draw: random.Random, items: Sequence[Any]) -> Any:
-    """Only random() is drawn on, the one method whose numbers Python promises to keep."""
+    """Draws by random() alone: Python promises to keep the numbers of this method only."""
     return items[int(draw.random() * len(items))]
 
 
