@@ -1,14 +1,14 @@
 """Score a text with a trained model: python -m language_model.evaluate RUN FILE [key=value ...]
 
-RUN is a run folder; its newest checkpoint is used. FILE holds tokenized text, one sentence a line, as the training text
-was. Each sentence is read between <S> and </S>, and a word that is not in the vocabulary as <UNK>. Three perplexities,
-the log-probability of the whole text over three denominators (language_model/data.py):
+RUN is a run folder, whose newest checkpoint is used. FILE holds tokenized text with one sentence per line, like the
+training text. Each sentence gets <S> before it and </S> after it, and a word outside the vocabulary becomes <UNK>.
+The three perplexities divide the log-probability of the whole text by three counts (language_model/data.py):
 
-    both marks    the words, and each sentence's <S> and </S>: as in training, and as the published code counts
+    both marks    the words, and each sentence's <S> and </S>: as in training and in the published code
     end mark      the words, and each sentence's </S>: what the benchmark's literature reports
-    words         the words of the file alone, out-of-vocabulary ones included
+    words         only the words of the file, including those outside the vocabulary
 
-key=value changes the run's config, e.g. data.root=FOLDER where the data has moved, or precision, device, eval_rows.
+key=value changes the run's config, e.g. data.root=FOLDER if the data has moved, or precision, device, eval_rows.
 """
 
 import sys
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def evaluate_file(config: Config, run: Path, file: Path, world: World) -> dict[str, Any]:
-    """What is printed about `file`, by name. Raises UserError where the run, its data or the file cannot be used."""
+    """The values to print about `file`, by name. Raises UserError if the run, its data or the file cannot be used."""
     corpus = load_corpus(config.data)
     saved = read_checkpoint(run, _say)
     if saved is None:
@@ -79,7 +79,7 @@ def _say(line: str) -> None:
 
 
 def _read(file: Path, vocabulary: Any) -> tuple[np.ndarray, np.ndarray, int]:
-    """The file's tokens, its sentences' lengths, and how many words are not in the vocabulary."""
+    """The file's tokens, its sentences' lengths, and the number of words outside the vocabulary."""
     try:
         part = Part("test", str(file), 0, 0, file.stat().st_size, path=file)
         encoded = [vocabulary.encode(text) for text in part.texts()]

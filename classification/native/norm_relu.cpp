@@ -1,9 +1,9 @@
 // relu(batch_norm(x) + shortcut) and its gradients for channels-last tensors on the CPU. Each passes over memory twice.
 // classification/native/norm_relu.py compiles this file, describes the computation, and calls the plain C interface.
 //
-// A tensor is `rows` rows of `channels` values. Rows are cut into chunks of a fixed size, whose sums are added in order.
-// The result is therefore the same, bit for bit, for any number of threads. Within a chunk the channels are processed in
-// groups of kLanes, so that the sums of a group stay in registers.
+// A tensor is `rows` rows of `channels` values. Rows are cut into chunks of a fixed size, and the chunks' sums are
+// added in order. So the result is the same, bit for bit, for any number of threads. Within a chunk, the channels are
+// processed in groups of kLanes, so that the sums of a group stay in registers.
 
 #include <algorithm>
 #include <cmath>

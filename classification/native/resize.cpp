@@ -138,8 +138,8 @@ void filter_columns(const uint8_t* in, int64_t stride, int64_t bytes, const Taps
 }  // namespace
 
 // `pixels`: the start of the part to resize, which has width x height pixels in rows that are `stride` bytes apart.
-// `square` [size, size, 3]: starts at pixel (left, top) of the part, resized to resized_width x resized_height, and must
-// lie within it. Returns 0, or 1 if memory is lacking.
+// `square` [size, size, 3]: starts at pixel (left, top) of the part, resized to resized_width x resized_height. It must
+// lie within that. Returns 0, or 1 if memory is lacking.
 extern "C" int resize_square(const uint8_t* pixels, int64_t stride, int64_t width, int64_t height,
                              int64_t resized_width, int64_t resized_height, int64_t left, int64_t top, int64_t size,
                              int64_t columns_first, uint8_t* square) {
