@@ -1,1 +1,1 @@
-"""Image classification: CIFAR-10, CIFAR-100, digits, and any folder of small images."""
+"""Image classification: CIFAR-10, CIFAR-100, ImageNet, digits, and any folder of small images."""

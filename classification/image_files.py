@@ -1,4 +1,4 @@
-"""Image files of any kind: where they lie below a folder, and their pixels as RGB of 8 bits a channel."""
+"""Image files of any kind: the paths below a folder, and the pixels as RGB with 8 bits per channel."""
 
 import os
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from engine.errors import UserError
 
 
 def list_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Every file below `folder`, to any depth, without the hidden ones. Links are followed.
+    """Every file below `folder`, to any depth, except hidden ones. Links are followed.
 
-    Raises UserError for a folder that cannot be read, because its images would be missing without a word, and for a
-    link that leads back to one of the folders `above`, because that has no end.
+    Raises UserError for a folder that cannot be read, because its images would be missing silently. Raises it also for
+    a link that leads back to one of the folders `above`, because the search would never end.
     """
     here = os.path.realpath(folder)
     if here in above:
@@ -23,17 +23,17 @@ def list_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]
     for entry in scan(folder):
         if entry.is_dir():
             yield from list_files(entry.path, (*above, here))
-        elif entry.is_file() or entry.is_symlink():  # a link to nothing is an error when it is read
+        elif entry.is_file() or entry.is_symlink():  # a broken link causes an error when it is read
             yield entry.path
 
 
 def list_folders(folder: str | Path) -> list[str]:
-    """The names of the folders in `folder`, sorted, without the hidden ones. UserError where it cannot be read."""
+    """The sorted names of the folders in `folder`, except hidden ones. Raises UserError if it cannot be read."""
     return sorted(entry.name for entry in scan(folder) if entry.is_dir())
 
 
 def scan(folder: str | Path) -> list[os.DirEntry[str]]:
-    """What `folder` holds, without the hidden entries. UserError where it cannot be read."""
+    """The entries of `folder`, except hidden ones. Raises UserError if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
@@ -42,21 +42,21 @@ def scan(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def is_image(path: str) -> bool:
-    """Whether a file's name is that of an image, and not of a hidden file."""
+    """Whether a file's name ends like an image's name and is not hidden."""
     name = os.path.basename(path)
     return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
 
 
 def printable(path: str | Path) -> str:
-    r"""A path for messages: bytes of a file's name that are not UTF-8 are shown as \xe9."""
+    r"""A path for messages. Bytes that are not UTF-8 are shown as, for example, \xe9."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """`picture` as RGB of 8 bits a channel; transparency is dropped.
+    """`picture` as RGB with 8 bits per channel. Transparency is dropped.
 
-    Of 16 bits the upper 8 are kept. Pillow does so itself with colours; 16-bit grey it would clip, so that nearly all
-    of it became white. Raises ValueError for pixels without a known white: 32-bit integers and floating point.
+    This keeps the upper 8 of 16 bits. Pillow does the same for colours, but it clips 16-bit grey, so that nearly all
+    pixels become white. Raises ValueError for pixels whose white value is unknown: 32-bit integers and floating point.
     """
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")

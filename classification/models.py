@@ -1,11 +1,11 @@
 """The networks of the classification tables, by name.
 
 `resnet` is the CIFAR ResNet family of He et al. (2016, section 4.2): a 3x3 convolution, three stages of n basic blocks
-with 16, 32 and 64 channels, average pooling and one linear layer, 6n+2 weighted layers in all. Where a block changes
-the shape its shortcut is a 1x1 convolution with batch norm, as in the published Apollo runs; the parameter-free
-shortcut of the original has 2,752 parameters less. Any input of at least 4x4 pixels will do.
+with 16, 32 and 64 channels, average pooling and one linear layer: 6n+2 weighted layers. If a block changes the shape,
+its shortcut is a 1x1 convolution with batch norm, as in the published Apollo runs. The original's shortcut has no
+parameters; this one adds 2,752. The input needs at least 4x4 pixels.
 
-The networks of the ImageNet table are torchvision's, without pretrained weights.
+The networks of the ImageNet table come from torchvision, without pretrained weights.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from classification.native.norm_relu import norm_relu
 from engine.config import Strict
 from engine.errors import nearest
 
-DEPTHS = (20, 32, 44, 56, 110)  # the family's usual members; every 6n+2 can be built
+DEPTHS = (20, 32, 44, 56, 110)  # the usual depths; every depth 6n+2 works
 
 
 class ModelConfig(Strict):
@@ -30,7 +30,7 @@ class ModelConfig(Strict):
 
 
 class BasicBlock(nn.Module):
-    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)), with `stride` in the first convolution."""
+    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)). The first convolution has the `stride`."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Float images [N, 3, H, W] to logits [N, num_classes]; `depth` = 6n+2 with n blocks a stage."""
+    """Float images [N, 3, H, W] to logits [N, num_classes]; `depth` = 6n+2 with n blocks per stage."""
 
     def __init__(self, depth: int, num_classes: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
 
 
 def cifar_resnet(num_classes: int, depth: int | None = None) -> CifarResNet:
-    """The CIFAR ResNet of `depth` layers; ValueError unless depth = 6n+2 with n >= 1."""
+    """The CIFAR ResNet with `depth` layers. Raises ValueError unless depth = 6n+2 with n >= 1."""
     usual = ", ".join(map(str, DEPTHS))
     if depth is None:
         raise ValueError(f"model 'resnet' needs a depth of the form 6n+2, such as {usual}")
@@ -90,7 +90,7 @@ def cifar_resnet(num_classes: int, depth: int | None = None) -> CifarResNet:
 
 
 def from_torchvision(name: str) -> Callable[..., nn.Module]:
-    """The function that builds torchvision's model `name`, for float images [N, 3, H, W] of at least 32x32 pixels."""
+    """A function that builds torchvision's model `name` for float images [N, 3, H, W] of at least 32x32 pixels."""
 
     def build(num_classes: int, depth: int | None = None) -> nn.Module:
         if depth is not None:
@@ -108,10 +108,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def create_model(name: str, num_classes: int, depth: int | None = None) -> nn.Module:
-    """Build MODELS[name], freshly initialised from torch's global generator.
+    """Build MODELS[name], initialised from torch's global generator.
 
-    `depth` goes to the models that come in several depths. Raises ValueError (one line) for an unknown name, with the
-    nearest valid one, and for a depth that the model does not have.
+    `depth` is for models with several depths. Raises ValueError (one line) for an unknown name, with the nearest valid
+    one, and for a depth that the model does not have.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model '{name}'{nearest(name, MODELS)}; valid: {', '.join(MODELS)}")

@@ -1,20 +1,20 @@
-"""On the CPU, memory that a training step frees stays with the process for the next step.
+"""On the CPU, the process keeps the memory that a training step frees, and reuses it in the next step.
 
-glibc gives large blocks back to the system as soon as they are free, and the system clears each page again when the
-next step asks for it: tens of thousands of page faults a step for the activations of a ResNet-110.
+Otherwise glibc returns large free blocks to the system at once, and the system clears each page again when the next
+step asks for it. For the activations of a ResNet-110 these are tens of thousands of page faults per step.
 """
 
 import ctypes
 
-# Parameters of mallopt(3), which has no other interface.
+# Parameters of mallopt(3), with the values of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 MADV_POPULATE_WRITE = 23  # of madvise(2), since Linux 5.14
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed memory; returns False where the C library is another one, and nothing happens.
+    """Tell glibc to keep freed memory. Returns False, and does nothing, with another C library.
 
-    The process's size then stays at its peak, which is that of a training step anyway.
+    The process's size then stays at its peak. Each training step reaches that peak anyway.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -25,9 +25,9 @@ def keep_freed_memory() -> bool:
 
 
 def populate(address: int, size: int) -> bool:
-    """Has the system provide the pages of a new memory mapping at once, instead of one by one when they are written to.
+    """Ask the system for all pages of a new memory mapping at once. Otherwise each page comes at its first write.
 
-    Returns False, and nothing is lost, where the system does not know how.
+    `size` is in bytes. Returns False if the system does not support this; that does no harm.
     """
     try:
         madvise = ctypes.CDLL("libc.so.6").madvise

@@ -1,8 +1,8 @@
 """NVIDIA's apex as a precision: amp at opt_level O1 or O2, and apex's DistributedDataParallel.
 
-For those who must repeat a run as it was made with apex. apex.amp and apex.parallel were removed in April 2025; the
-native settings do the same (docs/apex.md has the mapping). Only apex's documented functions are called: amp.initialize,
-scale_loss, master_params, state_dict and load_state_dict, and enable_allreduce and disable_allreduce of its DDP.
+This serves to repeat a run that was made with apex. apex removed amp and parallel in April 2025; the native settings do
+the same (docs/apex.md has the mapping). Only apex's documented functions are called: amp.initialize, scale_loss,
+master_params, state_dict and load_state_dict, and enable_allreduce and disable_allreduce of its DDP.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,11 +17,11 @@ from engine.precision import Precision
 
 
 def require_apex(name: str, device: torch.device) -> None:
-    """Raise UserError where `name` (apex-O1, apex-O2) cannot run: no CUDA, or no apex that still has amp."""
+    """Raise UserError if `name` (apex-O1, apex-O2) cannot run: without CUDA, or without an apex that still has amp."""
     if device.type != "cuda":
         raise UserError(f"precision={name} exists on CUDA devices only, not on {device.type}; use precision=fp32")
     try:
-        from apex import amp, parallel  # noqa: F401 - are they there?
+        from apex import amp, parallel  # noqa: F401 - checks that they exist
     except ImportError as error:
         raise UserError(
             f"precision={name} needs an NVIDIA apex that still has amp and parallel ({error}): removed in April 2025 "
@@ -31,7 +31,7 @@ def require_apex(name: str, device: torch.device) -> None:
 
 
 class ApexPrecision(Precision):
-    """apex.amp behind the interface of Precision. One a process, as amp patches torch's functions for good."""
+    """apex.amp behind the interface of Precision. One per process, because amp patches torch's functions for good."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         from apex import amp, parallel
@@ -45,12 +45,12 @@ class ApexPrecision(Precision):
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         model, self.optimizer = self.amp.initialize(model, optimizer, opt_level=self.opt_level, verbosity=0)
-        self.optimizer.zero_grad()  # makes O2's float32 weights now: a state loaded before would be rounded to float16
+        self.optimizer.zero_grad()  # makes O2's float32 weights now, so that a loaded state is not rounded to float16
         return model, self.optimizer
 
     @override
     def data_parallel(self, network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-        # Reduced when the whole backward pass is done: gradients of earlier passes are then among them.
+        # Gradients are reduced after the whole backward pass. They then include those of earlier passes.
         network = self.parallel.DistributedDataParallel(network, delay_allreduce=True)
         network.no_sync = partial(_no_sync, network)
         return network
@@ -62,7 +62,7 @@ class ApexPrecision(Precision):
     @override
     def backward(self, loss: torch.Tensor, is_last: bool = True) -> None:
         scale = self._scale()
-        # Unscaling in mid-update would set the gradients so far aside, out of reach of the reduction over ranks.
+        # If amp unscaled before the last pass, it would put earlier gradients aside, and the ranks could not reduce them.
         with self.amp.scale_loss(loss, self.optimizer, delay_unscale=not is_last) as scaled:
             scaled.backward()
         self.overflowed = self._scale() < scale
@@ -75,7 +75,7 @@ class ApexPrecision(Precision):
 
     @override
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        optimizer.step()  # skipped by amp after an overflow
+        optimizer.step()  # amp skips it after an overflow
         return not self.overflowed
 
     def _scale(self) -> float:
@@ -83,7 +83,7 @@ class ApexPrecision(Precision):
 
     @override
     def state_dict(self) -> dict:
-        """amp's own state, and at O2 the float32 weights behind the model's float16 ones."""
+        """amp's own state, and at O2 also the float32 weights behind the model's float16 weights."""
         masters = list(self.amp.master_params(self.optimizer)) if self.opt_level == "O2" else []
         return {"amp": dict(self.amp.state_dict()), "masters": [weight.detach() for weight in masters]}
 

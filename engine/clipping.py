@@ -1,7 +1,7 @@
-"""How many updates clip their gradients: a share near 1 after the warmup says that the learning rate may be too high.
+"""How many updates clip their gradients. A share near 1 after the warmup means that the learning rate may be too high.
 
-The loops count on the device, in the Sums of a log line's interval, so that nobody waits for it (COUNTS: add
-`clipped=norm > limit, updates=1` once an update). What it means: docs/apollo.md.
+The loops count on the device, in the Sums of a log line's interval, so that nothing waits for the device. They add
+COUNTS, `clipped=norm > limit, updates=1`, once per update. docs/apollo.md explains the share.
 """
 
 from collections.abc import Callable
@@ -9,22 +9,22 @@ from collections.abc import Callable
 from engine.config import Named
 
 COUNTS = ("clipped", "updates")
-ENOUGH = 500  # updates after the warmup before anything is said
+ENOUGH = 500  # updates after the warmup before a warning is possible
 NEARLY_ALL = 0.9
 
 
 class ClippingWatch:
-    """Says, once, that nearly all updates since the warmup were clipped. A resumed run counts from where it resumes."""
+    """Warns once if nearly all updates since the warmup were clipped. A resumed run counts from where it resumes."""
 
     def __init__(self, optimizer: Named, schedule: Named, say: Callable[[str], None]) -> None:
         warmups = (optimizer.settings.get("warmup", 0), schedule.settings.get("warmup_updates", 0))
-        self.warmup = max(warmups)  # updates, of either
+        self.warmup = max(warmups)  # updates; the longer of the two
         self.say = say
         self.clipped = self.updates = 0.0
         self.said = False
 
     def share(self, sums: dict[str, float], update: int, world_size: int = 1) -> float:
-        """The share of clipped updates in an interval that ends with `update`; `sums` hold COUNTS, over all ranks."""
+        """The share of clipped updates in an interval that ends with `update`. `sums` holds COUNTS over all ranks."""
         clipped, updates = (sums[name] / world_size for name in COUNTS)
         if update - updates >= self.warmup:
             self.clipped += clipped

@@ -1,4 +1,4 @@
-"""Download a file that is known by its checksum, and go on with one that was interrupted."""
+"""Download a file with a known checksum. An interrupted download continues."""
 
 import urllib.error
 import urllib.request
@@ -10,15 +10,15 @@ from tqdm import tqdm
 
 from engine.errors import UserError
 
-TIMEOUT = 30.0  # seconds of silence after which a server is given up
+TIMEOUT = 30.0  # seconds without an answer from the server
 BLOCK = 1 << 20
 
 
 def download(url: str, path: Path, checksum: str | None = None) -> None:
-    """See to it that `path` holds the file of `url`; `checksum` is "sha256:…" or "md5:…", None where none is published.
+    """Make `path` hold the file of `url`. `checksum` is "sha256:…" or "md5:…", or None if none is published.
 
-    A file that is there already is compared, and not downloaded again. Raises UserError, in one line, where the file
-    cannot be had, or where it is another one.
+    An existing file is compared and not downloaded again. Raises UserError, in one line, if the download fails or the
+    file has another checksum.
     """
     if path.exists():
         if checksum and not matches(path, checksum):
@@ -49,13 +49,13 @@ def matches(path: Path, checksum: str) -> bool:
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Download to `part`, from where it ends."""
+    """Download to `part`, starting at its end."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # there is no more: it was interrupted between the last byte and its renaming
+        if error.code != 416:  # 416 means that nothing is left: only the renaming was interrupted
             raise
         return
     with response, open(part, "ab" if response.status == 206 else "wb") as file:

@@ -1,7 +1,7 @@
-"""Signals ask the loop to stop after the update under way; a second Ctrl-C stops at once.
+"""Signals ask the loop to stop after the current update. A second Ctrl-C stops at once.
 
-Which ones: SIGTERM and Ctrl-C, SIGHUP of a terminal that closes, SIGUSR1 and SIGUSR2, which schedulers send before time
-is up. torchrun hands on SIGTERM, SIGINT, SIGHUP and SIGQUIT alone, unless its --signals-to-handle names more.
+The signals are SIGTERM, Ctrl-C, SIGHUP (a terminal closes), and SIGUSR1 and SIGUSR2, which schedulers send before the
+time is up. torchrun passes on only SIGTERM, SIGINT, SIGHUP and SIGQUIT, unless its --signals-to-handle names more.
 """
 
 import signal
@@ -16,7 +16,7 @@ AGREE_EVERY = 10  # updates, with several ranks: agreeing waits for the device
 
 
 class StopRequest:
-    """Install once, in the main thread; the loop looks at `requested` and saves before it leaves."""
+    """Create it once, in the main thread. The loop checks `requested` and saves before it ends."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -29,7 +29,7 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """The shell's convention for a process ended by a signal: 128 + its number."""
+        """128 + the signal's number: the shell's convention for a process that a signal ended."""
         return 128 + (self.signal or signal.SIGTERM)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -39,7 +39,7 @@ class StopRequest:
 
 
 def _signals() -> list[signal.Signals]:
-    """The signals that ask to stop: not SIGHUP where nohup has it ignored, nor SIGUSR1 where NCCL may use it itself."""
+    """The signals that ask to stop. SIGHUP is left out if nohup ignores it, and SIGUSR1 with NCCL, which may use it."""
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
@@ -49,7 +49,7 @@ def _signals() -> list[signal.Signals]:
 
 
 class Wish(IntEnum):
-    """What the ranks agree on after an update; the largest wish of any rank counts."""
+    """What the ranks agree on after an update. The largest wish of any rank counts."""
 
     GO_ON = 0
     SAVE = 1
@@ -57,7 +57,7 @@ class Wish(IntEnum):
 
 
 def agree(world: World, stop: StopRequest, save_due: bool, update: int) -> Wish:
-    """Go on, save (rank 0's clock says it is time), or save and stop (a signal reached one of the ranks)."""
+    """Go on, save (rank 0's `save_due`), or save and stop (a signal reached one of the ranks)."""
     if world.world_size > 1 and update % AGREE_EVERY:
         return Wish.GO_ON
     wish = Wish.SAVE if save_due and world.is_main else Wish.GO_ON

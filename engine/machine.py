@@ -5,29 +5,29 @@ import platform
 from pathlib import Path
 
 CPU_INFO = Path("/proc/cpuinfo")
-# How Linux names the instructions that multiply bfloat16 numbers: AVX-512-BF16 and AMX on x86, BF16 on ARM.
+# Linux's names of the instructions that multiply bfloat16 numbers: AVX-512-BF16 and AMX on x86, BF16 on ARM.
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def core_count() -> int:
-    """Cores that this process may use: fewer than the machine has, where a scheduler or taskset gave it a part."""
+    """The number of cores that this process may use. A scheduler or taskset can make it smaller than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:
-    """The processor's name and the number of cores, as far as the system tells."""
+    """The processor's name and number of cores, as far as the system reports them."""
     names = _cpu_info("model name")
     return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
 
 
 def cpu_has_bf16() -> bool | None:
-    """Whether the processor has bfloat16 arithmetic; None where the system does not tell."""
+    """Whether the processor has bfloat16 arithmetic; None if the system does not report it."""
     flags = _cpu_info("flags") or _cpu_info("Features")
     return not BF16_FLAGS.isdisjoint(flags[0].split()) if flags else None
 
 
 def _cpu_info(key: str) -> list[str]:
-    """The values of `key` in Linux's description of the processor, one a core."""
+    """The values of `key` in Linux's description of the processor, one per core."""
     try:
         lines = CPU_INFO.read_text().splitlines()
     except OSError:

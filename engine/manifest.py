@@ -1,4 +1,4 @@
-"""The manifest of prepared data: a JSON file that is written last, so that where it is, everything else is whole."""
+"""The manifest of prepared data: a JSON file that is written last. If it exists, everything else is whole."""
 
 import json
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ MANIFEST = "manifest.json"
 
 
 def read_manifest(folder: Path, keys: Sequence[str] = (), version: int | None = None) -> dict[str, Any] | None:
-    """The manifest in `folder`, or None where there is none: the data there are not finished.
+    """The manifest in `folder`, or None if there is none: then the data there are not finished.
 
-    Raises UserError where it cannot be read, where its `format` is not `version`, and where one of `keys` is missing.
+    Raises UserError if it cannot be read, if its `format` is not `version`, or if one of `keys` is missing.
     """
     path = folder / MANIFEST
     try:

@@ -1,10 +1,10 @@
-"""Mixed precision as one path: autocast and a gradient scaler, each of which may be disabled, never a forked loop.
+"""Mixed precision in one path: autocast and a gradient scaler, which can be disabled. The loops have no branch for it.
 
     optimizer.zero_grad() ... with precision.autocast(): loss = ...; precision.backward(loss); precision.step(optimizer)
 
-fp32 is full precision everywhere; tf32 lets CUDA matrix products round their inputs to 10 mantissa bits; bf16 and fp16
-run autocast, fp16 with dynamic loss scaling. Parameters, gradients and optimizer state stay float32 in all of them.
-apex-O1 and apex-O2 leave the same steps to NVIDIA's apex, where one that can is installed (engine/apex_adapter.py).
+fp32 is full precision everywhere. tf32 lets CUDA matrix products round their inputs to 10 mantissa bits. bf16 and fp16
+use autocast, and fp16 also dynamic loss scaling. Parameters, gradients and optimizer state stay float32 in all of them.
+apex-O1 and apex-O2 leave these steps to NVIDIA's apex, if a suitable one is installed (engine/apex_adapter.py).
 engine/run.py chooses among them.
 """
 
@@ -22,7 +22,7 @@ AUTOCAST_DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": t
 class Precision:
     """The precision of a run: `autocast()` around the forward pass, then `backward` and `step`.
 
-    Raises UserError where the device cannot do it.
+    Raises UserError if the device does not support it.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -38,11 +38,11 @@ class Precision:
     def prepare(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        """What to train instead of `model` and `optimizer`; called once, before compiling and data_parallel."""
+        """The model and optimizer to train instead of these. Called once, before compiling and data_parallel."""
         return model, optimizer
 
     def data_parallel(self, network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-        """`network` with its gradients averaged over all ranks, except for passes inside its `no_sync()`."""
+        """`network`, with gradients averaged over all ranks, except in passes inside its `no_sync()`."""
         return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
 
     def autocast(self) -> AbstractContextManager:
@@ -50,18 +50,18 @@ class Precision:
         return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
 
     def backward(self, loss: torch.Tensor, is_last: bool = True) -> None:
-        """Add the gradients of `loss`; `is_last` says whether the step comes next, or more gradients."""
+        """Add the gradients of `loss`. `is_last` is False if more gradients follow before the step."""
         self.scaler.scale(loss).backward()
 
     def clip(
         self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], max_norm: float
     ) -> torch.Tensor:
-        """Clip the true (unscaled) gradients to a total norm of `max_norm`; returns the norm before clipping."""
+        """Clip the true (unscaled) gradients to a total norm of `max_norm`. Returns the norm before clipping."""
         self.scaler.unscale_(optimizer)
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Take the optimizer step; False where the scaler skipped it because a gradient overflowed."""
+        """Take the optimizer step. Returns False if the scaler skipped it because a gradient overflowed."""
         if not self.scaler.is_enabled():
             optimizer.step()
             return True

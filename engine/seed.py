@@ -1,7 +1,7 @@
-"""Randomness as a function of where we are: (seed, epoch, step or sample index), never of what was drawn before.
+"""Randomness as a function of the place in the run (seed, epoch, step or sample index), never of earlier draws.
 
-A resumed run therefore repeats the uninterrupted one without saving a generator's state, and neither the number of
-data workers nor the number of ranks changes what is drawn for a sample.
+Therefore a resumed run repeats the uninterrupted one without a saved generator state. The number of data workers and of
+ranks does not change what is drawn for a sample.
 """
 
 import random
@@ -12,7 +12,7 @@ import torch
 
 
 def derive(seed: int, *path: int | str) -> int:
-    """A 63-bit integer that depends on `seed` and every element of `path`; the same on every platform."""
+    """A 63-bit integer that depends on `seed` and every element of `path`. It is the same on every platform."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (seed, *path))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
@@ -23,7 +23,7 @@ def generator(seed: int, *path: int | str, device: str | torch.device = "cpu") -
 
 
 def seed_step(seed: int, *path: int | str) -> None:
-    """Seed Python, NumPy and torch (all devices) for one step, so that dropout and the like can be repeated."""
+    """Seed Python, NumPy and torch (all devices) for one step, so that e.g. dropout can be repeated."""
     value = derive(seed, *path)
     random.seed(value)
     np.random.seed(value % 2**32)

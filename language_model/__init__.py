@@ -1,1 +1,1 @@
-"""Language modelling: recurrent networks on One Billion Words, and on any other text with one sentence a line."""
+"""Language modelling: recurrent networks on One Billion Words, or on any other text with one sentence per line."""

@@ -1,6 +1,6 @@
 """The One Billion Word benchmark (Chelba et al., arXiv 1312.3005): its files, and the counts that identify them.
 
-docs/data_facts.yaml names the public source of each value, and a test holds the two together.
+docs/data_facts.yaml gives the public source of each value, and a test compares the two.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +12,9 @@ ARCHIVE_CHECKSUM = "sha256:01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190b
 VOCABULARY = "1b_word_vocab.txt"
 VOCABULARY_URL = f"https://github.com/rafaljozefowicz/lm/raw/master/{VOCABULARY}"
 TRAIN_FILES = frozenset(f"news.en-{number:05}-of-00100" for number in range(1, 100))
-NOT_FOR_TRAINING = "news.en-00000-of-00100"  # the held-out text, undivided: the benchmark's script leaves it there
+NOT_FOR_TRAINING = "news.en-00000-of-00100"  # the whole held-out text, which the benchmark's script leaves there
 TEST_FILE = "news.en.heldout-00000-of-00050"  # the test set of the benchmark's authors
-WORDS_TOLERANCE = 1e-5  # programs differ in what white space is: the count with wc is 2,358 words less
+WORDS_TOLERANCE = 1e-5  # programs define white space differently: wc counts 2,358 words fewer
 EXPECTED = {  # lines end with a newline, words with white space
     "the training text": {"lines": 30_301_028, "words": 768_648_884},
     TEST_FILE: {"lines": 6_075, "words": 153_583},
@@ -22,7 +22,7 @@ EXPECTED = {  # lines end with a newline, words with white space
 
 
 def warnings(shards: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What differs from the benchmark, a line each; nothing for a text that does not bear its files' names."""
+    """One line per difference from the benchmark. None if the training files have other names than the benchmark's."""
     train = [shard for shard in shards if shard["split"] == "train"]
     found = {shard["file"] for shard in train}
     if not found <= TRAIN_FILES:

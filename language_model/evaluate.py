@@ -5,11 +5,11 @@ FILE holds tokenized text, one sentence a line, as the training text was. Each s
 and a word that is not in the vocabulary as <UNK>. Three perplexities, the log-probability of the whole text over three
 denominators (language_model/data.py):
 
-    both marks    the words, and each sentence's <S> and </S>: as in training, and as the published code counts
+    both marks    the words, and each sentence's <S> and </S>: as in training and in the published code
     end mark      the words, and each sentence's </S>: what the benchmark's literature reports
-    words         the words of the file alone, out-of-vocabulary ones included
+    words         only the words of the file, including those outside the vocabulary
 
-key=value changes the run's config, e.g. data.root=FOLDER where the data has moved, or precision, device, eval_rows.
+key=value changes the run's config, e.g. data.root=FOLDER if the data has moved, or precision, device, eval_rows.
 """
 
 import sys
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 
 def evaluate_file(config: Config, run: Path, file: Path, world: World) -> dict[str, Any]:
-    """What is printed about `file`, by name. Raises UserError where the run, its data or the file cannot be used."""
+    """The values to print about `file`, by name. Raises UserError if the run, its data or the file cannot be used."""
     corpus = load_corpus(config.data)
     weights = read_weights(run, _say)
     if weights.vocabulary != corpus.vocabulary_digest:
@@ -79,7 +79,7 @@ def _say(line: str) -> None:
 
 
 def _read(file: Path, vocabulary: Any) -> tuple[np.ndarray, np.ndarray, int]:
-    """The file's tokens, its sentences' lengths, and how many words are not in the vocabulary."""
+    """The file's tokens, its sentences' lengths, and the number of words outside the vocabulary."""
     try:
         part = Part("test", str(file), 0, 0, file.stat().st_size, path=file)
         encoded = [vocabulary.encode(text) for text in part.texts()]

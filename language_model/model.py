@@ -1,7 +1,7 @@
 """The published language model: an embedding, an LSTM (or GRU, or plain RNN), and an adaptive softmax over all words.
 
-The network's state is one tensor, [parts, layers, rows, hidden] in float32: parts are h and c for an LSTM, h alone for
-the others. It is detached, kept by the training loop, and saved with a checkpoint.
+The network's state is one float32 tensor [parts, layers, rows, hidden]. The parts are h and c for an LSTM, and only h
+for the others. The state is detached; the training loop keeps it, and a checkpoint contains it.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from torch.nn.functional import log_softmax, pad
 
 from engine.config import Strict
 
-ROWS = 32  # of which a multiple is computed for each cluster of the softmax
+ROWS = 32  # each cluster of the softmax computes a multiple of this many rows
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
 class ModelConfig(Strict):
-    """The settings under `model:` in a config; LanguageModel says what they mean."""
+    """The settings under `model:` in a config. LanguageModel explains them."""
 
     name: Literal["lstm", "gru", "rnn"]
     cutoffs: list[PositiveInt]
@@ -35,15 +35,15 @@ class ModelConfig(Strict):
 
 
 class LanguageModel(nn.Module):
-    """Predicts each token of `words` different ones from those before it.
+    """Predicts each token from those before it.
 
     Args:
-        words: size of the vocabulary, whose ids go from the most to the least frequent word.
+        words: size of the vocabulary. The ids go from the most to the least frequent word.
         cell: lstm, gru or rnn (tanh).
         embedding, hidden, layers: sizes; published: 300, 2048, 2.
-        dropout: of the embeddings, between the layers, and of the last layer's output.
-        cutoffs: ids at which the adaptive softmax starts a new cluster; published: 60000, 100000, 640000. The
-            projection of cluster i = 1, 2, ... behind the first cutoff has hidden / div_value**i dimensions.
+        dropout: on the embeddings, between the layers, and on the last layer's output.
+        cutoffs: ids where the adaptive softmax starts a new cluster; published: 60000, 100000, 640000. The projection
+            of cluster i = 1, 2, ... after the first cutoff has hidden / div_value**i dimensions.
 
     Raises:
         ValueError: an unknown cell, or cutoffs that do not fit the vocabulary.
@@ -79,9 +79,9 @@ class LanguageModel(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Published: He-uniform embedding, Xavier-uniform recurrent matrices, zero biases; the softmax has torch's own.
+        """Published: He-uniform embedding, Xavier-uniform recurrent matrices, zero biases. The softmax keeps torch's.
 
-        Of each of an LSTM's two bias vectors a layer the forget gate's quarter is 1, so together they add 2.
+        An LSTM has two bias vectors per layer. The forget gate's quarter of each is 1, so together they add 2.
         """
         nn.init.kaiming_uniform_(self.embedding.weight)
         for parameter in self.rnn.parameters():
@@ -93,7 +93,7 @@ class LanguageModel(nn.Module):
                     nn.init.ones_(parameter.data.chunk(4)[1])  # the gates' order is input, forget, cell, output
 
     def zero_state(self, rows: int) -> Tensor:
-        """The state that a text starts with."""
+        """The state at the start of a text."""
         shape = self.parts, self.rnn.num_layers, rows, self.rnn.hidden_size
         return self.embedding.weight.new_zeros(shape, dtype=torch.float32)
 
@@ -101,7 +101,7 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of `targets`, float32 [steps, rows], and the state after the last step.
 
-        `tokens` and `targets`: int64 [steps, rows], a target being the token that follows.
+        `tokens` and `targets`: int64 [steps, rows]. A target is the token that follows.
         """
         embedded = self.dropout(self.embedding(tokens))
         if self.parts == 2:
@@ -119,9 +119,9 @@ class LanguageModel(nn.Module):
 
 @cache
 def cpu_has_bf16_lstm() -> bool:
-    """Whether an LSTM runs in bfloat16 on this processor; if not, it stays float32 where the rest is in bfloat16.
+    """Whether an LSTM runs in bfloat16 on this processor. If not, it stays in float32 while the rest is in bfloat16.
 
-    On x86 oneDNN has one with AVX-512 alone, and torch gives it the work without asking.
+    On x86, oneDNN's bfloat16 LSTM needs AVX-512, and torch calls it without checking that.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         try:
@@ -134,11 +134,12 @@ def cpu_has_bf16_lstm() -> bool:
 def adaptive_log_prob(softmax: nn.AdaptiveLogSoftmaxWithLoss, hidden: Tensor, targets: Tensor) -> Tensor:
     """The `output` of softmax(hidden, targets), float32 [N], for `hidden` [N, features] and `targets` int64 [N].
 
-    Differs from the module's own forward in four things. Under autocast only the matrix products are in half precision:
-    logarithms of probabilities are float32. The device is waited for once, not once a cluster. A cluster that no target
-    falls in gets a gradient of zeros, where the module leaves none: ranks then agree which they have. And clusters take
-    a multiple of ROWS rows: on CPUs, where oneDNN compiles a kernel for each new shape and blocks of ever new sizes
-    fragment the memory, that saves a fifth of an update's time, and memory stays flat.
+    It differs from the module's own forward in four ways:
+    - Under autocast only the matrix products are in half precision. Log-probabilities are float32.
+    - It waits for the device once, not once per cluster.
+    - A cluster without targets gets a gradient of zeros. The module gives it none, and ranks could then disagree.
+    - Each cluster takes a multiple of ROWS rows. On CPUs, oneDNN compiles a kernel for each new shape, and blocks of
+      many sizes fragment the memory. Padding saves a fifth of an update's time there, and memory stays flat.
     """
     cluster = sum((targets >= cutoff).long() for cutoff in softmax.cutoffs[:-1])
     sizes = torch.bincount(cluster, minlength=len(softmax.cutoffs)).tolist()
@@ -151,7 +152,7 @@ def adaptive_log_prob(softmax: nn.AdaptiveLogSoftmaxWithLoss, hidden: Tensor, ta
     for index, (tail, high, size) in enumerate(zip(softmax.tail, softmax.cutoffs[1:], sizes[1:], strict=True), start=1):
         rows = min(total, -(-size // ROWS) * ROWS)
         first = min(begin, total - rows)
-        some = slice(first, first + rows)  # the cluster's, and a few of others that do not count
+        some = slice(first, first + rows)  # the cluster's rows, and a few of other clusters, which do not count
         in_tail = _LogProb.apply(tail(hidden[some]), (targets[some] - low).clamp(0, high - low - 1))
         in_tail = torch.where(cluster[some] == index, in_tail, 0.0)
         log_prob = log_prob + pad(in_tail, (first, total - first - rows))
@@ -162,8 +163,8 @@ def adaptive_log_prob(softmax: nn.AdaptiveLogSoftmaxWithLoss, hidden: Tensor, ta
 class _LogProb(torch.autograd.Function):
     """Log-probabilities, float32 [N], of `targets` [N] under `logits` [N, classes] of any precision.
 
-    Its gradient, one-hot minus softmax, is computed in one go: half the time and memory of log_softmax and nll_loss,
-    whose gradients are each as large as the logits in float32.
+    The gradient, one-hot minus softmax, is computed in one step. This takes half the time and memory of log_softmax and
+    nll_loss, whose two gradients are each as large as the logits in float32.
     """
 
     @staticmethod

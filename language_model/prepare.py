@@ -1,11 +1,11 @@
 """Encode a text corpus for training: python -m language_model.prepare SOURCE OUT [--vocabulary FILE]
 
-SOURCE is the One Billion Word benchmark, unpacked or as its .tar.gz (language_model/raw_text.py says what is read), or
-any text laid out like it: tokenized, one sentence a line, UTF-8. What comes out stands in language_model/prepared.py;
+SOURCE is the One Billion Word benchmark, unpacked or as its .tar.gz (language_model/raw_text.py lists what is read), or
+any text in the same layout: tokenized, one sentence per line, UTF-8. language_model/prepared.py describes the output.
 docs/data.md says where to get the benchmark and its vocabulary, and how long this takes.
 
-Interrupt it at any moment and run the same command again: finished shards are kept. Memory does not grow with the
-corpus: each process holds the vocabulary and a block of text; of an archive, a few parts of 64 MiB wait for them.
+You can interrupt it at any moment and run the same command again: finished shards are kept. Memory does not grow with
+the corpus. Each process holds the vocabulary and a block of text; a few parts of 64 MiB of an archive wait for them.
 """
 
 import argparse
@@ -52,7 +52,7 @@ from language_model.vocabulary import (
     read_vocabulary,
 )
 
-JOURNAL = "shards.jsonl"  # of an unfinished preparation: what it is made from, the vocabulary, each finished shard
+JOURNAL = "shards.jsonl"  # of an unfinished preparation: its inputs, the vocabulary, each finished shard
 
 Source = FolderSource | ArchiveSource
 T = TypeVar("T")
@@ -80,11 +80,11 @@ def build(
     tests: Iterable[str] = (TEST_FILE,),
     workers: int = 1,
 ) -> None:
-    """Encode `source` into the folder `out`, or make what an earlier preparation left undone there.
+    """Encode `source` into the folder `out`, or finish an earlier preparation there.
 
-    The vocabulary is the file `vocabulary`, or else the words that the training text holds at least `threshold` times.
-    Raises UserError where the source or the vocabulary cannot be used, `out` is in use or made from something else,
-    and on a full disk.
+    The vocabulary is the file `vocabulary`, or else the words that occur at least `threshold` times in the training
+    text. Raises UserError if the source or the vocabulary cannot be used, if `out` is in use or made from something
+    else, or if the disk is full.
     """
     text = find_source(source, sorted(set(tests)))
     given = read_vocabulary(vocabulary) if vocabulary else None
@@ -106,7 +106,7 @@ def build(
             logging.info("%s: %d shards are there already", out, len(done))
         encode = partial(_encode, out, words)
         left = (part for part in _with_bar(text, "encoding") if part.name not in done)
-        with ThreadPoolExecutor(1) as disk:  # waits for one shard to be on disk while others are encoded
+        with ThreadPoolExecutor(1) as disk:  # waits until one shard is on disk while others are encoded
             recorded = []
             for entry in _in_parallel(encode, left, workers):
                 recorded.append(disk.submit(_record, out, entry))
@@ -117,9 +117,9 @@ def build(
 
 
 def _resume(out: Path, made_from: dict[str, str]) -> tuple[str | None, dict[str, dict[str, Any]]]:
-    """The vocabulary's digest, and the entries of the whole shards, that an earlier preparation left in `out`.
+    """The vocabulary's digest and the entries of the whole shards that an earlier preparation left in `out`.
 
-    A finished one where all is whole keeps its manifest; in any other case there is a journal afterwards, and none.
+    A finished preparation without damage keeps its manifest. Otherwise there is afterwards a journal and no manifest.
     """
     for leftover in (*out.glob("*.tmp"), *out.glob("*/*.tmp")):
         leftover.unlink()
@@ -150,7 +150,7 @@ def _resume(out: Path, made_from: dict[str, str]) -> tuple[str | None, dict[str,
 
 
 def _read_journal(out: Path) -> list[dict[str, Any]]:
-    """Its lines; the last one is left out where a kill cut it off."""
+    """The journal's lines, without a last line that a kill cut off."""
     try:
         lines = (out / JOURNAL).read_bytes().split(b"\n")[:-1]
         return [json.loads(line) for line in lines]
@@ -175,7 +175,7 @@ def _record(out: Path, entry: dict[str, Any]) -> None:
 def _provide_vocabulary(
     text: Source, out: Path, known: str | None, given: Vocabulary | None, threshold: int, workers: int
 ) -> str:
-    """See to it that the vocabulary is in `out`; its digest."""
+    """Write the vocabulary to `out` if it is not there. Returns its digest."""
     if known and (out / VOCABULARY).exists():
         return known
     if given is None:
@@ -215,7 +215,7 @@ def _with_bar(text: Source, what: str) -> Iterator[Part]:
         yield from text.parts(bar.update)
 
 
-# What the worker processes do.
+# The worker processes call these.
 
 
 @lru_cache(1)
@@ -232,7 +232,7 @@ def _count(part: Part) -> Counter[str]:
 
 
 def _in_parallel(function: Callable[[Part], T], parts: Iterable[Part], workers: int) -> Iterator[T]:
-    """function(part) for each of `parts`, in the order in which they are done; few parts wait at a time."""
+    """function(part) for each of `parts`, in the order in which they finish. Only a few parts wait at a time."""
     if workers == 1:
         yield from map(function, parts)
         return
@@ -257,7 +257,7 @@ def _in_parallel(function: Callable[[Part], T], parts: Iterable[Part], workers: 
 
 
 def _start_worker() -> None:
-    """Ctrl-C is the parent's to handle; and where the parent is killed, its workers go too."""
+    """Leave Ctrl-C to the parent, and end this worker if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 

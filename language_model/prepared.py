@@ -1,12 +1,12 @@
-"""A prepared corpus at rest: one shard for each part of the text, and a manifest that says when they are whole.
+"""A prepared corpus: one shard for each part of the text, and a manifest that marks a finished preparation.
 
-    train/NAME.tokens, test/NAME.tokens      ids of all sentences in a row, <S> and </S> included; uint16 where the
-                                             vocabulary has up to 65,536 words, else uint32; little-endian
-    train/NAME.offsets, test/NAME.offsets    where each sentence starts, and where the last one ends; uint32
-    vocabulary.txt                           `word count` a line, in the order of the ids
+    train/NAME.tokens, test/NAME.tokens      ids of all sentences in a row, with <S> and </S>; uint16 if the vocabulary
+                                             has up to 65,536 words, else uint32; little-endian
+    train/NAME.offsets, test/NAME.offsets    the start of each sentence, and the end of the last one; uint32
+    vocabulary.txt                           one `word count` per line, in the order of the ids
     manifest.json                            written last; training reads nothing without it
 
-Files are mapped into memory, read-only. A shard's checksum is compared whenever training opens it.
+Files are mapped into memory, read-only. Training compares a shard's checksum each time it opens the shard.
 """
 
 import json
@@ -40,7 +40,7 @@ Arrays = tuple[np.ndarray, np.ndarray]  # a shard: ids [tokens], offsets [senten
 
 @dataclass(frozen=True)
 class Shard:
-    """The size of a shard, and how to read it."""
+    """The size of a shard, and a function that reads it."""
 
     tokens: int
     sentences: int
@@ -49,10 +49,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text to train and to test on, as token ids.
+    """Text for training and testing, as token ids.
 
-    `test` is the benchmark's own test file, where that was prepared; `all_test` then holds all held-out files that were
-    prepared, if there are more. In any other case `test` is all that there is.
+    `test` is the benchmark's own test file if that was prepared. If more held-out files were prepared, `all_test` then
+    holds all of them. Without the benchmark's test file, `test` holds all test files.
     """
 
     train: Sequence[Shard]
@@ -60,7 +60,7 @@ class Corpus:
     words: int  # in the vocabulary
     vocabulary_digest: str
     load_vocabulary: Callable[[], Vocabulary]
-    facts: dict[str, Any]  # for the record of a run: which text this is
+    facts: dict[str, Any]  # identifies the text in the record of a run
     all_test: Sequence[Shard] = ()
 
 
@@ -69,9 +69,9 @@ def token_dtype(words: int) -> np.dtype:
 
 
 def write_shard(part: Part, vocabulary: Vocabulary, out: Path) -> dict[str, Any]:
-    """Encode `part` to its two files in `out`; returns its entry in the manifest.
+    """Encode `part` to its two files in `out`. Returns its entry in the manifest.
 
-    What is in memory is a block of the text and the offsets. Raises UserError, e.g. on a full disk.
+    Memory holds a block of the text and the offsets. Raises UserError, e.g. if the disk is full.
     """
     path = out / part.name
     dtype = token_dtype(len(vocabulary))
@@ -109,7 +109,7 @@ def write_shard(part: Part, vocabulary: Vocabulary, out: Path) -> dict[str, Any]
 
 
 def wait_for_disk(entry: dict[str, Any], out: Path) -> None:
-    """Return when a shard's files are on the disk itself."""
+    """Wait until a shard's files are physically on the disk."""
     for suffix in SUFFIXES:
         path = _with(out / entry["name"], suffix)
         with disk_errors(path), open(path, "rb") as file:
@@ -117,7 +117,7 @@ def wait_for_disk(entry: dict[str, Any], out: Path) -> None:
 
 
 def damage(entry: dict[str, Any], out: Path) -> str | None:
-    """What is wrong with a shard's files, as far as their sizes tell; None where they are whole."""
+    """What is wrong with a shard's files, judged by their sizes; None if they are whole."""
     for suffix, size in _sizes(entry).items():
         path = _with(out / entry["name"], suffix)
         try:
@@ -136,7 +136,7 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError, such as a full disk, while `path` is written into a UserError that says how to go on."""
+    """Turn an OSError while `path` is written, such as a full disk, into a UserError that says how to continue."""
     try:
         yield
     except OSError as error:
@@ -147,7 +147,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def open_corpus(root: Path) -> Corpus:
-    """The corpus prepared in `root`. Raises UserError, in one line, where something is missing or does not fit."""
+    """The corpus prepared in `root`. Raises UserError, in one line, if something is missing or does not fit."""
     manifest = read_manifest(root, MANIFEST_KEYS, FORMAT)
     if manifest is None:
         raise UserError(
@@ -196,7 +196,7 @@ def open_corpus(root: Path) -> Corpus:
 
 
 def summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Files, tokens, sentences and the share of words out of vocabulary, over several shards of the manifest."""
+    """Files, tokens, sentences and the share of words outside the vocabulary, over several shards of the manifest."""
     tokens, sentences, words, unknown = (
         sum(entry[key] for entry in entries) for key in ("tokens", "sentences", "words", "unknown")
     )

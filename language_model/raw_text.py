@@ -1,10 +1,10 @@
 """The text behind a prepared corpus: the unpacked benchmark, or its .tar.gz read as a stream, in parts of bounded size.
 
-    training-monolingual.tokenized.shuffled/news.en-*           what is trained on, without news.en-00000-of-00100
-    heldout-monolingual.tokenized.shuffled/news.en.heldout-*    of which the files named, or all, are the test set
+    training-monolingual.tokenized.shuffled/news.en-*           the training text, without news.en-00000-of-00100
+    heldout-monolingual.tokenized.shuffled/news.en.heldout-*    the named files, or all of them, are the test set
 
-A part becomes a shard. It is a whole file of up to PART_BYTES, as all of the benchmark's are; a larger file is cut
-after the line in which a multiple of them is reached.
+A part becomes a shard. A file of up to PART_BYTES is one part; all files of the benchmark are that small. A larger file
+is cut into parts of PART_BYTES, each continued to the end of its last line.
 """
 
 import io
@@ -26,15 +26,15 @@ from language_model.benchmark import ARCHIVE, ARCHIVE_CHECKSUM, NOT_FOR_TRAINING
 
 FOLDERS = {"train": "training-monolingual.tokenized.shuffled", "test": "heldout-monolingual.tokenized.shuffled"}
 PART_BYTES = 64 << 20  # a training file of the benchmark has 41 MB
-BLOCK_BYTES = 1 << 18  # read, and encoded, at a time
+BLOCK_BYTES = 1 << 18  # read and encoded at once
 LINE_BYTES = 16 << 20  # the longest line accepted
-ALL = "all"  # in the place of the test files' names
+ALL = "all"  # may stand in place of the test files' names
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Lines `start` to `stop`, in bytes, of a text file; `data` holds them where the file is in an archive."""
+    """The lines of a text file from byte `start` to byte `stop`. `data` holds them if the file is in an archive."""
 
     split: str  # train or test
     file: str  # the file's name
@@ -49,7 +49,7 @@ class Part:
         return f"{self.split}/{self.file}.{self.index:03}"
 
     def texts(self) -> Iterator[str]:
-        """The text, some whole lines at a time. Raises UserError where it is not UTF-8, or a line too long."""
+        """The text, some whole lines at a time. Raises UserError if it is not UTF-8 or a line is too long."""
         with io.BytesIO(self.data) if self.path is None else open(self.path, "rb") as file:
             file.seek(0 if self.path is None else self.start)
             position = self.start
@@ -85,7 +85,7 @@ class FolderSource:
 
     @cached_property
     def identity(self) -> list[list[str]]:
-        """What tells this text from any other: the names and the SHA-256 of its files."""
+        """What identifies this text: the names and the SHA-256 of its files."""
         with _bar(self.total, f"reading {self.place.name}") as bar:
             return [[split, path.name, _sha256(path, bar)] for split, path in self.files]
 
@@ -100,7 +100,7 @@ class FolderSource:
         return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
 
     def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
-        """All parts, training first; `advance` is told how many of `total` bytes each takes."""
+        """All parts, training first. `advance` receives each part's bytes, of `total`."""
         for split, path in self.files:
             start, index, size = 0, 0, path.stat().st_size
             with open(path, "rb") as file:
@@ -114,7 +114,7 @@ class FolderSource:
 
 
 class ArchiveSource:
-    """The benchmark's archive, .tar or .tar.gz, read from its beginning to its end and never unpacked."""
+    """The benchmark's archive, .tar or .tar.gz. It is read from beginning to end and never unpacked."""
 
     def __init__(self, archive: Path, tests: Sequence[str]) -> None:
         self.place, self.tests = archive, tests
@@ -122,7 +122,7 @@ class ArchiveSource:
 
     @cached_property
     def identity(self) -> list[list[str]]:
-        """What tells this text from any other: the archive's SHA-256, and the names of the test files."""
+        """What identifies this text: the archive's SHA-256 and the names of the test files."""
         with _bar(self.total, f"reading {self.place.name}") as bar:
             digest = _sha256(self.place, bar)
         if self.place.name == ARCHIVE and f"sha256:{digest}" != ARCHIVE_CHECKSUM:
@@ -130,7 +130,7 @@ class ArchiveSource:
         return [["archive", digest], *(["test", name] for name in sorted(self.tests))]
 
     def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
-        """All parts in the archive's order; `advance` is told how many of `total` bytes were read."""
+        """All parts in the archive's order. `advance` receives the bytes read since its last call, of `total`."""
         found: set[tuple[str, str]] = set()
         told = 0
         try:
@@ -168,9 +168,9 @@ class ArchiveSource:
 
 
 def find_source(path: Path, tests: Sequence[str]) -> FolderSource | ArchiveSource:
-    """The text at `path`, with the held-out files named `tests`. Raises UserError where something is missing.
+    """The text at `path`, with the held-out files named `tests`. Raises UserError if something is missing.
 
-    `path` is the archive, the folder that holds the two folders of text, or the one above any of these.
+    `path` is the archive, the folder that holds the two text folders, or the folder above one of these.
     """
     if path.is_dir():
         below = [folder for folder in path.glob("*/") if (folder / FOLDERS["train"]).is_dir()]
@@ -200,7 +200,7 @@ def _sha256(path: Path, bar: tqdm) -> str:
 
 
 def _read_lines(file: BinaryIO, size: int, name: str) -> bytes:
-    """The next `size` bytes, and on to the end of the line."""
+    """The next `size` bytes, continued to the end of the line."""
     block = file.read(size)
     if not block or block.endswith(b"\n"):
         return block

@@ -1,8 +1,8 @@
-"""The words that a model knows, most frequent first, and text turned into their numbers.
+"""The words that a model knows, most frequent first, and the conversion of text to their ids.
 
-Every sentence is wrapped in <S> and </S>, and a word that is not in the vocabulary becomes <UNK>. A file holds a
-`word count` line for each word. The standard vocabulary of One Billion Words has no line for </S>: it then becomes the
-last word, with the count of <S>, as in the published preprocessing.
+Every sentence is wrapped in <S> and </S>, and a word outside the vocabulary becomes <UNK>. A file holds one
+`word count` line per word. The standard vocabulary of One Billion Words has no line for </S>. It then gets the count of
+<S> and becomes the last word, as in the published preprocessing.
 """
 
 import heapq
@@ -19,12 +19,12 @@ import numpy as np
 from engine.errors import UserError
 
 MARKS = START, END, UNKNOWN = "<S>", "</S>", "<UNK>"
-BREAK = "\0"  # stands for the end of a line among the words of a text; no word of a text file
-COUNTED_AT_ONCE = 4_000_000  # different words held in memory while counting, some 600 MB
+BREAK = "\0"  # marks the end of a line among the words of a text; it is no word of a text file
+COUNTED_AT_ONCE = 4_000_000  # different words in memory while counting, about 600 MB
 
 
 class Vocabulary:
-    """`words` in the order of their ids, with their `counts`; must hold <S>, </S> and <UNK>."""
+    """`words` in the order of their ids, with their `counts`. They must contain <S>, </S> and <UNK>."""
 
     def __init__(self, words: Sequence[str], counts: Sequence[int]) -> None:
         self.words, self.counts = words, counts
@@ -37,13 +37,13 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """The sentences of `text`, one a line: ids, uint32 [tokens], and the length of each sentence, int64.
+        """The sentences of `text`, one per line: ids, uint32 [tokens], and sentence lengths, int64 [sentences].
 
-        Words are what Python's str.split() gives, lines what str.splitlines() gives: as in the published code, whose
-        codecs.open breaks lines at U+0085 and U+2028 too. Lines without a word are left out.
+        str.split() gives the words and str.splitlines() the lines. The published code does the same: its codecs.open
+        also breaks lines at U+0085 and U+2028. Lines without a word are left out.
         """
         lines = text.replace(BREAK, "\N{REPLACEMENT CHARACTER}").splitlines() or [""]
-        # All words of all lines in one go. A line's end leaves two places: for its </S>, and for the next line's <S>.
+        # All words of all lines at once. A line's end gives two places: its </S> and the next line's <S>.
         words = f" {BREAK} {BREAK} ".join([*lines, ""]).split()
         tokens = np.fromiter(map(self._ids.__getitem__, words), np.uint32, len(words))
         tokens = np.roll(tokens, 1)
@@ -60,7 +60,7 @@ class Vocabulary:
 
 
 class _Ids(dict):
-    """Word to id; what is not there is unknown. Looking up in C is what makes encoding fast."""
+    """Word to id; a missing word gives `unknown`. The lookup runs in C, which makes encoding fast."""
 
     __slots__ = ("unknown",)
 
@@ -73,10 +73,10 @@ def digest(content: bytes) -> str:
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
-    """A file of `word count` lines, put in the order of falling counts. Raises UserError where it is not one.
+    """The vocabulary in a file of `word count` lines, sorted by falling counts. Raises UserError for other content.
 
-    As in the published code, equal counts stay in the file's order; of a word that is there twice, the first line gives
-    that order, and the last the count; words of count 0 are left out.
+    As in the published code, words with equal counts keep the file's order. If a word occurs twice, its first line
+    gives this order and its last line the count. Words with count 0 are left out.
     """
     counts: dict[str, int] = {}
     twice = []
@@ -100,7 +100,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
 
 
 def load_vocabulary(path: Path) -> Vocabulary:
-    """A vocabulary as `dump` wrote it: the lines' order is that of the ids."""
+    """A vocabulary that `dump` wrote. The lines are in the order of the ids."""
     words, counts = zip(*_read_pairs(path), strict=True)
     return Vocabulary(words, counts)
 
@@ -120,7 +120,7 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
-    """How often each word occurs in all `texts` together; <S> counts the lines that have words."""
+    """How often each word occurs in all `texts` together. The count of <S> is the number of lines with words."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text.split())
@@ -129,10 +129,11 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
 
 
 def counted_vocabulary(counts: Iterable[Counter[str]], threshold: int, scratch: Path = Path()) -> Vocabulary:
-    """The words that occur at least `threshold` times in all `counts` together; the rest is counted as <UNK>.
+    """The words that occur at least `threshold` times in all `counts` together. The others count as <UNK>.
 
-    Most frequent first, equal counts in the words' order. However many words there are, COUNTED_AT_ONCE and one of the
-    `counts` are in memory at a time: more are written to files in the folder `scratch`, sorted, and merged in the end.
+    The most frequent word comes first; words with equal counts are in sorted order. While counting, memory holds at
+    most COUNTED_AT_ONCE words and one of the `counts`. More words go to sorted files in the folder `scratch`, which are
+    merged at the end.
     """
     total: Counter[str] = Counter()
     spilled: list[Path] = []

@@ -1,1 +1,1 @@
-"""ImageNet: from the archives as people have them (raw, prepare) to an LMDB (lmdb), then to batches (decode, data)."""
+"""ImageNet: from the downloaded archives (raw, prepare) to an LMDB (lmdb), then to batches (decode, data)."""

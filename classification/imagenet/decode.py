@@ -1,12 +1,12 @@
-"""From a JPEG's bytes to the square of pixels that a network sees; two decoders, one answer.
+"""From a JPEG's bytes to the square of pixels that a network sees. There are two decoders.
 
     exact    the pixels of torchvision's transforms on PIL images, bit for bit
-    fast     as exact, but a large image is decoded at a fraction of its size, while that has twice the pixels shown,
-             and what libjpeg-turbo takes without complaint is accepted
+    fast     like exact, but a large image is decoded at a fraction of its size. The fraction keeps at least twice the
+             pixels that are shown. It accepts every file that libjpeg-turbo decodes without an error.
 
-Both decode with libjpeg-turbo by way of simplejpeg, whose pixels are Pillow's, and resize by native/resize.py.
-Most of the time goes into undoing the file's entropy coding, which must be read from the top: they stop below the view.
-What they cannot read, such as the CMYK files and the PNG that real ImageNet has among its JPEGs, is left to Pillow.
+Both decode with libjpeg-turbo through simplejpeg, which gives Pillow's pixels, and resize with native/resize.py.
+Undoing the file's entropy coding takes most of the time. It must start at the top of the image, so both decoders stop
+below the view. Pillow reads the other files, such as the CMYK files and the PNG among ImageNet's JPEGs.
 """
 
 import io
@@ -28,25 +28,25 @@ from classification.native.resize import resized_square
 
 BASELINE, PROGRESSIVE, START_OF_SCAN = (0xC0, 0xC1), (0xC2,), 0xDA  # markers of a JPEG's sections
 END_OF_IMAGE = b"\xff\xd9"
-# How often each colour is sampled, across and down: grey, and the ways to have chroma at full or half resolution.
+# How often each colour is sampled, horizontally and vertically: grey, and chroma at full or half resolution.
 SAMPLINGS = {b"\x11", b"\x11\x11\x11", b"\x21\x11\x11", b"\x12\x11\x11", b"\x22\x11\x11"}
-ROWS_BELOW = 2  # that smooth chroma upsampling looks at
-SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of the random crop: its share of the area, its width to its height
+ROWS_BELOW = 2  # smooth chroma upsampling reads this many rows below the view
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of the random crop: share of the image's area, width / height
 
 
 class View(NamedTuple):
-    """What is shown of an image: `box` of it, resized to `resized`, from whose `corner` on the square is cut."""
+    """What is shown of an image: its part `box` is resized to `resized`, and the square starts at `corner` there."""
 
     box: tuple[int, int, int, int]  # left, top, right, bottom in the original
     resized: tuple[int, int]  # width, height
-    corner: tuple[int, int] = (0, 0)  # left, top in the resized
+    corner: tuple[int, int] = (0, 0)  # left, top in the resized part
 
 
 Choose = Callable[[int, int], View]  # from an image's width and height
 
 
 def random_view(width: int, height: int, size: int, random: Random) -> View:
-    """The view of torchvision's RandomResizedCrop(size); at most 40 draws from `random`."""
+    """The view of torchvision's RandomResizedCrop(size). Draws at most 40 numbers from `random`."""
     for _ in range(10):
         area = width * height * (SCALE[0] + (SCALE[1] - SCALE[0]) * random.random())
         ratio = math.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * random.random())
@@ -54,14 +54,14 @@ def random_view(width: int, height: int, size: int, random: Random) -> View:
         if 0 < w <= width and 0 < h <= height:
             left, top = int(random.random() * (width - w + 1)), int(random.random() * (height - h + 1))
             break
-    else:  # nothing fits into an image this long: its middle, as wide or as high as is allowed
+    else:  # no crop fits, because the image is so long: take its middle, as wide or as high as allowed
         w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
         left, top = (width - w) // 2, (height - h) // 2
     return View((left, top, left + w, top + h), (size, size))
 
 
 def central_view(width: int, height: int, resize: int, size: int) -> View:
-    """The view of torchvision's Resize(resize), of the shorter side, and CenterCrop(size)."""
+    """The view of torchvision's Resize(resize), which sets the shorter side, followed by CenterCrop(size)."""
     short, long = min(width, height), max(width, height)
     long = int(resize * long / short)
     w, h = (resize, long) if width <= height else (long, resize)
@@ -69,9 +69,9 @@ def central_view(width: int, height: int, resize: int, size: int) -> View:
 
 
 def exact(image: bytes | memoryview, choose: Choose, size: int, out: Tensor | None = None) -> Tensor:
-    """uint8 [size, size, 3], as torchvision's transforms on PIL images make it. DamagedImage where it is no image.
+    """uint8 [size, size, 3], equal to torchvision's transforms on PIL images. Raises DamagedImage for other data.
 
-    An image that ends where it should, but is damaged below what the view shows, is not noticed; Pillow might have.
+    If a file has its end mark but is damaged below the view, the damage is not noticed. Pillow might notice it.
     """
     frame = _frame(image)
     if frame and _sampling(image, frame) in SAMPLINGS and _is_pillows_decoder():
@@ -80,13 +80,13 @@ def exact(image: bytes | memoryview, choose: Choose, size: int, out: Tensor | No
         part, rows = _cut(image, frame, height, view.box[3])
         with suppress(ValueError):
             return resized_square(simplejpeg.decode_jpeg(part, strict=rows == height), *view, size, out)
-        choose = lambda *_: view  # noqa: E731 - not drawn twice
+        choose = lambda *_: view  # noqa: E731 - the view must not be drawn twice
     picture = open_rgb(image)
     return resized_square(np.asarray(picture), *choose(*picture.size), size, out)
 
 
 def fast(image: bytes | memoryview, choose: Choose, size: int, out: Tensor | None = None) -> Tensor:
-    """uint8 [size, size, 3], nearly as `exact`. DamagedImage where it is no image."""
+    """uint8 [size, size, 3], nearly equal to `exact`. Raises DamagedImage for data that are no image."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
     except ValueError:
@@ -103,35 +103,35 @@ def fast(image: bytes | memoryview, choose: Choose, size: int, out: Tensor | Non
     except ValueError:
         return exact(image, lambda *_: view, size, out)
     if pixels.shape[1] != width:
-        scale = round(8 * pixels.shape[1] / width) / 8  # libjpeg scales by eighths, and rounds the size up
+        scale = round(8 * pixels.shape[1] / width) / 8  # libjpeg scales by eighths and rounds the size up
         left, top, right, bottom = (round(edge * scale) for edge in view.box)
     return resized_square(pixels, (left, top, right, bottom), view.resized, view.corner, size, out)
 
 
 def _frame(image: bytes | memoryview) -> int:
-    """Where in a JPEG the header of its baseline or progressive frame begins; 0 where that, or the end, is missing."""
+    """The byte where the header of a JPEG's baseline or progressive frame begins; 0 if it or the end is missing."""
     position = 2
     if bytes(image[-2:]) != END_OF_IMAGE:
         return 0
     while position + 10 < len(image) and image[position] == 0xFF and image[position + 1] != START_OF_SCAN:
         if image[position + 1] in BASELINE + PROGRESSIVE:
             height, width = image[position + 5 : position + 7], image[position + 7 : position + 9]
-            return position if any(height) and any(width) else 0  # a height of 0 is given below, by another marker
+            return position if any(height) and any(width) else 0  # for height 0 a later marker gives it
         position += 2 + int.from_bytes(image[position + 2 : position + 4], "big")
     return 0
 
 
 def _sampling(image: bytes | memoryview, frame: int) -> bytes:
-    # The header: marker and length (2 bytes each), precision (1), height and width (2 each), the number of colours (1),
-    # and of each colour its name, its sampling and its quantisation (1 each).
+    # The header: marker and length (2 bytes each), precision (1), height and width (2 each), number of colours (1);
+    # then for each colour its name, sampling and quantisation (1 each).
     return bytes(image[frame + 11 : frame + 10 + 3 * image[frame + 9] : 3])
 
 
 def _cut(image: bytes | memoryview, frame: int, height: int, bottom: int) -> tuple[bytes | memoryview | bytearray, int]:
-    """A JPEG of `height` rows declared to end below `bottom`, so that decoding stops there; and the rows it now has.
+    """The JPEG with a header that says it ends just below `bottom`, so that decoding stops there; and its new rows.
 
-    Only a file whose rows lie in it from top to bottom can be cut: others, and those without a `frame`, are returned as
-    they are. To the decoder what is left below counts as a recoverable error.
+    The JPEG has `height` rows. Only a baseline file, whose rows lie from top to bottom, can be cut. Other files, and
+    those without a `frame`, are returned unchanged. The decoder treats the remaining data as a recoverable error.
     """
     rows = min(bottom + ROWS_BELOW, height)
     if rows == height or not frame or image[frame + 1] not in BASELINE:
@@ -143,7 +143,7 @@ def _cut(image: bytes | memoryview, frame: int, height: int, bottom: int) -> tup
 
 @cache
 def _is_pillows_decoder() -> bool:
-    """Whether simplejpeg's pixels are Pillow's: there are builds of Pillow on other libraries than libjpeg-turbo."""
+    """Whether simplejpeg gives Pillow's pixels. Some builds of Pillow use another library than libjpeg-turbo."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (35, 51, 3), dtype=np.uint8))
     for settings in ({"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}):
         file = io.BytesIO()
@@ -154,7 +154,7 @@ def _is_pillows_decoder() -> bool:
 
 
 def open_rgb(image: bytes | memoryview) -> Image.Image:
-    """Decode any kind of file that Pillow reads, to RGB of 8 bits; DamagedImage where it cannot be."""
+    """Decode any file that Pillow reads to 8-bit RGB. Raises DamagedImage if that is impossible."""
     try:
         with Image.open(io.BytesIO(image)) as picture:
             return to_rgb(picture)

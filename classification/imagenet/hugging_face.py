@@ -1,12 +1,12 @@
-"""Hugging Face's imagenet-1k, in SOURCE or in SOURCE/data, in the two forms that it has had.
+"""Hugging Face's imagenet-1k, in SOURCE or in SOURCE/data, in both of its forms.
 
     tar.gz     train_images_0.tar.gz ... train_images_4.tar.gz and val_images.tar.gz; images named NAME_wnid.JPEG
     parquet    train-00000-of-00294.parquet ... and validation-00000-of-00014.parquet; columns `image` (bytes, path) and
-               `label`, the class's place among the wnids in sorted order; `path` is the name in the tar.gz
+               `label`, the class's place among the sorted wnids; `path` is the name in the tar.gz
 
-The names of the archives and of their images are those of the data set's own loading script, imagenet-1k.py; it takes
+The names of the archives and images are those of the data set's own loading script, imagenet-1k.py. That script takes
 the class from the end of the name, and its classes.py lists the wnids in sorted order. Both forms can only be read from
-front to back: the images come in the order of the files.
+front to back, so the images come in the order of the files.
 """
 
 import gzip
@@ -40,7 +40,7 @@ SHARD = re.compile(r"(train|validation)-(\d+)-of-(\d+)\.parquet")
 
 
 def find_hugging_face(root: Path) -> Source | None:
-    """The images of imagenet-1k in `root`, or None. Raises UserError for a file that is missing or damaged."""
+    """The images of imagenet-1k in `root`, or None. Raises UserError if a file is missing or damaged."""
     for folder in (root, root / "data"):
         names = [entry.name for entry in scan(folder)] if folder.is_dir() else []
         if any(map(SHARD.fullmatch, names)):
@@ -70,7 +70,7 @@ def _list_archive(path: Path, bar: tqdm) -> list[Item]:
 
 
 def read_archives(items: Sequence[Item]) -> Iterator[Record]:
-    """The images of `items`, which come in the order of the archives."""
+    """The images of `items`, which must be in the order of the archives."""
     for path, group in groupby(items, attrgetter("path")):
         rest = iter(list(group))
         wanted = next(rest)
@@ -83,13 +83,13 @@ def read_archives(items: Sequence[Item]) -> Iterator[Record]:
 
 
 def _stream(path: str) -> Iterator[tuple[str, IO[bytes]]]:
-    """Name and content of each image of a tar.gz, to its end, where gzip's own checksum is compared."""
+    """Name and content of each image of a tar.gz. It is read to its end, where gzip compares its own checksum."""
     try:
         with gzip.open(path) as file, tarfile.open(fileobj=file, mode="r|") as archive:
             while member := archive.next():
                 if member.isfile() and is_image(member.name):
                     yield member.name, archive.extractfile(member)
-                archive.members.clear()  # tarfile would keep all of them
+                archive.members.clear()  # tarfile would keep all of them in memory
             while padding := file.read(1 << 20):
                 if padding.strip(b"\0"):
                     raise tarfile.ReadError("something that is no image's header")
@@ -111,13 +111,13 @@ def _find_parquet(folder: Path, names: Sequence[str]) -> Source:
 
 
 def _wnid_at_start(name: str) -> str | None:
-    """The class in a name as image-net.org gives it, n01440764_10026.JPEG, or None."""
+    """The class in a name of image-net.org's form, n01440764_10026.JPEG, or None."""
     found = re.match(r"(n\d{8})_", name)
     return found and found[1]
 
 
 def _list_shards(folder: Path, names: Sequence[str], split: str) -> list[Item]:
-    """Names and labels of all images of a split; the images themselves are not read."""
+    """Names and labels of all images of a split. It does not read the images themselves."""
     found = [match for match in map(SHARD.fullmatch, names) if match and match[1] == split]
     if not found:
         raise UserError(f"{folder} holds no {split}-*.parquet: download them too")
@@ -141,7 +141,7 @@ def _list_shards(folder: Path, names: Sequence[str], split: str) -> list[Item]:
 
 
 def read_parquet(items: Sequence[Item]) -> Iterator[Record]:
-    """The images of `items`, which come in the order of the files' rows."""
+    """The images of `items`, which must be in the order of the files' rows."""
     for path, group in groupby(items, attrgetter("path")):
         wanted = list(group)
         with _opened(path) as file:
@@ -183,7 +183,7 @@ def _require(paths: Sequence[Path]) -> None:
 
 
 def _labelled(kind: str, train: list[Item], val: list[Item], wnids: list[str], read: Read) -> Source:
-    """The source whose training images have these classes. Labels and names that are there must agree."""
+    """The source whose training images have the classes `wnids`. An image's label and its name must agree."""
     classes = sorted(set(wnids))
     label_of = {wnid: label for label, wnid in enumerate(classes)}
     known = [(item, label_of[wnid]) for item, wnid in zip(train, wnids, strict=True)]

@@ -1,4 +1,4 @@
-"""The list of a download's images that the ways of finding them (raw, hugging_face) make and the build reads."""
+"""The list of a download's images: `raw` and `hugging_face` make it, and the build reads it."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,9 +10,9 @@ from engine.errors import UserError
 
 
 class Item(NamedTuple):
-    """Where one image is: `size` bytes at `offset` of `path`, or (size -1) the whole file.
+    """The place of one image: `size` bytes at `offset` of `path`, or the whole file if `size` is -1.
 
-    In a file that can only be read from its beginning (a .tar.gz, a parquet file) `offset` is the image's number there.
+    In a file that can only be read from its beginning (.tar.gz, parquet), `offset` is the image's number there.
     """
 
     path: str
@@ -22,7 +22,7 @@ class Item(NamedTuple):
     name: str = ""  # in an archive: the image's name there
 
     def read(self) -> bytes:
-        """The image's bytes, untouched. Raises UserError where they cannot be read."""
+        """The image's unchanged bytes. Raises UserError if they cannot be read."""
         try:
             with open(self.path, "rb", buffering=0) as file:
                 if self.size < 0:
@@ -36,11 +36,11 @@ class Item(NamedTuple):
         return content
 
 
-Read = Callable[[Sequence[Item]], Iterator[Record]]  # from a split's last so many images to what is in them
+Read = Callable[[Sequence[Item]], Iterator[Record]]  # from the images of a split, or its last ones, to their content
 
 
 class Source(NamedTuple):
-    """A download: the class names in the order of the labels, and both splits' images in the order of the build."""
+    """A download: the class names in label order, and the images of both splits in build order."""
 
     kind: str  # folder, tar, tar.gz or parquet
     classes: list[str]

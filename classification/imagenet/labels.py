@@ -1,4 +1,4 @@
-"""The classes of validation images that lie in no class folders, from any file that is in use for that.
+"""The classes of validation images without class folders, from any label file in public use.
 
     file                                            a line                     of
     LOC_val_solution.csv                            NAME,wnid x y x y ...      Kaggle's object localization challenge
@@ -10,14 +10,14 @@
     ILSVRC2015_clsloc_validation_ground_truth.txt   id                         the kits of 2015, 2016 and 2017
     none: the images are named NAME_wnid.JPEG                                  Hugging Face's imagenet-1k
 
-A *wnid* (n01440764) is a class's own name. An *index* is its place among all of them in sorted order, from 0. An *id*
-is its place in the development kit, from 1, in another order: meta.mat (2012) or map_clsloc.txt (2014 to 2017; lines of
-wnid, id, name) says which. The numbering of all kits is the same: the readme of 2015's says that its synsets are those
-of 2012 and 2013, and in both files id 1 is n02119789, the kit fox. Files with wnids or ids alone go by the order of the
-images' names.
+A *wnid* (n01440764) is a class's own name. An *index* is the class's place among the sorted wnids, from 0. An *id* is
+its place in the development kit, from 1, in another order. meta.mat (2012) or map_clsloc.txt (2014 to 2017; lines of
+wnid, id, name) gives that order. All kits have the same ids: the readme of 2015's kit says that its synsets are those
+of 2012 and 2013, and in both files id 1 is n02119789, the kit fox. A file that holds only wnids or ids follows the
+order of the images' names.
 
-What a line holds decides how a file is read, not the file's name. A wrong label would never be noticed: so every file
-that is found must name all images and no others, and all files that are found must agree.
+The content of the lines decides how a file is read; its name does not. Nobody would notice a wrong label. Therefore
+every file that is found must cover all images and no others, and all files must agree.
 """
 
 import os
@@ -40,12 +40,13 @@ KAGGLE_LIST, KAGGLE_HEADER = LISTS[0], "ImageId,PredictionString"
 KIT_2012 = "ILSVRC2012_devkit_t12.tar.gz"
 META, MAP = "meta.mat", "map_clsloc.txt"
 GROUND_TRUTH = re.compile(r"ILSVRC201\d_(clsloc_)?validation_ground_truth\.txt")
-# Where the kits' files lie once unpacked: ILSVRC2012_devkit_t12/data, ILSVRC2014_devkit/data, ILSVRC2015/devkit/data,
+# The places of unpacked kits: ILSVRC2012_devkit_t12/data, ILSVRC2014_devkit/data, ILSVRC2015/devkit/data,
 # ILSVRC2017_devkit/ILSVRC/devkit/data, ... Public scripts use all of them.
 KIT_FOLDERS = ("data", "devkit/data", "ILSVRC*/data", "ILSVRC*/devkit/data", "ILSVRC*_devkit*/ILSVRC*/devkit/data")
 KIT_ARCHIVES = ("ILSVRC201*_devkit*.tar.gz", "ILSVRC201*_devkit*.tgz")
-FIRST_ID = "n02119789"  # the class of id 1 in every kit
-# meta.mat as lines of wnid and id, its inner nodes left out. In a process of its own: scipy crashes on damaged files.
+FIRST_ID = "n02119789"  # the class with id 1 in every kit
+# Prints meta.mat as lines of wnid and id, without inner nodes. It runs in its own process, because scipy crashes on
+# damaged files.
 SHOW_META = """
 import io, sys
 from scipy.io import loadmat
@@ -58,14 +59,14 @@ OFFICIAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
 class LabelFiles(NamedTuple):
-    """The label files that a user names, in place of those that are found."""
+    """The label files that a user gives. They replace those that are found."""
 
     val_labels: Path | None = None  # any of the files above
     ids: Path | None = None  # map_clsloc.txt, or a text file whose line k holds the class of id k
 
 
 class _Found(NamedTuple):
-    """A file with labels: its full path, what is in it, and what lies beside it in a development kit."""
+    """A label file: its full path, its content, and the other files of its development kit."""
 
     place: str
     content: bytes
@@ -73,7 +74,7 @@ class _Found(NamedTuple):
 
 
 def stem(name: str) -> str:
-    """An image's name as it was first published: no folder, no ending, no `_wnid` that Hugging Face put behind it."""
+    """An image's name as first published: without folder, ending, and the `_wnid` that Hugging Face appends."""
     base = name.rpartition("/")[2]
     head, dot, ending = base.rpartition(".")
     return WNID_AT_END.sub("", head if dot + ending.lower() in IMG_EXTENSIONS else base)
@@ -88,10 +89,10 @@ def wnid_at_end(name: str) -> str | None:
 def label_by_name(
     names: Sequence[str], classes: Sequence[str], places: Sequence[Path], given: LabelFiles, what: str
 ) -> list[int]:
-    """The label of each image of `names`, which are in the order of their `stem`; `what` they are, for messages.
+    """The label of each image of `names`, which must be in the order of their `stem`. Messages call them `what`.
 
-    `places` are the folders in which label files may lie, first the one to name in a message. Raises UserError, in one
-    line, where none is found, and where one is not understood or does not fit.
+    `places` are the folders that may hold label files; messages name the first. Raises UserError, in one line, if no
+    label file is found, or if one is not understood or does not fit.
     """
     if not names:
         raise UserError(f"{what} holds no image")
@@ -121,7 +122,7 @@ def label_by_name(
 
 
 def _find(places: Sequence[Path]) -> list[_Found]:
-    """Every label file in `places`, and in the development kits there, unpacked or packed."""
+    """Every label file in `places` and in the development kits there, unpacked or packed."""
     paths = [folder / name for folder in dict.fromkeys(places) for name in LISTS]
     lists = [_Found(str(path), _read(path), {}) for path in paths if path.is_file()]
     kits = list(_kits(places))
@@ -130,14 +131,14 @@ def _find(places: Sequence[Path]) -> list[_Found]:
 
 
 def _kits(places: Sequence[Path]) -> Iterator[dict[str, bytes]]:
-    """The files of each development kit in `places`: full path and content."""
+    """The files of each development kit in `places`, as full path and content."""
     for place in places:
         unpacked = [folder for pattern in KIT_FOLDERS for folder in sorted(place.glob(pattern))]
         for folder in dict.fromkeys([place, *unpacked]):
             try:
                 files = [folder / name for name in sorted(os.listdir(folder)) if _is_of_kit(name)]
             except OSError:
-                continue  # no folder, or one that is not ours to read: nothing is known to be in it
+                continue  # it is no folder, or we may not read it
             yield {str(path): _read(path) for path in files}
         for path in sorted(path for pattern in KIT_ARCHIVES for path in place.glob(pattern)):
             yield _unpacked(path)
@@ -159,7 +160,7 @@ def _is_of_kit(name: str) -> bool:
 def _read_labels(
     found: _Found, names: Sequence[str], classes: Sequence[str], places: Sequence[Path], given: LabelFiles
 ) -> list[int]:
-    """The label of each of `names` by one file."""
+    """The label of each of `names` according to one file."""
     place = found.place
     lines = _lines(place, found.content)
     if not lines:
@@ -179,7 +180,7 @@ def _read_labels(
 
 
 def _by_name(place: str, lines: Sequence[str], names: Sequence[str]) -> list[str]:
-    """What a file with lines of name and label says of each of `names`."""
+    """What a file with lines of name and label says about each of `names`."""
     said = {}
     for number, line in enumerate(lines, start=1):
         if number == 1 and line.startswith(KAGGLE_HEADER):
@@ -192,14 +193,14 @@ def _by_name(place: str, lines: Sequence[str], names: Sequence[str]) -> list[str
         raise UserError(f"{place} does not name {printable(missing[0])} ({len(missing):,} images are not in it)")
     if more := sorted(said.keys() - set(map(stem, names))):
         raise UserError(f"{place} names {printable(more[0])} ({len(more):,} of its images are not there)")
-    # ILSVRC's own ImageSets/CLS-LOC/val.txt numbers the images, and says nothing of their classes.
+    # ILSVRC's own ImageSets/CLS-LOC/val.txt numbers the images and says nothing about their classes.
     if len(said) > 1 and list(said.values()) == [str(number) for number in range(1, len(said) + 1)]:
         raise UserError(f"{place} numbers the images from 1 to {len(said):,}: these are no labels")
     return [said[stem(name)] for name in names]
 
 
 def _name_and_label(place: str, number: int, line: str) -> tuple[str, str]:
-    """An image's stem and its label. Kaggle's lines have, after a comma, a class and four numbers for each object."""
+    """An image's stem and its label. Kaggle's lines give a class and four numbers for each object, after a comma."""
     name, comma, objects = line.partition(",")
     fields = objects.split()
     if not comma:
@@ -212,7 +213,7 @@ def _name_and_label(place: str, number: int, line: str) -> tuple[str, str]:
 
 
 def _indices(place: str, indices: list[int], count: int) -> list[int]:
-    """`indices`, if they are places in sorted order: from 0 to the last class, and none is left out."""
+    """`indices`, if they cover every class from 0 to the last one. Raises UserError otherwise."""
     if wrong := sorted(set(indices) ^ set(range(count))):
         how = "is there" if wrong[0] in indices else "is missing"
         raise UserError(
@@ -230,7 +231,7 @@ def _places_of(wnids: Sequence[str | None], classes: Sequence[str], place: str) 
 
 
 def _require_order(place: str, count: int, names: Sequence[str]) -> None:
-    """Raise UserError where labels without names cannot be laid beside the images without doubt."""
+    """Raise UserError if it is not certain which label without a name belongs to which image."""
     if count != len(names):
         raise UserError(f"{place} has {count:,} labels for {len(names):,} images: they do not belong together")
     if list(names) != sorted(names, key=_natural):
@@ -245,12 +246,12 @@ def _require_order(place: str, count: int, names: Sequence[str]) -> None:
 
 
 def _natural(name: str) -> list[str]:
-    """By which 2.JPEG comes before 10.JPEG."""
+    """A sort key that puts 2.JPEG before 10.JPEG."""
     return [part.zfill(20) if part.isdecimal() else part for part in re.split(r"(\d+)", stem(name))]
 
 
 def _class_of_id(found: _Found, places: Sequence[Path], given: LabelFiles) -> dict[int, str]:
-    """The class of each id: by --ids, else by the kit of the file itself, else by any other kit, for all are alike."""
+    """The class of each id: from --ids, else from the file's own kit, else from any other kit, for all are equal."""
     if given.ids:
         return _checked(str(given.ids), _read_ids(str(given.ids), _read(given.ids)))
     beside = _kits([given.val_labels.parent]) if given.val_labels else ()
@@ -265,7 +266,7 @@ def _class_of_id(found: _Found, places: Sequence[Path], given: LabelFiles) -> di
 
 
 def _read_ids(place: str, content: bytes) -> dict[int, str]:
-    """From lines of `wnid id name`, or of a class alone."""
+    """The class of each id, from lines of `wnid id name` or of only a class."""
     lines = [line.split() for line in _lines(place, content)]
     if all(len(fields) == 1 for fields in lines):
         return {number: fields[0] for number, fields in enumerate(lines, start=1)}
@@ -298,7 +299,7 @@ def _checked(place: str, ids: dict[int, str]) -> dict[int, str]:
 
 
 def _lines(place: str, content: bytes) -> list[str]:
-    """The lines of a text that are not empty, without a byte order mark."""
+    """The nonempty lines of a text, without a byte order mark."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -1,13 +1,13 @@
-"""ImageNet at rest: one LMDB file a split, with the images' own bytes, and a manifest that says when they are whole.
+"""Prepared ImageNet: one LMDB file per split with the images' own bytes, and a manifest that marks a finished build.
 
     train.lmdb, val.lmdb    key: the image's index, 8 bytes, big-endian; value: label (int32, little-endian) + the file
     manifest.json           written last; training reads nothing without it
 
-A million small files are slow to list, to copy and to open; two big ones are not. The images stay the JPEGs that they
-were: what decodes them is the reader's choice, and nothing is lost. Beside them each file holds `format`, `classes`,
-`inputs` (a digest of the list that it is built from), `images` (how many are in it so far) and, every 256 images,
-`digests:` + first index: the xxh3 checksums of their values, by which a single damaged image is found and named.
-Images, checksums and count change in one transaction, so a build that is killed continues where it was.
+A million small files are slow to list, copy and open; two big files are not. The images stay unchanged JPEGs, so
+nothing is lost and the reader may choose the decoder. Each file also holds `format`, `classes`, `inputs` (a digest of
+the list of images), `images` (their number so far) and, for every 256 images, `digests:` + first index: the xxh3
+checksums of their values, which find and name a single damaged image. Images, checksums and count change in one
+transaction, so a killed build continues where it was.
 """
 
 import json
@@ -34,21 +34,21 @@ MANIFEST_KEYS = ("format", "source", "inputs", "splits", "classes")
 CHUNK = 256  # images in one transaction, about 28 MB of ImageNet
 DIGEST_BYTES = 8
 FIRST_MAP = 1 << 30  # bytes of address space; it doubles when full
-# LMDB's errors that speak of what the file holds; its others speak of the system, and the file may be whole.
+# LMDB's errors about the file's content. Its other errors concern the system, and the file may be whole.
 WRONG_CONTENT = (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
 
 BUILD_COMMAND = "bash scripts/prepare.sh imagenet SOURCE OUT"
 
 
 class Record(NamedTuple):
-    """One image: its label and the file's bytes, valid as long as the split that it came from is open."""
+    """One image: its label and the file's bytes. They are valid while the split that they came from is open."""
 
     label: int
     image: bytes | memoryview
 
 
 class DamagedImage(Exception):
-    """An image that is not what was stored, or is none; the message says in what way."""
+    """An image that differs from what was stored, or that is no image. The message says which."""
 
 
 def image_key(index: int) -> bytes:
@@ -60,10 +60,10 @@ def digests_key(first: int) -> bytes:
 
 
 class SplitWriter:
-    """Appends images to one split, CHUNK at a time; opening a file that was begun takes up where it ends.
+    """Appends images to one split, CHUNK at a time. It continues an unfinished file at its end.
 
-    Raises UserError where the file was begun from another list of images (`inputs`), where it is damaged or cannot be
-    opened, and where the disk is full: what is written by then stays, and the build goes on from there.
+    Raises UserError if the file was begun from another list of images (`inputs`), if it is damaged or cannot be
+    opened, or if the disk is full. In the last case the written images stay, and the build can continue.
     """
 
     def __init__(self, path: Path, inputs: str, classes: Sequence[str], map_size: int = FIRST_MAP) -> None:
@@ -82,7 +82,7 @@ class SplitWriter:
             raise UserError(f"{path} was begun from other images, or by another version: delete it, or build elsewhere")
 
     def append(self, records: Sequence[Record]) -> None:
-        """Add one chunk: CHUNK images, the last one as many as are left."""
+        """Add one chunk of CHUNK images. Only the last chunk may be smaller."""
         values = [struct.pack("<i", record.label) + record.image for record in records]
         pairs = [(image_key(self.images + offset), value) for offset, value in enumerate(values)]
         pairs.append((digests_key(self.images), b"".join(xxh3_64_digest(value) for value in values)))
@@ -91,7 +91,7 @@ class SplitWriter:
         self.images += len(records)
 
     def _write(self, pairs: list[tuple[bytes, bytes]]) -> None:
-        """All of `pairs` or nothing, on disk when this returns."""
+        """Write all of `pairs` or nothing. They are on disk when this returns."""
         while True:
             try:
                 with self._open() as env, env.begin(write=True) as transaction:
@@ -101,7 +101,7 @@ class SplitWriter:
             except lmdb.MapFullError:
                 self._map_size *= 2
             except lmdb.Error as error:
-                # LMDB calls a write that the disk took only half of an input/output error.
+                # LMDB reports a half-finished write as an input/output error.
                 full = shutil.disk_usage(self.path.parent).free < sum(len(value) for _, value in pairs)
                 raise UserError(
                     f"{self.path}: {'the disk is full' if full else error}: {self.images:,} images are safely written; "
@@ -109,10 +109,10 @@ class SplitWriter:
                 ) from None
 
     def _open(self) -> lmdb.Environment:
-        """The file, opened anew for each transaction.
+        """The file, opened again for each transaction.
 
-        LMDB leaves in the unused parts of its pages what it wrote to other pages before. What it wrote since the file
-        was opened depends on where a build was interrupted, and the same images must end in the same bytes.
+        The same images must give the same bytes, wherever a build was interrupted. But the unused parts of LMDB's pages
+        keep old data from other pages that were written since the file was opened.
         """
         try:
             return lmdb.open(str(self.path), subdir=False, lock=False, map_size=self._map_size)
@@ -123,13 +123,13 @@ class SplitWriter:
 class LmdbSplit:
     """One split, for reading: `split[index]` is a Record, `len(split)` the number of images.
 
-    The file is opened by the process that first reads from it and never crosses into another, forked or spawned. It is
-    read-only and takes no lock, so any number of processes may read it, on a read-only disk too. Every image is
-    compared with its checksum as it is read: DamagedImage where they differ.
+    Each process opens the file itself at its first read; an open file is never passed to a forked or spawned process.
+    It is opened read-only and without a lock, so any number of processes may read it, even on a read-only disk. Each
+    read compares the image with its checksum, and raises DamagedImage if they differ.
     """
 
     def __init__(self, path: Path, classes: Sequence[str]) -> None:
-        """Raises UserError where the file is not whole; leaves it closed."""
+        """Raises UserError if the file is not whole. Leaves the file closed."""
         self.path, self.classes = path, tuple(classes)
         self._opened: _OpenFile | None = None
         self._images = len(self._file.digests)
@@ -148,18 +148,18 @@ class LmdbSplit:
         return Record(_label(value), value[4:])
 
     def name_of(self, index: int) -> str:
-        """An image's place and class in words, for messages; also where its label makes no sense."""
+        """An image's place and class in words, for messages. It also works for an invalid label."""
         value = self._file.get(image_key(index))
         label = _label(value) if value else -1
         known = self.classes[label] if 0 <= label < len(self.classes) else "unknown"
         return f"{self.path}, key {index} (class {known})"
 
     def content_digest(self) -> str:
-        """sha256 over the checksums of all images in order: what the manifest holds."""
+        """sha256 over the checksums of all images in order. The manifest holds this value."""
         return sha256(self._file.digests.tobytes()).hexdigest()
 
     def close(self) -> None:
-        """Give the file back; the next read opens it again."""
+        """Close the file. The next read opens it again."""
         self._opened = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -173,14 +173,14 @@ class LmdbSplit:
 
 
 class _OpenFile:
-    """An LMDB file as one process has it open."""
+    """An LMDB file that one process has open."""
 
     def __init__(self, path: Path) -> None:
         self.owner = os.getpid()
         try:
             self.env = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
             _require_whole(self.env, path)
-            # One transaction for good: nobody writes to a finished file, and its views of the file stay valid.
+            # One transaction stays open, so that its views of the file stay valid. Nobody writes to a finished file.
             self.get = self.env.begin(buffers=True).get
             images = int(bytes(self.get(b"images", b"0")))
             chunks = [self.get(digests_key(first), b"") for first in range(0, images, CHUNK)]
@@ -195,15 +195,15 @@ _OPEN: WeakValueDictionary[tuple[int, int], _OpenFile] = WeakValueDictionary()  
 
 
 def _open_once(path: Path) -> _OpenFile:
-    """The file, opened unless this process has it open: LMDB allows that once."""
+    """The open file. It is opened only if this process has not opened it yet, because LMDB allows that only once."""
     if not path.is_file():
         raise UserError(f"{path} is not there: make it with `{BUILD_COMMAND}`")
     status = path.stat()
     if status.st_size == 0:
         raise _damaged(path, "it is empty")
-    key = status.st_dev, status.st_ino  # not the path: another file may have been put there since
+    key = status.st_dev, status.st_ino  # not the path: by now another file may be there
     file = _OPEN.get(key)
-    if file is not None and file.owner != os.getpid():  # inherited by a fork, and of no use here
+    if file is not None and file.owner != os.getpid():  # a fork inherited it and cannot use it
         file.env.close()
         file = None
     if file is None:
@@ -216,7 +216,7 @@ def _label(value: memoryview) -> int:
 
 
 def _require_whole(env: lmdb.Environment, path: Path) -> None:
-    """Raise UserError for a file shorter than its own account: touching a page that is missing kills the process."""
+    """Raise UserError for a file that is shorter than it says, because reading a missing page kills the process."""
     if path.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
         raise _damaged(path, "its end is missing")
 
@@ -226,7 +226,7 @@ def _damaged(path: Path, how: object) -> UserError:
 
 
 def _not_opened(path: Path, error: lmdb.Error, map_size: int) -> UserError:
-    """What to do about LMDB's `error`: a good file is not to be deleted for what ails the system."""
+    """The UserError for LMDB's `error`. It must not advise to delete a good file because of a problem of the system."""
     if isinstance(error, WRONG_CONTENT):
         return _damaged(path, error)
     reason = str(error).removeprefix(f"{path}: ")
@@ -239,13 +239,13 @@ def _not_opened(path: Path, error: lmdb.Error, map_size: int) -> UserError:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest`: after everything else, and in one step."""
+    """Write `manifest` in one step. Call this after everything else is written."""
     text = json.dumps({"format": FORMAT, **manifest}, indent=1)
     write_atomically(folder / MANIFEST, text + "\n")
 
 
 def open_splits(folder: Path) -> tuple[LmdbSplit, LmdbSplit]:
-    """The training and the validation split of a finished build; UserError where it is not finished or not whole."""
+    """The training and validation splits of a finished build. Raises UserError if it is unfinished or not whole."""
     manifest = read_manifest(folder, MANIFEST_KEYS, FORMAT)
     if manifest is None:
         raise UserError(

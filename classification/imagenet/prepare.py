@@ -1,13 +1,12 @@
-"""ImageNet from the download to what training reads, and a check of both.
+"""Turns an ImageNet download into the files that training reads, and checks both.
 
     python -m classification.prepare_imagenet build SOURCE OUT          make OUT/train.lmdb, val.lmdb and manifest.json
     python -m classification.prepare_imagenet verify OUT                compare all of it with its checksums
     python -m classification.prepare_imagenet verify SOURCE --archives  compare the official tar files with theirs
 
-SOURCE is what people have: the official tar files, a folder tree, Hugging Face's imagenet-1k (classification/imagenet/
-raw.py says which files); any other set of images in folders by class will do. A build that was interrupted, by
-whatever, goes on where it was when the same command is run again. docs/data.md says how to get ImageNet, and how long
-this takes.
+SOURCE holds the official tar files, a folder tree, or Hugging Face's imagenet-1k (classification/imagenet/raw.py lists
+the files). Any other images in one folder per class work too. After any interruption the same command continues where
+it was. docs/data.md says how to get ImageNet and how long this takes.
 """
 
 import argparse
@@ -42,7 +41,7 @@ from engine.errors import UserError
 from engine.files import hold
 from engine.manifest import MANIFEST, read_manifest
 
-MD5 = {  # of the official files, as torchvision/datasets/imagenet.py has them too
+MD5 = {  # of the official files; torchvision/datasets/imagenet.py has the same values
     TRAIN_TAR: "1d675b47d978889d74fa0da5fadfb00e",
     VAL_TAR: "29b22e2961454d5413ddabcf34fc5622",
     KIT_2012: "fa75699e90414af021442c21a62c3abf",
@@ -52,7 +51,7 @@ MD5 = {  # of the official files, as torchvision/datasets/imagenet.py has them t
 def main(arguments: list[str]) -> int:
     options = _parse(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may be no text
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may be invalid text
     if options.command == "build":
         build(options.source, options.out, LabelFiles(options.val_labels, options.ids))
         return 0
@@ -64,9 +63,9 @@ def main(arguments: list[str]) -> int:
 
 
 def build(source: Path, out: Path, label_files: LabelFiles | None = None) -> None:
-    """Write both splits of `source` to `out`, or finish what an earlier build left there.
+    """Write both splits of `source` to `out`, or finish an earlier build there.
 
-    Raises UserError where something is missing, where `out` is in use or holds other images, and on a full disk.
+    Raises UserError if something is missing, if `out` is in use or holds other images, or if the disk is full.
     """
     found = find_source(source, label_files)
     counts = {"train": len(found.train), "val": len(found.val), "classes": len(found.classes)}
@@ -100,7 +99,7 @@ def build(source: Path, out: Path, label_files: LabelFiles | None = None) -> Non
 
 
 def _build_split(source: Source, name: str, path: Path, inputs: str) -> None:
-    """Append what `path` lacks of a split."""
+    """Append the missing images of a split to `path`."""
     items = getattr(source, name)
     writer = SplitWriter(path, inputs, source.classes)
     with tqdm(total=len(items), initial=writer.images, desc=path.name, unit="image", disable=None) as bar:
@@ -112,7 +111,7 @@ def _build_split(source: Source, name: str, path: Path, inputs: str) -> None:
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    """CHUNK records at a time, the last ones as many as are left; the next are read while these are written."""
+    """CHUNK records at a time; the last list may be shorter. The next ones are read while these are written."""
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(lambda: list(islice(records, CHUNK)))
         while chunk := ahead.result():
@@ -121,9 +120,9 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 
 
 def verify(out: Path, decode: bool = False) -> list[str]:
-    """What is wrong with the build in `out`: a line for each damaged image, or none; with `decode`, decode them all.
+    """What is wrong with the build in `out`: one line per damaged image. With `decode`, decode every image too.
 
-    Raises UserError where there is no finished build, or its files are truncated or do not belong together.
+    Raises UserError if there is no finished build, or if its files are truncated or do not belong together.
     """
     manifest = read_manifest(out, MANIFEST_KEYS, FORMAT)
     bad = []
@@ -139,7 +138,7 @@ def verify(out: Path, decode: bool = False) -> list[str]:
 
 
 def verify_archives(source: Path) -> list[str]:
-    """A line for each official file in `source` that differs from its published MD5. UserError where there is none."""
+    """One line per official file in `source` that differs from its published MD5. Raises UserError if there is none."""
     paths = [source / name for name in MD5 if (source / name).is_file()]
     if not paths:
         raise UserError(f"{source} holds none of {', '.join(MD5)}: give the folder that has them")

@@ -1,13 +1,13 @@
-"""What an ImageNet download holds: every image's place and label, whichever way people have it.
+"""What an ImageNet download holds: every image's place and label, for each form of the download.
 
     folder             train/<class>/*, and val/ or validation/ with <class>/* or flat (labels.py); also as
                        ILSVRC/Data/CLS-LOC, to which Kaggle's and image-net.org's archives of 2015 to 2017 unpack
-    tar                ILSVRC2012_img_train.tar (a tar file a class inside) and ILSVRC2012_img_val.tar, never unpacked
+    tar                ILSVRC2012_img_train.tar (holds a tar file per class) and ILSVRC2012_img_val.tar, never unpacked
     parquet, tar.gz    Hugging Face's imagenet-1k (hugging_face.py)
 
-The labels are the places of the class names (WordNet ids, n01440764 ...) in sorted order, as everywhere. The images
-come by label and then by name in train, and by name in val, so that folders and tar files of the same images make the
-same LMDB. An image in a tar file lies there in one piece, so both come down to a path, an offset and a size.
+A label is the place of the class name (a WordNet id, n01440764 ...) in sorted order, as usual. Training images are
+sorted by label and then by name, validation images by name, so that folders and tar files of the same images make the
+same LMDB. An image in a tar file is one piece, so a path, an offset and a size describe it.
 """
 
 import os
@@ -35,11 +35,11 @@ TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1_000}
 VAL_IMAGES_A_CLASS = 50  # "Validation: 50000 images, at 50 images per category": the development kits' readme
 TREES = (".", "CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC", "ILSVRC2015/Data/CLS-LOC")  # folders with train/
-READERS = 16  # threads: most of their time is waiting for the disk
+READERS = 16  # threads; they mostly wait for the disk
 
 
 def find_source(root: Path, label_files: LabelFiles | None = None) -> Source:
-    """List the images below `root`. UserError, in one line, where something is missing or does not fit together."""
+    """List the images below `root`. Raises UserError, in one line, if something is missing or does not fit."""
     source = _find(root.absolute(), label_files or LabelFiles())
     if (len(source.val), len(source.classes)) == (IMAGENET["val"], IMAGENET["classes"]):
         counts = Counter(item.label for item in source.val)
@@ -72,21 +72,21 @@ def _find(root: Path, label_files: LabelFiles) -> Source:
 
 
 def _find_tree(root: Path) -> Path | None:
-    """The folder with train/ at or below `root`, in any place where an unpacked archive has it."""
+    """The folder that holds train/, at `root` or in a place below it where an archive unpacks it."""
     return next((root / place for place in TREES if (root / place / "train").is_dir()), None)
 
 
 def read_files(items: Sequence[Item]) -> Iterator[Record]:
-    """The images of `items`, each at its place in its file."""
+    """The images of `items`, each read from its place in its file."""
     with ThreadPoolExecutor(READERS) as pool:
         for first in range(0, len(items), CHUNK):
             yield from pool.map(lambda item: Record(item.label, item.read()), items[first : first + CHUNK])
 
 
 class FolderSplit:
-    """One split of a folder tree, for reading as it is: `split[index]` is a Record. No checksums here.
+    """One split of a folder tree, read directly: `split[index]` is a Record. There are no checksums.
 
-    Paths and labels are arrays, which worker processes share; a list of a million strings each would copy.
+    Paths and labels are arrays, which worker processes share. Each process would copy a list of a million strings.
     """
 
     def __init__(self, items: Sequence[Item], classes: Sequence[str]) -> None:
@@ -110,7 +110,7 @@ class FolderSplit:
 
 
 def list_folder(root: Path) -> tuple[FolderSplit, FolderSplit]:
-    """The images of a folder tree at or below `root`, for training without an LMDB; labelled as the LMDB would be."""
+    """The images of a folder tree at or below `root`, for training without an LMDB. The labels are those of an LMDB."""
     if not _find_tree(root):
         raise UserError(
             f"{root} holds neither an LMDB (train.lmdb, val.lmdb) nor a folder tree (train/<class>/*, val/<class>/*); "
@@ -121,7 +121,7 @@ def list_folder(root: Path) -> tuple[FolderSplit, FolderSplit]:
 
 
 def inputs_digest(items: Sequence[Item], root: Path) -> str:
-    """sha256 of the list of images: labels and places, relative to `root`; equal lists make equal builds."""
+    """sha256 of the list of images: labels and places relative to `root`. Equal lists make equal builds."""
     digest = sha256()
     for item in items:
         place = os.path.relpath(item.path, root)
@@ -135,7 +135,7 @@ def _by_name(item: Item) -> tuple[str, str]:
 
 
 def _list_train_folder(folder: Path) -> tuple[list[str], list[Item]]:
-    """Class folders; or, as Hugging Face's archives unpack, images whose names end with their class."""
+    """Class folders, or images whose names end with their class, as Hugging Face's archives unpack them."""
     if list_folders(folder):
         return _list_classes(folder)
     paths = [path for path in list_files(folder) if is_image(path)]
@@ -151,7 +151,7 @@ def _list_classes(split: Path) -> tuple[list[str], list[Item]]:
     """Every image of `split`/<class>/, to any depth, by class and then by name."""
     classes = list_folders(split)
     folders = [split / name for name in classes]
-    with ThreadPoolExecutor(READERS) as pool:  # on a network disk most of the time is waiting
+    with ThreadPoolExecutor(READERS) as pool:  # on a network disk, listing is mostly waiting
         listing = pool.map(lambda folder: [path for path in list_files(folder) if is_image(path)], folders)
         found = list(tqdm(listing, f"listing {split.name}", len(folders), unit="class", disable=None))
     for folder, paths in zip(folders, found, strict=True):
@@ -178,7 +178,7 @@ def _list_val_folder(root: Path, tree: Path, classes: list[str], label_files: La
 
 
 def _label_places(root: Path, tree: Path, val: Path) -> list[Path]:
-    """Where label files may lie. Kaggle's lies beside ILSVRC/, three folders above ILSVRC/Data/CLS-LOC."""
+    """The folders that may hold label files. Kaggle's lies beside ILSVRC/, three folders above ILSVRC/Data/CLS-LOC."""
     places = [root, tree, val]
     above = tree.resolve()
     if above.name == "CLS-LOC":
@@ -195,7 +195,7 @@ def _label(
 
 
 def _list_train_tar(path: Path) -> tuple[list[str], list[Item]]:
-    """The images of the tar files in a tar file, each named after its class."""
+    """The images of the tar files inside a tar file. Each inner file is named after its class."""
     with _open_tar(path) as archive:
         inner = {member.name: member for member in archive if member.isfile() and member.name.endswith(".tar")}
         _require_end(archive, inner=False)
@@ -216,7 +216,7 @@ def _list_train_tar(path: Path) -> tuple[list[str], list[Item]]:
 
 
 def _list_tar(path: Path, file: IO[bytes] | None = None, start: int = 0, label: int = -1) -> list[Item]:
-    """The images of a tar file, or of one that lies inside it at `start`."""
+    """The images of a tar file, or of a tar file inside it at byte `start`."""
     with _open_tar(path, file) as archive:
         items = [
             Item(str(path), label, start + member.offset_data, member.size, member.name)
@@ -228,9 +228,9 @@ def _list_tar(path: Path, file: IO[bytes] | None = None, start: int = 0, label: 
 
 
 def _require_end(archive: tarfile.TarFile, inner: bool) -> None:
-    """Raise ReadError where a tar file does not go on to its end: tarfile takes a header that it cannot read for that.
+    """Raise ReadError if the listing stopped before the end of a tar file. tarfile stops silently at a bad header.
 
-    An `inner` one may do without the end mark, because the outer one says how long it is.
+    An `inner` file may lack the end mark, because the outer file gives its length.
     """
     archive.fileobj.seek(archive.offset)
     mark = archive.fileobj.read(tarfile.BLOCKSIZE)

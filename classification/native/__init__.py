@@ -1,1 +1,1 @@
-"""What the image task computes in C++ on the CPU: each Python file calls one C++ file, and falls back to torch."""
+"""C++ for the image task on the CPU: each Python file calls one C++ file, or falls back to torch or Pillow."""

@@ -1,9 +1,9 @@
-// relu(batch_norm(x) + shortcut) and its gradients for channels-last tensors on the CPU, each in two passes over memory.
-// classification/native/norm_relu.py compiles this file, says what is computed, and calls it through its plain C interface.
+// relu(batch_norm(x) + shortcut) and its gradients for channels-last tensors on the CPU. Each passes over memory twice.
+// classification/native/norm_relu.py compiles this file, describes the computation, and calls the plain C interface.
 //
-// A tensor is `rows` rows of `channels` values. Rows are cut into chunks of a fixed size, whose sums are added up in
-// their order: the result is the same, bit for bit, on any number of threads. Within a chunk, channels go by groups of
-// kLanes, so that the sums of a group stay in registers while its rows go by.
+// A tensor is `rows` rows of `channels` values. Rows are cut into chunks of a fixed size, and the chunks' sums are
+// added in order. So the result is the same, bit for bit, for any number of threads. Within a chunk, the channels are
+// processed in groups of kLanes, so that the sums of a group stay in registers.
 
 #include <algorithm>
 #include <cmath>
@@ -13,12 +13,12 @@
 
 extern "C" {
 
-// Addresses (0 for none) and sizes. Tensors with rows have the dtype that `bfloat16` tells; the others are float32.
+// Addresses (0 for none) and sizes. Tensors with rows are bfloat16 or float32, as `bfloat16` says; others are float32.
 struct NormRelu {
   const void *x, *shortcut;          // [rows, channels]
   void* y;                           // [rows, channels]
   const float *weight, *bias;        // [channels]
-  float *mean, *inverse_std;         // [channels]: of this batch; written forward, read backward
+  float *mean, *inverse_std;         // [channels]: of this batch; forward writes them, backward reads them
   float *running_mean, *running_var; // [channels]
   const void* grad_y;                // [rows, channels]
   void *grad_x, *grad_shortcut;      // [rows, channels]
@@ -49,7 +49,7 @@ inline float load(const BFloat16* p) {
   return value;
 }
 
-// Rounds to nearest, ties to even. A NaN stays one: its quiet bit is set, as rounding could carry it to infinity.
+// Rounds to nearest, ties to even. A NaN gets its quiet bit set, because rounding could turn it into infinity.
 inline void store(BFloat16* p, float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
@@ -59,8 +59,8 @@ inline void store(BFloat16* p, float value) {
 
 inline int64_t chunks_of(int64_t rows) { return (rows + kChunk - 1) / kChunk; }
 
-// Two sums a channel over all rows, [channels][2]. `add(first, last, channel, sums)` adds a block of rows to
-// sums[2][kLanes] for the kLanes channels from `channel` on.
+// Two sums per channel over all rows, [channels][2]. `add(first, last, channel, sums)` adds a block of rows to
+// sums[2][kLanes] for kLanes channels, starting at `channel`.
 template <class Add>
 std::vector<double> sum_rows(const NormRelu& n, Add add) {
   const int64_t chunks = chunks_of(n.rows);
@@ -103,7 +103,7 @@ void forward(const NormRelu& n) {
   T* y = static_cast<T*>(n.y);
   const int64_t channels = n.channels;
 
-  // Around the first row, so that a mean far from 0 does not cost the variance its digits.
+  // The first row is subtracted, so that the variance keeps its digits when the mean is far from 0.
   const auto sums = sum_rows(n, [=](int64_t first, int64_t last, int64_t channel, float(&sums)[2][kLanes]) {
     float origin[kLanes], sum[kLanes] = {}, square[kLanes] = {};
     for (int64_t lane = 0; lane < kLanes; ++lane) origin[lane] = load(x + channel + lane);
@@ -141,7 +141,7 @@ void forward(const NormRelu& n) {
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         float value = load(x + at + lane) * scale[lane] + offset[lane];
         if constexpr (kShortcut) value += load(shortcut + at + lane);
-        store(y + at + lane, value < 0 ? 0 : value);  // a NaN goes through
+        store(y + at + lane, value < 0 ? 0 : value);  // a NaN stays a NaN
       }
     }
   });
@@ -154,7 +154,7 @@ void backward(const NormRelu& n) {
   const float *means = n.mean, *inverse_stds = n.inverse_std;
   const int64_t channels = n.channels;
 
-  // g, the gradient before the ReLU, is what the shortcut gets. Where it is written, the second pass reads it again.
+  // g is the gradient of the ReLU's input and of the shortcut. If it is written, the second pass reads it again.
   const auto sums = sum_rows(n, [=](int64_t first, int64_t last, int64_t channel, float(&sums)[2][kLanes]) {
     float mean[kLanes], bias[kLanes] = {}, weight[kLanes] = {};
     std::memcpy(mean, means + channel, sizeof mean);
@@ -206,7 +206,7 @@ void backward(const NormRelu& n) {
 
 }  // namespace
 
-// Both dtypes and cases compiled apart: a loop without conditions is one that the compiler vectorises.
+// Each dtype and case is compiled separately, because the compiler vectorises loops without conditions.
 extern "C" void norm_relu_forward(const NormRelu* n) {
   const auto function = n->bfloat16 ? (n->shortcut ? forward<BFloat16, true> : forward<BFloat16, false>)
                                     : (n->shortcut ? forward<float, true> : forward<float, false>);

@@ -1,8 +1,9 @@
-"""relu(batch_norm(x) + shortcut): torch's own operators, and on the CPU one native function in their place.
+"""relu(batch_norm(x) + shortcut): by torch's own operators, or by one native function on the CPU.
 
-Convolutions on the CPU are fastest channels-last, but there torch's batch norm runs below the speed of memory, most of
-all with few channels, and costs a CIFAR ResNet a quarter of its time. norm_relu.cpp passes over memory twice
-forward and twice backward, ReLU and addition included. Statistics are summed in float32 by blocks, in float64 beyond.
+On the CPU, convolutions are fastest channels-last. But torch's channels-last batch norm runs below the speed of memory,
+most of all with few channels, and takes a quarter of a CIFAR ResNet's time. norm_relu.cpp passes over memory twice
+forward and twice backward, including ReLU and addition. It sums statistics in float32 within a block and adds the
+blocks in float64.
 """
 
 import ctypes
@@ -19,11 +20,11 @@ from torch.nn import functional as F
 from optim.native import load_library
 
 SOURCE = Path(__file__).with_name("norm_relu.cpp")
-LANES = 16  # the native function takes channels in groups of so many
+LANES = 16  # the native function takes channels in groups of this size
 
 
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + shortcut) for `x` [N, C, H, W] and a `shortcut` of its shape and dtype, or none."""
+    """relu(norm(x) + shortcut) for `x` [N, C, H, W]. `shortcut` has the shape and dtype of `x`, or is None."""
     if _is_native(norm, x, shortcut) and library():
         norm.num_batches_tracked += 1
         return _NormRelu.apply(x, norm.weight, norm.bias, shortcut, norm)
@@ -32,7 +33,7 @@ def norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None = None) -
 
 
 def _is_native(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool:
-    """Whether this is what the native function is for: training on the CPU, channels-last, settings as in ResNets."""
+    """Whether the native function can do this: training on the CPU, channels-last, with a ResNet's settings."""
     return (
         norm.training
         and x.device.type == "cpu"
@@ -129,7 +130,7 @@ def _arguments(tensors: dict[str, Tensor | None], eps: float = 0.0, momentum: fl
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None, after one warning, where they cannot be compiled."""
+    """The compiled functions, or None after one warning if they cannot be compiled."""
     signature = None, [ctypes.POINTER(_Arguments)]
     signatures = {"norm_relu_forward": signature, "norm_relu_backward": signature}
     return load_library(SOURCE, signatures, "torch's slower batch norm is used")

@@ -1,12 +1,12 @@
-// A square of a resized part of an RGB image: Pillow's bilinear resampling of 8-bit images, and its very bytes.
+// A square of a resized part of an RGB image, with the exact bytes of Pillow's bilinear resampling of 8-bit images.
 // classification/native/resize.py compiles this file and calls resize_square through its plain C interface.
 //
-// Pillow filters one axis, then the other, and rounds to 8 bits in between. Each output is a sum over the inputs that a
-// triangle covers, 2 scales wide and not less than 2 pixels; its weights are computed in double and kept as integers
-// with kBits fractional bits. An axis whose size stays is no exception: the weights are 1, and 0 beside it.
+// Pillow filters one axis, then the other, and rounds to 8 bits in between. Each output is a sum over the inputs under
+// a triangle, which is 2 scales wide and at least 2 pixels. The weights are computed in double and stored as integers
+// with kBits fractional bits. An axis of unchanged size is no exception: its weights are 1, and 0 beside it.
 //
-// Only what the square shows is computed. All outputs of an axis have the same number of weights, zeros if need be, as
-// the processor foresees the end of loops that are all of one length.
+// Only the square is computed. All outputs of an axis have the same number of weights, with added zeros, because the
+// processor predicts the end of loops that all have one length.
 
 #include <algorithm>
 #include <cmath>
@@ -19,28 +19,28 @@
 
 namespace {
 
-constexpr int kBits = 22;                    // of 32: 8 are the values', 2 to spare
+constexpr int kBits = 22;                    // of 32; the values need 8, and 2 are spare
 constexpr int64_t kPixel = 3;                // bytes
-constexpr int64_t kPadded = kPixel + 1;      // loads and stores of 4 bytes are single instructions
-constexpr int64_t kRows = 8;                 // filtered together, side by side in groups of a pixel of each
+constexpr int64_t kPadded = kPixel + 1;      // a load or store of 4 bytes is one instruction
+constexpr int64_t kRows = 8;                 // filtered together; a group holds one pixel of each row, side by side
 constexpr int64_t kGroup = kRows * kPadded;  // bytes
 constexpr int64_t kLanes = 64;               // bytes of a row filtered together
 
-// Rounded to double before anything is added: -march=native lets the two be fused, and weights come out as others.
+// Rounds to double before an addition. Without this, -march=native may fuse the two, which changes the weights.
 inline double product(double a, double b) {
   volatile double rounded = a * b;
   return rounded;
 }
 
-// One axis: output i is the sum over k < count of weights[i * count + k] * input[begin + first[i] + k]. Of the input,
-// `extent` from `begin` on are looked at.
+// One axis: output i is the sum over k < count of weights[i * count + k] * input[begin + first[i] + k]. It reads
+// `extent` inputs, starting at `begin`.
 struct Taps {
   int64_t begin = 0, extent = 0, count = 0;
   std::vector<int64_t> first;
   std::vector<int32_t> weights;
 };
 
-// For `size` outputs from `corner` on, where `in` inputs become `out` outputs.
+// For `size` outputs, starting at `corner`, of an axis that goes from `in` inputs to `out` outputs.
 Taps taps_of(int64_t in, int64_t out, int64_t corner, int64_t size) {
   const double scale = double(in) / double(out), support = std::max(scale, 1.0), inverse = 1.0 / support;
   Taps taps;
@@ -62,7 +62,7 @@ Taps taps_of(int64_t in, int64_t out, int64_t corner, int64_t size) {
       shares[k] = std::max(0.0, 1.0 - std::fabs(product(double(low[i] + k) - centre[i] + 0.5, inverse)));
       sum += shares[k];
     }
-    taps.first[i] = std::min(low[i], in - taps.count);  // the zeros, too, must have pixels to stand for
+    taps.first[i] = std::min(low[i], in - taps.count);  // zero weights need existing pixels too
     int32_t* weights = &taps.weights[i * taps.count + low[i] - taps.first[i]];
     for (int64_t k = 0; k < covered; ++k) weights[k] = int32_t(0.5 + shares[k] / sum * (1 << kBits));
   }
@@ -72,10 +72,10 @@ Taps taps_of(int64_t in, int64_t out, int64_t corner, int64_t size) {
   return taps;
 }
 
-// No weight is negative: a sum can only be too large.
+// No weight is negative, so a sum can only be too large.
 inline uint8_t to_byte(int32_t sum) { return uint8_t(std::min(sum >> kBits, 255)); }
 
-// One row's pixels, into their groups and back. Only the last is taken at its length: there may be nothing behind it.
+// Copy one row's pixels into their groups and back. The last pixel is copied alone, because the memory may end there.
 inline void into_groups(const uint8_t* row, int64_t pixels, uint8_t* groups) {
   for (int64_t x = 0; x < pixels - 1; ++x) std::memcpy(groups + x * kGroup, row + x * kPixel, kPadded);
   std::memcpy(groups + (pixels - 1) * kGroup, row + (pixels - 1) * kPixel, kPixel);
@@ -85,11 +85,11 @@ inline void out_of_groups(const uint8_t* groups, int64_t pixels, uint8_t* row) {
   std::memcpy(row + (pixels - 1) * kPixel, groups + (pixels - 1) * kGroup, kPixel);
 }
 
-// `rows` rows of taps.extent pixels to rows of `size` pixels, kRows at once: what lies in a group has one weight.
+// Filters `rows` rows of taps.extent pixels to rows of `size` pixels, kRows at once. A group has one common weight.
 void filter_rows(const uint8_t* in, int64_t stride, int64_t rows, const Taps& taps, int64_t size, uint8_t* out) {
   const std::unique_ptr<uint8_t[]> before(new uint8_t[taps.extent * kGroup]), after(new uint8_t[size * kGroup]);
   std::memset(before.get(), 0, taps.extent * kGroup);
-  // Read once: for all that the compiler knows, a byte written could be one of theirs.
+  // Read these once, because the compiler must assume that a written byte may change them.
   const int64_t count = taps.count, *const firsts = taps.first.data();
   for (int64_t row = 0; row < rows; row += kRows) {
     const int64_t together = std::min(rows - row, kRows);
@@ -124,7 +124,7 @@ inline void filter_lanes(const uint8_t* in, int64_t stride, const int32_t* weigh
   for (int64_t lane = 0; lane < lanes; ++lane) out[lane] = to_byte(sums[lane]);
 }
 
-// taps.extent rows of `bytes` bytes to `size` rows.
+// Filters taps.extent rows of `bytes` bytes to `size` rows.
 void filter_columns(const uint8_t* in, int64_t stride, int64_t bytes, const Taps& taps, int64_t size, uint8_t* out) {
   for (int64_t y = 0; y < size; ++y) {
     const uint8_t* from = in + taps.first[y] * stride;
@@ -138,9 +138,9 @@ void filter_columns(const uint8_t* in, int64_t stride, int64_t bytes, const Taps
 
 }  // namespace
 
-// `pixels`: where the part that is resized begins, a part of width x height pixels in rows `stride` bytes apart.
-// `square` [size, size, 3]: begins at pixel (left, top) of the part as resized to resized_width x resized_height, and
-// lies within it. Returns 0, or 1 where memory is lacking.
+// `pixels`: the start of the part to resize, which has width x height pixels in rows that are `stride` bytes apart.
+// `square` [size, size, 3]: starts at pixel (left, top) of the part, resized to resized_width x resized_height. It must
+// lie within that. Returns 0, or 1 if memory is lacking.
 extern "C" int resize_square(const uint8_t* pixels, int64_t stride, int64_t width, int64_t height,
                              int64_t resized_width, int64_t resized_height, int64_t left, int64_t top, int64_t size,
                              int64_t columns_first, uint8_t* square) {

@@ -1,7 +1,7 @@
-"""A square of a resized part of an image: Pillow's bilinear resampling, to the bit, by one native function.
+"""A square of a resized part of an image: one native function gives the bytes of Pillow's bilinear resampling.
 
-Pillow resizes all of a picture, in loops that use no vector instructions; resize.cpp computes the same bytes in a
-fraction of the time. Where it cannot be compiled, or an unknown Pillow computes something else, Pillow does the work.
+Pillow resizes the whole picture, without vector instructions. resize.cpp computes the same bytes in a fraction of the
+time. If it cannot be compiled, or if an unknown version of Pillow gives other bytes, Pillow does the work.
 """
 
 import ctypes
@@ -21,15 +21,15 @@ SOURCE = Path(__file__).with_name("resize.cpp")
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Pair = tuple[int, int]  # a width and a height, or left and top
-ColumnsFirst = Callable[[int, int, int, int], bool]  # of width and height, and of those it is resized to
+ColumnsFirst = Callable[[int, int, int, int], bool]  # of width and height, before and after
 
-# Whether Pillow filters columns before rows, which shows in the rounding: from 13.0 on, in 12, and before.
+# Whether Pillow filters columns before rows, which changes the rounding: in 13.0 and later, in 12, and before.
 ORDERS: tuple[ColumnsFirst, ...] = (
     lambda width, height, new_width, new_height: height > new_height and height - new_height > 2 * (width - new_width),
     lambda width, height, new_width, new_height: height > new_height and height > 100 * width,
     lambda *_: False,
 )
-# Width and height, before and after: where the orders differ, on both sides of where they change, and some others.
+# Width and height, before and after: sizes where the orders differ, on both sides of their limits, and some others.
 PROBES = (
     (40, 40, 60, 20), (40, 60, 30, 38), (40, 60, 30, 40), (60, 40, 30, 38), (20, 20, 40, 30), (3, 301, 5, 40),
     (3, 300, 5, 40), (50, 70, 23, 23), (97, 61, 32, 32), (31, 29, 7, 53),
@@ -39,7 +39,7 @@ PROBES = (
 def resized_square(
     pixels: np.ndarray, box: Box, resized: Pair, corner: Pair, size: int, out: Tensor | None = None
 ) -> Tensor:
-    """uint8 [size, size, 3]: `box` of `pixels` (uint8 [height, width, 3]) as `resized`, what begins at `corner` of it.
+    """uint8 [size, size, 3]: resize `box` of `pixels` (uint8 [height, width, 3]) to `resized`, cut from `corner` on.
 
     `out`: contiguous and of that shape, to be written to and returned. ValueError where the box or the square reach
     beyond what they are part of, or where `pixels` or `out` are of another form.
@@ -81,14 +81,14 @@ def _by_native(
     stride = pixels.strides[0]
     left, top, right, bottom = box
     sizes = (right - left, bottom - top, *resized)
-    begin = pixels.__array_interface__["data"][0] + top * stride + left * 3  # pixels.ctypes takes longer
+    begin = pixels.__array_interface__["data"][0] + top * stride + left * 3  # pixels.ctypes is slower
     if function(begin, stride, *sizes, *corner, len(square), order(*sizes), square.data_ptr()):
         raise MemoryError(f"to resize {sizes[0]} x {sizes[1]} pixels to {resized[0]} x {resized[1]}")
 
 
 @cache
 def native_resize() -> tuple[Callable[..., int], ColumnsFirst] | None:
-    """The compiled function and the order that this Pillow has; or None, after one warning, for Pillow itself."""
+    """The compiled function and this Pillow's order, or None after one warning: then Pillow itself must be used."""
     signature = ctypes.c_int, [ctypes.c_void_p, *[ctypes.c_int64] * 9, ctypes.c_void_p]
     library = load_library(SOURCE, {"resize_square": signature}, "Pillow's slower resizing is used")
     if library is None:
