@@ -17,10 +17,12 @@ from engine.errors import UserError, run_main
 from engine.run_record import NEUTRAL_KEYS
 from scripts.arguments import Parser
 from scripts.runs import Run, read_runs
-from scripts.tables import ROWS, SCHEDULES, cells, load_cell, position, published
+from scripts.tables import ROWS, SCHEDULES, cells, is_same_update, load_cell, position, published
 
 # Keys that may differ from the published cell: those that change no result, the seed, and what changes speed alone.
 NOT_OF_THE_RECIPE = (*NEUTRAL_KEYS, "seed", "compile", "channels_last")
+
+DIVISION = ("batch", "passes", "batchnorm_group")  # of an update into passes: other ones may make the same update
 
 
 def main(arguments: list[str]) -> None:
@@ -142,7 +144,8 @@ def changes_to_recipe(run: Run) -> list[str]:
         return []
     recipe = _published_recipe(run.table, *run.cell)
     changes = []
-    for key in differences(run.config, recipe, ignore=NOT_OF_THE_RECIPE):
+    division = DIVISION if is_same_update(run.table, run.config, recipe) else ()
+    for key in differences(run.config, recipe, ignore=(*NOT_OF_THE_RECIPE, *division)):
         value: Any = run.config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None

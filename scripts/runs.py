@@ -34,7 +34,7 @@ class Result(BaseModel):
 
 
 class Environment(BaseModel):
-    """What a table takes from environment.json: the recipe as it was carried out (world size, per-rank batch, ...)."""
+    """What a table takes from environment.json: the recipe as it was carried out (world size, batch, passes, ...)."""
 
     recipe: dict[str, Any] = {}
 

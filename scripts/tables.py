@@ -36,6 +36,22 @@ def load_cell(table: str, config: Path, overrides: Sequence[str] = ()) -> RunCon
     return load_settings(TASKS[table], config, overrides)
 
 
+def is_same_update(table: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two configs of `table` make the same updates, perhaps of other passes.
+
+    Rows of text are independent of one another; images meet in BatchNorm, and sentences in a batch of like lengths.
+    """
+
+    def update(config: dict[str, Any]) -> tuple[Any, ...]:
+        batch, passes = config.get("batch"), config.get("passes")
+        if not (isinstance(batch, int) and isinstance(passes, int)):
+            return (None,)
+        seen = {"language_model": None, "classification": config.get("batchnorm_group") or batch}
+        return batch * passes, seen.get(TASKS.get(table, ""), batch)
+
+    return update(one) == update(other)
+
+
 def rows(table: str) -> list[str]:
     """The rows of a table that have configs, in the order of the published tables."""
     stems = {path.stem for path in (CONFIGS / table).glob("*.yaml")} - set(NOT_CELLS)

@@ -11,7 +11,7 @@ from engine.errors import UserError
 from scripts.jobs import plan
 from scripts.report import format_table, main, report, spread
 from scripts.runs import read_runs
-from scripts.tables import cells, load_cell
+from scripts.tables import cells, is_same_update, load_cell
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,7 +119,8 @@ def test_unfinished_run_is_listed_and_not_counted(tmp_path):
             "optimizer.beta=unset, optimizer.eps=unset, optimizer.sigma=unset",
         ),
         (["precision=bf16"], 128, "precision=bf16"),
-        ([], 64, "batchnorm_batch=64"),
+        (["batch=64", "passes=2"], 64, "batch=64, passes=2, batchnorm_batch=64"),
+        (["batch=256", "passes=1"], 256, "batch=256, batchnorm_batch=256"),
         (["device=cpu", "data.root=elsewhere", "compile=true", "log_every=7"], 128, None),
     ],
 )
@@ -132,6 +133,19 @@ def test_other_recipes_are_marked_with_what_they_change(tmp_path, overrides, bat
     else:
         assert len(marks) == 1
         assert marks[0].startswith(f"apollo milestone, seed 101: not the published recipe: {expected}")
+
+
+def test_another_division_of_the_same_update_is_the_same_recipe():
+    for table, row, same, other in (
+        ("imagenet", "sgd", ["batch=256", "passes=1", "batchnorm_group=32"], ["batch=64", "passes=4"]),
+        ("one_billion_words", "adam", ["batch=32", "passes=4"], ["batch=64"]),
+        ("wmt14_en_de", "adam", [], ["batch=16384", "passes=4"]),
+    ):
+        config = next(iter(cells(table, row).values()))
+        published, one, another = (
+            load_cell(table, config, overrides).model_dump(mode="json") for overrides in ([], same, other)
+        )
+        assert is_same_update(table, published, one) and not is_same_update(table, published, another)
 
 
 @pytest.mark.parametrize(
