@@ -81,7 +81,7 @@ def train_loop(images: Path, precision: str, options: argparse.Namespace, world:
         [
             f"data={{name: folder, root: {images}}}",
             f"model.depth={options.depth}",
-            f"global_batch={options.batch}",
+            f"batch={options.batch}",
             f"precision={precision}",
             f"device={options.device}",
             f"run_dir={scratch / precision}",

@@ -125,7 +125,7 @@ def our_loader(root: Path, decoder: str, options: argparse.Namespace, device: to
     epochs = iter(range(10**9))
 
     def batches() -> Iterator[torch.Tensor]:
-        return (images for ((images, _),) in data.train_batches(next(epochs), options.batch))
+        return (images for ((_, (images, _)),) in data.train_batches(next(epochs), options.batch))
 
     return timed(batches, data._loader)
 

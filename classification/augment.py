@@ -86,11 +86,9 @@ class ImageData:
         self._rows = self._padded_width * torch.arange(height, device=device)[:, None]
         self._columns = torch.arange(width, device=device)
 
-    def updates_per_epoch(self, global_batch: int) -> int:
-        """Whole batches in the training set; the rest of an epoch's order is left out, as in the published runs."""
-        if global_batch > self.train_size:
-            raise UserError(f"global_batch={global_batch} is larger than the training set, {self.train_size} images")
-        return self.train_size // global_batch
+    def updates_per_epoch(self, batch: int, passes: int = 1) -> int:
+        """Whole updates in the training set; the rest of an epoch's order is left out, as in the published runs."""
+        return whole_updates(self.train_size, batch, passes)
 
     def draws(self, epoch: int) -> Draws:
         """The random choices of `epoch` (0-based), on the CPU."""
@@ -104,21 +102,18 @@ class ImageData:
     def train_batches(
         self,
         epoch: int,
-        global_batch: int,
+        batch: int,
+        passes: int = 1,
         rank: int = 0,
         world_size: int = 1,
-        accumulation: int = 1,
         start_update: int = 0,
         channels_last: bool = True,
-    ) -> Iterator[list[Batch]]:
-        """This rank's share of each update of `epoch` from `start_update` on, as `accumulation` equal micro-batches.
+    ) -> Iterator[list[tuple[int, Batch]]]:
+        """The epoch's updates from `start_update` on: for each, this rank's passes, as (index in the update, batch).
 
-        Update u trains on samples order[u * global_batch : (u + 1) * global_batch], whatever the number of ranks.
-        Raises ValueError where the global batch cannot be shared out evenly, UserError where it exceeds the set.
+        Pass k of update u is order[first : first + batch] with first = (u * passes + k) * batch, whatever the number of
+        ranks; a rank takes those numbered rank, rank + world_size, ... UserError if an update exceeds the set.
         """
-        share, rest = divmod(global_batch, world_size * accumulation)
-        if rest:
-            raise ValueError(f"global_batch={global_batch} is not divisible by {world_size} x {accumulation}")
         order, top, left, mirror = self.draws(epoch)
         # A crop is read from the stored pixel `start` in steps of `step` along its rows: from the right if mirrored.
         start = order * self._padded_area + (top * self._padded_width + left + mirror * (self.image_size[1] - 1))[order]
@@ -126,14 +121,15 @@ class ImageData:
         order, start, step = torch.stack((order, start, step)).to(self.device)
         labels = self._train_labels[order]
 
-        def micro_batch(first: int) -> Batch:
-            part = slice(first, first + share)
+        def of_pass(number: int) -> Batch:
+            part = slice(number * batch, (number + 1) * batch)
             index = start[part, None, None] + self._rows + step[part, None, None] * self._columns
             pixels = self._train_pixels.index_select(0, index.view(-1))
-            return self._normalise(pixels.view(share, *self.image_size, 3), channels_last), labels[part]
+            return self._normalise(pixels.view(batch, *self.image_size, 3), channels_last), labels[part]
 
-        firsts = range(rank * share * accumulation, self.updates_per_epoch(global_batch) * global_batch, global_batch)
-        return ([micro_batch(first + i * share) for i in range(accumulation)] for first in firsts[start_update:])
+        updates = range(start_update, self.updates_per_epoch(batch, passes))
+        own = range(rank, passes, world_size)
+        return ([(index, of_pass(update * passes + index)) for index in own] for update in updates)
 
     def test_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
@@ -147,6 +143,14 @@ class ImageData:
     def take_damaged(self) -> int:
         """Damaged images that others stood in for: none, as images that cannot be read never come this far."""
         return 0
+
+
+def whole_updates(images: int, batch: int, passes: int) -> int:
+    """How many updates of `passes` times `batch` there are in so many images; UserError where not even one."""
+    if batch * passes > images:
+        update = f"batch={batch}" if passes == 1 else f"batch={batch} passes={passes}"
+        raise UserError(f"{update}: an update is larger than the training set, {images} images")
+    return images // (batch * passes)
 
 
 class Normalise:

@@ -9,16 +9,17 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from classification.batch_norm import normalise_in_groups, track_statistics
 from classification.data import DataConfig, ImageData, load_data
 from classification.models import ModelConfig, create_model
 from engine import run as runs
 from engine.config import RunConfig
 from engine.distributed import World, setup
-from engine.errors import UserError, run_main, settings_of
+from engine.errors import run_main, settings_of
 from engine.interrupt import Wish
 from engine.metrics import Sums
 from engine.run_record import RunRecord
@@ -32,8 +33,14 @@ class Config(RunConfig):
     data: DataConfig
     model: ModelConfig
     channels_last: bool = True
-    sync_batchnorm: bool = False  # with several GPUs: statistics over the batches of all of them
+    batchnorm_group: PositiveInt | None = None  # images behind one BatchNorm statistic; default: those of a pass
     eval_batch: PositiveInt = 1000  # per rank
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> "Config":
+        if self.batchnorm_group and self.batch % self.batchnorm_group:
+            raise ValueError(f"batchnorm_group={self.batchnorm_group} does not divide batch={self.batch}")
+        return self
 
 
 @dataclass(kw_only=True)
@@ -56,7 +63,7 @@ def train(config: Config, world: World) -> int:
     if record.complete:
         return record.say_complete()
     run = prepare(config, world, record)
-    with runs.progress_bar(run, config.epochs * run.data.updates_per_epoch(config.global_batch)) as bar:
+    with runs.progress_bar(run, config.epochs * run.data.updates_per_epoch(config.batch, config.passes)) as bar:
         while run.progress.epoch < config.epochs:
             if not train_epoch(run, bar):
                 return runs.say_stopped(run)
@@ -71,19 +78,21 @@ def train_epoch(run: ImageRun, bar: tqdm) -> bool:
     run.network.train()
     batches = run.data.train_batches(
         progress.epoch,
-        config.global_batch,
+        config.batch,
+        config.passes,
         world.rank,
         world.world_size,
-        accumulation=config.accumulation,
         start_update=progress.update_in_epoch,
         channels_last=config.channels_last,
     )
     runs.start_clock(run)
     for passes in batches:
-        seed_step(config.seed, "step", progress.update, world.rank)
         run.optimizer.zero_grad()
-        for index, (images, labels) in enumerate(passes):
-            is_last = index == len(passes) - 1
+        for index, (images, labels) in passes:
+            is_last = index + world.world_size >= config.passes
+            seed_step(config.seed, "step", progress.update, index)  # dropout is the same whichever rank takes the pass
+            if config.passes > 1:
+                track_statistics(run.model, index == 0)
             with runs.averaged_over_ranks(run, is_last):
                 with run.precision.autocast():
                     logits = run.network(images)
@@ -160,7 +169,7 @@ def finish(run: ImageRun) -> None:
 
 def prepare(config: Config, world: World, record: RunRecord) -> ImageRun:
     """Build everything the loop needs, and take up the run folder's last checkpoint if there is one."""
-    per_pass = world.share(config.global_batch, config.accumulation)
+    world.require_divisible(config.batch, config.passes)
     precision = runs.create_precision(config.precision, world.device, record.say)
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     with world.main_first():  # it may have to download
@@ -169,10 +178,8 @@ def prepare(config: Config, world: World, record: RunRecord) -> ImageRun:
     seed_step(config.seed, "initialisation")
     with settings_of("model"):
         model = create_model(config.model.name, data.num_classes, depth=config.model.depth)
-    if config.sync_batchnorm and world.world_size > 1:
-        if world.device.type != "cuda":
-            raise UserError("sync_batchnorm=true exists on CUDA devices only: leave it out")
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.batchnorm_group:
+        normalise_in_groups(model, config.batchnorm_group)
     model.to(world.device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     model, optimizer = runs.with_optimizer(model, config, precision)
 
@@ -186,16 +193,13 @@ def prepare(config: Config, world: World, record: RunRecord) -> ImageRun:
         optimizer,
         network=torch.compile(model) if config.compile else model,
         total=config.epochs,
-        updates_per_unit=data.updates_per_epoch(config.global_batch),
+        updates_per_unit=data.updates_per_epoch(config.batch, config.passes),
         data=data,
     )
     runs.restore(run)
     runs.write_environment(
         run,
-        global_batch=config.global_batch,
-        per_rank_batch=config.global_batch // world.world_size,
-        accumulation=config.accumulation,
-        batchnorm_batch=per_pass * (world.world_size if config.sync_batchnorm else 1),
+        batchnorm_batch=config.batchnorm_group or config.batch,
         train_examples=data.train_size,
         test_examples=data.test_size,
     )

@@ -71,8 +71,8 @@ class RunConfig(Strict):
     schedule: Named = Named(name="constant")
     seed: NonNegativeInt = 1
     run_dir: str | None = None  # default: runs/<table>/<row>_<schedule>/seed<seed>
-    global_batch: PositiveInt  # examples per update over all ranks
-    accumulation: PositiveInt = 1  # forward passes per update on each rank
+    batch: PositiveInt  # what one forward-backward pass sees: images, rows of text, or (in translation) tokens
+    passes: PositiveInt = 1  # that make an update; the ranks divide them
     precision: Literal["fp32", "tf32", "bf16", "fp16", "apex-O1", "apex-O2"] = "fp32"
     compile: bool = False  # torch.compile
     device: Literal["auto", "cpu", "cuda"] = "auto"

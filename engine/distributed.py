@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import lcm
 
 import torch
 import torch.distributed as dist
@@ -62,19 +63,25 @@ class World:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def share(self, global_batch: int, accumulation: int = 1) -> int:
-        """Examples of one global batch that this rank takes in one forward pass; UserError where it does not divide."""
-        pieces = self.world_size * accumulation
-        if global_batch % pieces:
-            raise UserError(
-                f"global_batch={global_batch} is not divisible by {self.world_size} ranks x {accumulation} accumulated "
-                f"passes; the nearest that is: {max(1, round(global_batch / pieces)) * pieces}"
-            )
-        return global_batch // pieces
+    def require_divisible(self, batch: int, passes: int) -> None:
+        """Raise UserError where the ranks cannot divide the `passes` (of `batch` each) of an update equally.
+
+        Rank r takes the passes r, r + world_size, ...
+        """
+        if passes % self.world_size:
+            divided = divide(batch, passes, self.world_size)
+            other = "batch={} passes={} is an update of the same size".format(*divided) if divided else "start fewer"
+            raise UserError(f"passes={passes} cannot be divided among {self.world_size} ranks; {other}")
 
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def divide(batch: int, passes: int, ranks: int) -> tuple[int, int] | None:
+    """(batch, passes) of an update of the same size, in the fewest passes that `ranks` divide; None: there is none."""
+    more = lcm(passes, ranks)
+    return None if batch * passes % more else (batch * passes // more, more)
 
 
 def setup(device: str = "auto") -> World:

@@ -168,8 +168,9 @@ def restore(run: Run) -> dict[str, Any] | None:
 
 
 def write_environment(run: Run, **own: Any) -> None:
-    """Write environment.json: the machine, and the recipe as it is on this number of ranks; `own` are the task's."""
-    run.record.environment(world_size=run.world.world_size, **own)
+    """Write environment.json: the machine, the recipe, and how many ranks carry it out; `own` are the task's facts."""
+    config = run.config
+    run.record.environment(world_size=run.world.world_size, batch=config.batch, passes=config.passes, **own)
 
 
 def progress_bar(run: Run, updates: int) -> tqdm:
@@ -192,8 +193,9 @@ def end_update(run: Run, bar: tqdm) -> Wish:
     """Take the optimizer's and the schedule's step, and count the update; returns what the ranks agree to do next."""
     progress = run.progress
     progress.lr = float(run.optimizer.param_groups[0]["lr"])
-    # The step is timed now and then, not every time: a clock has to wait for the device.
-    step = _timed_step if progress.update % run.config.log_every == 0 else _step
+    # The step is timed now and then, not every time: a clock has to wait for the device. The first one builds kernels.
+    is_timed = progress.update > 0 and (progress.update - 1) % run.config.log_every == 0
+    step = _timed_step if is_timed else _step
     if step(run):
         run.schedule.step()  # an update that the scaler skips advances nothing
     progress.update += 1

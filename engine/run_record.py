@@ -88,7 +88,7 @@ class RunRecord:
         return 0
 
     def environment(self, **recipe: Any) -> None:
-        """Write environment.json; `recipe` is the effective recipe (world size, per-rank batch, accumulation, ...)."""
+        """Write environment.json; `recipe` is the effective recipe (world size, batch, passes, ...)."""
         if self.world.is_main:
             path = self.folder / "environment.json"
             now = describe_environment(self.world) | {"recipe": recipe}

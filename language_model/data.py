@@ -2,9 +2,10 @@
 
 Training follows the published batching. In every epoch the shards come in a new order, and the sentences of a shard in
 a new order within it, both a function of (seed, epoch). A shard's tokens, sentence after sentence, are laid out as
-global_batch contiguous rows, and a batch is the next sequence_length columns of all rows: the network's state goes on
-from batch to batch in each row, and starts from zero at a new shard. What does not fill a last batch is dropped: fewer
-than global_batch x sequence_length tokens of a shard, other ones in every epoch. Ranks take neighbouring rows each.
+batch x passes contiguous rows, and an update takes the next sequence_length columns of all rows: the network's state
+goes on from update to update in each row, and starts from zero at a new shard. What does not fill a last update is
+dropped: fewer than batch x passes x sequence_length tokens of a shard, other ones in every epoch. Pass k of every
+update has the rows from k x batch on, and the ranks divide the passes.
 
 Testing predicts every token exactly once. The stream of all test sentences is cut, where sentences start, into rows of
 about the same length, whose state starts from zero; a row's first <S> is predicted from the </S> that went before it.
@@ -36,7 +37,7 @@ class DataConfig(Strict):
 
 
 class TrainBatch(NamedTuple):
-    """Tokens and the tokens that follow them, both int64 [sequence_length, rows]."""
+    """Tokens of one pass and the tokens that follow them, both int64 [sequence_length, batch]."""
 
     tokens: Tensor
     targets: Tensor
@@ -63,30 +64,41 @@ class TextData:
     """
 
     def __init__(
-        self, corpus: Corpus, global_batch: int, sequence_length: int, *, device: torch.device | str, seed: int
+        self,
+        corpus: Corpus,
+        batch: int,
+        sequence_length: int,
+        *,
+        passes: int = 1,
+        device: torch.device | str,
+        seed: int,
     ) -> None:
         self.corpus, self.device, self.seed = corpus, device, seed
-        self.global_batch, self.sequence_length = global_batch, sequence_length
+        self.batch, self.passes, self.sequence_length = batch, passes, sequence_length
         self.updates_per_epoch = sum(self._updates(shard.tokens) for shard in corpus.train)
         if not self.updates_per_epoch:
             largest = max((shard.tokens for shard in corpus.train), default=0)
+            rows = f"batch={batch}" if passes == 1 else f"batch={batch} x passes={passes}"
             raise UserError(
-                f"global_batch={global_batch} rows of sequence_length={sequence_length} tokens need a shard of "
-                f"{global_batch * sequence_length + 1:,} tokens, and the largest has {largest:,}: lower one of them"
+                f"{rows} rows of sequence_length={sequence_length} tokens need a shard of "
+                f"{batch * passes * sequence_length + 1:,} tokens, and the largest has {largest:,}: lower one of them"
             )
         self.test_tokens = sum(shard.tokens for shard in corpus.test)
         if not self.test_tokens:
             raise UserError("the test files hold no sentence: prepare the data with others (--test)")
 
     def _updates(self, tokens: int) -> int:
-        """Batches in a shard: its last token is only ever a target."""
-        return max(0, tokens - 1) // (self.global_batch * self.sequence_length)
+        """Updates in a shard: its last token is only ever a target."""
+        return max(0, tokens - 1) // (self.batch * self.passes * self.sequence_length)
 
     def train_batches(
         self, epoch: int, rank: int = 0, world_size: int = 1, *, start_update: int = 0
-    ) -> Iterator[TrainBatch]:
-        """The batches of an epoch from its update `start_update` on; of each the rows of `rank`."""
-        rows = self.global_batch // world_size
+    ) -> Iterator[list[tuple[int, TrainBatch]]]:
+        """The epoch's updates from `start_update` on: for each, this rank's passes, as (index in the update, batch).
+
+        A rank takes the passes rank, rank + world_size, ...
+        """
+        own = range(rank, self.passes, world_size)
         shards = self.corpus.train
         skip = start_update
         for index in torch.randperm(len(shards), generator=generator(self.seed, "shards", epoch)).tolist():
@@ -94,23 +106,30 @@ class TextData:
             if skip >= updates:
                 skip -= updates
                 continue
-            columns = self._columns(epoch, index, updates * self.sequence_length, rank, rows)
+            columns = self._columns(epoch, index, updates * self.sequence_length, own)
             for update in range(skip, updates):
                 first, last = update * self.sequence_length, (update + 1) * self.sequence_length
-                yield TrainBatch(columns[first:last], columns[first + 1 : last + 1], starts_shard=update == 0)
+                yield [
+                    (number, TrainBatch(of_pass[first:last], of_pass[first + 1 : last + 1], starts_shard=update == 0))
+                    for number, of_pass in zip(own, columns, strict=True)
+                ]
             skip = 0
 
-    def _columns(self, epoch: int, index: int, length: int, rank: int, rows: int) -> Tensor:
-        """The rows of `rank` in shard `index`, `length` tokens of each and the token after them: [length + 1, rows].
+    def _columns(self, epoch: int, index: int, length: int, own: range) -> list[Tensor]:
+        """The rows of each pass of `own` in shard `index`, `length` tokens of each and the token after them.
 
-        Tokens and targets lie in it one after the other, and batches are views, made without a copy.
+        Each is [length + 1, batch]: tokens and targets lie in it one after the other, and batches are views of it.
         """
         shard = self.corpus.train[index]
         order = torch.randperm(shard.sentences, generator=generator(self.seed, "sentences", epoch, index)).numpy()
-        stream = sentences_in_order(shard.read(), order, rank * rows * length, (rank + 1) * rows * length + 1)
-        columns = np.empty((length + 1, rows), np.int64)
-        columns[:-1], columns[-1] = stream[:-1].reshape(rows, length).T, stream[length::length]
-        return torch.from_numpy(columns).to(self.device)
+        arrays, area = shard.read(), self.batch * length
+        found = []
+        for number in own:
+            stream = sentences_in_order(arrays, order, number * area, (number + 1) * area + 1)
+            columns = np.empty((length + 1, self.batch), np.int64)
+            columns[:-1], columns[-1] = stream[:-1].reshape(self.batch, length).T, stream[length::length]
+            found.append(torch.from_numpy(columns).to(self.device))
+        return found
 
     def test_batches(
         self, rows: int, rank: int = 0, world_size: int = 1, *, shards: Sequence[Shard] | None = None

@@ -35,7 +35,7 @@ class Config(RunConfig):
     epochs: PositiveInt
     data: DataConfig
     model: ModelConfig
-    sequence_length: PositiveInt = 20  # tokens of each of the global_batch rows in an update
+    sequence_length: PositiveInt = 20  # tokens of each row in an update
     gradient_clip: PositiveFloat | None = None
     gradient_clip_norm: Literal["total", "tensor"] = "total"  # of all gradients together, or of each tensor's own
     eval_rows: PositiveInt = 32  # that the test text is cut into; the state starts from zero in each
@@ -49,7 +49,7 @@ class TextRun(runs.Run):
     model: LanguageModel
     data: TextData
     clipping: ClippingWatch
-    state: torch.Tensor  # of this rank's rows, [parts, layers, rows, hidden]
+    states: dict[int, torch.Tensor]  # of the rows of each of this rank's passes, [parts, layers, batch, hidden]
 
 
 def main(arguments: list[str]) -> int:
@@ -77,30 +77,22 @@ def train_epoch(run: TextRun, bar: tqdm) -> bool:
     """Train to the end of the epoch; False where a signal asked to stop before it (everything is saved then)."""
     config, world, progress = run.config, run.world, run.progress
     run.network.train()
-    per_pass = world.share(config.global_batch, config.accumulation)
     batches = run.data.train_batches(
         progress.epoch, world.rank, world.world_size, start_update=progress.update_in_epoch
     )
     runs.start_clock(run)
-    for batch in batches:
-        if batch.starts_shard:
-            run.state = torch.zeros_like(run.state)
-        seed_step(config.seed, "step", progress.update, world.rank)
+    for passes in batches:
         run.optimizer.zero_grad()
-        passes = zip(
-            batch.tokens.split(per_pass, 1), batch.targets.split(per_pass, 1), run.state.split(per_pass, 2), strict=True
-        )
-        states = []
-        for index, (tokens, targets, state) in enumerate(passes):
-            is_last = index == config.accumulation - 1
+        for index, (tokens, targets, starts_shard) in passes:
+            is_last = index + world.world_size >= config.passes
+            seed_step(config.seed, "step", progress.update, index)  # dropout is the same whichever rank takes the pass
+            state = torch.zeros_like(run.states[index]) if starts_shard else run.states[index]
             with runs.averaged_over_ranks(run, is_last):
                 with run.precision.autocast():
-                    log_prob, state = run.network(tokens, targets, state)
+                    log_prob, run.states[index] = run.network(tokens, targets, state)
                 loss = -log_prob.mean()
-                run.precision.backward(loss / config.accumulation, is_last)
-            states.append(state)
+                run.precision.backward(loss / len(passes), is_last)
             run.window.add(loss=loss * targets.numel(), tokens=targets.numel())
-        run.state = torch.cat(states, 2)
         norm = clip_gradients(run)
         if norm is not None:
             run.window.add(clipped=norm > config.gradient_clip, updates=1)
@@ -221,28 +213,30 @@ def finish(run: TextRun) -> None:
 
 def save(run: TextRun) -> None:
     """Write a checkpoint, with the state of all rows of all ranks: any number of ranks can take it up."""
-    parts, layers, rows, hidden = run.state.shape
-    state = run.state.new_zeros(parts, layers, run.config.global_batch, hidden)
-    state[:, :, own_rows(run)] = run.state
+    batch, passes = run.config.batch, run.config.passes
+    state = run.model.zero_state(batch * passes)
+    for index, own in run.states.items():
+        state[:, :, rows_of(index, batch)] = own
     runs.save(run, state=run.world.sum(state))
 
 
-def own_rows(run: TextRun) -> slice:
-    """Which of the global_batch rows are this rank's."""
-    rows = run.state.shape[2]
-    return slice(run.world.rank * rows, (run.world.rank + 1) * rows)
+def rows_of(index: int, batch: int) -> slice:
+    """The rows that pass `index` of every update has."""
+    return slice(index * batch, (index + 1) * batch)
 
 
 def prepare(config: Config, world: World, record: RunRecord) -> TextRun:
     """Build everything the loop needs, and take up the run folder's last checkpoint if there is one."""
-    per_pass = world.share(config.global_batch, config.accumulation)
+    world.require_divisible(config.batch, config.passes)
     precision = runs.create_precision(config.precision, world.device, record.say)
     if (config.precision, config.model.name, world.device.type) == ("fp16", "lstm", "cpu"):
         raise UserError("precision=fp16: on CPUs there is no LSTM in float16; use precision=fp32")
     if config.compile:
         raise UserError("compile=true: torch.compile does not take LSTMs, nor clusters of ever new sizes; leave it out")
     corpus = load_corpus(config.data)
-    data = TextData(corpus, config.global_batch, config.sequence_length, device=world.device, seed=config.seed)
+    data = TextData(
+        corpus, config.batch, config.sequence_length, passes=config.passes, device=world.device, seed=config.seed
+    )
 
     seed_step(config.seed, "initialisation")
     with settings_of("model"):
@@ -263,17 +257,15 @@ def prepare(config: Config, world: World, record: RunRecord) -> TextRun:
         data=data,
         vocabulary=corpus.vocabulary_digest,
         clipping=ClippingWatch(config.optimizer, config.schedule, record.say),
-        state=model.zero_state(per_pass * config.accumulation),
+        states={n: model.zero_state(config.batch) for n in range(world.rank, config.passes, world.world_size)},
     )
     if saved := runs.restore(run):
-        run.state.copy_(saved["state"][:, :, own_rows(run)])
+        for index, state in run.states.items():
+            state.copy_(saved["state"][:, :, rows_of(index, config.batch)])
     else:
         record.say(f"{runs.parameter_count(model):,} parameters, {corpus.words:,} words")
     runs.write_environment(
         run,
-        global_batch=config.global_batch,
-        per_rank_batch=per_pass * config.accumulation,
-        accumulation=config.accumulation,
         updates_per_epoch=data.updates_per_epoch,
         data=corpus.facts,
     )

@@ -1,9 +1,10 @@
 """Train a translation model: python -m nmt.train CONFIG [key=value ...]     (also under torchrun)
 
 The whole run, top to bottom: main, train, train_epoch with the loop itself, which validates and keeps weights every so
-many updates, the score of their average on the test set; `prepare`, below, makes all that they work with. Batches are
-counted in tokens; losses are in nats per target token, EOS counted, padding not. Interrupt it at any moment and run the
-same command again: it goes on where it was, and on the CPU it ends with bit-identical weights.
+many updates, the score of their average on the test set; `prepare`, below, makes all that they work with. `batch`
+counts tokens, those of the longer side with its padding; losses are in nats per target token, EOS counted, padding not.
+Interrupt it at any moment and run the same command again: it goes on where it was, and on the CPU it ends with
+bit-identical weights.
 """
 
 import math
@@ -18,7 +19,7 @@ from engine import run as runs
 from engine.clipping import COUNTS, ClippingWatch
 from engine.config import RunConfig
 from engine.distributed import World, setup
-from engine.errors import UserError, run_main
+from engine.errors import run_main
 from engine.interrupt import Wish
 from engine.metrics import Sums, require_finite
 from engine.run_record import RunRecord
@@ -34,10 +35,6 @@ USAGE = "usage: python -m nmt.train CONFIG [key=value ...]     e.g. configs/wmt1
 
 
 class Config(RunConfig):
-    batch: PositiveInt  # tokens of one pass, the longer side with its padding counted
-    passes: PositiveInt = 1  # that make an update; the ranks divide them
-    global_batch: None = None  # not a key here
-    accumulation: None = None  # not a key here
     updates: PositiveInt
     data: DataConfig
     model: ModelConfig = ModelConfig()
@@ -234,11 +231,7 @@ def finish(run: TranslationRun, scores: dict[str, object]) -> None:
 
 def prepare(config: Config, world: World, record: RunRecord) -> TranslationRun:
     """Build everything the loop needs, and take up the run folder's last checkpoint if there is one."""
-    if config.passes % world.world_size:
-        raise UserError(
-            f"passes={config.passes} cannot be divided among {world.world_size} ranks: start as many as divide it, or "
-            "change passes and batch (which is another recipe)"
-        )
+    world.require_divisible(config.batch, config.passes)
     precision = runs.create_precision(config.precision, world.device, record.say)
     with world.main_first():  # it may have to make the data
         data = load_data(config.data.name, config.data.root)
@@ -269,8 +262,6 @@ def prepare(config: Config, world: World, record: RunRecord) -> TranslationRun:
         data.codec.save(record.folder)  # so that the run folder can translate without the data
     runs.write_environment(
         run,
-        batch=config.batch,
-        passes=config.passes,
         updates_per_epoch=run.updates_per_epoch,
         vocabulary=data.codec.size,
         codec=data.codec.digest,

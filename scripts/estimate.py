@@ -173,7 +173,8 @@ def whole_length(job: Job, run: Path, settings: Any, size: int | None) -> int:
     if job.unit == "update":
         return job.length
     recipe = json.loads((run / "environment.json").read_text())["recipe"]
-    examples = settings.global_batch * getattr(settings, "sequence_length", 1)  # images or tokens of an update
+    rows = settings.batch * settings.passes
+    examples = rows * getattr(settings, "sequence_length", 1)  # images or tokens of an update
     if size is None and "updates_per_epoch" in recipe:
         return job.length * recipe["updates_per_epoch"]
     return job.length * ((size or recipe["train_examples"]) // examples)

@@ -248,9 +248,9 @@ def optimizer_share(run: Run) -> float | None:
     if not result.optimizer_ms_per_step:
         return None
     if result.examples_per_s:
-        update_s = config["global_batch"] / result.examples_per_s
+        update_s = config["batch"] * config["passes"] / result.examples_per_s
     elif result.tokens_per_s and "sequence_length" in config:
-        update_s = config["global_batch"] * config["sequence_length"] / result.tokens_per_s
+        update_s = config["batch"] * config["passes"] * config["sequence_length"] / result.tokens_per_s
     elif result.tokens_per_s and result.updates and run.evaluations and "tokens" in run.evaluations[-1]:
         update_s = run.evaluations[-1]["tokens"] / result.updates / result.tokens_per_s
     else:

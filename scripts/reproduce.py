@@ -15,7 +15,7 @@ from pathlib import Path
 
 from engine.errors import UserError, nearest, run_main
 from scripts.arguments import Parser, positive, seeds
-from scripts.jobs import Job, plan, read_list, write_list
+from scripts.jobs import Job, divided, plan, read_list, write_list
 from scripts.live import Display
 from scripts.pool import State, Turn, places_for, run_jobs
 from scripts.report import report
@@ -77,8 +77,10 @@ def list_of_runs(options: argparse.Namespace) -> Path:
                     f"--{option}: {options.what} has no '{name}'{nearest(name, there)}; valid: {', '.join(there)}"
                 )
         configs = [cell for cell in configs if found is None or cell[place] in found]
+    gpus, first = options.gpus * options.nodes, {table: config for table, _, _, config in reversed(configs)}
+    overrides = {table: divided(table, config, options.overrides, gpus) for table, config in first.items()}
     jobs = [
-        plan(table, config, seed, options.runs, options.overrides)
+        plan(table, config, seed, options.runs, overrides[table])
         for table, _, _, config in configs
         for seed in options.seeds or seeds_of(table)
     ]

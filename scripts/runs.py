@@ -86,7 +86,7 @@ def worst(metric: str) -> float:
 
 
 class Environment(BaseModel):
-    """What a table takes from environment.json: the recipe as it was carried out (world size, per-rank batch, ...)."""
+    """What a table takes from environment.json: the recipe as it was carried out (world size, batch, passes, ...)."""
 
     model_config = ConfigDict(extra="allow")
     recipe: dict[str, Any] = {}

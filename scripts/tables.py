@@ -36,6 +36,23 @@ def load_cell(table: str, config: Path, overrides: Sequence[str] = ()) -> RunCon
     return load_settings(TASKS[table], config, overrides)
 
 
+def is_same_update(table: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two configs of `table` make the same updates, perhaps of other passes."""
+    return update_of(table, one) == update_of(table, other)
+
+
+def update_of(table: str, config: dict[str, Any]) -> tuple[Any, ...]:
+    """What an update is, however it is divided into passes: its size, and what of it is seen together.
+
+    Rows of text are independent of one another; images meet in BatchNorm, and sentences in a batch of like lengths.
+    """
+    batch, passes = config.get("batch"), config.get("passes")
+    if not (isinstance(batch, int) and isinstance(passes, int)):
+        return (None,)
+    seen = {"language_model": None, "classification": config.get("batchnorm_group") or batch}
+    return batch * passes, seen.get(TASKS.get(table, ""), batch)
+
+
 def rows(table: str) -> list[str]:
     """The rows of a table that have configs, in the order of the published tables."""
     stems = {path.stem for path in (CONFIGS / table).glob("*.yaml")} - set(NOT_CELLS)

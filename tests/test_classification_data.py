@@ -35,7 +35,7 @@ def image_data(train_size=100, test_size=23, augmentation=None, seed=1, size=(32
 
 
 def flat(updates) -> list:
-    return [batch for micro_batches in updates for batch in micro_batches]
+    return [batch for passes in updates for _, batch in passes]
 
 
 # --- training batches ------------------------------------------------------------------------------------------------
@@ -88,18 +88,17 @@ def test_draws_are_a_function_of_seed_and_epoch_alone():
     assert not torch.equal(data.draws(5).order, other_seed.draws(5).order)
 
 
-@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 4), (2, 1), (4, 1), (2, 3)])
-def test_ranks_and_micro_batches_share_the_same_global_batches(world_size, accumulation):
+@pytest.mark.parametrize(("world_size", "passes"), [(1, 4), (2, 2), (4, 4), (2, 6)])
+def test_ranks_divide_the_passes_of_the_same_updates(world_size, passes):
     data = image_data()
-    whole = [update[0] for update in data.train_batches(2, 24)]
-    ranks = [list(data.train_batches(2, 24, rank, world_size, accumulation)) for rank in range(world_size)]
+    whole = flat(data.train_batches(2, 24))
+    ranks = [list(data.train_batches(2, 24 // passes, passes, rank, world_size)) for rank in range(world_size)]
     assert len(whole) == 4 and all(len(updates) == 4 for updates in ranks)
     for update, (images, labels) in enumerate(whole):
-        parts = [batch for updates in ranks for batch in updates[update]]
-        assert len(parts) == world_size * accumulation
-        assert all(len(part_labels) == 24 // len(parts) for _, part_labels in parts)
-        assert torch.equal(torch.cat([part for part, _ in parts]), images)
-        assert torch.equal(torch.cat([part for _, part in parts]), labels)
+        parts = dict(pass_ for updates in ranks for pass_ in updates[update])
+        assert all(len(updates[update]) == passes // world_size for updates in ranks)
+        assert torch.equal(torch.cat([parts[index][0] for index in range(passes)]), images)
+        assert torch.equal(torch.cat([parts[index][1] for index in range(passes)]), labels)
 
 
 def test_an_epoch_can_be_entered_at_any_update():
@@ -115,12 +114,12 @@ def test_an_epoch_can_be_entered_at_any_update():
 def test_updates_per_epoch_counts_whole_batches():
     data = image_data(train_size=100)
     assert [data.updates_per_epoch(batch) for batch in (1, 32, 50, 100)] == [100, 3, 2, 1]
-    with pytest.raises(UserError, match="global_batch=101 is larger than the training set, 100 images"):
+    with pytest.raises(UserError, match="batch=101: an update is larger than the training set, 100 images"):
         data.updates_per_epoch(101)
     with pytest.raises(UserError, match="larger than the training set"):
         data.train_batches(0, 128)
-    with pytest.raises(ValueError, match="not divisible"):
-        data.train_batches(0, 10, world_size=2, accumulation=2)
+    with pytest.raises(UserError, match="batch=60 passes=2: an update is larger"):
+        data.train_batches(0, 60, 2)
 
 
 # --- test batches ----------------------------------------------------------------------------------------------------

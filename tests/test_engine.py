@@ -167,11 +167,17 @@ def test_a_manifest_is_whole_or_refused(tmp_path):
     assert read_manifest(tmp_path, ("format", "words"), 3) == {"format": 3, "words": 1}
 
 
-def test_the_global_batch_must_divide():
-    assert ALONE.share(128) == 128
-    assert World(1, 4, 1, CPU).share(128, accumulation=2) == 16
-    with pytest.raises(UserError, match=r"100 is not divisible by 8 ranks.*nearest that is: 96"):
-        World(0, 8, 0, CPU).share(100)
+def test_the_ranks_must_divide_the_passes():
+    for ranks, passes in ((1, 1), (1, 7), (2, 8), (8, 8)):
+        World(0, ranks, 0, CPU).require_divisible(32, passes)
+    for ranks, batch, passes, other in (
+        (2, 128, 1, "batch=64 passes=2 is an update of the same size"),
+        (3, 32, 8, "start fewer"),
+        (6, 30, 4, "batch=10 passes=12 is an update of the same size"),
+        (16, 32, 8, "batch=16 passes=16 is an update of the same size"),
+    ):
+        with pytest.raises(UserError, match=f"^passes={passes} cannot be divided among {ranks} ranks; {other}$"):
+            World(0, ranks, 0, CPU).require_divisible(batch, passes)
 
 
 def test_asking_for_a_gpu_that_is_not_there():

@@ -22,7 +22,7 @@ BASE = """
 table: t
 row: r
 epochs: 3
-global_batch: 8
+batch: 8
 data: {name: digits}
 optimizer: {name: sgd, lr: 0.1, momentum: 0.9}
 """
@@ -69,7 +69,7 @@ def test_a_saved_config_reads_back_the_same(cell, tmp_path):
         ("epochs=1.5", ["command line", "epochs", "not 1.5"]),
         ("data=7", ["command line", "data", "not 7"]),
         ("data.name.x=7", ["command line", "data.name has no keys of its own"]),
-        ("global_batch=0", ["command line", "global_batch", "greater than 0", "not 0"]),
+        ("batch=0", ["command line", "batch", "greater than 0", "not 0"]),
         ("optimizer.lr=.inf", ["optimizer", "lr must be a finite number, not inf"]),
         ("precision=fp8", ["command line", "precision", "'fp32', 'tf32', 'bf16'", "not 'fp8'"]),
         ("epochs", ["command line", "key=value"]),

@@ -15,7 +15,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 @pytest.fixture
 def config(tmp_path) -> RunConfig:
-    (tmp_path / "c.yaml").write_text("{table: t, row: r, global_batch: 8, optimizer: {name: sgd, lr: 0.1}}")
+    (tmp_path / "c.yaml").write_text("{table: t, row: r, batch: 8, optimizer: {name: sgd, lr: 0.1}}")
     return load_config(RunConfig, tmp_path / "c.yaml")
 
 

@@ -177,7 +177,7 @@ def test_batches_are_torchvisions_pipeline(root, tree, channels_last):
     """From the draws on: decode, crop, resize, mirror, ToTensor, Normalize; the mirroring is done on the device."""
     data = load(root, decoder="exact")
     split = data._loader.dataset.splits[0]
-    ((images, labels),) = next(data.train_batches(4, 30, channels_last=channels_last))
+    ((_, (images, labels)),) = next(data.train_batches(4, 30, channels_last=channels_last))
     order = torch.randperm(30, generator=torch.Generator().manual_seed(derive(3, "order", 4))).tolist()
     tail = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     mirrored = 0
@@ -200,10 +200,9 @@ def test_batches_are_torchvisions_pipeline(root, tree, channels_last):
     assert test_labels.tolist() == [label for label in range(3) for _ in range(5)]
 
 
-def epoch(data, number=0, global_batch=12, **settings):
-    """What each update of an epoch trains on: [(images, labels)] with the micro-batches joined."""
-    updates = data.train_batches(number, global_batch, **settings)
-    return [tuple(map(torch.cat, zip(*micro, strict=True))) for micro in updates]
+def epoch(data, number=0, batch=12, **settings):
+    """What each pass of an epoch trains on, (images, labels)."""
+    return [batch for passes in data.train_batches(number, batch, **settings) for _, batch in passes]
 
 
 def same(one, other):
@@ -228,15 +227,15 @@ def test_folder_tree_gives_what_the_lmdb_gives(root, tree):
     assert same(list(load(tree).test_batches(4)), list(load(root).test_batches(4)))
 
 
-def test_ranks_and_accumulation_share_out_the_same_images(root):
+def test_ranks_divide_the_passes_of_the_same_updates(root):
     data = load(root)
     whole = epoch(data)
     assert [len(labels) for _, labels in whole] == [12, 12]
-    for ranks, accumulation in ((2, 1), (3, 2), (1, 4), (12, 1)):
-        parts = [epoch(data, rank=rank, world_size=ranks, accumulation=accumulation) for rank in range(ranks)]
-        assert same([tuple(map(torch.cat, zip(*update, strict=True))) for update in zip(*parts, strict=True)], whole)
-    with pytest.raises(ValueError, match="not divisible"):
-        data.train_batches(0, 10, world_size=3)
+    for ranks, passes in ((2, 2), (3, 6), (1, 4), (12, 12)):
+        shares = [list(data.train_batches(0, 12 // passes, passes, rank, ranks)) for rank in range(ranks)]
+        updates = [dict(sum(of_ranks, [])) for of_ranks in zip(*shares, strict=True)]
+        in_order = [[update[index] for index in range(passes)] for update in updates]
+        assert same([tuple(map(torch.cat, zip(*update, strict=True))) for update in in_order], whole)
     with pytest.raises(UserError, match="larger than the training set, 30 images"):
         data.train_batches(0, 31)
 
@@ -244,21 +243,21 @@ def test_ranks_and_accumulation_share_out_the_same_images(root):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_resumes_in_mid_epoch_without_reading_what_is_done(root, workers, monkeypatch):
     data = load(root, workers=workers)
-    whole = epoch(data, global_batch=5)
+    whole = epoch(data, batch=5)
     read = []
     split = data._loader.dataset.splits[0]
     monkeypatch.setattr(type(split), "name_of", None)
     original = type(split).__getitem__
     monkeypatch.setattr(type(split), "__getitem__", lambda self, index: read.append(index) or original(self, index))
-    assert same(epoch(data, global_batch=5, start_update=4), whole[4:])
+    assert same(epoch(data, batch=5, start_update=4), whole[4:])
     assert workers or len(read) == 10
 
 
 def test_an_epoch_shows_each_image_once_and_each_epoch_another_way(root):
     data = load(root)
-    sums = [sorted(float(image.sum()) for image in epoch(data, number, global_batch=30)[0][0]) for number in (0, 0, 1)]
+    sums = [sorted(float(image.sum()) for image in epoch(data, number, batch=30)[0][0]) for number in (0, 0, 1)]
     assert sums[0] == sums[1] != sums[2]
-    assert sorted(epoch(data, global_batch=30)[0][1].tolist()) == sorted(list(range(3)) * 10)
+    assert sorted(epoch(data, batch=30)[0][1].tolist()) == sorted(list(range(3)) * 10)
     assert not same(epoch(data), epoch(load(root, seed=4)))
 
 
@@ -300,13 +299,13 @@ def damaged(tree, tmp_path_factory):
 @pytest.mark.parametrize("decoder", ["exact", "fast"])
 def test_damaged_image_is_an_error_that_names_it(damaged, workers, decoder):
     with pytest.raises(UserError, match=rf"train\.lmdb, key [012] \(class {CLASSES[0]}\) .* data\.on_damaged=skip"):
-        epoch(load(damaged, workers=workers, decoder=decoder), global_batch=30)
+        epoch(load(damaged, workers=workers, decoder=decoder), batch=30)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damaged_image_is_skipped_and_counted(damaged, root, workers, caplog):
     data = load(damaged, workers=workers, on_damaged="skip", decoder="exact")
-    skipped, whole = (epoch(one, global_batch=30)[0] for one in (data, load(root, decoder="exact")))
+    skipped, whole = (epoch(one, batch=30)[0] for one in (data, load(root, decoder="exact")))
     changed = [not torch.equal(a, b) for a, b in zip(skipped[0], whole[0], strict=True)]
     assert sum(changed) == 3
     # The fourth image, in the place of the first three too.

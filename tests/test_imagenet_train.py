@@ -1,4 +1,4 @@
-"""The training command on an ImageNet LMDB: interrupted and resumed, on two ranks, accumulated, with damaged images."""
+"""The training command on an ImageNet LMDB: interrupted and resumed, on two ranks, with damaged images."""
 
 import shutil
 import signal
@@ -15,7 +15,8 @@ CONFIG = """
 table: imagenet_small
 row: apollo
 epochs: 2
-global_batch: 12
+batch: 6
+passes: 2
 eval_batch: 5
 data: {{name: imagenet, root: {root}, size: 32, workers: 1}}
 model: {{name: resnet, depth: 8}}
@@ -41,8 +42,8 @@ def cell(folder):
 
 
 @pytest.fixture(scope="module")
-def accumulated(folder, cell):
-    return cell.complete(folder / "accumulated", "accumulation=2")
+def one_rank(folder, cell):
+    return cell.complete(folder / "one_rank")
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +52,12 @@ def two_ranks(folder, cell):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_interrupted_with_its_workers_and_resumed(cell, accumulated, tmp_path, number, status):
+def test_interrupted_with_its_workers_and_resumed(cell, one_rank, tmp_path, number, status):
     """Ctrl-C reaches the whole process group; the workers must not take it for themselves."""
     run_dir = tmp_path / "run"
-    stopped = cell.interrupt(run_dir, "accumulation=2", at_update=3, number=number, group=True)
+    stopped = cell.interrupt(run_dir, at_update=3, number=number, group=True)
     assert stopped.status == status and not (run_dir / "result.json").exists()
-    assert_same_end(cell.complete(run_dir, "accumulation=2", "data.workers=0"), accumulated)
+    assert_same_end(cell.complete(run_dir, "data.workers=0"), one_rank)
 
 
 def test_two_ranks_stopped_and_resumed(cell, two_ranks, tmp_path):
@@ -66,12 +67,12 @@ def test_two_ranks_stopped_and_resumed(cell, two_ranks, tmp_path):
     assert_same_end(cell.complete(run_dir, ranks=2), two_ranks)
 
 
-def test_two_ranks_train_as_one_with_accumulation(two_ranks, accumulated):
-    """BatchNorm sees 6 images at a time in both, so only the order of additions differs."""
+def test_two_ranks_train_as_one(two_ranks, one_rank):
+    """Only the order of additions differs."""
     assert len(losses(two_ranks)) == UPDATES
-    assert losses(two_ranks) == pytest.approx(losses(accumulated), rel=1e-3, abs=1e-4)
-    recipes = [recipe(run_dir) for run_dir in (two_ranks, accumulated)]
-    assert [(facts["world_size"], facts["accumulation"]) for facts in recipes] == [(2, 1), (1, 2)]
+    assert losses(two_ranks) == pytest.approx(losses(one_rank), rel=1e-3, abs=1e-4)
+    recipes = [recipe(run_dir) for run_dir in (two_ranks, one_rank)]
+    assert [(facts["world_size"], facts["batch"], facts["passes"]) for facts in recipes] == [(2, 6, 2), (1, 6, 2)]
     assert [facts["batchnorm_batch"] for facts in recipes] == [6, 6]
     assert (result(two_ranks)["evaluated"], result(two_ranks)["complete"]) == (15, True)
 
@@ -89,14 +90,14 @@ def test_damaged_images_are_an_error_or_counted_in_the_record(folder, cell, tmp_
     assert metrics(skipped, "epoch")[-1]["damaged"] == 1
 
 
-def test_run_is_not_continued_with_another_set_of_classes(cell, tmp_path, accumulated):
+def test_run_is_not_continued_with_another_set_of_classes(cell, tmp_path, one_rank):
     tree = make_tree(tmp_path / "tree", train=8, val=1)
     for split in ("train", "val"):
         (tree / split / CLASSES[2]).rename(tmp_path / split)
     build(tree, tmp_path / "lmdb")
-    unfinished = shutil.copytree(accumulated, tmp_path / "run")
+    unfinished = shutil.copytree(one_rank, tmp_path / "run")
     (unfinished / "result.json").unlink()
-    message = cell.refusal(unfinished, "accumulation=2", f"data.root={tmp_path / 'lmdb'}")
+    message = cell.refusal(unfinished, f"data.root={tmp_path / 'lmdb'}")
     assert "the checkpoint belongs to another model (fc.weight: (3, 64) there, (2, 64) here)" in message
 
 

@@ -9,7 +9,7 @@ from lm_corpus import make_corpus
 
 from engine.errors import UserError
 from engine.seed import generator
-from language_model.data import TEST_STEPS, TextData, scored_batches
+from language_model.data import TEST_STEPS, TextData, TrainBatch, scored_batches
 from language_model.prepare import build
 from language_model.prepared import Corpus, Shard, open_corpus
 from language_model.toy_text import paragraphs, pydoc_corpus
@@ -39,6 +39,10 @@ def data(corpus) -> TextData:
     return TextData(corpus, ROWS, STEPS, device="cpu", seed=SEED)
 
 
+def updates_of_one_pass(data: TextData, epoch: int, **settings: int) -> list[TrainBatch]:
+    return [batch for ((_, batch),) in data.train_batches(epoch, **settings)]
+
+
 def published_batches(corpus: Corpus, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The published layout, spelled out: a shard's shuffled sentences as one list, viewed as [rows, batches, steps]."""
     batches = []
@@ -56,7 +60,7 @@ def published_batches(corpus: Corpus, epoch: int) -> list[tuple[torch.Tensor, to
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_batches_are_the_published_ones(corpus, data, epoch):
     expected = published_batches(corpus, epoch)
-    batches = list(data.train_batches(epoch))
+    batches = updates_of_one_pass(data, epoch)
     assert len(batches) == len(expected) == data.updates_per_epoch > 40
     for batch, (tokens, targets) in zip(batches, expected, strict=True):
         assert torch.equal(batch.tokens, tokens) and torch.equal(batch.targets, targets)
@@ -65,7 +69,7 @@ def test_batches_are_the_published_ones(corpus, data, epoch):
 
 def test_a_row_goes_on_from_batch_to_batch_until_a_new_shard(data):
     before, starts = None, 0
-    for batch in data.train_batches(3):
+    for batch in updates_of_one_pass(data, 3):
         if batch.starts_shard:
             starts += 1
         else:
@@ -77,32 +81,35 @@ def test_a_row_goes_on_from_batch_to_batch_until_a_new_shard(data):
 def test_orders_change_with_the_epoch_and_the_seed_alone(corpus, data):
     def tokens(seed, epoch):
         data = TextData(corpus, ROWS, STEPS, device="cpu", seed=seed)
-        return torch.cat([batch.tokens for batch in data.train_batches(epoch)])
+        return torch.cat([batch.tokens for batch in updates_of_one_pass(data, epoch)])
 
     assert torch.equal(tokens(SEED, 0), tokens(SEED, 0))
     assert not torch.equal(tokens(SEED, 0), tokens(SEED, 1)) and not torch.equal(tokens(SEED, 0), tokens(8, 0))
 
 
 def test_an_epoch_takes_every_token_once_but_for_what_fills_no_batch(corpus, data):
-    taken = torch.cat([batch.tokens.flatten() for batch in data.train_batches(0)])
+    taken = torch.cat([batch.tokens.flatten() for batch in updates_of_one_pass(data, 0)])
     assert len(taken.unique()) == len(taken)
     total = sum(shard.tokens for shard in corpus.train)
     assert total - len(corpus.train) * ROWS * STEPS <= len(taken) < total
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 6])
-def test_ranks_take_neighbouring_rows(data, ranks):
-    whole = list(data.train_batches(2))
-    shares = [list(data.train_batches(2, rank, ranks)) for rank in range(ranks)]
-    for batch, *of_ranks in zip(whole, *shares, strict=True):
-        assert torch.equal(torch.cat([share.tokens for share in of_ranks], 1), batch.tokens)
-        assert torch.equal(torch.cat([share.targets for share in of_ranks], 1), batch.targets)
+@pytest.mark.parametrize(("ranks", "passes"), [(1, 3), (2, 2), (3, 6)])
+def test_passes_take_neighbouring_rows_and_the_ranks_divide_them(corpus, data, ranks, passes):
+    divided = TextData(corpus, ROWS // passes, STEPS, passes=passes, device="cpu", seed=SEED)
+    shares = [divided.train_batches(2, rank, ranks) for rank in range(ranks)]
+    for whole, *of_ranks in zip(updates_of_one_pass(data, 2), *shares, strict=True):
+        found = dict(sum(of_ranks, []))
+        batches = [found[index] for index in range(passes)]
+        assert torch.equal(torch.cat([batch.tokens for batch in batches], 1), whole.tokens)
+        assert torch.equal(torch.cat([batch.targets for batch in batches], 1), whole.targets)
+        assert all(batch.starts_shard == whole.starts_shard for batch in batches)
 
 
 def test_an_epoch_can_be_taken_up_anywhere(data):
-    whole = list(data.train_batches(1))
+    whole = updates_of_one_pass(data, 1)
     for start in range(len(whole) + 1):
-        rest = list(data.train_batches(1, start_update=start))
+        rest = updates_of_one_pass(data, 1, start_update=start)
         assert len(rest) == len(whole) - start
         for batch, expected in zip(rest, whole[start:], strict=True):
             assert torch.equal(batch.tokens, expected.tokens) and torch.equal(batch.targets, expected.targets)
@@ -138,14 +145,14 @@ def test_rows_of_a_test_text_are_about_equal():
 
 
 def test_batches_that_no_shard_fills_are_refused(corpus):
-    with pytest.raises(UserError, match="global_batch=512 rows of sequence_length=20 tokens need a shard of 10,241"):
+    with pytest.raises(UserError, match="batch=512 rows of sequence_length=20 tokens need a shard of 10,241"):
         TextData(corpus, 512, 20, device="cpu", seed=1)
 
 
 def test_prepared_files_are_read_as_they_were_written(tmp_path):
     build(make_corpus(tmp_path / "text"), tmp_path / "out")
     corpus = open_corpus(tmp_path / "out")
-    batches = list(TextData(corpus, 8, 20, device="cpu", seed=1).train_batches(0))
+    batches = updates_of_one_pass(TextData(corpus, 8, 20, device="cpu", seed=1), 0)
     vocabulary = corpus.load_vocabulary()
     assert len(vocabulary) == corpus.words
     first = [vocabulary.words[token] for token in batches[0].tokens[:, 0].tolist()]

@@ -24,7 +24,7 @@ CONFIG = """
 table: pydoc_topics
 row: apollo
 epochs: 2
-global_batch: 64
+batch: 64
 data: {name: pydoc_topics}
 model: {name: lstm, embedding: 16, hidden: 24, layers: 2, dropout: 0.1, cutoffs: [300, 1000]}
 log_every: 1
@@ -90,44 +90,43 @@ def test_asked_to_stop_it_saves_first(cell, uninterrupted, tmp_path):
     assert_same_end(uninterrupted, cell.complete(run_dir))
 
 
-NO_DROPOUT = ("epochs=1", "model.dropout=0.0", "checkpoint.minutes=60")
+FOUR_PASSES = ("batch=16", "passes=4", "epochs=1", "checkpoint.minutes=60")
 
 
 @pytest.fixture(scope="module")
-def without_dropout(cell, tmp_path_factory) -> Path:
-    """Dropout's draws are each rank's own; without it the number of ranks hardly matters."""
-    return cell.complete(tmp_path_factory.mktemp("without_dropout") / "run", *NO_DROPOUT)
+def one_rank(cell, tmp_path_factory) -> Path:
+    return cell.complete(tmp_path_factory.mktemp("one_rank") / "run", *FOUR_PASSES)
 
 
-def test_two_ranks_are_one_rank(cell, without_dropout, tmp_path):
-    """The loss curves agree to rounding, and so do the states."""
-    one = without_dropout
-    two = cell.complete(tmp_path / "two", *NO_DROPOUT, ranks=2)
-    passes = cell.complete(tmp_path / "passes", *NO_DROPOUT, "accumulation=2")
-    assert len(losses(one)) > 50
-    for other in (two, passes):
-        assert losses(other) == pytest.approx(losses(one), rel=1e-4)
-        assert result(other)["final"] == pytest.approx(result(one)["final"], rel=1e-3)
-        torch.testing.assert_close(saved(other)["extra"]["state"], saved(one)["extra"]["state"], atol=1e-2, rtol=0)
-    assert result(two)["evaluated"] == result(one)["evaluated"]
-    assert recipe(two)["world_size"] == 2 and recipe(two)["per_rank_batch"] == 32
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_number_of_ranks_changes_nothing(cell, one_rank, tmp_path, ranks):
+    """With dropout, too: the loss curves agree to rounding, and so do the states."""
+    several = cell.complete(tmp_path / "several", *FOUR_PASSES, ranks=ranks)
+    assert len(losses(one_rank)) > 50
+    assert losses(several) == pytest.approx(losses(one_rank), rel=1e-4)
+    assert result(several)["final"] == pytest.approx(result(one_rank)["final"], rel=1e-3)
+    states = [saved(run_dir)["extra"]["state"] for run_dir in (several, one_rank)]
+    torch.testing.assert_close(*states, atol=1e-2, rtol=0)
+    assert result(several)["evaluated"] == result(one_rank)["evaluated"]
+    facts = recipe(several)
+    assert (facts["world_size"], facts["batch"], facts["passes"]) == (ranks, 16, 4)
 
 
-def test_two_ranks_stopped_and_resumed_by_one(cell, without_dropout, tmp_path):
+def test_two_ranks_stopped_and_resumed_by_one(cell, one_rank, tmp_path):
     """The rows' states are saved whole, so that another number of ranks can go on with them."""
-    cell.interrupt(tmp_path / "run", *NO_DROPOUT, at_update=12, number=signal.SIGTERM, ranks=2)
+    cell.interrupt(tmp_path / "run", *FOUR_PASSES, at_update=12, number=signal.SIGTERM, ranks=2)
     at = saved(tmp_path / "run")["progress"]["update"]
     assert at % 10 == 0 and not (tmp_path / "run/result.json").exists()
-    run_dir = cell.complete(tmp_path / "run", *NO_DROPOUT)
-    assert len(losses(run_dir)) == len(losses(without_dropout)) > at
-    assert losses(run_dir) == pytest.approx(losses(without_dropout), rel=1e-4)
+    run_dir = cell.complete(tmp_path / "run", *FOUR_PASSES)
+    assert len(losses(run_dir)) == len(losses(one_rank)) > at
+    assert losses(run_dir) == pytest.approx(losses(one_rank), rel=1e-4)
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         ["precision=bf16"],
-        ["precision=bf16", "accumulation=2", "gradient_clip_norm=tensor"],
+        ["precision=bf16", "batch=32", "passes=2", "gradient_clip_norm=tensor"],
         ["precision=fp16", "model.name=gru", "optimizer={name: adam, lr: 0.01}"],
         ["model.name=rnn", "optimizer={name: sgd, lr: 1.0}", "gradient_clip=null"],
     ],
@@ -242,8 +241,8 @@ def not_scored(*arguments: object) -> str:
         (["model.cutoffs=[300, 60000]"], ["model: cutoffs=[300, 60000]", "words"]),
         (["model.name=lstn"], ["model.name", "lstn"]),
         (["model.dropout=1.0"], ["model.dropout", "1.0"]),
-        (["global_batch=31", "accumulation=2"], ["31", "not divisible"]),
-        (["global_batch=2000"], ["global_batch=2000", "sequence_length=20", "40,001"]),
+        (["passes=0"], ["passes", "greater than 0"]),
+        (["batch=2000"], ["batch=2000", "sequence_length=20", "40,001"]),
         (["gradient_clip=-1"], ["gradient_clip", "-1"]),
         (["precision=fp16"], ["precision=fp16", "precision=fp32"]),
         (["compile=true"], ["compile=true", "leave it out"]),

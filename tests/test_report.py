@@ -18,7 +18,7 @@ from scripts.report import comparison, format_table, main, optimizer_share, repo
 from scripts.reporting.recipes import apart
 from scripts.reporting.records import read_record, write_record
 from scripts.runs import Result, read_runs
-from scripts.tables import cells, load_cell
+from scripts.tables import cells, is_same_update, load_cell
 
 ROOT = Path(__file__).parent.parent
 
@@ -135,7 +135,8 @@ def test_unfinished_run_is_listed_and_not_counted(tmp_path):
             "optimizer.beta=unset, optimizer.eps=unset, optimizer.sigma=unset",
         ),
         (["precision=bf16"], 128, "precision=bf16"),
-        ([], 64, "batchnorm_batch=64"),
+        (["batch=64", "passes=2"], 64, "batch=64, passes=2, batchnorm_batch=64"),
+        (["batch=256", "passes=1"], 256, "batch=256, batchnorm_batch=256"),
         (["device=cpu", "data.root=elsewhere", "compile=true", "log_every=7"], 128, None),
     ],
 )
@@ -202,6 +203,19 @@ def test_trials_of_a_search_are_told_by_their_place_and_stay_out_of_the_table(tm
     assert report("own", runs).splitlines()[2].split()[-1] == "1"
     monkeypatch.chdir(tmp_path / "own/search/sgd/trial3")
     assert [run.trial for run in read_runs(Path("."))[0]] == ["trial3"]
+
+
+def test_another_division_of_the_same_update_is_the_same_recipe():
+    for table, row, same, other in (
+        ("imagenet", "sgd", ["batch=256", "passes=1", "batchnorm_group=32"], ["batch=64", "passes=4"]),
+        ("one_billion_words", "adam", ["batch=32", "passes=4"], ["batch=64"]),
+        ("wmt14_en_de", "adam", [], ["batch=16384", "passes=4"]),
+    ):
+        config = next(iter(cells(table, row).values()))
+        published, one, another = (
+            load_cell(table, config, overrides).model_dump(mode="json") for overrides in ([], same, other)
+        )
+        assert is_same_update(table, published, one) and not is_same_update(table, published, another)
 
 
 @pytest.mark.parametrize(
@@ -339,10 +353,10 @@ def test_comparison_is_silent_on_what_no_run_tells(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("config", "speeds", "share"),
     [
-        ({"global_batch": 100}, {"examples_per_s": 1000}, 0.05),
-        ({"global_batch": 10, "sequence_length": 20}, {"tokens_per_s": 2000}, 0.05),
-        ({"global_batch": 4096}, {"tokens_per_s": 1000, "updates": 5}, 0.05),  # 500 tokens were trained on in all
-        ({"global_batch": 100}, {}, None),
+        ({"batch": 50, "passes": 2}, {"examples_per_s": 1000}, 0.05),
+        ({"batch": 5, "passes": 2, "sequence_length": 20}, {"tokens_per_s": 2000}, 0.05),
+        ({"batch": 4096, "passes": 1}, {"tokens_per_s": 1000, "updates": 5}, 0.05),  # 500 tokens were trained on in all
+        ({"batch": 50, "passes": 2}, {}, None),
     ],
 )
 def test_optimizer_share_is_of_the_time_of_an_update(tmp_path, config, speeds, share):

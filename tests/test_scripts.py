@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
+from scripts.jobs import divided
 from scripts.missing import missing
 from scripts.quickstart import EXPERIMENTS
 from scripts.run_row import main as run_row
@@ -122,6 +123,40 @@ def test_refusals_are_one_line_and_come_before_any_training(tmp_path, monkeypatc
         run_row(["cifar10", "apollo", "--runs", str(tmp_path), *arguments])
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "gpus", "added", "said"),
+    [
+        ("cifar10/sgd_cosine", [], 2, ["batch=64", "passes=2"], "BatchNorm sees 64 instead of 128, which is another"),
+        ("cifar10/sgd_cosine", ["batch=64", "passes=2"], 2, [], ""),
+        ("imagenet/sgd_cosine", [], 4, [], ""),
+        (
+            "imagenet/sgd_cosine",
+            ["batch=256", "passes=1", "batchnorm_group=32"],
+            2,
+            ["batch=128", "passes=2"],
+            "the same",
+        ),
+        ("one_billion_words/adam", [], 4, ["batch=32", "passes=4"], "the update is the same"),
+        ("wmt14_en_de/adam", [], 8, [], ""),
+        ("wmt14_en_de/adam", [], 16, ["batch=4096", "passes=16"], "a pass sees 4096 instead of 8192, which is another"),
+    ],
+)
+def test_gpus_that_do_not_divide_the_passes_say_what_they_change(
+    capsys, monkeypatch, config, overrides, gpus, added, said
+):
+    monkeypatch.chdir(ROOT)
+    path = Path(f"configs/{config}.yaml")
+    assert divided(path.parent.name, path, overrides, gpus) == [*overrides, *added]
+    words = capsys.readouterr().err
+    assert (said in words and " ".join(added) in words) if said else words == ""
+
+
+def test_gpus_that_cannot_divide_an_update_are_refused(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="--gpus 3: an update of batch=128 passes=1 cannot be divided"):
+        divided("cifar10", Path("configs/cifar10/sgd_cosine.yaml"), [], 3)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """ImageNet in training: worker processes read and decode, the device mirrors and normalises.
 
 Reads the LMDB that `classification/imagenet/prepare.py` makes, or a folder tree as it is. What image k of epoch e looks
-like is a function of (seed, e, k): the number of workers, of ranks, of accumulated passes and of interruptions do not
+like is a function of (seed, e, k): the number of workers, of ranks, of passes and of interruptions do not
 change it. Workers hand over uint8 pixels, a quarter of what float32 would take to move.
 """
 
@@ -18,7 +18,7 @@ from overrides import override
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from classification.augment import Batch, Normalise
+from classification.augment import Batch, Normalise, whole_updates
 from classification.imagenet.decode import DECODERS, central_view, random_view
 from classification.imagenet.lmdb import SPLITS, DamagedImage, LmdbSplit, open_splits
 from classification.imagenet.raw import FolderSplit, list_folder
@@ -108,40 +108,32 @@ class ImageNetData:
         self._untaken = 0
         self._iteration: object | None = None
 
-    def updates_per_epoch(self, global_batch: int) -> int:
-        """Whole batches in the training set; the rest of an epoch's order is left out."""
-        if global_batch > self.train_size:
-            raise UserError(f"global_batch={global_batch} is larger than the training set, {self.train_size} images")
-        return self.train_size // global_batch
+    def updates_per_epoch(self, batch: int, passes: int = 1) -> int:
+        """Whole updates in the training set; the rest of an epoch's order is left out."""
+        return whole_updates(self.train_size, batch, passes)
 
     def train_batches(
         self,
         epoch: int,
-        global_batch: int,
+        batch: int,
+        passes: int = 1,
         rank: int = 0,
         world_size: int = 1,
-        accumulation: int = 1,
         start_update: int = 0,
         channels_last: bool = True,
-    ) -> Iterator[list[Batch]]:
-        """This rank's share of each update of `epoch` from `start_update` on, as `accumulation` equal micro-batches.
+    ) -> Iterator[list[tuple[int, Batch]]]:
+        """The epoch's updates from `start_update` on: for each, this rank's passes, as (index in the update, batch).
 
-        Update u trains on images order[u * global_batch : (u + 1) * global_batch], whatever the number of ranks.
-        Raises ValueError where the global batch cannot be shared out evenly. One iteration at a time, of either split.
+        Pass k of update u is order[first : first + batch] with first = (u * passes + k) * batch, whatever the number of
+        ranks; a rank takes those numbered rank, rank + world_size, ... UserError if an update exceeds the set.
+        One iteration at a time, of either split.
         """
-        share, rest = divmod(global_batch, world_size * accumulation)
-        if rest:
-            raise ValueError(f"global_batch={global_batch} is not divisible by {world_size} x {accumulation}")
         order = torch.randperm(self.train_size, generator=generator(self.seed, "order", epoch))
-        end = self.updates_per_epoch(global_batch) * global_batch
-        firsts = range(rank * share * accumulation, end, global_batch)[start_update:]
-        requests = (
-            Request(TRAIN, epoch, order[first + i * share : first + (i + 1) * share].tolist())
-            for first in firsts
-            for i in range(accumulation)
-        )
-        stream = self._load(requests)
-        return ([self._finish(next(stream), channels_last) for _ in range(accumulation)] for _ in firsts)
+        updates = range(start_update, self.updates_per_epoch(batch, passes))
+        own = range(rank, passes, world_size)
+        firsts = ((update * passes + index) * batch for update in updates for index in own)
+        stream = self._load(Request(TRAIN, epoch, order[first : first + batch].tolist()) for first in firsts)
+        return ([(index, self._finish(next(stream), channels_last)) for index in own] for _ in updates)
 
     def test_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True

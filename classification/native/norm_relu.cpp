@@ -19,7 +19,7 @@ struct NormRelu {
   void* y;                           // [rows, channels]
   const float *weight, *bias;        // [channels]
   float *mean, *inverse_std;         // [channels]: of this batch; forward writes them, backward reads them
-  float *running_mean, *running_var; // [channels]
+  float *running_mean, *running_var; // [channels]; null: they stay as they are
   const void* grad_y;                // [rows, channels]
   void *grad_x, *grad_shortcut;      // [rows, channels]
   float *grad_weight, *grad_bias;    // [channels]
@@ -127,6 +127,7 @@ void forward(const NormRelu& n) {
     n.inverse_std[c] = float(1 / std::sqrt(variance + n.eps));
     scale[c] = n.weight[c] * n.inverse_std[c];
     offset[c] = n.bias[c] - n.mean[c] * scale[c];
+    if (!n.running_mean) continue;
     n.running_mean[c] += float(n.momentum * (double(n.mean[c]) - n.running_mean[c]));
     n.running_var[c] += float(n.momentum * (variance * n.rows / (n.rows - 1) - n.running_var[c]));
   }

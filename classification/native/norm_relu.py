@@ -26,7 +26,8 @@ LANES = 16  # the native function takes channels in groups of this size
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
     """relu(norm(x) + shortcut) for `x` [N, C, H, W]. `shortcut` has the shape and dtype of `x`, or is None."""
     if _is_native(norm, x, shortcut) and library():
-        norm.num_batches_tracked += 1
+        if norm.track_running_stats:
+            norm.num_batches_tracked += 1
         return _NormRelu.apply(x, norm.weight, norm.bias, shortcut, norm)
     out = norm(x)
     return F.relu(out if shortcut is None else out + shortcut, inplace=True)
@@ -41,7 +42,7 @@ def _is_native(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool
         and not torch.compiler.is_compiling()
         and type(norm) is nn.BatchNorm2d
         and norm.affine
-        and norm.track_running_stats
+        and norm.running_mean is not None
         and norm.momentum is not None
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.shape[1] % LANES == 0
@@ -72,11 +73,12 @@ class _NormRelu(torch.autograd.Function):
         y, mean, inverse_std = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
         if shortcut is not None:
             shortcut = shortcut.contiguous(memory_format=torch.channels_last)
-        running = {"running_mean": norm.running_mean, "running_var": norm.running_var}
+        tracked = norm.track_running_stats
+        running = {"running_mean": norm.running_mean, "running_var": norm.running_var} if tracked else {}
         values = {"x": x, "shortcut": shortcut, "y": y, "weight": weight, "bias": bias}
         arguments = _arguments(values | running | {"mean": mean, "inverse_std": inverse_std}, norm.eps, norm.momentum)
         library().norm_relu_forward(arguments)
-        torch.autograd.graph.increment_version([norm.running_mean, norm.running_var])
+        torch.autograd.graph.increment_version(running.values())
         ctx.save_for_backward(x, y, weight, mean, inverse_std)
         ctx.has_shortcut = shortcut is not None
         return y

@@ -9,7 +9,9 @@ from typing import Any
 from engine.config import differences
 from scripts.reporting.records import flatten
 from scripts.runs import NOT_OF_THE_RECIPE, Run, order
-from scripts.tables import cells, load_cell, published
+from scripts.tables import cells, is_same_update, load_cell, published, update_of
+
+DIVISION = ("batch", "passes", "batchnorm_group")  # of an update into passes: other ones may make the same update
 
 
 def apart(runs: Sequence[Run]) -> list[Run]:
@@ -20,7 +22,8 @@ def apart(runs: Sequence[Run]) -> list[Run]:
     settings: dict[tuple, dict[tuple, list[Run]]] = {}
     for run in runs:
         if not run.trial:
-            of_run = tuple((key, repr(value)) for key, value in flatten(run.config, NOT_OF_THE_RECIPE).items())
+            ours = flatten(run.config, (*NOT_OF_THE_RECIPE, *DIVISION))
+            of_run = (update_of(run.table, run.config), *((key, repr(value)) for key, value in ours.items()))
             settings.setdefault((run.table, *run.cell), {}).setdefault(of_run, []).append(run)
     variants = {}
     for of_cell in settings.values():
@@ -62,7 +65,7 @@ def changes_to_recipe(run: Run) -> list[str]:
     """`key=value` for each setting of the run that differs from the published cell; empty also where there is none."""
     if run.cell not in published_cells(run.table):
         return []
-    changes = _settings(run, differences(run.config, _published_recipe(run.table, *run.cell), NOT_OF_THE_RECIPE))
+    changes = _settings(run, _changed(run, _published_recipe(run.table, *run.cell)))
     batch, expected = run.recipe.get("batchnorm_batch"), published(run.table).get("batchnorm_batch")
     if batch and expected and batch != expected:
         changes.append(f"batchnorm_batch={batch}")
@@ -71,9 +74,14 @@ def changes_to_recipe(run: Run) -> list[str]:
 
 def changes_between(run: Run, usual: Run) -> list[str]:
     """`key=value` for each setting of `run` that differs from those of `usual`."""
-    changes = _settings(run, differences(run.config, usual.config, NOT_OF_THE_RECIPE))
+    changes = _settings(run, _changed(run, usual.config))
     batch, expected = run.recipe.get("batchnorm_batch"), usual.recipe.get("batchnorm_batch")
     return changes + ([f"batchnorm_batch={batch}"] if batch and batch != expected else [])
+
+
+def _changed(run: Run, recipe: dict[str, Any]) -> list[str]:
+    division = DIVISION if is_same_update(run.table, run.config, recipe) else ()
+    return differences(run.config, recipe, (*NOT_OF_THE_RECIPE, *division))
 
 
 def _settings(run: Run, keys: Iterable[str]) -> list[str]:

@@ -1,0 +1,54 @@
+"""BatchNorm as several GPUs have it: statistics of each pass of an update, running ones from the first pass alone.
+
+In the published runs a GPU normalises the images of its own pass, and the model that is evaluated has the running
+statistics of rank 0, which takes the first pass. An update of several passes does so on any number of ranks. A GPU that
+has room for more images than a pass has can take several passes as one, normalised in groups of a pass's size.
+"""
+
+import torch
+from overrides import override
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class GroupedBatchNorm2d(nn.BatchNorm2d):
+    """A BatchNorm2d that in training takes `group` images at a time: running statistics are those of the first group.
+
+    Equal to passes of `group` images one after the other, of which the first alone counts. Images are [N, C, H, W];
+    ValueError where N is no multiple of `group`.
+    """
+
+    def __init__(self, group: int, channels: int, eps: float, momentum: float | None) -> None:
+        super().__init__(channels, eps, momentum)
+        self.group = group
+
+    @override(check_signature=False)  # torch names the argument `input`
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or len(x) == self.group:
+            return super().forward(x)
+        if len(x) % self.group:
+            raise ValueError(f"{len(x)} images cannot be divided into groups of {self.group}")
+        # Parts and not one operation over [groups, group, ...]: the library's kernels read each part where it lies.
+        first, *others = x.split(self.group)
+        normalised = [
+            nn.functional.batch_norm(part, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            for part in others
+        ]
+        return torch.cat([super().forward(first), *normalised])
+
+
+def normalise_in_groups(model: nn.Module, group: int) -> None:
+    """Put GroupedBatchNorm2d in the place of each BatchNorm2d of `model`, with the same parameters and buffers."""
+    for parent in list(model.modules()):
+        for name, norm in parent.named_children():
+            if type(norm) is nn.BatchNorm2d:
+                grouped = GroupedBatchNorm2d(group, norm.num_features, norm.eps, norm.momentum)
+                grouped.load_state_dict(norm.state_dict())
+                setattr(parent, name, grouped.to(norm.weight))
+
+
+def track_statistics(model: nn.Module, tracked: bool) -> None:
+    """Whether the forward passes in training that follow change the running statistics of BatchNorm."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.track_running_stats = tracked
