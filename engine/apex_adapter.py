@@ -62,7 +62,7 @@ class ApexPrecision(Precision):
     @override
     def backward(self, loss: torch.Tensor, is_last: bool = True) -> None:
         scale = self._scale()
-        # If amp unscaled earlier, it would put the earlier gradients aside, and the ranks could not reduce them.
+        # If amp unscaled before the last pass, it would put earlier gradients aside, and no rank could reduce them.
         with self.amp.scale_loss(loss, self.optimizer, delay_unscale=not is_last) as scaled:
             scaled.backward()
         self.overflowed = self._scale() < scale

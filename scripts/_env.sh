@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: goes to the root of the repository and sets PYTHON to the interpreter that setup.sh
-# chooses, which is first made ready where that has not been done.
+# The other scripts source this file. It goes to the root of the repository and sets PYTHON to the interpreter that
+# setup.sh chooses. setup.sh first installs what that interpreter lacks.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=$(bash scripts/setup.sh --print-python)

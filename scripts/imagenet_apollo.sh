@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The apollo row of the ImageNet table, five seeds of each schedule. Options: bash scripts/imagenet_apollo.sh --help
+# Trains the apollo row of the ImageNet table, five seeds per schedule. Options: --help
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 exec "$PYTHON" -m scripts.run_row imagenet apollo "$@"

@@ -1,6 +1,6 @@
-"""Single runs, each a process of its own: planned and checked before the first one starts, and written down as a list.
+"""Single runs, one process each. All are planned and checked before the first one starts, and written to a list.
 
-A list is a file of JSON lines, one line a run, and says what is to be run. What is done, the run folders say.
+A list is a file of JSON lines, one line per run. It says what to run; the run folders say what is done.
 """
 
 import hashlib
@@ -35,29 +35,29 @@ class Job:
 
     task: str  # the package whose train.py trains it
     config: str  # path of the config
-    overrides: tuple[str, ...]  # what is set on top, the run folder included
+    overrides: tuple[str, ...]  # settings on top of the config, including the run folder
     folder: str  # the run folder
     length: PositiveInt
     unit: Literal["epoch", "update"]  # of the length
 
     @property
     def complete(self) -> bool:
-        """Whether the run folder holds a whole run, now. Raises UserError where its result.json is damaged."""
+        """Whether the run folder now holds a complete run. Raises UserError if its result.json is damaged."""
         result = read_result(Path(self.folder))
         return bool(result and result.get("complete"))
 
     @property
     def log(self) -> Path:
-        """Where a farm keeps what the run's process prints: beside the run folder."""
+        """The file for the output of the run's process. It lies beside the run folder."""
         return Path(f"{self.folder}.log")
 
     def command(self, launcher: Sequence[str] = ()) -> list[str]:
-        """What one would type; `launcher` are the words of torchrun, where there are any."""
+        """The command that one would type. `launcher` holds torchrun's words, if it is used."""
         return [sys.executable, *launcher, "-m", f"{self.task}.train", self.config, *self.overrides]
 
 
 def torchrun(gpus: int) -> list[str]:
-    """The words that start `gpus` processes on this machine; a job whose worker dies goes on from its checkpoint."""
+    """The words that start `gpus` processes on this machine. After a worker dies, the job resumes from a checkpoint."""
     if gpus == 1:
         return []
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "--max_restarts=2"]
@@ -89,10 +89,10 @@ def divided(table: str, config: Path, overrides: Sequence[str], gpus: int) -> li
 
 
 def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[str] = ()) -> Job:
-    """The run of `config` with `seed`, in the folder that is its default with `runs` in the place of `runs/`.
+    """The run of `config` with `seed`, in its default folder, with the folder `runs` instead of `runs/`.
 
-    Raises UserError for a config or an override that is wrong, for one that would send the run elsewhere, and where the
-    folder holds a run with other settings.
+    Raises UserError for a wrong config or override, for an override that names another run (REFUSED), and if the folder
+    holds a run with other settings.
     """
     for key in (override.partition("=")[0] for override in overrides):
         if key in REFUSED:
@@ -110,16 +110,16 @@ def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[st
 
 
 def job_of(task: str, config: Path, overrides: Sequence[str], folder: Path, settings: RunConfig) -> Job:
-    """The run of `config` with `overrides` in `folder`; `settings` are what the two resolve to."""
+    """The run of `config` with `overrides` in `folder`. `settings` is the config with the overrides applied."""
     path = str(folder) if yaml.safe_load(str(folder)) == str(folder) else json.dumps(str(folder))  # an override is YAML
     unit = next(unit for unit in ("epoch", "update") if hasattr(settings, f"{unit}s"))
     return Job(task, str(config), (*overrides, f"run_dir={path}"), str(folder), getattr(settings, f"{unit}s"), unit)
 
 
 def write_list(jobs: Sequence[Job], folder: Path, name: str) -> Path:
-    """Write `jobs` as `<name>-<digest>.jsonl` in `folder`; the same jobs have the same path, and are written once.
+    """Write `jobs` to `<name>-<digest>.jsonl` in `folder`. The same jobs have the same path and are written once.
 
-    Raises UserError where two of them share a run folder, and where the list cannot be written.
+    Raises UserError if two jobs share a run folder, or if the list cannot be written.
     """
     folders = [job.folder for job in jobs]
     if twice := next((path for path in folders if folders.count(path) > 1), None):
@@ -138,7 +138,7 @@ def write_list(jobs: Sequence[Job], folder: Path, name: str) -> Path:
 
 
 def read_list(path: Path) -> list[Job]:
-    """The jobs of a list. Raises UserError, naming the line, for what is not one."""
+    """The jobs of a list. Raises UserError for a file that is no list, and names the wrong line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""How jobs fare while they run: one table that is drawn again and again on a terminal, lines anywhere else."""
+"""Shows jobs while they run: on a terminal one table that is redrawn, otherwise single lines."""
 
 import json
 import os
@@ -15,15 +15,15 @@ from scripts.jobs import Job
 from scripts.pool import State, Turn
 
 METRICS = {"classification": "test_top1", "language_model": "test_ppl", "nmt": "valid_bleu"}
-TAIL_BYTES = 65_536  # of metrics.jsonl: many lines
+TAIL_BYTES = 65_536  # read from the end of metrics.jsonl: many lines
 REDRAW_S = 0.5
-LINES_S = 600  # where there is no terminal: between two reports of how the running jobs fare
+LINES_S = 600  # without a terminal: between two reports on the running jobs
 SHOWN_FIRST = (State.RUNNING, State.HELD, State.FAILED, State.STOPPED, State.WAITING, State.COMPLETE)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run folder has come: the last values in its metrics.jsonl."""
+    """The progress in a run folder: the last values in its metrics.jsonl."""
 
     update: int = 0
     epoch: int = 0  # epochs begun
@@ -32,13 +32,13 @@ class Progress:
     metric: float | None = None
 
     def length(self, job: Job) -> int:
-        """How far the run has come, in the unit of its length."""
+        """The run's progress, in the unit of its length."""
         if job.unit == "update":
             return self.update
         return self.evaluated_at[0] if self.evaluated_at else 0
 
     def updates(self, job: Job) -> int | None:
-        """Updates of the whole run; of one whose length is in epochs they are known after the first."""
+        """Updates of the whole run. If its length is in epochs, they are known after the first evaluation."""
         if job.unit == "update":
             return job.length
         if self.evaluated_at is None:
@@ -48,7 +48,7 @@ class Progress:
 
 
 def read_progress(job: Job) -> Progress:
-    """The progress of `job`. A line that is being written, or cannot be read, is left out."""
+    """The progress of `job`. An unfinished or unreadable line is left out."""
     try:
         with open(Path(job.folder) / "metrics.jsonl", "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
@@ -71,13 +71,13 @@ def read_progress(job: Job) -> Progress:
 
 @dataclass
 class Display:
-    """Called with the turns several times a second; shows them on stderr."""
+    """Shows the turns on stderr. It is called with them several times a second."""
 
     started: float = field(default_factory=time.monotonic)
     first_seen: dict[str, tuple[float, int]] = field(default_factory=dict)  # folder: when, and the update then
     drawn: int = 0  # lines of the table on the terminal
     shown_at: float = float("-inf")
-    states: dict[str, State] = field(default_factory=dict)  # as last told, where there is no terminal
+    states: dict[str, State] = field(default_factory=dict)  # as last printed, without a terminal
 
     def __call__(self, turns: Sequence[Turn]) -> None:
         if sys.stderr.isatty():
@@ -99,7 +99,7 @@ class Display:
         self.drawn = len(lines)
 
     def _tell(self, turns: Sequence[Turn]) -> None:
-        """One line for each change of state, and now and then one for each running job."""
+        """Print one line for each change of state, and every LINES_S seconds one for each running job."""
         remind = time.monotonic() - self.shown_at >= LINES_S
         if remind:
             self.shown_at = time.monotonic()
@@ -136,7 +136,7 @@ HEADER = ("run", "done", "loss", "metric", "left", "state")
 
 
 def counts(turns: Sequence[Turn], started: float) -> str:
-    """How many jobs are in which state, in one line."""
+    """The number of jobs in each state, in one line."""
     states = Counter(turn.state for turn in turns)
     parts = [f"{states[state]} {state.value}" for state in State if states[state]]
     return f"{len(turns)} runs: {', '.join(parts)}; {duration(time.monotonic() - started)} so far"

@@ -1,7 +1,7 @@
-"""Runs jobs, several at a time, and outlives what happens to any of them.
+"""Runs jobs, several at a time, and survives the failure of any of them.
 
-The run folders are the truth: whatever its process ended with, a job is complete when its folder says so. Nothing else
-is remembered, so that a pool which is killed, and started again, carries on.
+A job is complete when its run folder says so, whatever the exit status of its process. The pool stores nothing else, so
+a pool that is killed and started again continues.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from engine.errors import UserError
 from engine.files import hold
 from scripts.jobs import Job, torchrun
 
-# torchrun hands these on to the ranks, where it is new enough to ask for it, and gives them the time to save.
+# torchrun passes these signals on to the ranks, if it is new enough for this setting, and gives them time to save.
 TORCHRUN_ENVIRONMENT = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # seconds, instead of 30
@@ -38,29 +38,29 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 class State(Enum):
     WAITING = "waiting"
-    HELD = "held"  # a process that is not ours works in the run folder
+    HELD = "held"  # another process works in the run folder
     RUNNING = "running"
     COMPLETE = "complete"
     FAILED = "failed"
-    STOPPED = "stopped"  # a signal asked for it
+    STOPPED = "stopped"  # because of a signal
 
 
 @dataclass
 class Turn:
-    """A job, and how it has fared with this pool."""
+    """A job and its state in this pool."""
 
     job: Job
     state: State = State.WAITING
-    process: Popen | None = None  # None also where the job was complete from the start
-    devices: str | None = None  # the GPUs it was given
-    log_start: int | None = None  # byte of the log where this process's part begins; None where it has no log
+    process: Popen | None = None  # None also if the job was complete from the start
+    devices: str | None = None  # the job's GPUs
+    log_start: int | None = None  # byte of the log where this process's part begins; None without a log
     status: int = 0
     error: str = ""
 
 
 @dataclass(frozen=True)
 class Places:
-    """How many jobs run at once, and on what."""
+    """How many jobs run at once, and on which devices."""
 
     devices: Sequence[str | None] = (
         None,
@@ -77,14 +77,14 @@ def run_jobs(
     show_output: bool = False,
     watch: Callable[[Sequence[Turn]], None] = lambda turns: None,
 ) -> tuple[int, list[Turn]]:
-    """Run `jobs` to their end; 0 where all are complete, else an exit status, and how each has fared.
+    """Run `jobs` to their end. Returns an exit status, 0 if all are complete, and the turns with their states.
 
-    Complete jobs are skipped. One whose folder another process holds waits until that process has left it. After a
-    failure the others go on; without `keep_going` they are stopped. The status is that of the first failure; where a
-    signal has stopped the jobs, which save before they end, it is 128 + the signal's number.
+    Complete jobs are skipped. A job whose folder another process holds waits until that process leaves it. After a
+    failure the other jobs continue; without `keep_going` they are stopped. The status is that of the first failed job.
+    If a signal stopped the jobs, which save before they end, it is 128 + the signal's number.
 
-    What the jobs print goes to their logs, with `show_output` to where our own output goes. `watch` is called several
-    times a second.
+    The output of the jobs goes to their logs, or with `show_output` to our own output. `watch` is called several times
+    a second.
     """
     turns = [Turn(job) for job in jobs]
     free, ending = list(places.devices), False
@@ -103,7 +103,7 @@ def run_jobs(
             for turn in turns if not ending else ():
                 if turn.state in (State.WAITING, State.HELD) and free and _begin(turn, free[0], places, show_output):
                     free.pop(0)
-                    if received:  # while it was being started
+                    if received:  # a signal came while the job was being started
                         turn.process.terminate()
             watch(turns)
             states = {turn.state for turn in turns}
@@ -116,10 +116,10 @@ def run_jobs(
 
 
 def places_for(at_once: int | None, gpus: int, on_cpu: bool = False) -> Places:
-    """Where jobs of `gpus` processes each can run: `at_once` of them, by default as many as there are GPUs for.
+    """The places for `at_once` jobs of `gpus` processes each; by default, as many jobs as there are GPUs for.
 
-    More jobs than GPUs share them. Without a GPU a job runs on the cores, of which each has its share. Raises UserError
-    where there are fewer GPUs than one job needs.
+    If there are more jobs than GPUs, jobs share GPUs. Without a GPU, the jobs share the cores equally. Raises UserError
+    if there are fewer GPUs than one job needs.
     """
     found = [] if on_cpu else visible_gpus()
     if found and len(found) < gpus:
@@ -134,7 +134,7 @@ def places_for(at_once: int | None, gpus: int, on_cpu: bool = False) -> Places:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs of this machine by CUDA's names, without importing torch, which takes seconds."""
+    """The GPUs of this machine by CUDA's names. It does not import torch, because that takes seconds."""
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in chosen.split(",") if name and name != "-1"]
     try:
@@ -145,24 +145,24 @@ def visible_gpus() -> list[str]:
 
 
 def start(command: Sequence[str], log: IO[bytes] | None = None, environment: dict[str, str] | None = None) -> Popen:
-    """A process for `command`, which prints to `log`, or where we do; OSError where it cannot be started.
+    """Start a process for `command`. It prints to `log`, or to our own output. Raises OSError if it cannot be started.
 
-    It has a session of its own, as a terminal would otherwise send Ctrl-C to it a second time.
+    It has its own session. Otherwise a terminal would send Ctrl-C to it a second time.
     """
     environment = os.environ | TORCHRUN_ENVIRONMENT | (environment or {})
     return Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
 
 
 def open_log(job: Job) -> IO[bytes]:
-    """The job's log, to be added to: what earlier processes printed stays."""
+    """The job's log, opened for appending: the output of earlier processes stays."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     return open(job.log, "ab")
 
 
 def last_error(log: Path, begin: int) -> str:
-    """The line of a log, from byte `begin` on, that says why its process failed: an `error:` line, or else the last.
+    """The line of a log, from byte `begin` on, that says why its process failed: the last `error:` line, or the last.
 
-    torchrun prints much after its ranks' own lines.
+    The very last line is not always the reason, because torchrun prints much after its ranks' own lines.
     """
     try:
         with open(log, "rb") as file:
@@ -182,13 +182,13 @@ def is_held(folder: Path) -> bool:
         hold(folder, "running").close()
     except UserError:
         return True
-    except OSError:  # the folder has gone, or is not ours to write in: its run will say so
+    except OSError:  # the folder is gone, or we may not write in it: its run will report that
         return False
     return False
 
 
 def _begin(turn: Turn, devices: str | None, places: Places, show_output: bool) -> bool:
-    """Start the turn's process, where there is something left to do and nobody is at it; whether one was started."""
+    """Start the turn's process, if its job is unfinished and nobody works on it. Returns whether it was started."""
     try:
         if turn.job.complete:
             turn.state = State.COMPLETE
@@ -212,7 +212,7 @@ def _begin(turn: Turn, devices: str | None, places: Places, show_output: bool) -
 
 
 def _end(turn: Turn, stopping: bool) -> None:
-    """Give the turn whose process has ended its state."""
+    """Set the state of a turn whose process has ended."""
     status = turn.process.returncode
     turn.status = status if status >= 0 else 128 - status
     try:
@@ -220,7 +220,7 @@ def _end(turn: Turn, stopping: bool) -> None:
     except UserError as error:
         turn.state, turn.error = State.FAILED, str(error)
     if turn.state is State.FAILED:
-        turn.status = turn.status or 1  # it ended well, and left no result
+        turn.status = turn.status or 1  # status 0, but no result
         said = "" if turn.log_start is None else last_error(turn.job.log, turn.log_start)
         ended = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         turn.error = turn.error or (said if status >= 0 else "") or ended
@@ -228,10 +228,10 @@ def _end(turn: Turn, stopping: bool) -> None:
 
 @contextmanager
 def _signals_handed_on(turns: Sequence[Turn]) -> Iterator[list[int]]:
-    """Context in which signals go to the running jobs; yields the list of those received.
+    """Context in which signals go to the running jobs. Yields the list of received signals.
 
-    Ctrl-C is handed on as it is (a second one ends a job at once), any other as SIGTERM, which torchrun hands on in all
-    its versions. The jobs are waited for: they save before they end.
+    Ctrl-C is passed on unchanged (a second one ends a job at once). Any other signal is passed on as SIGTERM, because
+    every version of torchrun passes that on. The pool waits for the jobs, which save before they end.
     """
     received: list[int] = []
 
@@ -252,9 +252,9 @@ def _signals_handed_on(turns: Sequence[Turn]) -> Iterator[list[int]]:
 
 
 def _end_with_parent() -> None:
-    """Have Linux send SIGTERM when our parent dies: the jobs of a pool that was killed save, and stop.
+    """Let Linux send SIGTERM when our parent dies, so that the jobs of a killed pool save and stop.
 
-    Elsewhere they run on, and a new pool waits for them.
+    On other systems they continue, and a new pool waits for them.
     """
     if sys.platform == "linux":
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

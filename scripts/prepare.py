@@ -1,10 +1,10 @@
-"""The data of a table, made ready for training by one command, which says beforehand what it found and what it will do.
+"""Makes a table's data ready for training. It first says what it found, what it will write, and how long that takes.
 
     bash scripts/prepare.sh cifar10|imagenet|one_billion_words|wmt14 [SOURCE] [DEST] [--workers N]
 
-SOURCE is what was downloaded, in any of the forms that docs/data.md names. Without it, the published files are
-downloaded (ImageNet's cannot be). DEST is where the configs look for the data. The minutes are an estimate from a trial
-of the first part. Run the same command again after an interruption: it goes on where it was.
+SOURCE is the download, in any form that docs/data.md names. Without SOURCE the published files are downloaded (except
+ImageNet's). DEST is by default the folder where the configs look for the data. The time is an estimate from a trial.
+After an interruption, run the same command again: it continues where it was.
 """
 
 import argparse
@@ -24,25 +24,25 @@ from language_model import benchmark
 from scripts.arguments import Parser, positive
 
 GB = 1e9
-TRIAL_BYTES = 8 << 20  # of text, encoded to see how long all will take
-TRIAL_LINES = 1_000  # of each language, turned into tokens
-COPY_BYTES = 64 << 20  # read and written
+TRIAL_BYTES = 8 << 20  # of text, encoded to estimate the whole time
+TRIAL_LINES = 1_000  # of each language, tokenized to estimate the whole time
+COPY_BYTES = 64 << 20  # read and written to estimate the whole time
 CIFAR_FILES = ("cifar-10-python.tar.gz", "cifar-10-batches-py")
 
 
 class Plan(NamedTuple):
-    """What a preparation found, will write, and how to do it."""
+    """What a preparation found and will write, and how to do it."""
 
     found: str
-    bytes: float
-    seconds: float
+    bytes: float  # to write
+    seconds: float  # estimate
     make: Callable[[], object]
 
 
 class Table(NamedTuple):
     plan: Callable[[Path | None, Path, argparse.Namespace], Plan]
     dest: Path  # data.root in the table's configs
-    finished: str | None  # the file that is written last; None where being complete has to be looked into
+    finished: str | None  # the file that is written last; None if only `make` can tell whether all is complete
     row: str  # the script of its Apollo row
 
 
@@ -60,13 +60,13 @@ def main(arguments: list[str]) -> None:
         if not finished:
             print(f"will write: {amount(plan.bytes)} to {dest}, in about {duration(plan.seconds)}", flush=True)
             require_space(dest, plan.bytes)
-        plan.make()  # where it is finished: compares it with the source
+        plan.make()  # finished data are only compared with the source
     where = "" if dest == table.dest else f" data.root={dest}"
     print(f"to train a row: bash scripts/{table.row}{where}")
 
 
 def plan_cifar10(source: Path | None, dest: Path, options: argparse.Namespace) -> Plan:
-    from classification.data import read_cifar10  # here, as torchvision takes seconds to import
+    from classification.data import read_cifar10  # here, because importing torchvision takes seconds
 
     copied, there = None, next((dest / name for name in CIFAR_FILES if (dest / name).exists()), None)
     if source:
@@ -84,7 +84,7 @@ def plan_cifar10(source: Path | None, dest: Path, options: argparse.Namespace) -
             shutil.rmtree(temporary, ignore_errors=True)
             (shutil.copytree if copied.is_dir() else shutil.copy)(copied, temporary)
             temporary.rename(target)
-        read_cifar10(dest)  # unpacks, downloads what is missing, and compares with the published checksums
+        read_cifar10(dest)  # downloads what is missing, unpacks it, and compares the published checksums
 
     found = copied or there or "nothing yet: the published archive, 170 MB, will be downloaded"
     return Plan(str(found), 0.36 * GB, 20, make)
@@ -137,12 +137,12 @@ def plan_one_billion_words(source: Path | None, dest: Path, options: argparse.Na
         )
     words = read_vocabulary(vocabulary)
 
-    consumed: list[int] = []  # bytes of the source, of an archive as they lie there
+    consumed: list[int] = []  # bytes of the source; of an archive, compressed bytes
     parts = text.parts(consumed.append)
     start = time.perf_counter()
-    part = next(parts)  # of an archive: unpacked
+    part = next(parts)  # an archive's part is already unpacked
     reading = time.perf_counter() - start
-    next(parts, None)  # by now the first part is accounted for
+    next(parts, None)  # now `consumed` holds the first part's bytes
     size, share = part.stop - part.start, text.total / consumed[0]
     done = tokens = sentences = 0
     start = time.perf_counter()
@@ -182,8 +182,8 @@ def plan_wmt14(source: Path | None, dest: Path, options: argparse.Namespace) -> 
             lines += 1
     tokens = (time.perf_counter() - start) / lines * 2 * sum(WMT14.lines.values())
     is_plain = all(place.is_plain for place in places.values())
-    # Beside the tokens: a third of their time for the pieces, and two minutes in one process to learn the BPE.
-    # On the disk: 1.4 GB of text where it has to be unpacked, 1.5 GB of work that is removed, 0.5 GB of arrays.
+    # Time besides tokenizing: a third of it for the subword pieces, and two minutes in one process to learn the BPE.
+    # Disk: 1.4 GB of text if it must be unpacked, 1.5 GB of temporary files, 0.5 GB of arrays.
     return Plan(
         ", ".join(dict.fromkeys(str(place.path) for place in places.values())),
         (2.0 if is_plain else 3.4) * GB,
@@ -201,7 +201,7 @@ TABLES = {
 
 
 def copy_speed(files: Iterable[Path], dest: Path) -> float:
-    """Bytes a second that are read from `files` and written below `dest` at the same time, by a trial of 64 MiB."""
+    """Bytes per second when `files` are read and written below `dest` at the same time, from a trial of 64 MiB."""
     dest.mkdir(parents=True, exist_ok=True)
     trial = dest / "trial.tmp"
     read = written = 0.0
@@ -228,7 +228,7 @@ def copy_speed(files: Iterable[Path], dest: Path) -> float:
 
 
 def require_space(dest: Path, size: float) -> None:
-    """UserError where the disk of `dest` has not `size` bytes left; what an earlier start has written there counts."""
+    """Raise UserError if the disk of `dest` lacks space for `size` bytes. Files from an earlier start count as free."""
     there = next(path for path in (dest.absolute(), *dest.absolute().parents) if path.exists())
     kept = sum(path.stat().st_size for path in walk(dest)) if dest.is_dir() else 0
     free = shutil.disk_usage(there).free
@@ -239,14 +239,14 @@ def require_space(dest: Path, size: float) -> None:
 
 
 def walk(folder: Path) -> Iterable[Path]:
-    """All files below `folder`, by their names."""
+    """All files below `folder`, in the order of their names, except hidden ones."""
     for path, folders, names in os.walk(folder):
         folders.sort()
         yield from (Path(path, name) for name in sorted(names) if not name.startswith("."))
 
 
 def nearest_entries(folder: Path, start: str) -> str:
-    """The names of up to four entries of `folder`, those that begin with `start` first."""
+    """The names of up to four entries of `folder`. Names that begin with `start` come first."""
     names = sorted(path.name for path in islice(folder.glob("[!.]*"), 10_000))
     return ", ".join(sorted(names, key=lambda name: not name.startswith(start))[:4]) or "nothing"
 

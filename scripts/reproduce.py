@@ -1,11 +1,11 @@
-"""Whole tables, or any list of runs: expanded, run several at a time, and shown beside the published numbers.
+"""Trains whole tables, or any list of runs, several runs at a time, and prints them beside the published numbers.
 
     bash scripts/reproduce.sh TABLE|all|LIST [--rows "sgd apollo"] [--schedules "milestone"] [--seeds "1 101"]
         [--jobs N] [--gpus N] [--executor local|slurm] [--nodes N] [--slurm OPTIONS] [--dry-run] [--runs FOLDER]
         [key=value ...]
 
-What is to be run is written once, as a list in FOLDER/lists; what is done, the run folders say. Nothing else is
-remembered, so that the same command carries on after a kill at any moment. LIST is such a file, perhaps of one's own.
+The runs are written once, as a list in FOLDER/lists; the run folders say what is done. Nothing else is stored, so the
+same command continues after a kill at any moment. LIST is such a file, which you may also write yourself.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from scripts.report import report
 from scripts.runs import read_runs
 from scripts.tables import TASKS, cells, published, rows, seeds_of
 
-ALL = "all"  # tables that were published
+ALL = "all"  # all published tables
 
 
 def main(arguments: list[str]) -> int:
@@ -50,9 +50,9 @@ def main(arguments: list[str]) -> int:
 
 
 def list_of_runs(options: argparse.Namespace) -> Path:
-    """The list that the command line names, or that of the runs that it names, which is written.
+    """The list that the command line names, or a new list of the runs that it names.
 
-    Raises UserError where it names none, and for anything in a config or an override that is wrong.
+    Raises UserError if it names no runs, and for a wrong config or override.
     """
     if options.what not in (*TASKS, ALL):
         if not Path(options.what).is_file():
@@ -92,7 +92,7 @@ def list_of_runs(options: argparse.Namespace) -> Path:
 
 
 def print_tables(jobs: Sequence[Job]) -> None:
-    """The tables of the jobs' run folders, as far as they are there."""
+    """Print the tables of the jobs' run folders that exist."""
     runs, problems = read_runs(*sorted({Path(job.folder) for job in jobs}))
     for table in dict.fromkeys(run.table for run in runs):
         print(report(table, [run for run in runs if run.table == table]), end="\n\n")
@@ -101,7 +101,7 @@ def print_tables(jobs: Sequence[Job]) -> None:
 
 
 def print_failures(turns: Sequence[Turn]) -> int:
-    """Name the runs that failed, each with its last error and its log; the exit status."""
+    """Print the failed runs, each with its last error and its log. Returns the exit status."""
     failed = [turn for turn in turns if turn.state is State.FAILED]
     for turn in failed:
         print(f"failed: {turn.job.folder}: {turn.error} (log: {turn.job.log})")

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes this checkout ready to run. Safe to call again: it installs only what is missing.
+# Makes this checkout ready to run. You can call it again: it installs only what is missing.
 #
-#   bash scripts/setup.sh                   set up, then say which interpreter is used
-#   bash scripts/setup.sh --print-python    the same for other scripts: the interpreter's path alone on standard output
+#   bash scripts/setup.sh                   set up, then print which interpreter is used
+#   bash scripts/setup.sh --print-python    the same for other scripts: standard output is only the interpreter's path
 #
-# The current python is used where it already has torch and torchvision (a container, a conda environment); it is given
-# the small packages it lacks. Anywhere else a virtual environment is made in .venv with the newest Python found. The
+# If the current python has torch and torchvision (a container, a conda environment), it is used, and the small packages
+# that it lacks are installed. Otherwise a virtual environment is made in .venv with the newest Python found. The
 # project itself is not installed: its commands run from the root of the repository.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,20 +21,20 @@ esac
 
 is_suitable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
-# True where the interpreter can import a new enough torch, and torchvision.
+# True if the interpreter can import torchvision and a new enough torch.
 has_torch() {
   is_suitable "$1" && "$1" -c 'import torch, torchvision' 2>/dev/null &&
     ! "$1" -m scripts.missing 2>/dev/null | grep -q '^torch'
 }
 
-# True where pip would refuse to install (PEP 668: the system's own Python on Debian, Ubuntu, Homebrew and others).
+# True if pip would refuse to install (PEP 668: the system's own Python on Debian, Ubuntu, Homebrew and others).
 is_externally_managed() {
   [ -z "${PIP_BREAK_SYSTEM_PACKAGES:-}" ] && "$1" -c 'import os, sys, sysconfig
 mark = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
 sys.exit(not (sys.prefix == sys.base_prefix and os.path.exists(mark)))'
 }
 
-# The newest Python that torch is built for, by name, then whatever python3 is.
+# The newest Python that torch is built for, by name; otherwise python3 or python.
 newest_python() {
   local name without_venv=""
   for name in python3.14 python3.13 python3.12 python3.11 python3.10 python3 python; do
@@ -49,7 +49,7 @@ newest_python() {
   fail "no Python 3.10 or newer found; install one (Debian, Ubuntu: apt install python3 python3-venv; macOS: brew install python)"
 }
 
-# Which interpreter: the current one if it has torch, else the one in .venv.
+# The interpreter: the current one if it has torch, else the one in .venv.
 python=.venv/bin/python
 for current in python python3; do
   if has_torch "$current"; then
@@ -58,7 +58,7 @@ for current in python python3; do
   fi
 done
 
-# A current python that has torch, lacks something, and may not be added to, lends its torch to a .venv on top of it.
+# If the current python has torch but lacks something, and pip may not install into it, a .venv on top uses its torch.
 options=""
 if [ "$python" != .venv/bin/python ] && [ -n "$("$python" -m scripts.missing)" ] && is_externally_managed "$python"; then
   base=$python

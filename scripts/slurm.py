@@ -1,7 +1,7 @@
-"""The runs of a list as one array of SLURM's jobs, through submitit, which puts back a job whose time is up.
+"""The runs of a list as one array of SLURM jobs, through submitit, which requeues a job whose time is up.
 
-The queue is the only thing asked besides the run folders. A job that is preempted, or whose time is up, gets a signal:
-its training saves and ends, and the job goes back into the queue. One that finds its run complete has nothing to do.
+Only the queue and the run folders say how far the jobs are. A job that is preempted, or whose time is up, gets a
+signal: its training saves and ends, and the job returns to the queue. A job whose run is complete does nothing.
 """
 
 import os
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from submitit import DelayedSubmission
     from submitit import Job as Submitted
 
-SAVE_S = 180  # before its time is up a job gets its signal
-TIMEOUTS = 1000  # how often a job may be put back: each time it goes on from its checkpoint
+SAVE_S = 180  # seconds before its time is up, a job gets its signal
+TIMEOUTS = 1000  # how often a job may be requeued; each time it continues from its checkpoint
 WATCH_S = 10
 
 
@@ -34,15 +34,15 @@ WATCH_S = 10
 class Request:
     """What each job asks SLURM for."""
 
-    at_once: int = 8  # jobs of the array that run at a time
-    gpus: int = 1  # of each machine
+    at_once: int = 8  # jobs of the array that run at once
+    gpus: int = 1  # on each machine
     nodes: int = 1
     on_cpu: bool = False
     options: tuple[tuple[str, str], ...] = ()  # of sbatch, e.g. ("partition", "gpu"); time in minutes
 
 
 class Training:
-    """One run, called in its job. submitit calls `checkpoint` when the job has to go."""
+    """One run, called inside its job. submitit calls `checkpoint` when the job must end."""
 
     def __init__(self, job: Job, gpus: int, nodes: int) -> None:
         self.job, self.gpus, self.nodes = job, gpus, nodes
@@ -60,7 +60,7 @@ class Training:
             begin = log.tell() if log else 0
             process = start(self.job.command(launcher), log)
         self.pid = process.pid
-        signal.signal(signal.SIGTERM, self._stop)  # of scancel, and of a preemption without notice
+        signal.signal(signal.SIGTERM, self._stop)  # from scancel, and from a preemption without notice
         self._wait()
         self.pid = None
         process.poll()  # reaps it
@@ -68,7 +68,7 @@ class Training:
             raise RuntimeError(last_error(self.job.log, begin))
 
     def checkpoint(self) -> "DelayedSubmission":
-        """Have the training save and end; what is submitted in the place of this job."""
+        """Let the training save and end. Returns the submission that replaces this job."""
         from submitit.helpers import DelayedSubmission
 
         self._stop()
@@ -76,8 +76,8 @@ class Training:
         return DelayedSubmission(Training(self.job, self.gpus, self.nodes))
 
     def _over_nodes(self, first: str, job_id: str) -> list[str]:
-        """The words of torchrun for one of several machines, which meet on the `first`."""
-        port = 20_000 + int(job_id) % 10_000  # another one for each job
+        """torchrun's words for one of several machines, which meet on the machine `first`."""
+        port = 20_000 + int(job_id) % 10_000  # differs between jobs
         meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint={first}:{port}", f"--rdzv_id={job_id}"]
         sizes = [f"--nnodes={self.nodes}", f"--nproc_per_node={self.gpus}", "--max_restarts=2"]
         return ["-m", "torch.distributed.run", *sizes, *meeting]
@@ -87,17 +87,17 @@ class Training:
             os.kill(self.pid, signal.SIGTERM)
 
     def _wait(self) -> None:
-        """Until the training has ended. It is not reaped: a signal's handler may be waiting for the same process."""
+        """Wait until the training has ended, without reaping it: a signal handler may wait for the same process."""
         if self.pid is not None:
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
 
 
 def submit(jobs: Sequence[Job], name: str, folder: Path, request: Request, cluster: str = "slurm") -> "list[Submitted]":
-    """Put those of `jobs` that are not complete into the queue as one array called `name`.
+    """Put the incomplete jobs of `jobs` into the queue as one array called `name`.
 
-    submitit keeps its files in `folder`, which must be on a disk that every machine sees. `cluster` is SLURM, or
-    submitit's "local" for a try of the same path without it. Raises UserError where submitit or SLURM is missing, or
-    refuses.
+    submitit keeps its files in `folder`, which must be on a disk that every machine sees. `cluster` is "slurm", or
+    submitit's "local" to try the same path without SLURM. Raises UserError if submitit or SLURM is missing, or if SLURM
+    refuses the jobs.
     """
     try:
         from submitit import AutoExecutor
@@ -131,7 +131,7 @@ def submit(jobs: Sequence[Job], name: str, folder: Path, request: Request, clust
 
 
 def in_queue(name: str) -> int:
-    """How many of one's jobs called `name` wait or run."""
+    """How many of the user's jobs called `name` wait or run."""
     command = ["squeue", "--me", "--noheader", "--array", "--name", name, "--format", "%i"]
     try:
         return len(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
@@ -142,9 +142,9 @@ def in_queue(name: str) -> int:
 def run_in_queue(
     jobs: Sequence[Job], name: str, folder: Path, request: Request, watch: Callable[[Sequence[Turn]], None]
 ) -> tuple[int, list[Turn]]:
-    """As `run_jobs`, by way of the queue: submit what is neither complete nor there, and wait until none is left.
+    """Like `run_jobs`, but through the queue. Submits the incomplete jobs unless it has jobs called `name`, and waits.
 
-    Whoever waits may be ended at any moment: the jobs stay in the queue, and the same command waits for them again.
+    The waiting process may be ended at any moment. The jobs stay in the queue, and the same command waits again.
     """
     if not in_queue(name) and not all(job.complete for job in jobs):
         submitted = submit(jobs, name, folder, request)
