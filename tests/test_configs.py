@@ -74,7 +74,7 @@ def test_row_has_the_published_settings(table, row):
 
 
 def assert_published_update(config: dict[str, Any], batch: dict[str, Any]) -> None:
-    """What a pass sees, and how many passes make an update."""
+    """Assert what a pass sees, and how many passes make an update."""
     if config["table"] == "wmt14_en_de":
         assert (config["batch"], config["passes"]) == (batch["is"], batch["gpus"])
     else:
@@ -89,7 +89,7 @@ def looked_up(config: dict[str, Any], key: str) -> Any:
 
 
 def numbers(value: Any) -> Any:
-    """The same with a number for each text that is one: YAML reads 5e-4 as text."""
+    """The same value, with text that is a number made a number: YAML reads 5e-4 as text."""
     if isinstance(value, dict):
         return {key: numbers(item) for key, item in value.items()}
     try:

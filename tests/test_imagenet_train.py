@@ -52,7 +52,7 @@ def two_ranks(folder, cell):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_interrupted_with_its_workers_and_resumed(cell, accumulated, tmp_path, number, status):
-    """Ctrl-C reaches the whole process group; the workers must not take it for themselves."""
+    """Ctrl-C reaches the whole process group. The workers must ignore it."""
     run_dir = tmp_path / "run"
     stopped = cell.interrupt(run_dir, "accumulation=2", at_update=3, number=number, group=True)
     assert stopped.status == status and not (run_dir / "result.json").exists()
