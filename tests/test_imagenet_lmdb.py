@@ -113,7 +113,7 @@ def test_map_grows_from_smaller_than_one_chunk(tree, tmp_path, monkeypatch):
 
 
 def test_killed_at_any_time_it_continues(tree, tmp_path):
-    """As above, but killed at a time by the clock instead of a known step."""
+    """Killed at a time by the clock, not at a known step."""
     out = tmp_path / "out"
     for delay in (0.9, 1.3):
         process = subprocess.Popen(command("build", tree, out), stderr=subprocess.DEVNULL)
