@@ -27,7 +27,7 @@ class Golden(NamedTuple):
 
 
 def load(name: str) -> Golden:
-    """The trajectory `name`, its settings completed by what the file's name says (era, decoupled decay)."""
+    """The trajectory `name`. The file's name completes its settings (era, decoupled decay)."""
     with np.load(FOLDER / f"{name}.npz") as file:
         settings = json.loads(str(file["settings"]))
         if name.startswith("apollo"):
@@ -44,7 +44,7 @@ def follow(
     dtype: torch.dtype = torch.float64,
     steps: int = 80,
 ) -> np.ndarray:
-    """Parameters [steps + 1, 74], as float64, of the optimizer that `make` makes, from the trajectory's first ones."""
+    """Parameters [steps + 1, 74] in float64 of the optimizer that `make` makes. It starts at the trajectory's start."""
     start = torch.tensor(golden.params[0], dtype=dtype).split(golden.sizes)
     params = [torch.nn.Parameter(x.reshape(shape)) for x, shape in zip(start, golden.shapes, strict=True)]
     grads, curvature = torch.tensor(golden.grads, dtype=dtype), torch.tensor(golden.curvature, dtype=dtype)
@@ -67,7 +67,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def errors(golden: Golden, trajectory: np.ndarray) -> np.ndarray:
-    """Largest error of each parameter tensor at each step, relative to the tensor's largest entry [steps + 1, 4]."""
+    """The largest error of each tensor at each step, [steps + 1, 4], relative to the tensor's largest entry."""
     edges = np.cumsum(golden.sizes)[:-1]
     reference = golden.params[: len(trajectory)]
     difference = np.split(np.abs(trajectory - reference), edges, axis=1)

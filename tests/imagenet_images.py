@@ -1,4 +1,4 @@
-"""Small trees of JPEGs laid out as ImageNet is, made of smooth noise so that resizing has something to do."""
+"""Small trees of JPEGs in ImageNet's layout. The images are smooth noise, so that resizing changes them."""
 
 import io
 from pathlib import Path
@@ -39,7 +39,7 @@ def contents(count: int, seed: int = 0) -> list[bytes]:
 
 
 def make_tree(root: Path, train: int = 8, val: int = 4) -> Path:
-    """train/<class>/* and val/<class>/*, so many images a class."""
+    """Make train/<class>/* and val/<class>/* with `train` and `val` images a class. Returns `root`."""
     for split, count in (("train", train), ("val", val)):
         for label, name in enumerate(CLASSES):
             folder = root / split / name

@@ -1,4 +1,4 @@
-"""One small set of labelled images, a writer for each way in which people have ImageNet on disk, and a killed build."""
+"""A small set of labelled images, a writer for each layout in which people have ImageNet, and a killed build."""
 
 import io
 import os
@@ -24,14 +24,14 @@ ID_OF = {name: number for number, name in IDS.items()}
 
 
 class Toy(NamedTuple):
-    """Names, classes and contents; the names are of the official form, and in sorted order."""
+    """Names, classes and contents. The names have the official form and are in sorted order."""
 
     train: list[tuple[str, str, bytes]]
     val: list[tuple[str, str, bytes]]
 
 
 class Download(NamedTuple):
-    """What a user has: the folder to name, the options that go with it, and the text files that hold the labels."""
+    """What a user has: the folder to name, the options for it, and the text files with the labels."""
 
     source: Path
     options: dict[str, Path] = {}
@@ -39,7 +39,7 @@ class Download(NamedTuple):
 
 
 def png_of_16_bits(pixels: np.ndarray) -> bytes:
-    """A PNG of 16 bits a channel from [height, width, 1 or 3]; Pillow writes no coloured one."""
+    """A PNG of 16 bits a channel from [height, width, 1 or 3]. Pillow cannot write a coloured one."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -52,7 +52,7 @@ def png_of_16_bits(pixels: np.ndarray) -> bytes:
 
 
 def oddities() -> dict[str, bytes]:
-    """What real ImageNet has among its JPEGs, and worse; all of it can be decoded."""
+    """The odd files among real ImageNet's JPEGs, and worse ones. All can be decoded."""
     rgb = picture(1, 60, 50)
     deep = np.random.default_rng(0).integers(0, 65536, (40, 50, 3), dtype=np.uint16)
     return {
@@ -122,7 +122,7 @@ def _tars(toy: Toy, root: Path) -> None:
 
 
 def _kit(toy: Toy, data: Path, year: int, bom: bool) -> Path:
-    """The files of a development kit that matter, in its folder `data`; the text with the labels."""
+    """Write the relevant files of a development kit to its folder `data`. Returns the text file with the labels."""
     truth = "".join(f"{ID_OF[wnid]}\n" for _, wnid, _ in toy.val)
     if year > 2012:
         _write(data / "map_clsloc.txt", "".join(f"{wnid} {at} a_name\n" for at, wnid in IDS.items()), bom)
@@ -200,7 +200,7 @@ def _kaggle(toy: Toy, root: Path, bom: bool) -> Path:
     lines = [
         f"{name[:-5]},{wnid} 1 2 30 40 " + f"{wnid} 5 6 7 8 " * (at % 2) for at, (name, wnid, _) in enumerate(toy.val)
     ]
-    text = "ImageId,PredictionString\n" + "".join(f"{line}\n" for line in reversed(lines))  # in no order there
+    text = "ImageId,PredictionString\n" + "".join(f"{line}\n" for line in reversed(lines))  # the real file has no order
     return _write(root / "LOC_val_solution.csv", text, bom)
 
 
@@ -296,10 +296,10 @@ def _hugging_face_name(name: str, wnid: str) -> str:
 
 
 def build_until(moment: int, source: Path, out: Path) -> int:
-    """Build in a process that kills itself at the step of that number, and return its exit status.
+    """Build in a process that kills itself at step number `moment`. Returns its exit status.
 
-    A step is every value that is put into a transaction, and what comes before and after a transaction and a file that
-    is put in its place.
+    The steps are: each value put into a transaction, and the moments before and after each transaction and each move of
+    a file to its place.
     """
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -1,4 +1,4 @@
-"""A small corpus laid out as One Billion Words is, and the published way to encode it, spelled out line by line."""
+"""A small corpus in the layout of One Billion Words, and the published way to encode it, line by line."""
 
 import codecs
 import io
@@ -22,7 +22,7 @@ def make_corpus(root: Path, files: int = 5, lines: int = 200) -> Path:
 
 
 def make_vocabulary(path: Path, words: list[str], marks: tuple[str, ...] = ("<S>", "<UNK>")) -> Path:
-    """`word count` lines with falling counts, the marks first."""
+    """A file of lines `word count` with falling counts. The marks come first."""
     every = [*marks, *words]
     lines = (f"{word} {2 * len(every) - number}\n" for number, word in enumerate(every))
     path.write_text("".join(lines), encoding="utf-8")
@@ -30,7 +30,7 @@ def make_vocabulary(path: Path, words: list[str], marks: tuple[str, ...] = ("<S>
 
 
 def encode_line_by_line(text: str, ids: dict[str, int]) -> list[list[int]]:
-    """The published encoder: one list a sentence, empty lines left out; codecs.open breaks lines as str.splitlines."""
+    """The published encoder: one list a sentence, no empty lines. codecs.open breaks lines as str.splitlines does."""
     sentences = []
     for line in codecs.getreader("utf-8")(io.BytesIO(text.encode())).readlines():
         if line and not line.isspace():

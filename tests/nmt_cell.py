@@ -1,4 +1,4 @@
-"""A small cell of nmt/train.py, on a few hundred generated sentences."""
+"""A small cell of nmt/train.py with a few hundred generated sentences."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ SIZES = {"train": 600, "valid": 40, "test": 50}
 
 
 def make_cell(folder: Path, merges: int = 300) -> Path:
-    """Prepared data in folder/data, and folder/cell.yaml; returns the folder."""
+    """Make prepared data in folder/data, and folder/cell.yaml. Returns the folder."""
     pairs = iter(generate(sum(SIZES.values())))
     for split, size in SIZES.items():
         sides = zip(*(next(pairs) for _ in range(size)), strict=True)

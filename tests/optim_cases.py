@@ -1,4 +1,4 @@
-"""The one table of optimizers that the shared tests run over: every path of Apollo, and what optim re-exports."""
+"""The table of optimizers for all shared tests: every path of Apollo, and the optimizers that optim re-exports."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from optim import create_optimizer
 
 
 class Case(NamedTuple):
-    """An optimizer with its settings, by `create_optimizer`, with a learning rate that solves a small problem."""
+    """An optimizer's name and settings for `create_optimizer`. The learning rate solves a small problem."""
 
     name: str
     settings: dict[str, Any]

@@ -1,6 +1,6 @@
-"""What the ranks of tests/test_optim_distributed.py do: `python optim_ranks.py FOLDER RANK WORLD_SIZE`.
+"""The program of each rank of tests/test_optim_distributed.py: `python optim_ranks.py FOLDER RANK WORLD_SIZE`.
 
-Every task trains the same small model on the same gradients; rank 0 leaves the parameters of all tasks in the folder.
+Every task trains the same small model on the same gradients. Rank 0 writes the parameters of all tasks to the folder.
 """
 
 import sys
@@ -33,7 +33,7 @@ def model() -> nn.Module:
 
 
 def loss(network: nn.Module, step: int) -> torch.Tensor:
-    """The same on every rank, so that gradients averaged over the ranks are those of one."""
+    """The same on every rank, so that the average of the ranks' gradients is the gradient of one rank."""
     draw = torch.Generator().manual_seed(step)
     x, y = torch.randn(8, 5, generator=draw), torch.randn(8, 1, generator=draw)
     return (network(x) - y).square().mean()
@@ -56,7 +56,7 @@ def settings(task: str) -> dict:
 
 
 def fsdp(task: str) -> dict[str, torch.Tensor]:
-    """FSDP2 over all ranks; the state goes through a state dict half-way."""
+    """FSDP2 over all ranks. After half of the steps the state is saved and loaded."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -73,7 +73,7 @@ def fsdp(task: str) -> dict[str, torch.Tensor]:
 
 
 def zero(task: str) -> dict[str, torch.Tensor]:
-    """ZeroRedundancyOptimizer: each rank keeps the state of some parameters; consolidated and loaded half-way."""
+    """ZeroRedundancyOptimizer: each rank has the state of some parameters. It is saved and loaded half-way."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     network = nn.parallel.DistributedDataParallel(model())

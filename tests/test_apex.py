@@ -1,6 +1,6 @@
 """The apex adapter. An apex that still has amp cannot be built everywhere, so a stand-in with its documented interface
 takes its place: it scales, unscales, skips and keeps float32 weights as apex.amp does, on the CPU and in plain torch.
-What this shows is that the adapter calls that interface in the right order; the real apex is not among what is tested.
+So this tests that the adapter calls the interface in the right order. It does not test the real apex.
 """
 
 import sys
@@ -22,7 +22,7 @@ FIRST_SCALE = 2.0**8  # apex begins at 2**16, where problems as small as these o
 
 
 class StandIn:
-    """apex.amp's documented functions: one model, one optimizer, dynamic loss scaling, opt_level O1 or O2."""
+    """apex.amp's documented functions for one model, one optimizer, dynamic loss scaling, opt_level O1 or O2."""
 
     def initialize(self, model, optimizer, opt_level, verbosity):
         self.scale, self.unskipped, self.level, self.made = FIRST_SCALE, 0, opt_level, False
@@ -86,7 +86,7 @@ class StandIn:
 
 
 class StandInParallel(torch.nn.Module):
-    """apex.parallel.DistributedDataParallel on one rank: it only remembers what it was told."""
+    """apex.parallel.DistributedDataParallel on one rank. It only remembers its arguments."""
 
     def __init__(self, module, delay_allreduce=False):
         super().__init__()
@@ -109,7 +109,7 @@ def apex(monkeypatch):
 
 
 def train(precision, state=None, updates=6, accumulation=2, poison=()):
-    """The steps of the training loops, on a fixed problem; the model, the losses, and the state to resume from."""
+    """The training loops' steps on a fixed problem. Returns the model, the losses and the state to resume from."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     optimizer = create_optimizer("apollo", model.parameters(), lr=0.05, weight_decay=1e-3)
@@ -139,7 +139,7 @@ def train(precision, state=None, updates=6, accumulation=2, poison=()):
 
 
 def test_o1_takes_the_steps_of_full_precision(apex):
-    """The stand-in does not cast at O1, so with exact scaling by powers of two the runs must agree to rounding."""
+    """The stand-in does not cast at O1, and scales by powers of two. So the runs must agree to rounding."""
     ours, plain = train(ApexPrecision("apex-O1", CPU)), train(Precision("fp32", CPU))
     torch.testing.assert_close(ours.losses, plain.losses)
     assert ours.taken == plain.taken == [True] * 6

@@ -1,5 +1,5 @@
-"""The classification data sets: torchvision's pixels exactly, every image once, the same draws on any number of ranks,
-and one line for everything that can be wrong with a folder or a download."""
+"""The classification data sets: exactly torchvision's pixels, every image once, the same draws on any number of ranks,
+and one error line for each thing that can be wrong with a folder or a download."""
 
 import hashlib
 import pickle
@@ -188,7 +188,7 @@ def test_digits_split_rendering_and_augmentation():
 
 
 def test_digits_are_recognisable():
-    """The nearest class mean on the small test set: rendering and labels belong together."""
+    """A classifier by the nearest class mean must work, so pictures and labels belong together."""
     data = load("digits")
     images, labels = (torch.cat(parts) for parts in zip(*flat(data.train_batches(0, 103)), strict=True))
     test_images, test_labels = next(data.test_batches(355))
@@ -202,7 +202,7 @@ def test_digits_are_recognisable():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tree of 8x6 PNG images: classes cat, dog; 4 training and 2 test images each."""
+    """A tree of 8x6 PNG images: classes cat and dog, each with 4 training and 2 test images."""
     random = np.random.default_rng(0)
     for split, count in (("train", 4), ("test", 2)):
         for name in ("dog", "cat"):
@@ -214,7 +214,7 @@ def folder(tmp_path):
 
 
 def refused(root) -> str:
-    """The one line with which the folder is refused."""
+    """The one error line with which the folder is refused."""
     with pytest.raises(UserError) as caught:
         load("folder", root)
     assert "\n" not in str(caught.value)
@@ -328,7 +328,7 @@ def test_folder_with_a_loop_of_links_is_refused_and_other_links_are_followed(fol
 
 @pytest.fixture(params=[CIFAR10, CIFAR100], ids=["cifar10", "cifar100"])
 def cifar(request, tmp_path, monkeypatch):
-    """Small files of CIFAR's format, torchvision expecting their checksums, and a download address that is dead."""
+    """Small files of CIFAR's format. torchvision is made to expect their checksums, and its address is dead."""
     source, random = request.param, np.random.default_rng(0)
     classes, key = (10, "labels") if source is CIFAR10 else (100, "fine_labels")
     folder = tmp_path / source.base_folder

@@ -1,4 +1,4 @@
-"""The CIFAR ResNets: parameter counts, shapes, initialisation, and the errors for what does not exist."""
+"""The CIFAR ResNets: parameter counts, shapes, initialisation, and errors for models that do not exist."""
 
 import math
 

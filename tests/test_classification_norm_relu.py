@@ -25,7 +25,7 @@ def channels_last(*shape, dtype):
 
 
 def passes(norm, x, shortcut, grad, apply):
-    """The output and every gradient and buffer after one pass forward and backward."""
+    """The output, all gradients and all buffers after one pass forward and backward."""
     x = x.detach().clone().requires_grad_()
     shortcut = None if shortcut is None else shortcut.detach().clone().requires_grad_()
     y = apply(norm, x, shortcut)
@@ -95,7 +95,7 @@ def test_does_not_depend_on_the_number_of_threads():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_nan_goes_through(dtype):
-    """A loss that is not finite must stay visible."""
+    """A NaN must not disappear, or nobody would see that the loss is not finite."""
     x = channels_last(4, 16, 4, 4, dtype=dtype)
     x[1, 3, 2, 2] = float("nan")
     y = norm_relu(random_norm(16), x.requires_grad_())

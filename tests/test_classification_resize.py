@@ -32,7 +32,7 @@ def by_pillow(pixels, box, resized, corner, size):
 
 
 def random_request(random, longest):
-    """Pixels, box, resized, corner and size; sides of 1, sides that stay and whole images among them."""
+    """Pixels, box, resized, corner and size. Some sides are 1, some stay as they are, some views are whole images."""
     height, width = random.randint(1, longest), random.randint(1, longest)
     left, top = random.choice([0, random.randrange(width)]), random.choice([0, random.randrange(height)])
     box = (left, top, random.choice([width, random.randint(left + 1, width)]), random.randint(top + 1, height))
@@ -63,7 +63,7 @@ def test_equals_pillow_far_from_square(shape, resized):
 
 
 def test_extremes_and_slices():
-    """All white is where sums are largest; and of a slice, rows do not lie next to each other."""
+    """A white image has the largest sums. The rows of a slice do not lie next to each other in memory."""
     white = np.full((90, 90, 3), 255, dtype=np.uint8)
     assert (resized_square(white, (0, 0, 90, 90), (37, 41), (0, 0), 37) == 255).all()
     pixels = noise(80, 90)[3:70, 5:60]
@@ -124,7 +124,7 @@ def test_without_a_compiler_pillow_gives_the_same(forgetful, monkeypatch):
 
 
 def test_an_unknown_pillow_is_used_itself(forgetful, monkeypatch):
-    """One that filters columns first where all known ones filter rows."""
+    """This Pillow filters columns first. All known ones filter rows first."""
     monkeypatch.setattr(resize, "ORDERS", (lambda *_: True,))
     request = noise(40, 50), (0, 0, 50, 40), (60, 60), (0, 0), 60
     with pytest.warns(UserWarning, match="unknown way"):

@@ -116,7 +116,7 @@ def test_killed_again_and_again_it_ends_the_same(cell, uninterrupted, tmp_path):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_asked_to_stop_it_saves_first(cell, uninterrupted, tmp_path, number, status):
-    """Without timed checkpoints: what is there after the signal was saved because of it, in mid-epoch."""
+    """There are no timed checkpoints, so the signal alone causes the checkpoint in mid-epoch."""
     run_dir = tmp_path / "run"
     stopped = cell.interrupt(run_dir, "checkpoint.minutes=60", at_update=3, number=number)
     assert stopped.status == status and "saved" in stopped.stderr
@@ -201,7 +201,7 @@ def test_one_folder_takes_one_run_at_a_time(cell, tmp_path):
 
 
 def test_a_disk_that_fills_up_loses_nothing(cell, uninterrupted, tmp_path):
-    """A limit on the size of files stands for the full disk: the second half of the run's log no longer fits."""
+    """A limit on the size of files acts as the full disk. The second half of the run's log does not fit."""
     run_dir = tmp_path / "run"
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))  # noqa: E731
     cell.interrupt(run_dir, at_update=9, number=signal.SIGKILL)

@@ -87,7 +87,7 @@ def looked_up(config: dict[str, Any], key: str) -> Any:
 
 
 def numbers(value: Any) -> Any:
-    """The same with a number for each text that is one: YAML reads 5e-4 as text."""
+    """The same value, with text that is a number made a number: YAML reads 5e-4 as text."""
     if isinstance(value, dict):
         return {key: numbers(item) for key, item in value.items()}
     try:

@@ -1,4 +1,4 @@
-"""Seeds, metrics, precision, checkpoints: the pieces under the loops."""
+"""Seeds, metrics, precision, checkpoints: the common parts of the training loops."""
 
 import os
 import resource
@@ -60,7 +60,7 @@ def test_sums():
 
 @pytest.mark.parametrize(("clipped", "said"), [(95, 1), (85, 0)])
 def test_a_share_of_clipped_updates_near_one_is_said_once(clipped, said):
-    """Log lines of 100 updates on two ranks; those of the warmup are all clipped, and do not count."""
+    """Log lines of 100 updates on two ranks. All updates of the warmup are clipped, and they do not count."""
     lines = []
     schedule = Named(name="milestone", warmup_updates=250)
     watch = ClippingWatch(Named(name="apollo", lr=1.0), schedule, lines.append)
@@ -267,7 +267,7 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path):
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
-    """A file-size limit of the process stands for the full disk: the write fails the same way, in the middle."""
+    """A limit on the size of files acts as the full disk: the write fails in the same way, in the middle."""
     import resource
     import signal
 
@@ -287,7 +287,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
 
 
 def test_freed_memory_is_kept():
-    """Page faults of a step that allocates and frees 64 MiB, in a process of its own: the setting is for good."""
+    """Counts page faults of a step that allocates and frees 64 MiB. The setting stays, so it has its own process."""
     program = """if True:
         import resource, torch
         from engine.allocator import keep_freed_memory

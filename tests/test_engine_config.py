@@ -1,4 +1,4 @@
-"""Strict configs: what is read, what is refused, and how the one-line errors read."""
+"""Strict configs: what is accepted, what is refused, and the one-line errors."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The run folder: lines that a resumed run repeats, results that cannot be half written, TensorBoard."""
+"""The run folder: lines that a resumed run repeats, results that are never half written, TensorBoard."""
 
 import json
 
@@ -76,7 +76,7 @@ def test_other_ranks_write_nothing(config, tmp_path):
 
 
 def test_a_folder_where_nothing_was_trained_is_free_for_other_settings(config, tmp_path):
-    """A misspelt setting is often found after the folder was made: the corrected command must not be refused."""
+    """A user often finds a misspelt setting after the folder was made. The corrected command must be accepted."""
     other = load_config(RunConfig, tmp_path / "c.yaml", ["optimizer.lr=0.2"])
     RunRecord(config, tmp_path / "run", ALONE)
     RunRecord(other, tmp_path / "run", ALONE)

@@ -1,4 +1,4 @@
-"""ImageNet's decoders against torchvision, and its batches: the same whoever makes them, each image once."""
+"""ImageNet's decoders against torchvision; its batches are the same with any workers, and each image comes once."""
 
 import io
 from functools import partial
@@ -99,7 +99,7 @@ def test_exact_leaves_all_to_a_pillow_of_other_pixels(monkeypatch):
 
 
 def test_exact_accepts_what_only_pillow_does():
-    """Data that ends before the image does, though the end of the file is there: the rest is grey."""
+    """The data ends before the image does, but the file has its end mark. The rest of the image is grey."""
     content = KINDS["rgb"][:-200] + b"\xff\xd9"
     theirs = transforms.CenterCrop(SIZE)(transforms.Resize(RESIZE)(decoded(content)))
     assert np.array_equal(exact(content, val_view, SIZE), np.asarray(theirs))
@@ -117,7 +117,7 @@ def test_fast_differs_by_less_than_a_level(kind):
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("decode", DECODERS.values())
 def test_stops_below_the_view_without_a_trace(decode, settings, restart):
-    """A view that needs no resizing must show the pixels of the whole image, wherever in it it lies."""
+    """A view without resizing must show the pixels of the whole image, at any place in it."""
     content = encoded(picture(12, 120, 150), **settings, **({"restart_marker_rows": 2} if restart else {}))
     whole = np.asarray(decoded(content))
     for top in range(0, 150 - SIZE, 7):
@@ -174,7 +174,7 @@ def test_image_too_long_for_any_crop_shows_its_middle_as_in_torchvision(size):
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_batches_are_torchvisions_pipeline(root, tree, channels_last):
-    """From the draws on: decode, crop, resize, mirror, ToTensor, Normalize; the mirroring is done on the device."""
+    """With the same draws: decode, crop, resize, mirror, ToTensor, Normalize. The device does the mirroring."""
     data = load(root, decoder="exact")
     split = data._loader.dataset.splits[0]
     ((_, (images, labels)),) = next(data.train_batches(4, 30, channels_last=channels_last))
@@ -281,7 +281,7 @@ def test_an_iteration_that_another_took_over_says_so(root):
 
 @pytest.fixture(scope="module")
 def damaged(tree, tmp_path_factory):
-    """A build whose second training image is cut short, whose third is no image, and whose first has a flipped bit."""
+    """A build whose first training image has a flipped bit, whose second is cut short, and whose third is no image."""
     folder = tmp_path_factory.mktemp("damaged")
     paths = sorted((tree / "train" / CLASSES[0]).iterdir())[:3]
     originals = [path.read_bytes() for path in paths]
@@ -343,7 +343,7 @@ def test_settings_and_data_that_cannot_be(root, tmp_path):
 
 
 def test_height_given_after_the_pixels():
-    """A JPEG's header may say 0 for the height, and a later marker how high it is: none of the decoders reads that."""
+    """A JPEG's header may give the height 0, and a later marker the real height. No decoder here reads that marker."""
     content = KINDS["rgb"]
     frame = content.index(b"\xff\xc0")
     content = content[: frame + 5] + b"\0\0" + content[frame + 7 :]

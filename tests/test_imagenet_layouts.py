@@ -1,4 +1,4 @@
-"""Every way in which people have ImageNet builds the same labelled images, and what is not understood is refused."""
+"""Every layout in which people have ImageNet builds the same labelled images. Unknown input is refused."""
 
 import gzip
 import hashlib
@@ -90,7 +90,7 @@ def test_training_from_folders_takes_the_same_labels(layout, tmp_path):
 
 @pytest.mark.parametrize("layout", TEXTS, ids=lambda layout: layout.__name__)
 def test_label_file_cut_anywhere_is_refused(layout, tmp_path):
-    """But behind the last label, where nothing is missing."""
+    """A cut behind the last label is accepted, because nothing is missing."""
     download = write(layout, tmp_path)
     (text,) = download.texts
     whole = text.read_bytes()
@@ -166,7 +166,7 @@ def test_kaggles_image_of_two_classes_is_refused(tmp_path):
 
 @pytest.mark.parametrize("layout", [tensorflow, kit_2012_loose], ids=lambda layout: layout.__name__)
 def test_labels_in_the_order_of_images_need_all_of_them(layout, tmp_path):
-    """The first image and the last label are missing: as many labels as images, and all of them wrong."""
+    """The first image and the last label are missing. So there are as many labels as images, and all are wrong."""
     download = write(layout, tmp_path)
     text = download.texts[0]
     next(download.source.glob("val*/*_00000001.JPEG")).unlink()
@@ -182,7 +182,7 @@ def test_labels_in_the_order_of_images_need_one_order(tmp_path):
 
 
 def test_ids_in_another_order_than_the_kits_are_refused(tmp_path):
-    """A list in sorted order is not the kits'; that shows as soon as it has the class of id 1."""
+    """The kits' list is not in sorted order. The class of id 1 shows whether a list is."""
     download = write(ground_truth_and_ids_by_option, tmp_path)
     download.options["ids"].write_text("\n".join(["n01440764", "n02119789"]))
     assert "id 1 is n02119789" in refused(download)
@@ -241,7 +241,7 @@ def test_archive_that_is_truncated_anywhere_or_missing_is_named(layout, tmp_path
 
 
 def test_tar_file_with_an_unreadable_header_is_refused(tmp_path):
-    """tarfile takes such a header for the end, and says nothing of the images behind it."""
+    """tarfile reads such a header as the end of the file, and does not mention the images behind it."""
     download = write(tars_and_kit_2012, tmp_path)
     for name, inside in (
         ("ILSVRC2012_img_val.tar", "ILSVRC2012_val_00000003"),
@@ -293,7 +293,7 @@ def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch):
 
 
 def test_the_whole_sets_classes_have_50_validation_images_each(tmp_path):
-    """As many images and classes as ImageNet, and one label wrong."""
+    """The numbers of images and classes are ImageNet's, but one label is wrong."""
     source = find_source(write(class_folders, tmp_path).source)
     classes = [f"n{number:08}" for number in range(1000)]
     val = [source.val[0]._replace(label=at // 50) for at in range(50_000)]
@@ -321,7 +321,7 @@ def test_archives_are_compared_with_the_published_md5(tmp_path, monkeypatch, cap
 
 
 def test_names_that_are_not_utf8_are_built_and_shown(tmp_path, capfdbinary):
-    """A file and a class whose names are in Latin-1."""
+    """A file and a class have names in Latin-1."""
     download = write(class_folders, tmp_path / "download")
     for split in ("train", "validation"):
         folder = os.fsencode(download.source / split)
@@ -364,7 +364,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(layout, tmp_path, mo
 
 
 def test_gzip_of_a_tar_that_was_cut_is_refused(tmp_path):
-    """The checksum of gzip is right, and what it holds is not whole."""
+    """gzip's checksum is right, but the tar file in it is not whole."""
     download = write(hugging_face_archives, tmp_path)
     path = download.source / "data" / "val_images.tar.gz"
     whole = gzip.decompress(path.read_bytes())

@@ -1,4 +1,4 @@
-"""The LMDB of ImageNet: what is built is what was there, and every way of breaking it is noticed."""
+"""The LMDB of ImageNet: it holds what the source holds, and every damage is noticed."""
 
 import errno
 import fcntl
@@ -113,7 +113,7 @@ def test_map_grows_from_smaller_than_one_chunk(tree, tmp_path, monkeypatch):
 
 
 def test_killed_at_any_time_it_continues(tree, tmp_path):
-    """The same by the clock, without looking inside."""
+    """Killed at a time by the clock, not at a known step."""
     out = tmp_path / "out"
     for delay in (0.9, 1.3):
         process = subprocess.Popen(command("build", tree, out), stderr=subprocess.DEVNULL)
@@ -161,7 +161,7 @@ def test_file_system_without_locks_and_folder_that_is_not_ours_are_named(tree, t
 
 
 def test_disk_that_refuses_more_is_one_line_and_the_build_goes_on_later(tree, tmp_path):
-    """A limit on the size of files stands in for the full disk: the system refuses the write in the same place."""
+    """A limit on the size of files acts as the full disk: the system refuses the write in the same place."""
 
     def limited():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -176,7 +176,7 @@ def test_disk_that_refuses_more_is_one_line_and_the_build_goes_on_later(tree, tm
 
 
 def in_little_memory(code, *arguments, mebibytes=600):
-    """Run `code` in a process that may take so much more address space than it begins with; what it printed."""
+    """Run `code` in a process with a limit on its additional address space. Returns what it printed."""
     limit = f"""
 import resource, sys
 from pathlib import Path
@@ -227,7 +227,7 @@ def test_advice_to_delete_is_given_for_what_is_no_lmdb_alone(tmp_path, make, mes
 
 
 def flip(path, needle, offset):
-    """Flip one bit `offset` bytes after the only place where `needle` stands in the file."""
+    """Flip one bit `offset` bytes after `needle`, which occurs once in the file."""
     content = bytearray(path.read_bytes())
     at = content.index(needle)
     assert content.find(needle, at + 1) < 0

@@ -1,4 +1,4 @@
-"""What `pip install .` brings: the optimizer alone, under a name of its own, with torch as its one requirement."""
+"""`pip install .` installs only the optimizer, under its own name, and requires only torch."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ torch.save((apollo_optim.__file__, weight.detach()), "steps.pt")
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """An empty folder of packages after `pip install`, without network."""
+    """A new folder of packages after `pip install` into it, without network."""
     folder = tmp_path_factory.mktemp("installing")
     shutil.copytree(ROOT / "optim", folder / "source/optim", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml"):

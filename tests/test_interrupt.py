@@ -1,4 +1,4 @@
-"""Signals and deaths: what asks a run to stop, and what happens under torchrun, with two ranks of gloo."""
+"""Signals that ask a run to stop, and signals and deaths under torchrun with two ranks of gloo."""
 
 import json
 import os
@@ -19,7 +19,7 @@ SMALL = ["device=cpu", "log_every=10", "checkpoint.minutes=0"]  # with two ranks
 
 @pytest.fixture
 def handlers():
-    """Puts the signal handlers back as they were."""
+    """Restores the signal handlers."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
     yield

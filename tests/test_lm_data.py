@@ -1,4 +1,4 @@
-"""Batches of a corpus: the published layout for training, every token exactly once for testing."""
+"""Batches of a corpus: the published layout in training, every token exactly once in the test."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ SEED, ROWS, STEPS = 7, 6, 5
 
 
 def in_memory(*lengths: np.ndarray, words: int = 10_000) -> Corpus:
-    """A corpus whose tokens are all different: 0, 1, 2, ... over all its shards."""
+    """A corpus with the tokens 0, 1, 2, ... over all its shards, so all are different."""
     shards, first = [], 0
     for of_shard in lengths:
         offsets = np.concatenate([[0], np.cumsum(of_shard)])
@@ -44,7 +44,7 @@ def updates_of_one_pass(data: TextData, epoch: int, **settings: int) -> list[Tra
 
 
 def published_batches(corpus: Corpus, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The published layout, spelled out: a shard's shuffled sentences as one list, viewed as [rows, batches, steps]."""
+    """The published layout: a shard's shuffled sentences as one list, viewed as [rows, batches, steps]."""
     batches = []
     for index in torch.randperm(len(corpus.train), generator=generator(SEED, "shards", epoch)).tolist():
         tokens, offsets = corpus.train[index].read()

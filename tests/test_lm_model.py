@@ -56,7 +56,7 @@ def test_initialisation_is_the_published_one():
 
 @pytest.mark.parametrize("highest", [99, 49, 9, 0])
 def test_adaptive_softmax_and_its_gradients_are_torchs(highest):
-    """Also where no target falls in the last clusters: torch then leaves no gradient, we one of zeros."""
+    """Also if no target is in the last clusters. torch then gives no gradient, this model gives zeros."""
     torch.manual_seed(highest)
     softmax = nn.AdaptiveLogSoftmaxWithLoss(32, WORDS, [10, 50])
     hidden = torch.randn(64, 32, requires_grad=True)
@@ -91,7 +91,7 @@ def test_log_probabilities_are_float32_and_sum_to_one_under_autocast():
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_state_carries_a_text_on(cell, dtype):
-    """Two batches, the state of the first passed to the second, are one batch of twice the length."""
+    """Two batches are like one batch of twice the length, if the second gets the first's state."""
     torch.manual_seed(0)
     model = LanguageModel(WORDS, cell, **SMALL)
     tokens, targets = torch.randint(WORDS, (2, 12, 3)).unbind(0)
@@ -124,7 +124,7 @@ def test_settings_that_do_not_fit_are_refused(settings, words):
 
 
 def test_asking_for_a_bf16_lstm_draws_no_random_numbers():
-    """A run that asks in its first step must go on as one that does not: a resumed run asks again."""
+    """A resumed run asks again in its first step. It must go on like a run that does not ask."""
     cpu_has_bf16_lstm.cache_clear()
     before = torch.get_rng_state()
     cpu_has_bf16_lstm()

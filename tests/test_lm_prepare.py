@@ -1,4 +1,4 @@
-"""Preparing a corpus: equal to the published encoder, restartable, and clear about what is wrong with its input."""
+"""Preparing a corpus: the published encoder's output, restarts after kills, and clear errors for bad input."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def prepared(corpus, tmp_path_factory) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Everything in the folder but the manifest, which names the source, and the lock."""
+    """All files in the folder except the lock and the manifest, which names the source."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("manifest.json", ".lock"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -59,7 +59,7 @@ def sentences(shard) -> list[list[int]]:
     ).map("".join)
 )
 def test_encoding_is_the_published_one(text):
-    """Whatever the white space: Unicode's line separators, tabs, lines without words, no line's end at the end."""
+    """With any white space: Unicode's line separators, tabs, lines without words, no newline at the end."""
     words = Vocabulary(WORDS, range(len(WORDS)))
     tokens, lengths = words.encode(text)
     expected = encode_line_by_line(text, {word: index for index, word in enumerate(WORDS)})
@@ -166,7 +166,7 @@ def test_a_vocabulary_that_is_none_is_refused(corpus, tmp_path, text, words):
 
 
 def test_a_word_that_stands_twice_is_named_and_taken_as_published(tmp_path, caplog):
-    """The published code fills a dict: the first line gives a word its place among equal counts, the last its count."""
+    """The published code fills a dict: a word's first line gives its place among equal counts, its last the count."""
     (tmp_path / "words").write_text("<S> 9\na 5\nb 5\nc 5\n<UNK> 4\nb 1\nc 5\na 5\ngone 0\n", encoding="utf-8")
     words = read_vocabulary(tmp_path / "words")
     counts = {}
@@ -239,7 +239,7 @@ def test_an_edit_of_equal_length_is_noticed(corpus, tmp_path):
 
 
 def test_counts_are_compared_with_the_benchmarks(corpus, tmp_path, caplog, monkeypatch):
-    """Of a text with the benchmark's file names alone; here of five files."""
+    """Only a text with the benchmark's file names is compared. Here it has five files."""
     caplog.set_level(logging.WARNING)
     build(corpus, tmp_path / "few")
     assert (
@@ -380,7 +380,7 @@ def larger(tmp_path_factory) -> Path:
 
 
 def test_killed_and_restarted_it_makes_the_same(larger, tmp_path):
-    """Killed in the middle of encoding, twice; its workers end with it, and no shard is made a second time."""
+    """Killed twice in the middle of encoding. Its workers end with it, and no shard is made a second time."""
     for file in (larger / TRAIN).iterdir():
         file.write_text(40 * file.read_text(encoding="utf-8"), encoding="utf-8")
     out = tmp_path / "out"
@@ -413,7 +413,7 @@ def test_killed_and_restarted_it_makes_the_same(larger, tmp_path):
 
 
 def test_a_disk_that_fills_up_costs_one_shard(corpus, prepared, tmp_path):
-    """A limit on the size of files stands for the full disk."""
+    """A limit on the size of files acts as the full disk."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, resource.RLIM_INFINITY))  # noqa: E731
     full = subprocess.run(
         command(corpus, tmp_path / "out", "--workers", 1), capture_output=True, text=True, preexec_fn=limit

@@ -1,4 +1,4 @@
-"""Schedules against the published sequences, worked out here from their definitions, and against torch's own."""
+"""Schedules against the published sequences, computed here from their definitions, and against torch's schedules."""
 
 import io
 import math
@@ -43,7 +43,7 @@ def test_cifar_cosine_is_torchs_once_per_epoch():
 
 
 def test_cosine_warmup_longer_than_an_epoch():
-    """The warmup runs to lr itself; the cosine counts its epochs from the start of training."""
+    """The warmup rises to lr itself. The cosine counts its epochs from the start of training."""
     optimizer = sgd(0.01)
     settings = {"last_lr": 1e-5, "warmup_updates": 5, "init_lr": 1e-5}
     taken = rates(optimizer, create_schedule(optimizer, "cosine", updates_per_unit=4, total=10, **settings), 40)
@@ -72,7 +72,7 @@ def test_translation_inverse_sqrt_is_fairseqs():
 
 
 def test_translation_milestone_counts_updates():
-    """lr 10, x 0.1 at updates 250,000 and 450,000; here both and the warmup are a thousandth."""
+    """lr 10, x 0.1 at updates 250,000 and 450,000. Here all numbers of updates are divided by a thousand."""
     optimizer = sgd(10.0)
     settings = {"milestones": [250, 450], "decay_rate": 0.1, "warmup_updates": 1, "init_lr": 0.01}
     taken = rates(optimizer, create_schedule(optimizer, "milestone", **settings), 500)
@@ -99,7 +99,7 @@ def test_warmup_of_the_optimizer_and_of_the_schedule_agree(how):
 
 
 def test_groups_and_tensors():
-    """Each group follows its own learning rate; one that is a tensor stays that tensor."""
+    """Each group follows its own learning rate. If that is a tensor, it stays the same tensor."""
     lr = torch.tensor(2.0)
     params = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
     optimizer = Apollo([{"params": params[0]}, {"params": params[1], "lr": lr}], lr=1.0, warmup=0)

@@ -1,4 +1,4 @@
-"""Beam search against every possible translation, against a plain one, and against itself in other batches."""
+"""Beam search against all possible translations, against a plain beam search, and against itself in other batches."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ def random_model(seed, words, sharpness=3.0, **sizes):
 
 @torch.no_grad()
 def log_p_next(model, source, prefix):
-    """Log-probabilities of the word after `prefix`, by the pass over whole sentences."""
+    """Log-probabilities of the word after `prefix`, by the model's pass over whole sentences."""
     logits = model(torch.tensor([[*source, EOS]]), torch.tensor([[BOS, *prefix]]))[0, -1]
     return logits.double().log_softmax(0).tolist()
 
@@ -35,7 +35,7 @@ def penalty(length, length_penalty):
 
 
 def exhaustive(model, source, words, longest, length_penalty):
-    """The best of all translations of at most `longest` words, EOS counted, and its score."""
+    """The best of all translations of at most `longest` words (with EOS), and its score."""
     best = (-math.inf, None)
     for length in range(1, longest + 1):
         for sentence in itertools.product(range(EOS + 1, words), repeat=length - 1):
@@ -45,7 +45,7 @@ def exhaustive(model, source, words, longest, length_penalty):
 
 
 def plain_beam_search(model, source, words, longest, k, length_penalty):
-    """One sentence at a time, one hypothesis at a time: the rules at the top of nmt/beam_search.py."""
+    """The rules at the top of nmt/beam_search.py, for one sentence and one hypothesis at a time."""
     hypotheses, best, ends = [(0.0, [])], (-math.inf, None), 0
     for length in range(1, longest + 1):
         candidates = []
@@ -114,7 +114,7 @@ def random_sources(count, words, seed=3):
 
 @pytest.mark.parametrize("k", [1, 4])
 def test_what_else_is_in_the_batch_changes_no_translation(k):
-    """Alone, in batches of any size, in any order: sentences of one batch end at different times and leave it."""
+    """Alone, in batches of any size, in any order. Sentences of a batch end and leave it at different times."""
     model, sources = random_model(11, 50, encoder_layers=2, decoder_layers=2), random_sources(30, 50)
     alone = [translate(model, [source], k)[0] for source in sources]
     assert len({len(hypothesis.words) for hypothesis in alone}) > 5
@@ -127,7 +127,7 @@ def test_what_else_is_in_the_batch_changes_no_translation(k):
 
 
 def test_a_translation_ends_at_its_longest_length():
-    """Random weights of which EOS is the least likely word: each sentence stops at a limit of its own."""
+    """The weights make EOS the least likely word, so each sentence stops at its own limit."""
     model, sources = random_model(2, 40), random_sources(4, 40)
     with torch.no_grad():
         model.embedding.weight[EOS] = -10 * model.decoder[-1].feed_forward_residual.norm.weight.new_ones(16)
@@ -140,7 +140,7 @@ def test_a_translation_ends_at_its_longest_length():
 
 
 class Chain:
-    """In a Transformer's place: ends at once with probability 0.5; with 0.4 it says 4, 5, 6, 7, 8, and ends."""
+    """Acts as a Transformer. With probability 0.5 it ends at once; with 0.4 it says 4, 5, 6, 7, 8, and ends."""
 
     def start(self, source, hypotheses):
         return self
@@ -162,7 +162,7 @@ class Chain:
 
 @pytest.mark.parametrize(("length_penalty", "longer"), [(0.0, False), (0.1, False), (0.3, True), (1.0, True)])
 def test_a_longer_translation_may_still_overtake(length_penalty, longer):
-    """log 0.4 is divided by the penalty of 6 words, log 0.5 by that of one; the search must not stop at the latter."""
+    """log 0.4 is divided by the penalty of 6 words, log 0.5 by that of one. The search must not stop at log 0.5."""
     assert (math.log(0.4) / penalty(6, length_penalty) > math.log(0.5)) == longer
     (found,) = beam_search(Chain(), torch.tensor([[4, EOS]]), 2, length_penalty, limits(20))
     assert found.words == ([4, 5, 6, 7, 8] if longer else [])

@@ -1,4 +1,4 @@
-"""Batches: every pair once an epoch, alike for any number of ranks, resumable, and with little padding."""
+"""Batches: every pair once an epoch, the same for any number of ranks, resumable, and with little padding."""
 
 import json
 import shutil
@@ -68,7 +68,7 @@ def test_a_split_is_what_was_prepared(data):
 
 
 def test_a_batch_is_its_sentences_padded(data):
-    """Against rows put together one by one."""
+    """Compared with rows that are made one by one."""
     indices = np.array([7, 3, 1200, 3])
     batch = data.train.batch(indices)
     assert all(tensor.dtype == torch.int64 for tensor in batch[:3])
@@ -97,13 +97,13 @@ def test_the_last_sentence_of_the_file_can_be_padded(data):
 
 
 def alone(*arguments, **settings):
-    """The batches of updates of one pass, on one rank."""
+    """The batches of an epoch on one rank, with one pass an update."""
     return [batch for ((_, batch),) in train_batches(*arguments, passes=1, **settings)]
 
 
 @pytest.mark.parametrize(("passes", "world_size"), [(1, 1), (8, 1), (8, 2), (8, 8), (6, 3)])
 def test_every_pair_once_an_epoch_on_equally_many_updates(data, passes, world_size):
-    """The last update takes what is left: no pair is dropped."""
+    """The last update takes the remaining pairs: no pair is dropped."""
     ranks = [list(train_batches(data.train, TOKENS, passes, 1, 0, rank, world_size)) for rank in range(world_size)]
     assert {len(updates) for updates in ranks} == {updates_per_epoch(data.train, TOKENS, passes)}
     for rank, updates in enumerate(ranks):
@@ -128,7 +128,7 @@ def test_a_pass_is_the_same_on_any_number_of_ranks(data, world_size):
 
 
 def test_an_update_sees_several_lengths(data):
-    """Its passes are the next of the shuffled batches, each with a length of its own."""
+    """Its passes are the next shuffled batches, and each has its own length."""
     updates = list(train_batches(data.train, TOKENS, 4, 1, 0))
     in_turn = alone(data.train, TOKENS, seed=1, epoch=0)
     passes = [batch for update in updates for _, batch in update]
@@ -161,7 +161,7 @@ def test_the_lengths_of_updates_come_in_no_order(data):
 
 
 def test_a_pass_with_nothing_to_do(data):
-    """More passes than batches are left: the ones without get a row that adds nothing to the loss, and no NaN."""
+    """Fewer batches than passes are left. The other passes get a row that adds nothing to the loss, and no NaN."""
     (update,) = train_batches(data.train, TOKENS, 1000, 1, 0)
     idle = [batch for _, batch in update if not batch.sentences]
     assert idle and all(batch.tokens == 0 for batch in idle)
@@ -209,7 +209,7 @@ def test_padding_is_counted_and_small(data):
 
 
 def test_batches_are_full(data):
-    """What fits is used: 8 sentences are the largest step, so nearly all batches come close to the budget."""
+    """Batch sizes are multiples of 8 sentences or finer, so nearly all batches come close to the budget."""
     batches = alone(data.train, 4096, seed=1, epoch=0)
     costs = [len(batch.source) * max(batch.source.shape[1], batch.target_in.shape[1]) for batch in batches]
     assert np.median(costs) > 0.9 * 4096

@@ -1,4 +1,4 @@
-"""Scores against sacreBLEU's command line, averages of weights, and the translating commands with any input."""
+"""Scores against sacreBLEU's command line, averages of weights, and the commands that translate, with any input."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder) -> Path:
-    """Trained for long enough that its translations end, and are words of the language."""
+    """A run trained so long that its translations end, and have words of the language."""
     method = ("optimizer={name: adamw, lr: 1.0e-2, betas: [0.9, 0.98]}", "schedule.warmup_updates=50")
     ours = ("updates=150", "schedule.milestones=[120]", "validate_every=150", "average.every=10", "decoding.beam=3")
     cell = Cell("nmt.train", folder / "cell.yaml")
@@ -41,7 +41,7 @@ def trained(folder) -> Path:
 
 @pytest.fixture
 def translated(monkeypatch, capsys):
-    """What `python -m nmt.translate RUN` prints for this input."""
+    """The output of `python -m nmt.translate RUN` for this input."""
 
     def run(run_dir: Path, text: bytes, *overrides: str) -> str:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
@@ -58,7 +58,7 @@ def by_command_line(translations: Path, references: Path, *options: str) -> str:
 
 
 def test_the_score_is_that_of_sacrebleus_command_line(trained, folder, tmp_path):
-    """Of the run's translations, which are poor, and of references with every seventh word left out, which are good."""
+    """Tested with the run's poor translations, and with good ones: references without every seventh word."""
     references = (folder / "test.de").read_text(encoding="utf-8").splitlines()
     words = [line.split(" ") for line in references]
     good = [" ".join(word for j, word in enumerate(line) if (i + j) % 7) for i, line in enumerate(words)]
@@ -110,7 +110,7 @@ def test_a_bundle_is_scored_and_translates_as_its_run(trained, folder, translate
 
 
 def plain_bleu(hypotheses: list[str], references: list[str]) -> float:
-    """BLEU as its paper defines it (Papineni et al., 2002), of a corpus of tokens, in per cent."""
+    """BLEU of a corpus of tokens, in per cent, as its paper defines it (Papineni et al., 2002)."""
     log_precisions = 0.0
     for n in (1, 2, 3, 4):
         right = total = 0
@@ -229,7 +229,7 @@ def test_each_score_against_a_plain_one():
 
 
 def test_tokenized_and_compound_split_bleu():
-    """Hyphenated compounds count as one token in the first, as three in the second."""
+    """A hyphenated compound is one token in the first score, and three in the second."""
     reference, other = "Die Ost-West-Route ist gut.", "Die Ost-Ost-Route ist gut."
     codec = Codec("en", "de", [*SPECIALS, WORD_START, *sorted({*reference, "@"} - {" "})], [])
     exact = all_scores([codec.encode(reference, "de")], [reference], codec)

@@ -1,4 +1,4 @@
-"""The Transformer against torch's own, its decoding word by word against whole sentences, its loss against torch's."""
+"""The Transformer against torch's, decoding word by word against whole sentences, the loss against torch's."""
 
 import math
 import re
@@ -88,7 +88,7 @@ def torch_transformer(model):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_it_computes_what_torchs_transformer_does(norm, training):
-    """In training on the CPU attention is spelled out, in evaluation it is torch's fused kernel: both are compared."""
+    """In training on the CPU attention is plain operations, in evaluation torch's fused kernel. Both are compared."""
     model = small_model(norm).train(training)
     source, (target_in, _) = sentences(6, 3, 5), targets(4, 7, 1)
     scale, table = math.sqrt(16), sinusoids(16, 16, torch.device("cpu"))
@@ -105,7 +105,7 @@ def test_it_computes_what_torchs_transformer_does(norm, training):
 
 
 def test_positions_are_the_published_sinusoids():
-    """Word 0 has position 2; of width 8 the four wavelengths are 2 pi * 10,000 ** (i / 3), sines before cosines."""
+    """Word 0 has position 2. Width 8 has the four wavelengths 2 pi * 10,000 ** (i / 3), sines before cosines."""
     table = sinusoids(300, 8, torch.device("cpu"))
     for word in (0, 1, 77, 299):
         angles = [(word + 2) / 10_000 ** (i / 3) for i in range(4)]
@@ -114,7 +114,7 @@ def test_positions_are_the_published_sinusoids():
 
 
 def test_every_tensor_begins_as_published():
-    """Mean and standard deviation of each, for d = 512, f = 2048. A uniform one on -b ... b has deviation b / sqrt 3.
+    """Mean and standard deviation of each, for d = 512, f = 2048. Uniform on -b ... b has the deviation b / sqrt 3.
 
     embedding      normal(0, 1 / sqrt d)                                           deviation 0.0441942
     query key value  weight: Xavier-uniform, gain 1 / sqrt 2:
@@ -165,7 +165,7 @@ def test_word_by_word_equals_whole_sentences(norm):
 
 @torch.no_grad()
 def test_hypotheses_keep_to_their_own_ancestors():
-    """Random parents at every step, and sentences that leave: each hypothesis sees its own words, and no other's."""
+    """Parents are random at every step, and sentences leave. Each hypothesis must see only its own words."""
     model = small_model().eval()
     source, k = sentences(6, 3, 5, 4), 3
     state = model.start(source, k)
@@ -227,7 +227,7 @@ def test_the_loss_is_torchs_without_the_padding(label_smoothing, monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 def test_the_loss_in_half_precision(dtype, tolerance):
-    """Of 10,000 words, whose probabilities are hardly more than float16 can hold."""
+    """With 10,000 words the probabilities are near the least that float16 can hold."""
     torch.manual_seed(0)
     weight = torch.randn(10_000, 32, requires_grad=True)
     hidden = (0.3 * torch.randn(50, 32)).requires_grad_()

@@ -1,4 +1,4 @@
-"""Parallel text to prepared data: what comes out is what went in, and every way of going wrong is noticed."""
+"""From parallel text to prepared data: the data holds what the text holds, and every error is noticed."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def small_chunks(monkeypatch):
 
 
 def lines_of(folder, split, language, codec):
-    """The tokens of each sentence, read from the arrays without any of the package's readers."""
+    """The tokens of each sentence, read from the arrays without the package's readers."""
     entry = json.loads((folder / "manifest.json").read_text())["splits"][split][language]
     ids = np.fromfile(folder / f"{split}.{language}.bin", f"<u{entry['token_bytes']}")
     offsets = np.fromfile(folder / f"{split}.{language}.offsets", "<i8")
@@ -94,7 +94,7 @@ def test_neither_chunks_nor_processes_change_the_outcome(text, monkeypatch):
 
 
 def test_filters(text):
-    """They count pieces, after a BPE that was learned on all pairs, also on those that they leave out."""
+    """They count pieces. The BPE is learned on all pairs, also on those that the filters leave out."""
     letters = "".join(random.Random(0).choices("adehinrst", k=900))  # one word, and too many pieces
     single = "xyxy"  # occurs in pairs alone that are left out: the BPE has a piece for it
     more = [
@@ -116,7 +116,7 @@ def test_filters(text):
 
 
 def test_lines_end_with_a_newline_and_nothing_else(text):
-    """Common Crawl holds other separators inside sentences: the two sides must not come out of step by them."""
+    """Common Crawl holds other separators inside sentences. They must not put the two sides out of step."""
     inside = "one\rtwo\x0cthree\x85four\u2028five\x1csix"
     write(text / "test.en", [inside, "Windows.\r"])
     (text / "test.de").write_bytes(b"eins zwei drei vier f\xc3\xbcnf sechs\nOhne Ende.")
@@ -266,7 +266,7 @@ def test_the_command_prints_one_line_and_returns_2(text):
 
 
 def prepare_until(moment, text):
-    """Prepare in a process that kills itself at the call of that number; its exit status."""
+    """Prepare in a process that kills itself at the call of the given number. Returns its exit status."""
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     calls = iter(range(moment))
@@ -330,7 +330,7 @@ def test_an_unfinished_preparation_of_other_data_is_not_continued(text, small_ch
 
 
 def test_two_at_once(text):
-    """The second is told so; or waits, where that is what it wants."""
+    """The second one is refused, or waits if it asks to wait."""
     (text / "out").mkdir()
     reader, writer = os.pipe()
     if not (child := os.fork()):

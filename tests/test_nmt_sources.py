@@ -1,4 +1,4 @@
-"""WMT14 in every form in which people have it: each gives the same data, and what is something else is refused."""
+"""WMT14 in every form in which people have it: each gives the same data, and other sets are refused."""
 
 import hashlib
 from dataclasses import replace
@@ -21,7 +21,7 @@ def texts():
 
 
 def lay_out(folder, files, monkeypatch):
-    """Write `files` below `folder`; archives of a known name get the checksum that these have."""
+    """Write `files` below `folder`. The known archives' checksums become those of these files."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)

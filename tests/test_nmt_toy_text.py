@@ -1,4 +1,4 @@
-"""The generated sentences: German as it should be."""
+"""The generated sentences are correct German."""
 
 import random
 

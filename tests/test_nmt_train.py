@@ -69,7 +69,7 @@ def test_killed_again_and_again_it_ends_the_same(cell, uninterrupted, tmp_path):
 
 
 def test_asked_to_stop_it_saves_first(cell, uninterrupted, tmp_path):
-    """Without timed checkpoints: what is there after the signal was saved because of it."""
+    """There are no timed checkpoints, so the signal alone causes the checkpoint."""
     run_dir, ours = tmp_path / "run", "checkpoint.minutes=60"
     assert cell.interrupt(run_dir, ours, at_update=6, number=signal.SIGTERM).status == 128 + signal.SIGTERM
     assert saved(run_dir)["progress"]["update"] == len(losses(run_dir)) >= 6
@@ -77,7 +77,7 @@ def test_asked_to_stop_it_saves_first(cell, uninterrupted, tmp_path):
 
 
 def test_the_number_of_ranks_changes_nothing(cell, tmp_path):
-    """8 passes an update on 1, 2 and 4 ranks, with dropout and over an epoch's end: 20 updates agree to rounding."""
+    """8 passes an update on 1, 2 and 4 ranks, with dropout, past the end of an epoch: 20 updates agree to rounding."""
     ours = ("batch=160", "passes=8", "updates=20", "validate_every=20", "average.every=20", "checkpoint.minutes=60")
     runs = [cell.complete(tmp_path / f"ranks_{n}", *ours, ranks=n) for n in (1, 2, 4)]
     recipes = [recipe(run_dir) for run_dir in runs]
@@ -155,7 +155,7 @@ def test_a_run_that_diverges_says_so(cell, tmp_path):
 
 
 def test_a_run_is_not_continued_with_another_vocabulary(folder, cell, tmp_path):
-    """The data were prepared again, differently: as many words, but two of them have changed places."""
+    """The data were prepared again: the number of words is the same, but two words have changed places."""
     run_dir = tmp_path / "run"
     assert cell.interrupt(run_dir, at_update=3, number=signal.SIGTERM).status == 128 + signal.SIGTERM
     data = shutil.copytree(folder / "data", tmp_path / "data")

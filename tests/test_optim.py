@@ -1,4 +1,4 @@
-"""What every optimizer of the table must do: the conventions of torch.optim, and a small problem solved."""
+"""Every optimizer of the table must keep the conventions of torch.optim, and solve a small problem."""
 
 import copy
 import io
@@ -21,7 +21,7 @@ def parameters(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[nn.Par
 
 
 def set_grads(params: list[Tensor], step: int) -> None:
-    """Gradients of a quadratic with noise that depends on the step alone."""
+    """Set gradients of a quadratic, with noise that depends only on the step."""
     draw = torch.Generator().manual_seed(1000 + step)
     for param in params:
         noise = torch.randn(param.shape, generator=draw).to(param.dtype)
@@ -93,7 +93,7 @@ def test_copy_and_pickle_go_on_alike(case):
 
 @all_cases
 def test_groups_are_independent(case):
-    """Two groups, the second added later, step as two optimizers do."""
+    """Two groups, the second added later, step like two optimizers."""
     params, apart = parameters(), parameters()
     together = case.make([{"params": params[:2], "lr": 0.01}])
     together.add_param_group({"params": params[2:], "weight_decay": 0.05})

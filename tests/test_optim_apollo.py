@@ -1,4 +1,4 @@
-"""What is Apollo's own: its settings and errors, what it keeps, and that its paths take the same step on any memory."""
+"""Apollo's own properties: settings and errors, its state, and that all paths take the same step on any memory."""
 
 import copy
 import math
@@ -70,7 +70,7 @@ def test_every_path_is_the_literal_one(path, variant):
 
 @variants
 def test_state_bytes(variant):
-    """8 bytes per float32 parameter, 12 only where decoupled decay hides the average in the direction."""
+    """8 bytes per float32 parameter; 12 only with decoupled decay, which hides the average in the direction."""
     params = random_parameters()
     optimizer = Apollo(params, **variant)
     step_together((optimizer, params), steps=2)
@@ -84,7 +84,7 @@ def test_state_bytes(variant):
 @pytest.mark.parametrize("decay", ["decoupled", "stable"])
 @pytest.mark.parametrize("rebound", ["constant", "belief"])
 def test_weight_decay_may_come_and_go(path, decay, rebound):
-    """The average starts to be stored when it has to be, and is right from the first."""
+    """The average is stored from the moment when it must be, and is correct at once."""
     settings = {"lr": 0.01, "warmup": 0, "weight_decay_type": decay, "rebound": rebound}
     literal, params = random_parameters(dtype=torch.float64), random_parameters(dtype=torch.float64)
     pairs = (LiteralApollo(literal, **settings), literal), (Apollo(params, **settings, **path), params)
@@ -99,7 +99,7 @@ def test_weight_decay_may_come_and_go(path, decay, rebound):
 @paths
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_parameters_have_float32_state(path, dtype):
-    """The step is the float32 one of the same gradients, its result rounded once; and so after a reload."""
+    """The step is the float32 step of the same gradients, rounded once. It stays so after a reload."""
     settings = {"lr": 0.1, "warmup": 0, "weight_decay": 1e-3, **path}
     params = random_parameters(dtype=dtype)
     optimizer = Apollo(params, **settings)
@@ -154,7 +154,7 @@ def layouts() -> dict[str, nn.Parameter]:
 @paths
 @variants
 def test_memory_layouts(path, variant):
-    """Strided parameters and views of one storage step as contiguous ones do, whatever their gradients' strides."""
+    """Strided parameters and views of one storage step like contiguous ones, with any strides of the gradients."""
     strided = layouts()
     plain = {name: nn.Parameter(param.detach().double().contiguous()) for name, param in strided.items()}
     optimizers = Apollo(strided.values(), **variant, **path), LiteralApollo(plain.values(), **variant)
@@ -171,7 +171,7 @@ def test_memory_layouts(path, variant):
 
 @paths
 def test_gradients_of_another_dtype(path):
-    """They make a list of their own, for the fused kernel does not take them."""
+    """They get a separate list, because the fused kernel does not take them."""
     param, grad = random_parameters(((4, 3),), torch.bfloat16)[0], torch.randn(4, 3)
     expected = param.detach() - grad * 0.1
     settings = Settings.of(Apollo([param], lr=0.1, warmup=0, **path).defaults)
@@ -184,7 +184,7 @@ def test_gradients_of_another_dtype(path):
 
 @paths
 def test_what_is_not_finite_spreads_over_its_tensor(path):
-    """Where neither a gradient nor a direction is, too: the fused step must not take these for done."""
+    """Also to elements with zero gradient and direction. The fused step must not skip these."""
     grad = torch.zeros(2000)
     grad[:3] = torch.tensor([1.0, math.inf, 1.0])
     params = [nn.Parameter(torch.ones(2000)), nn.Parameter(torch.ones(2000))]
@@ -208,7 +208,7 @@ def test_in_place_writes_are_seen_by_autograd():
 @paths
 @pytest.mark.parametrize("unscale", [False, True])
 def test_gradient_scaler(path, unscale):
-    """Scaled gradients step as unscaled ones do; a step with an infinity in them advances nothing at all."""
+    """Scaled gradients step like unscaled ones. A step with an infinity in a gradient advances nothing."""
     scaled, plain = random_parameters(), random_parameters()
     settings = {"lr": 0.1, "warmup": 3, "weight_decay": 1e-3, "rebound": "belief", **path}
     optimizer, reference = Apollo(scaled, **settings), Apollo(plain, **settings)
@@ -240,7 +240,7 @@ def test_gradient_scaler(path, unscale):
 
 @pytest.mark.parametrize("foreach", [False, True])
 def test_compiles_whole(foreach):
-    """With capturable=True torch.compile makes one graph of the step, and does not compile it again for the next."""
+    """With capturable=True torch.compile makes one graph of the step. It does not compile again at the next step."""
     graphs = []
 
     def backend(graph, _):
@@ -272,7 +272,7 @@ def published(optimizer: LiteralApollo, params) -> dict:
 
 @pytest.mark.parametrize("name", APOLLO)
 def test_published_checkpoints(name):
-    """A golden trajectory begun by the published optimizer, gone on with here, and ended by the published one again."""
+    """The published optimizer begins a golden trajectory, this one continues it, and the published one ends it."""
     golden = load(name)
 
     class Relay(torch.optim.Optimizer):
@@ -324,7 +324,7 @@ def test_loaded_settings_are_checked():
 
 @pytest.mark.parametrize(("warmup", "capturable"), [(0, False), (5, False), (0, True), (5, True)])
 def test_own_warmup(warmup, capturable):
-    """Learning rates read off a parameter whose direction is 1: B = 0 and m = 1 while gradients are 1 and d is tiny."""
+    """A parameter with direction 1 shows the learning rates: B = 0 and m = 1 while gradients are 1 and d is tiny."""
     param = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     settings = {"warmup": warmup, "init_lr": 0.1, "foreach": False, "capturable": capturable}
     optimizer = Apollo([param], lr=0.5, sigma=1e9, eps=1e9, **settings)

@@ -1,4 +1,4 @@
-"""Two ranks with a sharded model or sharded state take the steps that one takes alone."""
+"""Two ranks with a sharded model or sharded state take the same steps as one process."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
-    """Parameters after every task of optim_ranks.py, run by two processes."""
+    """The parameters after every task of optim_ranks.py, run by two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     repository = Path(__file__).parent.parent
     command = [sys.executable, str(Path(optim_ranks.__file__)), str(folder)]

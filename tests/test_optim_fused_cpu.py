@@ -1,4 +1,4 @@
-"""The fused CPU step: its conversions, threads, carried sums and zeros, and the lack of a compiler."""
+"""The fused CPU step: conversions, threads, carried sums, zeros, and machines without a compiler."""
 
 import copy
 import ctypes
@@ -21,7 +21,7 @@ LARGER = ((fused_cpu.LARGE + 5,), (30, 50), (2, fused_cpu.LARGE))  # two of them
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fused_converts_as_torch_does(dtype):
-    """Every finite half-precision number read, and multiples of it written, in one step from zero: p = -lr * g."""
+    """One step from zero, p = -lr * g, reads every finite half-precision number and writes multiples of it."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     grad = every[every.isfinite()]
     for lr in (1.0, 1.1, 0.3, 0.01, 3.0):
@@ -49,7 +49,7 @@ def test_fused_takes_any_number_of_threads():
 
 @variants
 def test_fused_on_large_tensors(variant):
-    """Tensors of many chunks and waves, which take another way through the kernel than small ones."""
+    """Tensors of many chunks and waves take another path through the kernel than small ones."""
     shapes = ((300_001,), (5,), (65_536,), (65_537,), (0,), ())
     literal, params = random_parameters(shapes, torch.float64), random_parameters(shapes, torch.float64)
     optimizers = LiteralApollo(literal, **variant), Apollo(params, **variant, fused=True)
@@ -75,7 +75,7 @@ def test_memory_format_may_change_between_steps():
     "meanwhile", ["nothing", "a resume", "new weights", "new state", "other memory", "foreach", "another sigma"]
 )
 def test_carried_sums(settings, meanwhile):
-    """The fused step takes a large tensor's sums from its last step, unless someone has written to it in between."""
+    """The fused step takes a large tensor's sums from its last step, unless the tensor was written to since."""
     settings = {"lr": 0.1, "warmup": 0, **settings}
     params, twins = (random_parameters(LARGER, torch.float64) for _ in range(2))
     pairs = [[Apollo(params, fused=True, **settings), params], [Apollo(twins, foreach=False, **settings), twins]]
@@ -121,7 +121,7 @@ def test_sums_carried_and_taken_anew_are_the_same_bits(dtype, settings):
 
 @pytest.mark.parametrize("carry_sums", [True, False])
 def test_writes_that_autograd_does_not_see(carry_sums):
-    """Through `.data`: what carry_sums=False is for."""
+    """Writes through `.data` need carry_sums=False."""
     settings = {"lr": 0.1, "warmup": 0, "weight_decay": 0.1}
     params, twins = random_parameters(LARGER), random_parameters(LARGER)
     ours = Apollo(params, fused=True, carry_sums=carry_sums, **settings), params
@@ -136,7 +136,7 @@ def test_writes_that_autograd_does_not_see(carry_sums):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("decay", [0.0, 1e-2])
 def test_gradients_that_are_mostly_zero(dtype, decay):
-    """An embedding's: the fused step does not read what the zeros are multiplied with."""
+    """As an embedding's gradients: the fused step does not read what is multiplied by zeros."""
     settings = {"lr": 0.1, "warmup": 0, "weight_decay": decay}
     shape, rows = (5_000, 60), ([0, 4_000], [3_999], [], [1_111, 1_112, 4_999], [2_500])
     params, twins, copies = (random_parameters((shape, (40, 60)), dtype) for _ in range(3))
@@ -160,7 +160,7 @@ def test_gradients_that_are_mostly_zero(dtype, decay):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_direction_without_gradients_ends_at_zero(dtype):
-    """It shrinks by beta = 0.5 a step, to zero and not to subnormal numbers; then the parameter stands still."""
+    """It shrinks by beta = 0.5 a step, to zero and not to subnormal numbers. Then the parameter does not change."""
     param, twin = random_parameters(((1000,),), dtype)[0], random_parameters(((1000,),), dtype)[0]
     optimizer, single = (
         Apollo([x], lr=0.1, beta=0.5, warmup=0, **how) for x, how in ((param, {"fused": True}), (twin, PATHS["single"]))

@@ -1,4 +1,4 @@
-"""Every path of Apollo repeats the published trajectories; so does torch's RAdam, with the right arguments."""
+"""Every path of Apollo repeats the published trajectories. So does torch's RAdam with the right arguments."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_radam_is_the_published_radamw():
 
 
 def test_rounding_parameters_alone_leaves_the_belief_trajectory():
-    """Why float32 is not compared to the end there: rounding the parameters is enough to leave it, even in float64."""
+    """The reason why float32 is not compared to the end there: rounding the parameters is enough, even in float64."""
     golden = load("apollo_2021_belief_decoupled")
 
     class Rounding(Apollo):

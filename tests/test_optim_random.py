@@ -1,6 +1,6 @@
-"""Random cases: any mixture of tensors, settings and gradients that Apollo takes agrees with the literal algorithm.
+"""Random cases: Apollo agrees with the literal algorithm for any mixture of tensors, settings and gradients.
 
-A few hundred run with the suite; `APOLLO_EXAMPLES=10000 python -m pytest tests/test_optim_random.py` runs more.
+The suite runs a few hundred. `APOLLO_EXAMPLES=10000 python -m pytest tests/test_optim_random.py` runs more.
 """
 
 import os
@@ -45,7 +45,7 @@ groups = st.fixed_dictionaries(
 
 
 def laid_out(values: Tensor, layout: str, dtype: torch.dtype, storage: dict[torch.dtype, Tensor]) -> Tensor:
-    """A tensor of these values laid out so in memory; "a view" is cut from what is left of `storage`."""
+    """A tensor of these values with the given memory layout. "a view" is cut from the rest of `storage`."""
     values = values.to(dtype)
     if layout == "strided":
         return torch.zeros(*values.shape, 2, dtype=dtype)[..., 0].copy_(values)
@@ -78,7 +78,7 @@ def test_agrees_with_the_literal_algorithm(
     absent: set[tuple[int, int]],
     drop: int,
 ) -> None:
-    """Each step from the same parameters, so that half precision and belief's sensitivity do not add up."""
+    """Each step starts at the same parameters, so errors of half precision and of belief do not add up."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(shape: tuple[int, ...]) -> Tensor:

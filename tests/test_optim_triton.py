@@ -1,7 +1,7 @@
 """The Triton kernels without a GPU: run by numpy, in Triton's interpreter, and compiled for GPUs that are not there.
 
-The interpreter has to be chosen before Triton is imported, so the cases run in a process of their own, which gives the
-golden errors of every case as JSON.
+The interpreter must be chosen before Triton is imported. So the cases run in their own process, which prints the golden
+errors of every case as JSON.
 """
 
 import json
@@ -118,7 +118,7 @@ def test_agrees_with_the_single_tensor_step(results, case):
 
 @pytest.mark.parametrize(("case", "bound"), [("bfloat16", 2**-5), ("float16 stable", 2**-8)])
 def test_half_precision(results, case, bound):
-    """A few roundings of difference in four steps, each a half unit of 8 or 11 bits."""
+    """Four steps may differ by a few roundings, each half a unit of 8 or 11 bits."""
     assert results[case] <= bound
 
 
@@ -137,7 +137,7 @@ TYPES = {"table": "*i64", "chunks": "*i64", "partials": "*fp64", "sums": "*fp64"
 
 
 def compiled(kernel, capability: int, types: dict[str, str | None], constants: dict) -> dict:
-    """What Triton makes of a kernel for an NVIDIA GPU of this compute capability: its "ptx", its "cubin", ..."""
+    """A kernel compiled by Triton for an NVIDIA GPU of this compute capability: its "ptx", its "cubin", ..."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -156,7 +156,7 @@ def compiled(kernel, capability: int, types: dict[str, str | None], constants: d
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("case", ["plain", "L2", "decoupled", "stable", "belief"])
 def test_compiles_for_gpus(monkeypatch, tmp_path, capability, dtype, case):
-    """Every kernel, by Triton's compiler and NVIDIA's assembler; float32 is read and written 16 bytes at a time."""
+    """Triton's compiler and NVIDIA's assembler take every kernel. float32 is read and written 16 bytes at a time."""
     pytest.importorskip("triton", minversion="3.4")  # before, its compiler was called otherwise
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton.language as tl

@@ -1,4 +1,4 @@
-"""The pool of jobs, with small programs in the place of trainings: order, failures, signals, folders that are held."""
+"""The pool of jobs, with small programs instead of trainings: order, failures, signals, folders in use."""
 
 import json
 import os
@@ -44,7 +44,7 @@ PROGRAM = """
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """Makes a job that does `what` in the run folder `name`."""
+    """A job that does `what` in the run folder `name`."""
     (tmp_path / "modules/program").mkdir(parents=True)
     (tmp_path / "modules/program/train.py").write_text(textwrap.dedent(PROGRAM))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'modules'}:{ROOT}")

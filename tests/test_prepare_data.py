@@ -1,4 +1,4 @@
-"""scripts/prepare.sh: one command a table, from what people have to the line that starts a row; on toy data."""
+"""scripts/prepare.sh on toy data: one command a table, from what people have to the line that starts a row."""
 
 import hashlib
 import pickle
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def said(capsys):
-    """Runs the command; its lines on standard output."""
+    """Run the command. Returns its lines on standard output."""
 
     def run(*arguments):
         prepare.main([str(argument) for argument in arguments])
@@ -38,7 +38,7 @@ def said(capsys):
 
 
 def make_cifar(folder, monkeypatch):
-    """Files of CIFAR-10's format with three images each, whose checksums torchvision expects; no address answers."""
+    """Files of CIFAR-10's format with three images each. torchvision expects their checksums; its address is dead."""
     batches, random = folder / CIFAR10.base_folder, np.random.default_rng(0)
     batches.mkdir(parents=True)
 
@@ -59,7 +59,7 @@ def make_cifar(folder, monkeypatch):
 
 @pytest.mark.parametrize("form", ["", CIFAR10.filename, CIFAR10.base_folder])
 def test_cifar10(said, tmp_path, monkeypatch, form):
-    """As the archive or unpacked, named itself or by the folder that holds it; a damaged copy is never opened."""
+    """The archive or the unpacked files, named directly or by their folder. A damaged copy is never opened."""
     make_cifar(tmp_path / "source", monkeypatch)
     if form == CIFAR10.base_folder:
         (tmp_path / "source" / CIFAR10.filename).unlink()
@@ -76,7 +76,7 @@ def test_cifar10(said, tmp_path, monkeypatch, form):
 
 
 def test_one_billion_words(said, tmp_path):
-    """The vocabulary lies beside the text; --test all is handed on; what is complete stays as it is."""
+    """The vocabulary lies beside the text. --test all is passed on. Complete data stays as it is."""
     text = make_corpus(tmp_path / "text")
     make_vocabulary(text / "1b_word_vocab.txt", ["the", "of"])
     found, will, row = said("one_billion_words", text, tmp_path / "out", "--test", "all", "--workers", 1)
@@ -92,7 +92,7 @@ def test_one_billion_words(said, tmp_path):
 
 
 def test_one_billion_words_downloaded(said, tmp_path, monkeypatch):
-    """From the published places, here files on this disk, to where the configs look; once complete, no more."""
+    """Downloads from the published addresses (here local files) to where the configs look, only until complete."""
     monkeypatch.chdir(tmp_path)
     with tarfile.open("away.tar.gz", "w:gz") as tar:
         tar.add(make_corpus(tmp_path / "text"), "benchmark")

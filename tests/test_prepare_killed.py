@@ -1,6 +1,6 @@
 """Every preparation of text, killed at random moments and started again, ends in the same bytes.
 
-PREPARE_KILLS is the number of moments, 3 by default; the long form is
+PREPARE_KILLS is the number of kills, 3 by default. The long form is
 
     PREPARE_KILLS=10 python -m pytest tests/test_prepare_killed.py
 """
@@ -31,7 +31,7 @@ KILLS = int(os.environ.get("PREPARE_KILLS", "3"))
 
 
 def language_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """From a folder, in many small shards, with a vocabulary that is counted from the text."""
+    """From a folder, in many small shards, with a vocabulary counted from the text."""
     monkeypatch.setattr(lm_text, "PART_BYTES", 9_000)
     return partial(build, make_corpus(folder / "text"))
 
@@ -44,7 +44,7 @@ def language_model_archive(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 
 def translation(layout: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """In small chunks; what is not plain is unpacked first."""
+    """In small chunks. SGM and archives are unpacked first."""
     for module in (nmt_text, stages):
         monkeypatch.setattr(module, "CHUNK", 32)
     for name, content in layout(toy_texts(100)).items():
@@ -56,7 +56,7 @@ def translation(layout: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def in_a_process(make: Callable[[Path], None], out: Path, seconds: float | None) -> tuple[int, float]:
-    """Make `out` in a process that kills itself after `seconds`; its exit status, and how long it lived."""
+    """Make `out` in a process that kills itself after `seconds`. Returns its exit status and lifetime in seconds."""
     start = time.monotonic()
     if not (child := os.fork()):
         if seconds is not None:

@@ -1,4 +1,4 @@
-"""The report on run folders as they are found: complete, unfinished, of another recipe, damaged."""
+"""The report on run folders of all kinds: complete, unfinished, of another recipe, damaged."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def in_root(monkeypatch):
 
 
 def make_run(runs, row, seed, final=None, epochs=3, overrides=(), batchnorm_batch=128):
-    """A run folder as train.py leaves it: complete with a `final` value, unfinished without."""
+    """A run folder as train.py leaves it. With `final` it is complete, without it is unfinished."""
     config = load_cell("cifar10", cells("cifar10", row)["milestone"], (f"seed={seed}", *overrides))
     folder = runs / f"cifar10/{row}_milestone/seed{seed}"
     folder.mkdir(parents=True)
@@ -74,7 +74,7 @@ def make_translation(runs, seed, scores, updates):
 
 
 def test_a_translation_row_compares_like_with_like(tmp_path):
-    """The difference is that of fairseq's BLEU; the other scores stand beside it."""
+    """The difference is that of fairseq's BLEU. The other scores stand beside it."""
     for seed, shift in ((1, 0.0), (11, 0.2)):
         scores = {"fairseq_bleu": 28.4, "sacrebleu": 27.6, "compound_split_bleu": 28.1, "tokenized_bleu": 27.5}
         make_translation(tmp_path, seed, {name: score + shift for name, score in scores.items()}, 500)
@@ -90,7 +90,7 @@ def test_a_translation_row_compares_like_with_like(tmp_path):
 
 
 def test_a_run_is_held_against_the_authors_log(tmp_path, capsys):
-    """Our log lines, in bits, at the updates of the published ones; blank beyond the run's end."""
+    """Our log lines, in bits, at the updates of the published ones. Cells after the run's end are blank."""
     make_translation(tmp_path, 1, {"fairseq_bleu": 28.4}, 6350)
     main([str(tmp_path), "--plot", str(tmp_path / "curves.png")])
     printed = capsys.readouterr().out

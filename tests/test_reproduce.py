@@ -1,4 +1,4 @@
-"""reproduce.sh as users call it: cells of a table, a farm killed at any moment, a cell that always fails."""
+"""reproduce.sh as users call it: cells of a table, a farm killed at some moment, a cell that always fails."""
 
 import json
 import os
@@ -25,7 +25,7 @@ SMALL = ["device=cpu", "epochs=2", "log_every=1"]
 
 
 def kill_all(farm):
-    """SIGKILL to the farm and to every training below it, the farm first."""
+    """Send SIGKILL to the farm, then to all of its trainings."""
     trainings = _children(farm.pid)
     for process in (farm.pid, *trainings):
         os.kill(process, signal.SIGKILL)

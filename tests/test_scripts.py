@@ -204,7 +204,7 @@ def test_missing_names_what_is_absent_or_too_old():
 
 @pytest.fixture
 def bare_machine(tmp_path):
-    """A copy of the scripts, and an environment whose PATH holds a few tools and no Python."""
+    """A copy of the scripts, and an environment whose PATH has a few tools but no Python."""
     shutil.copytree(ROOT / "scripts", tmp_path / "tree/scripts", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "setup.py", tmp_path / "tree")
     (tmp_path / "bin").mkdir()
@@ -214,7 +214,7 @@ def bare_machine(tmp_path):
 
 
 def put_python(environment, name, failing="nothing"):
-    """An interpreter `name` on that PATH: this one, save that it fails where its arguments match `failing`."""
+    """Put this interpreter on that PATH as `name`. It fails if its arguments match `failing`."""
     python = Path(environment["PATH"]) / name
     python.write_text(f'#!/bin/sh\ncase "$*" in {failing}) exit 1;; esac\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Runs as jobs of a queue: submission, saving before time is up and going back, without SLURM."""
+"""Runs as jobs of a queue, without SLURM: submission, saving before time is up, going back into the queue."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def wait_for(condition, seconds=240):
 
 
 def test_what_is_asked_of_slurm(in_root, tmp_path, monkeypatch):
-    """sbatch and squeue are stand-ins that write down what they are given."""
+    """sbatch and squeue are stand-ins. sbatch keeps the script that it gets."""
     programs = {
         "sbatch": f'cp "$1" {tmp_path}/batch\necho "Submitted batch job 77"',
         "srun": "",

@@ -1,4 +1,4 @@
-"""Every block of docs/using_apollo.md runs as it stands there, and trains, where its libraries are installed."""
+"""Every block of docs/using_apollo.md runs unchanged, and trains, if its libraries are installed."""
 
 import re
 import sys

@@ -1,8 +1,7 @@
-"""Training runs as the tests make them: started, killed, resumed and compared.
+"""Training runs for tests: started, killed, resumed and compared.
 
-A run is a process of its own, so that a kill is a kill. It is forked from a server that has imported the three commands
-once: an interpreter takes longer to import torch than most of these runs take. `Cell.command_line` is for the tests
-that want the real command.
+A run is a real process, so that tests can kill it. It is forked from a server that has imported the three commands
+once, because importing torch takes longer than most of these runs. `Cell.command_line` gives the command of a user.
 """
 
 import json
@@ -26,7 +25,7 @@ from engine.errors import run_main
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["classification.train", "language_model.train", "nmt.train", "sklearn.datasets"])
-PATIENCE_S = 300  # of a test with a run that hangs
+PATIENCE_S = 300  # seconds after which a test gives up on a run that hangs
 
 # What may differ between two equal runs.
 TIMES = ("examples_per_s", "tokens_per_s", "wall_s", "optimizer_ms_per_step", "peak_memory_mb")
@@ -55,7 +54,7 @@ class Running:
         return self._ranks[0].is_alive()
 
     def send(self, number: signal.Signals, group: bool = False) -> None:
-        """The signal goes to every rank, as torchrun passes it on; with `group` to the ranks' workers too."""
+        """Send the signal to every rank, as torchrun does. With `group` the ranks' workers get it too."""
         for process in self._ranks:
             with suppress(ProcessLookupError):
                 (os.killpg if group else os.kill)(process.pid, number)
@@ -88,7 +87,7 @@ class Cell:
         return self.start(run_dir, *overrides, ranks=ranks).wait()
 
     def complete(self, run_dir: Path, *overrides: str, ranks: int = 1) -> Path:
-        """A run that must end well; returns its folder."""
+        """Run to the end, which must succeed. Returns the run's folder."""
         ended = self.run(run_dir, *overrides, ranks=ranks)
         assert ended.status == 0, ended.stderr
         return run_dir
@@ -109,7 +108,7 @@ class Cell:
         return running.wait()
 
     def refusal(self, run_dir: Path, *overrides: str) -> str:
-        """The one line in which the run is refused."""
+        """The one error line with which the run is refused."""
         return one_line_error(self.run(run_dir, *overrides))
 
     def _arguments(self, run_dir: Path, overrides: tuple[str, ...]) -> list[str]:
@@ -117,7 +116,7 @@ class Cell:
 
 
 def _places(ranks: int) -> list[dict[str, str]]:
-    """The variables by which torchrun tells each rank its place."""
+    """The environment variables by which torchrun tells each rank its place."""
     if ranks == 1:
         return [{}]
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -128,7 +127,7 @@ def _places(ranks: int) -> list[dict[str, str]]:
 def _train(module: str, arguments: list[str], stderr: str, place: dict[str, str]) -> None:
     """The whole life of one rank."""
     os.setsid()
-    multiprocessing.set_start_method(None, force=True)  # its data loader's workers start as they do for users
+    multiprocessing.set_start_method(None, force=True)  # data loader workers start in the same way as for users
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_APPEND), 2)
     os.environ.update(place)
     torch.set_num_threads(1)
@@ -152,10 +151,10 @@ def one_line_error(ended: Any) -> str:
 
 
 def metrics(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, or those of one kind, without what is measured in time and memory."""
+    """The lines of metrics.jsonl (of one `kind`, if given), without measured times and memory."""
     path = run_dir / "metrics.jsonl"
     written = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [json.loads(line) for line in written if line.endswith("\n")]  # a run at work may be writing the last one
+    lines = [json.loads(line) for line in written if line.endswith("\n")]  # a run may be writing the last one just now
     return [_without_times(line) for line in lines if kind in (None, line["kind"])]
 
 
@@ -182,7 +181,7 @@ def saved(run_dir: Path) -> dict[str, Any]:
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    """Two finished runs are equal, bit for bit: weights (also those kept for averaging), optimizer state, metrics."""
+    """Assert that two finished runs are equal, bit for bit: weights (kept ones too), optimizer state, metrics."""
     first, second = _all_tensors(one), _all_tensors(other)
     assert first.keys() == second.keys() and any("/optimizer/" in name for name in first)
     assert not [name for name in first if not torch.equal(first[name], second[name])]

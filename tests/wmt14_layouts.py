@@ -1,4 +1,4 @@
-"""WMT14 in every form in which people have it, with the text of a toy: {path below the source: bytes}."""
+"""WMT14 in every form in which people have it, with generated text: {path below the source: bytes}."""
 
 import io
 import tarfile
@@ -12,7 +12,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def toy_texts(lines: int = 20) -> dict[str, str]:
-    """The files of the recipe by name; every text has lines of its own."""
+    """The files of the recipe by name. No two texts share a pair of lines."""
     pairs, found = generate(5 * lines), {}
     for number, text in enumerate((*WMT14.train, WMT14.valid, WMT14.test)):
         sides = zip(*pairs[lines * number : lines * (number + 1)], strict=True)
@@ -79,7 +79,7 @@ def statmt_archives(texts):
 
 
 def dev_archive(texts):
-    """statmt's dev.tgz, beside plain training text; the test set in it with the sides' roles changed."""
+    """statmt's dev.tgz beside plain training text. In its test set the sides have exchanged roles."""
     files = {name: content for name, content in orig(texts).items() if name.startswith("dev/")}
     files["dev/newstest2014-deen-ref.en.sgm"] = sgm(texts["newstest2014.en"]).encode()
     files["dev/newstest2014-deen-src.de.sgm"] = sgm(texts["newstest2014.de"]).encode()

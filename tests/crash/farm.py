@@ -2,9 +2,10 @@
 
     python -m tests.crash.farm [FOLDER] [--epochs N] [--kills N]
 
-In the root of the repository; some minutes on two cores. The farm is killed at random moments, once by itself, once
-with all that it started, and so on, and started again each time. It must end in the tables of a farm that nobody
-killed, number for number, without a line of metrics twice, and name the failing cell. Exits with 1 where it does not.
+Run it in the root of the repository. It takes some minutes on two cores. The farm is killed at random moments, in turn
+alone and with all processes that it started, and each time started again. Its tables must have the same numbers as
+those of a farm that nobody killed. No line of metrics may occur twice, and the farm must name the failing cell. If it
+fails, the exit status is 1.
 """
 
 import argparse
