@@ -53,7 +53,7 @@ class ImageRun(runs.Run):
 
 def main(arguments: list[str]) -> int:
     config = runs.read_arguments(Config, arguments, USAGE)
-    with closing(setup(config.device)) as world:
+    with closing(setup(config.device, config.deterministic)) as world:
         return train(config, world)
 
 
@@ -62,7 +62,8 @@ def train(config: Config, world: World) -> int:
     record = RunRecord(config, config.folder, world, config.tensorboard)
     if record.complete:
         return record.say_complete()
-    run = prepare(config, world, record)
+    with record.start():
+        run = prepare(config, world, record)
     with runs.progress_bar(run, config.epochs * run.data.updates_per_epoch(config.batch, config.passes)) as bar:
         while run.progress.epoch < config.epochs:
             if not train_epoch(run, bar):
@@ -171,7 +172,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> ImageRun:
     """Build everything the loop needs, and take up the run folder's last checkpoint if there is one."""
     world.require_divisible(config.batch, config.passes)
     precision = runs.create_precision(config.precision, world.device, record.say)
-    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    torch.backends.cudnn.benchmark = not config.deterministic  # every batch has the same shape
     with world.main_first():  # it may have to download
         data = load_data(config.data, world.device, config.seed)
 

@@ -1,22 +1,32 @@
 """Checkpoints that survive being killed: written beside, synced, renamed; the last few kept; never unpickled.
 
 `checkpoint.pt` is the newest, `checkpoint.1.pt` the one before, and so on. At every instant at least one of them is
-whole. A file that turns out to be damaged is named, and the next older one is used.
+whole. Each is a file of torch.save, a zip archive, whose comment is a checksum of all bytes before it: one bit that
+has changed is noticed, also where torch.load and the zip format's own checksums do not look. A file that turns out to
+be damaged is named, and the next older one is used.
 """
 
 import os
 import pickle
+import re
 import time
-import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import torch
+from xxhash import xxh3_128
 
 from engine.distributed import World
-from engine.errors import UserError
+from engine.errors import UserError, explain
+
+DEAREST = 0.01  # share of the running time that saves between evaluations may take
+COMMENT = b"xxh3-128 of all before this: "
+NO_COMMENT = b"\0\0"  # how an archive without a comment ends: with the comment's length
+TRAILER_BYTES = len(NO_COMMENT) + len(COMMENT) + 2 * xxh3_128().digest_size
+BLOCK_BYTES = 1 << 24
 
 
 class Stateful(Protocol):
@@ -44,8 +54,8 @@ class Progress:
 class Checkpoints:
     """Saves and restores `parts` (anything with state_dict and load_state_dict) together with a Progress.
 
-    Rank 0 writes; every rank calls every method. `minutes` is the time between saves that `due` asks for, `keep` the
-    number of files kept. `say` takes one line of text for the user.
+    Rank 0 writes; every rank calls every method. `minutes` is the time between saves that `due` asks for, longer where
+    saving takes more than 1 % of it (0: each time); `keep` is the number of files kept. `say` takes one line of text.
     """
 
     def __init__(
@@ -60,28 +70,35 @@ class Checkpoints:
             say,
         )
         self.saved_at = time.monotonic()
+        self.took_s = 0.0  # the last save
 
     def due(self) -> bool:
-        return time.monotonic() - self.saved_at >= self.minutes * 60
+        seconds = max(self.minutes * 60, self.took_s / DEAREST) if self.minutes else 0.0
+        return time.monotonic() - self.saved_at >= seconds
 
     def save(self, progress: Progress, extra: dict[str, Any] | None = None) -> None:
         """Write a checkpoint; on any failure the older ones are untouched and a UserError says so."""
+        started = time.monotonic()
         if self.world.is_main:
             state = {name: part.state_dict() for name, part in self.parts.items()}
             write_checkpoint(self.folder, state | {"progress": vars(progress), "extra": extra or {}}, self.keep)
         self.world.barrier()
         self.saved_at = time.monotonic()
+        self.took_s = self.saved_at - started
 
     def restore(self, progress: Progress) -> dict[str, Any] | None:
-        """Load the newest whole checkpoint into `parts` and `progress`; returns its `extra`, or None without one."""
-        state = read_checkpoint(self.folder, self.say)
+        """Load the newest whole checkpoint into `parts` and `progress`; returns its `extra`, or None without one.
+
+        Damaged ones are set aside, as *.damaged: the next save must not push a whole one out and keep them.
+        """
+        state, damaged = _newest_whole(self.folder, self.say)
         if state is None:
             return None
         if missing := [name for name in (*self.parts, "progress", "extra") if name not in state]:
             raise UserError(
                 f"{self.folder}: the checkpoint lacks {', '.join(missing)}: another program's; use another run_dir"
             )
-        if state["progress"].keys() != vars(progress).keys():
+        if not isinstance(state["progress"], dict) or state["progress"].keys() != vars(progress).keys():
             raise UserError(
                 f"{self.folder}: the checkpoint is of another version of this program, and cannot be continued: choose "
                 "another run_dir, or delete the folder"
@@ -91,10 +108,13 @@ class Checkpoints:
                 require_same_shapes(part, state[name], self.folder)
             try:
                 part.load_state_dict(state[name])
-            except (ValueError, RuntimeError, KeyError) as error:
+            except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{self.folder}: the checkpoint's {name} does not fit this run: {error}") from None
         for name, value in state["progress"].items():
             setattr(progress, name, value)
+        self.world.barrier()  # all ranks have read
+        for path in damaged if self.world.is_main else ():
+            path.replace(path.with_suffix(".damaged"))
         return state["extra"]
 
 
@@ -103,7 +123,9 @@ def write_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
     newest, temporary = _path(folder, 0), folder / "checkpoint.tmp"
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            hashed = _Hashed(file)
+            torch.save(state, hashed)
+            hashed.end()
             file.flush()
             os.fsync(file.fileno())
         for age in range(keep - 1, 0, -1):
@@ -112,7 +134,8 @@ def write_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
         os.replace(temporary, newest)
         _sync_folder(folder)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         reason = _root_cause(error)
         left = "the last one saved is untouched" if _existing(folder) else "none was saved before"
         raise UserError(
@@ -123,25 +146,30 @@ def write_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
 def read_checkpoint(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
     """The newest whole checkpoint of `folder` on the CPU, or None where there is none.
 
-    Damaged ones are named through `say`. Raises UserError where there are some and all are damaged.
+    Damaged ones are named through `say`. Raises UserError where there are some and all are damaged, or one cannot be
+    read.
     """
+    return _newest_whole(folder, say)[0]
+
+
+def _newest_whole(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Any] | None, list[Path]]:
+    """The newest whole checkpoint, and the files that are newer and damaged."""
     found = _existing(folder)
     for position, path in enumerate(found):
-        damage = _damage(path)
-        if damage is None:
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError:
-                damage = "it holds more than tensors and plain values, and is not run"
+        state, damage = _read(path)
+        if state is not None:
+            return state, found[:position]
         older = found[position + 1 :]
         if not older:
             raise UserError(f"{path} is damaged ({damage}) and no older one is left; delete {folder} to start over")
         say(f"{path} is damaged ({damage}): using {older[0].name}, saved before it")
-    return None
+    return None, []
 
 
 def require_same_shapes(model: torch.nn.Module, state: Mapping[str, torch.Tensor], source: Path) -> None:
     """Raise UserError, naming the first difference, where `state` belongs to another model than `model`."""
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{source}: the checkpoint's model is no mapping of names to tensors: another program's")
     ours = model.state_dict()
     for name in [*ours, *(name for name in state if name not in ours)]:
         here = tuple(ours[name].shape) if name in ours else "absent"
@@ -159,18 +187,54 @@ def _path(folder: Path, age: int) -> Path:
 
 def _existing(folder: Path) -> list[Path]:
     """Checkpoint files, newest first. `checkpoint.pt` may be missing: a save was killed between two renames."""
-    numbered = sorted((p for p in folder.glob("checkpoint.*.pt")), key=lambda p: int(p.name.split(".")[1]))
+    ages = [re.fullmatch(r"checkpoint\.([1-9][0-9]{0,8})\.pt", path.name) for path in folder.glob("checkpoint.*.pt")]
+    numbered = [_path(folder, age) for age in sorted(int(match[1]) for match in ages if match)]
     return [path for path in (_path(folder, 0), *numbered) if path.exists()]
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with the file, or None: torch.load does not check the records' checksums, the zip library does."""
+class _Hashed:
+    """The file that torch.save writes to, which it does from beginning to end."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.hash = file, xxh3_128()
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def end(self) -> None:
+        """Give the archive its comment: its last two bytes, zeros so far, are the comment's length."""
+        self.file.seek(-len(NO_COMMENT), os.SEEK_END)
+        self.file.write(_trailer(self.hash))
+
+
+def _trailer(hashed: xxh3_128) -> bytes:
+    comment = COMMENT + hashed.hexdigest().encode()
+    return len(comment).to_bytes(len(NO_COMMENT), "little") + comment
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """What the file holds, or None and what is wrong with it. Raises UserError where it cannot be read at all."""
+    hashed = xxh3_128()
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        return f"truncated or not a checkpoint: {error}"
-    return f"checksum error in record {broken}" if broken else None
+        with open(path, "rb") as file:
+            left = file.seek(0, os.SEEK_END) - TRAILER_BYTES
+            file.seek(0)
+            while left > 0 and (block := file.read(min(left, BLOCK_BYTES))):
+                hashed.update(block)
+                left -= len(block)
+            hashed.update(NO_COMMENT)
+            if left or file.read() != _trailer(hashed):
+                return None, "it is not whole: its checksum differs"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {explain(error)}") from None
+    except pickle.UnpicklingError:
+        return None, "it holds more than tensors and plain values, and is not run"
+    return (state, "") if isinstance(state, dict) else (None, "it holds no mapping: another program's")
 
 
 def _root_cause(error: BaseException) -> str:

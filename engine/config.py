@@ -7,9 +7,9 @@ came from (a file or the command line), the key, and what would be right.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -24,9 +24,11 @@ from pydantic import (
 from yaml.constructor import ConstructorError
 
 from engine.errors import UserError, nearest
+from engine.files import write_atomically
 
 TAKEN_WHOLE = ("optimizer", "schedule")
 COMMAND_LINE = "command line"
+MOST_VALUES = 10_000  # that a YAML text may stand for: aliases of aliases could stand for more than memory holds
 
 
 class ConfigError(UserError, ValueError):
@@ -76,6 +78,7 @@ class RunConfig(Strict):
     precision: Literal["fp32", "tf32", "bf16", "fp16", "apex-O1", "apex-O2"] = "fp32"
     compile: bool = False  # torch.compile
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False  # on a GPU: torch's deterministic algorithms, so that a resumed run repeats bit for bit
     log_every: PositiveInt = 50  # updates
     tensorboard: bool = False
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -101,7 +104,7 @@ def load_config(model: type[ConfigT], path: str | Path, overrides: Sequence[str]
         if not equals or not key:
             raise ConfigError(f"command line: '{override}' is not of the form key=value")
         try:
-            value = yaml.load(text, Loader=_Loader) if text else None
+            value = read_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"command line: cannot read the value of {key}: {_flat(error)}") from None
         _set_dotted(values, key, value, sources)
@@ -112,8 +115,10 @@ def load_config(model: type[ConfigT], path: str | Path, overrides: Sequence[str]
 
 
 def save_config(config: BaseModel, path: str | Path) -> None:
-    """Write the resolved config as YAML that `load_config` reads back to the same values."""
-    Path(path).write_text(dump_config(config))
+    """Write the resolved config as YAML that `load_config` reads back to the same values; the same text is kept."""
+    path, text = Path(path), dump_config(config)
+    if not (path.exists() and path.read_bytes() == text.encode()):
+        write_atomically(path, text)
 
 
 def dump_config(config: BaseModel) -> str:
@@ -132,28 +137,123 @@ def differences(ours: Any, theirs: Any, ignore: Sequence[str] = (), prefix: str 
     return [] if ours == theirs else [prefix.rstrip(".")]
 
 
+def read_yaml(text: str) -> Any:
+    """The value of a YAML text: mappings, lists, and the scalars of YAML 1.2's core schema.
+
+    So 010 is ten, 5e-4 is a number, and 1:30, 1_000, 2020-01-01 and yes are text, where PyYAML by itself follows
+    YAML 1.1. The merge key `<<` is understood, though 1.2 has dropped it. Raises yaml.YAMLError.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _checked_size(node, {}) > MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {MOST_VALUES:,} values")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _checked_size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values `node` stands for once every alias is written out. Refuses a key that is given twice."""
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = 1  # for a node that holds itself, which PyYAML refuses later
+    children = node.value if isinstance(node, yaml.CollectionNode) else ()
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in children]
+        for index, (key, _) in enumerate(children):
+            if isinstance(key, yaml.ScalarNode) and key.value in keys[:index]:
+                raise ConstructorError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
+        children = [child for pair in children for child in pair]
+    known[id(node)] += sum(_checked_size(child, known) for child in children)
+    return known[id(node)]
+
+
+# YAML 1.2.2, section 10.3.2: the core schema's scalars, in the order in which they are tried.
+_TAG = "tag:yaml.org,2002:"
+_CORE = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    "merge": (r"<<", ["<"]),  # of YAML 1.1
+}
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 5e-4 as a number, as everyone expects, and refuses a key given twice."""
+    """Reads the core schema alone: another tag is refused."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+    yaml_constructors: ClassVar[dict] = {None: yaml.SafeLoader.construct_undefined}
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put the keys of merged mappings, `<<: *a` or `<<: [*a, *b]`, before the mapping's own; the own ones hold.
+
+        PyYAML's takes, of a key that the merged mapping has itself overridden, the overridden value.
+        """
+        merged = [value for key, value in node.value if key.tag == f"{_TAG}merge"]
+        node.value = own = [pair for pair in node.value if pair[0].tag != f"{_TAG}merge"]
+        given, added = [key.value for key, _ in own], []
+        sources = [
+            one for value in merged for one in (value.value if isinstance(value, yaml.SequenceNode) else [value])
+        ]
+        for source in sources:
+            if not isinstance(source, yaml.MappingNode):
+                raise ConstructorError(None, None, "<< takes a mapping, or a list of mappings", source.start_mark)
+            self.flatten_mapping(source)
+            new = [pair for pair in source.value if pair[0].value not in given]
+            given += [key.value for key, _ in new]
+            added += new
+        node.value = added + own
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+def _scalar(convert: Callable[[str], Any]) -> Callable[[yaml.SafeLoader, yaml.ScalarNode], Any]:
+    def construct(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+        text = loader.construct_scalar(node)
+        try:
+            return convert(text)
+        except (ValueError, KeyError):  # tagged as what it is not, or a number of more digits than Python converts
+            kind = node.tag.removeprefix(_TAG)
+            raise ConstructorError(None, None, f"{text[:40]!r} cannot be read as {kind}", node.start_mark) from None
+
+    return construct
 
 
-def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for index, key in enumerate(keys):
-        if key in keys[:index]:
-            raise ConstructorError(None, None, f"the key '{key}' is given twice", node.value[index][0].start_mark)
-    return loader.construct_mapping(node, deep=True)
+def _integer(text: str) -> int:
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+def _float(text: str) -> float:
+    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+for _name, _construct in {
+    "null": _scalar(lambda text: None),
+    "bool": _scalar(lambda text: {"true": True, "false": False}[text.lower()]),
+    "int": _scalar(_integer),
+    "float": _scalar(_float),
+    "str": _scalar(str),
+    "seq": lambda loader, node: loader.construct_sequence(node, deep=True),
+    "map": lambda loader, node: loader.construct_mapping(node, deep=True),
+}.items():
+    _Loader.add_constructor(_TAG + _name, _construct)
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that writes floats so that every YAML 1.1 reader takes them for floats (1.0e-08, not 1e-08)."""
+    """Writes what YAML 1.1 and 1.2 read alike: floats as 1.0e-08, not 1e-08, and text in quotes that either takes for
+    something else."""
+
+
+for _name, (_pattern, _first) in _CORE.items():
+    for _reader in (_Loader, _Dumper):
+        _reader.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
@@ -170,7 +270,7 @@ def _read_with_bases(path: Path, sources: dict[str, str], seen: tuple[Path, ...]
     if path.resolve() in seen:
         raise ConfigError(f"{path}: the chain of base: files comes back to this file")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        values = read_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError:

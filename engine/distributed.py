@@ -84,12 +84,15 @@ def divide(batch: int, passes: int, ranks: int) -> tuple[int, int] | None:
     return None if batch * passes % more else (batch * passes // more, more)
 
 
-def setup(device: str = "auto") -> World:
+def setup(device: str = "auto", deterministic: bool = False) -> World:
     """Join the process group if torchrun started us (WORLD_SIZE is set), and choose this rank's device.
 
-    `device`: auto (cuda where there is one), cpu or cuda. Raises UserError where cuda is asked for and missing.
+    `device`: auto (cuda where there is one), cpu or cuda. `deterministic` asks torch for algorithms that give the same
+    bits each time. Raises UserError where cuda is asked for and missing, and where the environment makes no sense.
     """
-    rank, world_size, local_rank = (int(os.environ.get(name, d)) for name, d in _TORCHRUN)
+    if deterministic:
+        use_deterministic_algorithms()
+    rank, world_size, local_rank = read_environment()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -100,9 +103,51 @@ def setup(device: str = "auto") -> World:
             )
         torch.cuda.set_device(local_rank)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:  # torch's errors of the network are RuntimeErrors
+            place = ":".join(os.environ[name] for name in _ADDRESS)
+            raise UserError(f"rank {rank} of {world_size} cannot join the others at {place}: {error}") from error
     place = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     return World(rank, world_size, local_rank, place)
 
 
-_TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+def read_environment() -> tuple[int, int, int]:
+    """This process's rank, the number of ranks, and the rank on this machine, from what torchrun sets.
+
+    Raises UserError, naming the variable, for one that is no such number, and for a WORLD_SIZE without the rest.
+    """
+    world_size = _number("WORLD_SIZE", 1, range(1, 1 << 31))
+    if world_size == 1:
+        return 0, 1, _number("LOCAL_RANK", 0, range(1 << 31))
+    if missing := [name for name in ("RANK", *_ADDRESS) if name not in os.environ]:
+        raise UserError(
+            f"the environment has WORLD_SIZE={world_size} and no {' nor '.join(missing)}: start with torchrun, which "
+            "sets them all, or unset WORLD_SIZE"
+        )
+    _number("MASTER_PORT", 0, range(1, 1 << 16))
+    return _number("RANK", 0, range(world_size)), world_size, _number("LOCAL_RANK", 0, range(world_size))
+
+
+def _number(name: str, default: int, valid: range) -> int:
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and int(text[:12]) in valid):
+        bounds = f"from {valid.start} to {valid.stop - 1}" if valid.stop < 1 << 31 else f"of {valid.start} or more"
+        raise UserError(
+            f"the environment has {name}={text!r}, where a whole number {bounds} belongs: unset it, or start with "
+            "torchrun, which sets it"
+        )
+    return int(text)
+
+
+def use_deterministic_algorithms() -> None:
+    """Ask torch for algorithms that give the same bits each time; an operation that has none raises RuntimeError.
+
+    Call it before anything is computed on a GPU: cuBLAS reads its variable when it is first used.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False  # it chooses by speed, which differs from run to run
+
+
+_ADDRESS = ("MASTER_ADDR", "MASTER_PORT")

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -28,21 +29,36 @@ def settings_of(what: str) -> Iterator[None]:
         raise UserError(f"{prefix}{error}") from error
 
 
+def raised_at(error: BaseException) -> str:
+    """An error of somebody else's code in one line: its kind, its words, and the line of code that raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+
+
 def run_main(main: Callable[[list[str]], int | None]) -> None:
     """Run a command's `main(argv)` and exit with its status; a UserError becomes one line on stderr and status 2."""
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         _print_error(error)
-    except OSError as error:  # a full disk can strike at any write
-        if error.errno != errno.ENOSPC:
+    except OSError as error:  # a full disk, or one that has gone, can strike at any read or write
+        if not error.strerror:
             raise
-        _print_error(
-            f"{error.strerror}: {error.filename or 'while writing'}; free some space, then run the same command again"
-        )
+        _print_error(f"{error.filename or 'reading or writing'}: {explain(error)}")
     sys.exit(2)
 
 
+def explain(error: OSError) -> str:
+    """What the system says happened, and what helps where that is certain."""
+    advice = {
+        errno.ENOSPC: "free some space, then run the same command again",
+        errno.EDQUOT: "free some space, then run the same command again",
+        errno.EROFS: "choose a place that can be written to",
+        errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    }.get(error.errno or 0)
+    return f"{error.strerror}; {advice}" if advice else error.strerror or str(error)
+
+
 def _print_error(error: object) -> None:
-    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK") and os.environ.get("WORLD_SIZE") != "1" else ""
     print(f"{rank}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

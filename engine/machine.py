@@ -22,8 +22,14 @@ def cpu_name() -> str:
 
 def cpu_has_bf16() -> bool | None:
     """Whether the processor has bfloat16 arithmetic; None if the system does not report it."""
-    flags = _cpu_info("flags") or _cpu_info("Features")
-    return not BF16_FLAGS.isdisjoint(flags[0].split()) if flags else None
+    flags = cpu_flags()
+    return not BF16_FLAGS.isdisjoint(flags) if flags else None
+
+
+def cpu_flags() -> list[str]:
+    """What the processor can do, by Linux's names (avx2, amx_bf16, ...); none if the system does not report it."""
+    lines = _cpu_info("flags") or _cpu_info("Features")
+    return lines[0].split() if lines else []
 
 
 def _cpu_info(key: str) -> list[str]:

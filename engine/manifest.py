@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
+from engine.errors import UserError, explain
 
 MANIFEST = "manifest.json"
 
@@ -17,11 +17,11 @@ def read_manifest(folder: Path, keys: Sequence[str] = (), version: int | None = 
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): mend that, then try again") from None
+        raise UserError(f"{path} cannot be read: {explain(error)}") from None
     except ValueError as error:
         raise _damaged(path, str(error)) from None
     if not isinstance(manifest, dict):

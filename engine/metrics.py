@@ -51,10 +51,26 @@ class Sums:
             self.values.copy_(rows.sum(0))
 
 
-def require_finite(loss: float, update: int) -> None:
-    """Raise UserError where the mean loss is NaN or infinite; `update` says where in the run."""
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the training loss is {loss} at update {update}: the run has diverged; lower optimizer.lr, lengthen "
-            "schedule.warmup_updates, or use a wider precision. Checkpoints saved before this are kept"
-        )
+def require_finite(value: float, update: int, name: str = "training loss") -> None:
+    """Raise UserError where the metric `name` is NaN or infinite; `update` says where in the run."""
+    if not math.isfinite(value):
+        raise _diverged(f"the {name} is {value}", update)
+
+
+def require_finite_weights(model: torch.nn.Module, world: World, update: int) -> None:
+    """Raise UserError, on every rank, where a weight or buffer of any rank's `model` is NaN or infinite.
+
+    Reads all weights once, and waits for the device once.
+    """
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    flags = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]) if tensors else torch.ones(1)
+    if world.max(int(not flags.all())):
+        ruined = next((name for name, fine in zip(tensors, flags.tolist(), strict=True) if not fine), "another rank's")
+        raise _diverged(f"{ruined} holds weights that are not finite", update)
+
+
+def _diverged(what: str, update: int) -> UserError:
+    return UserError(
+        f"{what} at update {update}: the run has diverged; lower optimizer.lr, lengthen schedule.warmup_updates, or "
+        "use a wider precision. Checkpoints saved before this are kept"
+    )

@@ -24,10 +24,10 @@ from engine.apex_adapter import ApexPrecision, require_apex
 from engine.checkpoint import Checkpoints, Progress
 from engine.config import RunConfig, load_config
 from engine.distributed import World
-from engine.errors import UserError, settings_of
+from engine.errors import UserError, raised_at, settings_of
 from engine.interrupt import StopRequest, Wish, agree
 from engine.machine import cpu_has_bf16
-from engine.metrics import Sums, require_finite
+from engine.metrics import Sums, require_finite, require_finite_weights
 from engine.precision import Precision
 from engine.run_record import RunRecord, peak_memory_mb
 from optim import create_optimizer
@@ -163,7 +163,7 @@ def restore(run: Run) -> dict[str, Any] | None:
             )
         run.window.scatter(saved["window"], run.world)
         run.record.say(f"resuming at epoch {run.progress.epoch + 1}, update {run.progress.update}")
-    run.record.rewind(saved and saved["record"])
+    run.record.rewind(saved and saved["record"], run.progress.update)
     return saved
 
 
@@ -208,7 +208,11 @@ def end_update(run: Run, bar: tqdm) -> Wish:
 
 
 def _step(run: Run) -> bool:
-    return run.precision.step(run.optimizer)
+    try:
+        return run.precision.step(run.optimizer)
+    except Exception as error:  # the optimizer may be anyone's
+        name, update = run.config.optimizer.name, run.progress.update + 1
+        raise UserError(f"the optimizer {name} failed in update {update}: {raised_at(error)}") from error
 
 
 def _timed_step(run: Run) -> bool:
@@ -244,12 +248,13 @@ def log_window(run: Run, bar: tqdm, **means: float | None) -> None:
 
 
 def save(run: Run, **own: torch.Tensor) -> None:
-    """Write a checkpoint, unless the training loss has become non-finite: such weights must not push out good ones.
+    """Write a checkpoint, unless the training loss or a weight is not finite: such weights must not push out good ones.
 
     `own` is what the task saves besides; `restore` returns it. Every rank calls this, with the same values.
     """
     window = run.window.gather(run.world)
     require_finite(float(window[:, 0].sum()), run.progress.update)
+    require_finite_weights(run.model, run.world, run.progress.update)
     extra = {"window": window, "record": run.record.position(), "vocabulary": run.vocabulary}
     run.checkpoints.save(run.progress, extra | own)
     start_clock(run)
@@ -258,9 +263,12 @@ def save(run: Run, **own: torch.Tensor) -> None:
 def record_evaluation(run: Run, kind: str, trained: dict[str, float], evaluated: dict[str, float]) -> None:
     """Write a line of the evaluation's metrics and those of the training since the last one; a new interval begins.
 
-    `kind` names the line: epoch, validation. The metrics are kept as `progress.last`.
+    `kind` names the line: epoch, validation. The metrics are kept as `progress.last`. Raises UserError, and writes
+    nothing, where one of the evaluation's is not finite.
     """
     progress = run.progress
+    for name, value in evaluated.items():
+        require_finite(value, progress.update, name)
     progress.last = trained | evaluated | {"lr": progress.lr} | _speed(run)
     progress.trained_on += progress.since_evaluation[run.COUNTED]
     progress.train_s += progress.since_evaluation_s
@@ -286,8 +294,13 @@ def say_stopped(run: Run) -> int:
 
 
 def write_result(run: Run, metric: str, final: float, **own: Any) -> None:
-    """Write result.json: `final` is the run's `metric`, and `own` are the task's further keys."""
+    """Write result.json: `final` is the run's `metric`, and `own` are the task's further keys.
+
+    Raises UserError where `final` or a weight is not finite: such a run is not complete.
+    """
     config, progress = run.config, run.progress
+    require_finite(final, progress.update, metric)
+    require_finite_weights(run.model, run.world, progress.update)
     run.record.finish(
         table=config.table,
         row=config.row,

@@ -7,14 +7,18 @@ torch is imported where it is used: the scripts that look at run folders do with
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +26,9 @@ from pydantic import BaseModel
 from tqdm import tqdm
 
 from engine.config import ConfigError, differences, load_config, save_config
-from engine.errors import UserError
+from engine.errors import UserError, explain
 from engine.files import hold, write_atomically
-from engine.machine import cpu_name
+from engine.machine import core_count, cpu_flags, cpu_name
 
 if TYPE_CHECKING:
     import torch
@@ -53,19 +57,38 @@ class RunRecord:
         self.wall_s_before = 0.0
         self.result = read_result(run_dir)
         self._metrics = self._log = self._board = None
+        self._tensorboard = tensorboard
         if world.is_main:
-            try:
-                run_dir.mkdir(parents=True, exist_ok=True)
-                self._lock = hold(run_dir, "training")
-            except OSError as error:
-                reason = f"cannot write a run there ({error.strerror})"
-                raise UserError(f"{run_dir}: {reason}; choose another run_dir") from None
-            _require_same_settings(config, run_dir)
-            save_config(config, run_dir / "config.yaml")
-            self._metrics = open(run_dir / "metrics.jsonl", "a+b")  # noqa: SIM115 - open as long as the run
-            self._log = open(run_dir / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-            self._board = _tensorboard(run_dir) if tensorboard else None
+            self._made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+            with self.start():
+                self._open(config)
         world.barrier()
+
+    def _open(self, config: BaseModel) -> None:
+        folder = self.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = hold(folder, "training")
+            _require_same_settings(config, folder)
+            save_config(config, folder / "config.yaml")
+            self._metrics = open(folder / "metrics.jsonl", "a+b")  # noqa: SIM115 - open as long as the run
+            self._log = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        except OSError as error:
+            reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+            raise UserError(f"{folder}: cannot write a run there ({reason}); choose another run_dir") from None
+
+    @contextmanager
+    def start(self) -> Iterator[None]:
+        """What must be done before training: where it fails, a folder that was made for this run is removed again."""
+        try:
+            yield
+        except BaseException:
+            if self.world.is_main and self.folder in self._made:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                for parent in self._made[1:]:
+                    with suppress(OSError):  # somebody else uses it too
+                        parent.rmdir()
+            raise
 
     @property
     def complete(self) -> bool:
@@ -92,53 +115,87 @@ class RunRecord:
         if self.world.is_main:
             path = self.folder / "environment.json"
             now = describe_environment(self.world) | {"recipe": recipe}
-            before = json.loads(path.read_text()) if path.exists() else None
+            before = read_json(path)
             if before is not None:  # a resumed run: keep what its first part ran on
-                now["resumed_from"] = [*before.pop("resumed_from", []), before]
+                earlier = before.pop("resumed_from", [])
+                same = [key for key in ("packages", "cpu_flags") if before.get(key) == now[key]]
+                now["resumed_from"] = [*earlier, {key: value for key, value in before.items() if key not in same}]
             write_atomically(path, json.dumps(now, indent=1) + "\n")
 
     def metrics(self, kind: str, update: int, **values: Any) -> None:
         """Append one line to metrics.jsonl (and to TensorBoard, where asked for)."""
         if self.world.is_main:
-            line = {"kind": kind, "update": update, **values}
-            self._metrics.write((json.dumps(line) + "\n").encode())
+            line = {"kind": kind, "update": update, **{name: _finite(value) for name, value in values.items()}}
+            self._metrics.write((json.dumps(line, allow_nan=False) + "\n").encode())
             self._metrics.flush()
-            for name, value in values.items() if self._board else ():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{kind}/{name}", value, update)
+            self._show(line)
+
+    def _show(self, line: dict[str, Any]) -> None:
+        for name, value in line.items() if self._board else ():
+            if isinstance(value, (int, float)) and name != "update":
+                self._board.add_scalar(f"{line['kind']}/{name}", value, line["update"])
 
     def position(self) -> dict[str, Any]:
         """What a checkpoint must remember of this record: a resumed run continues the file from there."""
         if not self.world.is_main:
             return {}
         os.fsync(self._metrics.fileno())
+        if self._board:
+            self._board.flush()  # by itself it writes every two minutes, and a kill would lose what came before
         return {"metrics_bytes": self._metrics.seek(0, os.SEEK_END), "wall_s": self.wall_s}
 
-    def rewind(self, position: dict[str, Any] | None) -> None:
-        """Drop the lines written after `position` (all of them for None): the run is about to repeat them."""
+    def rewind(self, position: dict[str, Any] | None, update: int = 0) -> None:
+        """Drop the lines written after `position` (all of them for None): the run is about to repeat them.
+
+        `update` is the one at which the position was taken. TensorBoard forgets it and all later ones, and is given
+        those lines again that were written at it before.
+        """
         position = position or {"metrics_bytes": 0, "wall_s": 0.0}
         self.wall_s_before = position["wall_s"]
-        if self.world.is_main and self._metrics.seek(0, os.SEEK_END) > position["metrics_bytes"]:
+        if not self.world.is_main:
+            return
+        if self._metrics.seek(0, os.SEEK_END) > position["metrics_bytes"]:
             self._metrics.truncate(position["metrics_bytes"])
+        if self._tensorboard:
+            self._board = _tensorboard(self.folder, update)
+            self._metrics.seek(0)
+            for line in map(json.loads, self._metrics):
+                if line["update"] >= update:
+                    self._show(line)
 
     def finish(self, **result: Any) -> None:
         """Write result.json: the last file of a run."""
         if self.world.is_main:
-            self.result = {**result, "wall_s": round(self.wall_s, 1), "complete": True}
-            write_atomically(self.folder / "result.json", json.dumps(self.result, indent=1) + "\n")
+            finite = {name: _finite(value) for name, value in result.items()}
+            self.result = finite | {"wall_s": round(self.wall_s, 1), "complete": True}
+            write_atomically(self.folder / "result.json", json.dumps(self.result, indent=1, allow_nan=False) + "\n")
             if self._board:
                 self._board.close()
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
     """The run's result.json, or None where the run is unfinished. Raises UserError where the file is damaged."""
-    path = run_dir / "result.json"
+    return read_json(run_dir / "result.json")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The mapping in a JSON file of a run folder, or None without a file. Raises UserError where it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a result ({error}); delete the file to run this cell again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {explain(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, then run the same command again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged (it is no mapping); delete it, then run the same command again")
+    return values
+
+
+def _finite(value: Any) -> Any:
+    """None for NaN and infinity, which JSON has not."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe_environment(world: World) -> dict[str, Any]:
@@ -158,8 +215,13 @@ def describe_environment(world: World) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "device": torch.cuda.get_device_name(world.device) if cuda else cpu_name(),
         "cpu_threads": torch.get_num_threads(),
+        "cpu_threads_between_operations": torch.get_num_interop_threads(),
+        "cpu_cores_usable": core_count(),
+        "cpu_flags": cpu_flags(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "platform": platform.platform(),
         "git": _git_revision(),
+        "packages": {found.name: found.version for found in sorted(distributions(), key=lambda one: one.name.lower())},
     }
 
 
@@ -203,12 +265,13 @@ def _at(values: Any, dotted: str) -> Any:
     return values
 
 
-def _tensorboard(run_dir: Path) -> Any:
+def _tensorboard(run_dir: Path, update: int) -> Any:
+    """A writer of events; those that are there of `update` and later are not shown any longer."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("tensorboard=true needs the tensorboard package: pip install tensorboard") from None
-    return SummaryWriter(run_dir / "tensorboard")
+    return SummaryWriter(run_dir / "tensorboard", purge_step=update)
 
 
 def _git_revision() -> str | None:

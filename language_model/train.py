@@ -54,7 +54,7 @@ class TextRun(runs.Run):
 
 def main(arguments: list[str]) -> int:
     config = runs.read_arguments(Config, arguments, USAGE)
-    with closing(setup(config.device)) as world:
+    with closing(setup(config.device, config.deterministic)) as world:
         return train(config, world)
 
 
@@ -63,7 +63,8 @@ def train(config: Config, world: World) -> int:
     record = RunRecord(config, config.folder, world, config.tensorboard)
     if record.complete:
         return record.say_complete()
-    run = prepare(config, world, record)
+    with record.start():
+        run = prepare(config, world, record)
     with runs.progress_bar(run, config.epochs * run.data.updates_per_epoch) as bar:
         while run.progress.epoch < config.epochs:
             if not train_epoch(run, bar):

@@ -21,7 +21,7 @@ from engine.config import RunConfig
 from engine.distributed import World, setup
 from engine.errors import run_main
 from engine.interrupt import Wish
-from engine.metrics import Sums, require_finite
+from engine.metrics import Sums, require_finite, require_finite_weights
 from engine.run_record import RunRecord
 from engine.seed import seed_step
 from nmt.averaging import AverageConfig, average_weights, keep_weights
@@ -60,7 +60,7 @@ class TranslationRun(runs.Run):
 
 def main(arguments: list[str]) -> int:
     config = runs.read_arguments(Config, arguments, USAGE)
-    with closing(setup(config.device)) as world:
+    with closing(setup(config.device, config.deterministic)) as world:
         return train(config, world)
 
 
@@ -69,7 +69,8 @@ def train(config: Config, world: World) -> int:
     record = RunRecord(config, config.folder, world, config.tensorboard)
     if record.complete:
         return record.say_complete()
-    run = prepare(config, world, record)
+    with record.start():
+        run = prepare(config, world, record)
     with runs.progress_bar(run, config.updates) as bar:
         while run.progress.update < config.updates:
             if not train_epoch(run, bar):
@@ -192,8 +193,9 @@ def is_kept(run: TranslationRun) -> bool:
 
 
 def keep_for_average(run: TranslationRun) -> None:
-    """Keep the weights for averaging, unless the training loss has become non-finite."""
+    """Keep the weights for averaging, unless the training loss or a weight is not finite."""
     require_finite(run.window.reduce(run.world)["loss"], run.progress.update)
+    require_finite_weights(run.model, run.world, run.progress.update)
     if run.world.is_main:
         digest, last = run.data.codec.digest, run.config.average.last
         keep_weights(run.record.folder, run.progress.update, run.model, digest, last)

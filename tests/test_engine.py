@@ -16,7 +16,7 @@ from engine.config import Named, RunConfig
 from engine.distributed import World, setup
 from engine.errors import UserError
 from engine.manifest import read_manifest
-from engine.metrics import Sums, require_finite
+from engine.metrics import Sums, require_finite, require_finite_weights
 from engine.precision import Precision
 from engine.run import create_precision, read_arguments
 from engine.seed import derive, generator, seed_step
@@ -69,6 +69,14 @@ def test_a_share_of_clipped_updates_near_one_is_said_once(clipped, said):
         assert watch.share({"clipped": 2 * share, "updates": 200}, update, world_size=2) == share / 100
         assert len(lines) == (said if update >= 800 else 0)  # the five intervals from 301 to 800
     assert all(line.startswith("warning: 95% of the last 500 updates clipped") for line in lines)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = torch.nn.BatchNorm1d(3)
+    require_finite_weights(model, ALONE, update=3)
+    model.running_var[1] = float("inf")
+    with pytest.raises(UserError, match="running_var holds weights that are not finite at update 3"):
+        require_finite_weights(model, ALONE, update=3)
 
 
 def test_a_loss_that_is_not_finite_is_refused():
@@ -180,6 +188,26 @@ def test_the_ranks_must_divide_the_passes():
             World(0, ranks, 0, CPU).require_divisible(batch, passes)
 
 
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ("WORLD_SIZE=", "WORLD_SIZE='', where a whole number of 1 or more belongs"),
+        ("WORLD_SIZE=two", "WORLD_SIZE='two'"),
+        ("WORLD_SIZE=2", "WORLD_SIZE=2 and no RANK nor MASTER_ADDR nor MASTER_PORT: start with torchrun"),
+        ("WORLD_SIZE=2 RANK=0", "WORLD_SIZE=2 and no MASTER_ADDR nor MASTER_PORT"),
+        ("WORLD_SIZE=2 RANK=2 MASTER_ADDR=here MASTER_PORT=1", "RANK='2', where a whole number from 0 to 1 belongs"),
+        ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=here MASTER_PORT=x", "MASTER_PORT='x'"),
+        ("LOCAL_RANK=-1", "LOCAL_RANK='-1'"),
+    ],
+)
+def test_an_environment_that_makes_no_sense(monkeypatch, environment, words):
+    for pair in environment.split():
+        monkeypatch.setenv(*pair.split("="))
+    with pytest.raises(UserError) as error:
+        setup("cpu")
+    assert words in str(error.value)
+
+
 def test_asking_for_a_gpu_that_is_not_there():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="device=cuda"):
@@ -206,17 +234,15 @@ def _truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def _flip_a_bit_of_a_weight(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
 def _empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [_truncate, _flip_a_bit_of_a_weight, _empty])
+def _of_another_program(path: Path) -> None:
+    torch.save(_state(3), path)
+
+
+@pytest.mark.parametrize("damage", [_truncate, _empty, _of_another_program])
 def test_a_damaged_checkpoint_is_named_and_the_older_one_used(tmp_path, damage):
     for value in (1, 2):
         write_checkpoint(tmp_path, _state(value), keep=2)
@@ -227,6 +253,45 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(tmp_path, damage):
     damage(tmp_path / "checkpoint.1.pt")
     with pytest.raises(UserError, match="no older one is left"):
         read_checkpoint(tmp_path, said.append)
+
+
+def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
+    write_checkpoint(tmp_path, _state(1), keep=1)
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    assert torch.load(path, weights_only=True)["n"] == 1  # any program can read it
+    for position in range(0, len(whole), 7):
+        data = bytearray(whole)
+        data[position] ^= 1 << position % 8
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="checkpoint.pt is damaged"):
+            read_checkpoint(tmp_path, pytest.fail)
+
+
+def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(tmp_path):
+    """The next save would make checkpoint.1.pt of it, and a kill between the renames would leave nothing whole."""
+    said, model = [], torch.nn.Linear(2, 3)
+    checkpoints = Checkpoints(tmp_path, {"model": model}, ALONE, keep=2, minutes=10, say=said.append)
+    for update in (1, 2):
+        checkpoints.save(Progress(update=update))
+    (tmp_path / "checkpoint.2x.pt").touch()  # somebody's own
+    _truncate(tmp_path / "checkpoint.pt")
+    progress = Progress()
+    checkpoints.restore(progress)
+    assert progress.update == 1 and len(said) == 1
+    checkpoints.save(Progress(update=3))
+    kept = {path.name: torch.load(path, weights_only=True)["progress"]["update"] for path in tmp_path.glob("*[1t].pt")}
+    assert kept == {"checkpoint.pt": 3, "checkpoint.1.pt": 1} and (tmp_path / "checkpoint.damaged").exists()
+
+
+def test_saves_between_evaluations_take_a_hundredth_of_the_time(tmp_path):
+    checkpoints = _checkpoints(tmp_path, torch.nn.Linear(2, 3))
+    checkpoints.saved_at -= 700
+    assert checkpoints.due()
+    checkpoints.took_s = 8.0  # on a slow disk: not before 800 s
+    assert not checkpoints.due()
+    checkpoints.minutes = 0
+    assert checkpoints.due()
 
 
 def test_killed_between_the_two_renames(tmp_path):
@@ -241,7 +306,7 @@ def test_pickled_code_is_not_run(tmp_path):
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "ran"),))
 
-    torch.save({"n": Evil()}, tmp_path / "checkpoint.pt")
+    write_checkpoint(tmp_path, {"n": Evil()}, keep=1)
     with pytest.raises(UserError, match="more than tensors and plain values"):
         read_checkpoint(tmp_path, say=pytest.fail)
     assert not (tmp_path / "ran").exists()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import ConfigError, RunConfig, Strict, differences, load_config, save_config
+from engine.config import ConfigError, RunConfig, Strict, differences, load_config, read_yaml, save_config
 
 
 class Data(Strict):
@@ -105,6 +105,58 @@ def test_bad_files(cell, text, words):
     message = str(error.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("1:30", "1:30"),
+        ("1_000", "1_000"),
+        ("5e-4", 5e-4),
+        ("+.5", 0.5),
+        ("yes", "yes"),
+        ("off", "off"),
+        ("TRUE", True),
+        ("2020-01-01", "2020-01-01"),
+        ("", None),
+        ("~", None),
+        ("{a: &a {b: 1, c: 2}, d: {<<: *a, b: 3}}", {"a": {"b": 1, "c": 2}, "d": {"b": 3, "c": 2}}),
+        ("{a: &a {b: 1}, c: &c {<<: *a, b: 2}, d: {<<: *c}}", {"a": {"b": 1}, "c": {"b": 2}, "d": {"b": 2}}),
+    ],
+)
+def test_the_core_schema_of_yaml_is_read(text, value):
+    found = read_yaml(text)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["!!binary aGk=", "!!int x", "9" * 5000, "[" * 5000, "&a [*a]", "{a: 1, a: 2}", "a: b: c"]
+)
+def test_yaml_that_is_refused(text):
+    with pytest.raises(yaml.YAMLError):
+        read_yaml(text)
+
+
+def test_aliases_of_aliases_are_refused_before_they_fill_the_memory():
+    lists = "".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 10)}]\n" for n in range(1, 12))
+    with pytest.raises(yaml.YAMLError, match="stand for more than"):
+        read_yaml(f"k0: &k0 [x]\n{lists}")
+
+
+def test_any_reader_of_yaml_reads_a_saved_config_alike(cell, tmp_path):
+    texts = ["010", "5e-4", "0o17", "1:30", "yes", "null", "<<", "2020-01-01", "1_000", "plain"]
+    config = load_config(Config, cell, [f"optimizer={{name: x, texts: [{', '.join(map(repr, texts))}]}}"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(Config, tmp_path / "saved.yaml").optimizer.settings["texts"] == texts
+    assert yaml.safe_load((tmp_path / "saved.yaml").read_text())["optimizer"]["texts"] == texts
+
+
+def test_a_config_with_a_byte_order_mark(cell):
+    cell.write_bytes(b"\xef\xbb\xbf" + cell.read_bytes())
+    assert load_config(Config, cell).epochs == 5
 
 
 def test_the_error_names_the_file_that_gave_the_value(cell):

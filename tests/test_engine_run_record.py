@@ -43,7 +43,7 @@ def test_only_a_finished_run_is_complete(config, tmp_path):
     record.finish(final=1.0)
     assert record.complete and read_result(record.folder)["complete"] is True
     (record.folder / "result.json").write_text('{"final": ')
-    with pytest.raises(UserError, match="delete the file to run this cell again"):
+    with pytest.raises(UserError, match="is damaged .*delete it, then run the same command again"):
         read_result(record.folder)
 
 
@@ -59,11 +59,29 @@ def test_the_environment_keeps_that_of_the_earlier_part(config, tmp_path):
 def test_tensorboard_gets_the_same_numbers(config, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    record = RunRecord(config, tmp_path / "run", ALONE, tensorboard=True)
+    def begin(position=None, update=0):
+        record = RunRecord(config, tmp_path / "run", ALONE, tensorboard=True)
+        record.rewind(position, update)
+        return record
+
+    def shown(name):
+        board = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+        return [(event.step, event.value) for event in board.Scalars(name)]
+
+    record = begin()
     record.metrics("train", 50, loss=2.5, note="words")
+    record.metrics("train", 60, loss=2.0)
+    position = record.position()
+    record.metrics("epoch", 60, loss=9.0)
+    record.metrics("train", 70, loss=9.0)
+    assert shown("train/loss") == [(50, 2.5), (60, 2.0)]  # what a kill leaves: the events of the last save are there
+    record._board.close()
+    record._lock.close()
+    record = begin(position, 60)
+    record.metrics("epoch", 60, loss=1.5)
+    record.metrics("train", 70, loss=1.0)
     record.finish(final=1.0)
-    board = EventAccumulator(str(record.folder / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(50, 2.5)]
+    assert shown("train/loss") == [(50, 2.5), (60, 2.0), (70, 1.0)] and shown("epoch/loss") == [(60, 1.5)]
 
 
 def test_other_ranks_write_nothing(config, tmp_path):
@@ -83,6 +101,40 @@ def test_a_folder_where_nothing_was_trained_is_free_for_other_settings(config, t
     (tmp_path / "run/checkpoint.pt").touch()
     with pytest.raises(UserError, match="other settings: optimizer.lr"):
         RunRecord(config, tmp_path / "run", ALONE)
+
+
+def test_a_start_that_fails_leaves_no_folder(config, tmp_path):
+    record = RunRecord(config, tmp_path / "a/b/run", ALONE)
+    with pytest.raises(ValueError), record.start():
+        raise ValueError
+    assert not (tmp_path / "a").exists()
+    record = RunRecord(config, tmp_path / "run", ALONE)
+    record._lock.close()
+    record = RunRecord(config, tmp_path / "run", ALONE)  # it was there before
+    with pytest.raises(ValueError), record.start():
+        raise ValueError
+    assert (tmp_path / "run/config.yaml").exists()
+
+
+def test_an_unchanged_config_is_not_rewritten(config, tmp_path):
+    RunRecord(config, tmp_path / "run", ALONE)._lock.close()
+    before = (tmp_path / "run/config.yaml").stat()
+    RunRecord(config, tmp_path / "run", ALONE)
+    after = (tmp_path / "run/config.yaml").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_numbers_that_json_has_not_are_null(config, tmp_path):
+    record = RunRecord(config, tmp_path / "run", ALONE)
+    record.metrics("train", 1, loss=1.0, norm=float("inf"))
+    record.finish(final=1.0, other=float("nan"))
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    line = json.loads((record.folder / "metrics.jsonl").read_text(), parse_constant=refuse)
+    result = json.loads((record.folder / "result.json").read_text(), parse_constant=refuse)
+    assert (line["loss"], line["norm"], result["final"], result["other"]) == (1.0, None, 1.0, None)
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
