@@ -7,6 +7,8 @@ import torch
 from engine.distributed import World
 from engine.errors import UserError
 
+DIVERGED = "the run has diverged"  # in the error that ends such a run, by which others recognise it
+
 
 class Sums:
     """Named running sums in float64 on one device: `add` never waits for the device, `reduce` does.
@@ -55,6 +57,6 @@ def require_finite(loss: float, update: int) -> None:
     """Raise UserError where the mean loss is NaN or infinite; `update` says where in the run."""
     if not math.isfinite(loss):
         raise UserError(
-            f"the training loss is {loss} at update {update}: the run has diverged; lower optimizer.lr, lengthen "
+            f"the training loss is {loss} at update {update}: {DIVERGED}; lower optimizer.lr, lengthen "
             "schedule.warmup_updates, or use a wider precision. Checkpoints saved before this are kept"
         )
