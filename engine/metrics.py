@@ -7,6 +7,8 @@ import torch
 from engine.distributed import World
 from engine.errors import UserError
 
+DIVERGED = "the run has diverged"  # in the error that ends such a run, by which others recognise it
+
 
 class Sums:
     """Named running sums in float64 on one device: `add` never waits for the device, `reduce` does.
@@ -71,6 +73,6 @@ def require_finite_weights(model: torch.nn.Module, world: World, update: int) ->
 
 def _diverged(what: str, update: int) -> UserError:
     return UserError(
-        f"{what} at update {update}: the run has diverged; lower optimizer.lr, lengthen schedule.warmup_updates, or "
+        f"{what} at update {update}: {DIVERGED}; lower optimizer.lr, lengthen schedule.warmup_updates, or "
         "use a wider precision. Checkpoints saved before this are kept"
     )

@@ -19,7 +19,7 @@ from engine.config import RunConfig, differences
 from engine.errors import UserError
 from engine.files import write_atomically
 from engine.run_record import NEUTRAL_KEYS, holds_training, read_result
-from scripts.tables import TASKS, is_same_update, load_cell
+from scripts.tables import TASKS, is_same_update, load_cell, load_settings
 
 REFUSED = {
     "seed": "--seeds",
@@ -99,14 +99,19 @@ def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[st
             raise UserError(f"{key}= cannot be set for a row, whose runs each have their own: use {REFUSED[key]}")
     settings = load_cell(table, config, (f"seed={seed}", *overrides))
     folder = runs / settings.folder.relative_to("runs")
+    refuse_other_settings(TASKS[table], folder, settings)
+    return job_of(TASKS[table], config, (f"seed={seed}", *overrides), folder, settings)
+
+
+def refuse_other_settings(task: str, folder: Path, settings: RunConfig) -> None:
+    """Raise UserError where `folder` holds a run with settings other than these."""
     if (folder / "config.yaml").exists() and holds_training(folder):
-        there = load_cell(table, folder / "config.yaml")
+        there = load_settings(task, folder / "config.yaml")
         if changed := differences(there.model_dump(mode="json"), settings.model_dump(mode="json"), NEUTRAL_KEYS):
             raise UserError(
                 f"{folder} holds a run with other settings ({', '.join(changed)}); choose another folder with --runs, "
                 "or delete that one"
             )
-    return job_of(TASKS[table], config, (f"seed={seed}", *overrides), folder, settings)
 
 
 def job_of(task: str, config: Path, overrides: Sequence[str], folder: Path, settings: RunConfig) -> Job:

@@ -1,0 +1,346 @@
+"""Optimizers compared: each tuned by the same protocol, with as many trials, and judged on data that chose nothing.
+
+    bash scripts/compare.sh --task TASK | --config CONFIG [--methods "sgd adam radam apollo mypackage.MyOptimizer"]
+        [--seeds "1 101"] [--rates N] [--jobs N] [--gpus N] [--executor local|slurm] [--nodes N] [--slurm OPTIONS]
+        [--dry-run] [--runs FOLDER] [key=value ...]
+
+Trials are ordinary runs, in <runs>/<table>/search/<row>/<setting>/; the final ones lie where those of any table do.
+What comes next is a function of the complete run folders (scripts/protocol.py), and nothing else is remembered: the
+same command carries on after a kill at any moment, and ends in the same table.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+
+from engine.config import ConfigError
+from engine.errors import UserError, nearest, run_main
+from engine.files import write_atomically
+from engine.metrics import DIVERGED
+from engine.run_record import read_result
+from scripts.arguments import Parser, positive, seeds
+from scripts.jobs import Job, job_of, refuse_other_settings, write_list
+from scripts.live import Display, columns
+from scripts.methods import read_methods
+from scripts.pool import Places, State, Turn, places_for, run_jobs
+from scripts.protocol import FACTORS, FURTHEST, Method, Setting, best_factor, best_step, widened
+from scripts.quickstart import EXPERIMENTS
+from scripts.reproduce import print_failures, sbatch_options, words
+from scripts.runs import lower_is_better, worst
+from scripts.tables import CONFIGS, TASKS, load_settings, published, seeds_of
+
+COMPARISONS = CONFIGS / "comparison"
+METHODS = ("sgd", "adam", "radam", "apollo")
+TRIAL_SEED = 8191  # of every trial, and of no final run
+SEEDS = [1, 101, 201]  # of the final runs, where nobody published the table
+HELD_OUT = 0.1  # of the training data, where the data set has no validation split and the config names no share
+METRICS = {"classification": "top1", "language_model": "ppl", "nmt": "fairseq_bleu"}
+REFUSED = {
+    "seed": "--seeds",
+    "run_dir": "--runs",
+    "row": "--methods",
+    "optimizer": "a line in configs/search",
+    "table": "--config",
+}
+
+
+class Stopped(Exception):
+    """The runs of a stage have not all ended well: the exit status, as the only argument."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, on what."""
+
+    task: str  # the package that trains
+    config: Path
+    table: str
+    schedule: str
+    methods: Sequence[Method]
+    overrides: Sequence[str]
+    runs: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.runs / self.table
+
+    def trial(self, method: Method, setting: Setting) -> Job:
+        return self._job(method, setting, TRIAL_SEED, self.folder / "search" / method.row / setting.name)
+
+    def final(self, method: Method, setting: Setting, seed: int) -> Job:
+        return self._job(method, setting, seed, self.folder / f"{method.row}_{self.schedule}" / f"seed{seed}")
+
+    def score(self, method: Method, setting: Setting) -> float:
+        """How good the complete trial is on the validation split: higher is better, -inf where it diverged."""
+        folder = Path(self.trial(method, setting).folder)
+        result = read_result(folder)
+        if result.get("diverged"):
+            return -math.inf
+        if (value := result.get("validation")) is None:
+            raise UserError(
+                f"{folder}/result.json has no value on a validation split: delete the folder to run it again"
+            )
+        score = -value if lower_is_better(result["metric"]) else value
+        return score if math.isfinite(score) else -math.inf
+
+    def _job(self, method: Method, setting: Setting, seed: int, folder: Path) -> Job:
+        overrides = (*self.overrides, f"row={method.row}", method.override(setting), f"seed={seed}")
+        settings = load_settings(self.task, self.config, overrides)
+        refuse_other_settings(self.task, folder, settings)
+        return job_of(self.task, self.config, overrides, folder, settings)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    comparison = read_comparison(options)
+    final_seeds = options.seeds or (seeds_of(comparison.table) if published(comparison.table) else SEEDS)
+    if TRIAL_SEED in final_seeds:
+        raise UserError(f"--seeds: {TRIAL_SEED} is the seed of the trials: the final runs take others")
+    steps = range(-(options.rates // 2), options.rates // 2 + 1)
+    if options.dry_run:
+        print(dry_run(comparison, steps, final_seeds, options))
+        return 0
+    try:
+        chosen, tried, notes = search(comparison, steps, options)
+        finals = {
+            method.row: [comparison.final(method, chosen[method.row], seed) for seed in final_seeds]
+            for method in comparison.methods
+        }
+        carry_out([job for jobs in finals.values() for job in jobs], comparison, "final", options)
+    except Stopped as stopped:
+        return stopped.args[0]
+    print(table(comparison, chosen, tried, finals))
+    print("\n".join(["", *notes]))
+    place = comparison.folder
+    print(f"\ntables, pictures and a page of all this: python -m scripts.report {place} --html {place}/report.html")
+    return 0
+
+
+def search(
+    comparison: Comparison, steps: range, options: argparse.Namespace
+) -> tuple[dict[str, Setting], dict[str, list[Setting]], list[str]]:
+    """Tune every method: by row the setting chosen and all that were tried; and what a reader should know of it."""
+    methods, notes = comparison.methods, []
+    low, high = steps[0], steps[-1]
+    while True:
+        steps = range(low, high + 1)
+        jobs = [comparison.trial(method, method.setting(step)) for method in methods for step in steps]
+        carry_out(jobs, comparison, "rates", options)
+        scores = {
+            method.row: {step: comparison.score(method, method.setting(step)) for step in steps} for method in methods
+        }
+        if widened(scores.values()) == (low, high):
+            break
+        low, high = widened(scores.values())
+        print(f"the best rate of a method is at an edge: {high - low + 1} rates for all", file=sys.stderr, flush=True)
+    best = {row: best_step(of_row) for row, of_row in scores.items()}
+    tried = {method.row: [method.setting(step) for step in steps] for method in methods}
+    if len(steps) > options.rates:
+        notes.append(
+            f"The best rate of a method was at an edge: the grid of all methods went on to {len(steps)} rates."
+        )
+    for row, step in best.items():
+        if step is None:
+            notes.append(f"{row}: diverged at all its rates.")
+        elif step in (low, high):
+            notes.append(
+                f"{row}: the best rate is at the edge of {FURTHEST} half decades: a better one may lie beyond."
+            )
+
+    best = {row: low if step is None else step for row, step in best.items()}
+    chosen = {method.row: method.setting(best[method.row]) for method in methods}
+    if without := [method.row for method in methods if method.decay is None]:
+        notes.append(f"Weight decay was tuned for no method, as there is none in {', '.join(without)}.")
+        return chosen, tried, notes
+    jobs = [comparison.trial(method, method.setting(best[method.row], f)) for method in methods for f in FACTORS]
+    carry_out(jobs, comparison, "decays", options)
+    for method in methods:
+        settings = {factor: method.setting(best[method.row], factor) for factor in FACTORS}
+        scores = {factor: comparison.score(method, setting) for factor, setting in settings.items()}
+        chosen[method.row] = settings[best_factor(scores)]
+        tried[method.row] += [setting for factor, setting in settings.items() if factor != 1]
+    if decoupled := [method.row for method in methods if method.decoupled]:
+        notes.append(
+            f"Decoupled weight decay, whose product with the rate was the same at all rates: {', '.join(decoupled)}."
+        )
+    return chosen, tried, notes
+
+
+def carry_out(jobs: Sequence[Job], comparison: Comparison, stage: str, options: argparse.Namespace) -> None:
+    """Run `jobs`, those that are complete excepted. Raises Stopped where some have failed, or a signal came."""
+    path = write_list(jobs, options.runs / "lists", f"{comparison.table}_{stage}")
+    display = Display()
+
+    def watch(turns: Sequence[Turn]) -> None:
+        accept_diverged(turns, METRICS[comparison.task])
+        display(turns)
+
+    if options.executor == "slurm":
+        from scripts.slurm import Request, run_in_queue
+
+        on_cpu = "device=cpu" in comparison.overrides
+        request = Request(options.jobs or 8, options.gpus, options.nodes, on_cpu, options.slurm)
+        status, turns = run_in_queue(jobs, path.stem, options.runs / "slurm", request, watch)
+    else:
+        status, turns = run_jobs(jobs, places(options), watch=watch)
+    if status > 128 and not any(turn.state is State.FAILED for turn in turns):
+        print("stopped; the same command carries on from here", file=sys.stderr)
+        raise Stopped(status)
+    if print_failures(turns):
+        raise Stopped(1)
+
+
+def accept_diverged(turns: Sequence[Turn], metric: str) -> None:
+    """A run that ended because its loss was no number any more has a result, and the worst: it is complete."""
+    for turn in turns:
+        if turn.state is State.FAILED and DIVERGED in turn.error:
+            result = {"metric": metric, "diverged": True, "error": turn.error, "complete": True}
+            write_atomically(Path(turn.job.folder) / "result.json", json.dumps(result, indent=1) + "\n")
+            turn.state, turn.status, turn.error = State.COMPLETE, 0, "diverged"
+
+
+def table(
+    comparison: Comparison,
+    chosen: dict[str, Setting],
+    tried: dict[str, list[Setting]],
+    finals: dict[str, list[Job]],
+) -> str:
+    """A line for each method: what was chosen, out of how much, and what it gives."""
+    metric = METRICS[comparison.task]
+    lines = [("method", "rate", "weight decay", "trials", "validation", f"test {metric}: mean (std)", "n")]
+    for method in comparison.methods:
+        setting, settings = chosen[method.row], tried[method.row]
+        diverged = sum(comparison.score(method, other) == -math.inf for other in settings)
+        validation = abs(comparison.score(method, setting))
+        results = [read_result(Path(job.folder)) for job in finals[method.row]]
+        values = [worst(metric) if result.get("diverged") else result["final"] for result in results]
+        lost = sum(bool(result.get("diverged")) for result in results)
+        spread = f" ({stdev(values):.2f})" if len(values) > 1 and all(map(math.isfinite, values)) else ""
+        lines.append(
+            (
+                method.row,
+                f"{setting.rate:g}",
+                "-" if setting.decay is None else f"{setting.decay:g}",
+                f"{len(settings)}" + (f", {diverged} diverged" if diverged else ""),
+                "diverged" if validation == math.inf else f"{validation:.2f}",
+                f"{mean(values):.2f}{spread}",
+                f"{len(values)}" + (f", {lost} diverged" if lost else ""),
+            )
+        )
+    return "\n".join(columns(lines))
+
+
+def dry_run(comparison: Comparison, steps: range, final_seeds: Sequence[int], options: argparse.Namespace) -> str:
+    """The runs and what they will take; the rate that one has does not change its time."""
+    from scripts.estimate import estimate
+
+    jobs = []
+    tunes_decay = all(method.decay for method in comparison.methods)
+    for method in comparison.methods:
+        centre = comparison.trial(method, method.setting(0))
+        folders = [comparison.trial(method, method.setting(step)).folder for step in steps]
+        folders += [f"{centre.folder}_{factor}" for factor in FACTORS if factor != 1 and tunes_decay]
+        folders += [comparison.final(method, method.setting(0), seed).folder for seed in final_seeds]
+        jobs += [replace(centre, folder=folder) for folder in folders]
+    said = (
+        f"{len(comparison.methods)} methods: each {len(steps)} rates, {2 * tunes_decay} weight decays, "
+        f"{len(final_seeds)} final runs. Where a best rate is at an edge, another one for each method comes on top."
+    )
+    return f"{estimate(jobs, places(options))}\n{said}"
+
+
+def places(options: argparse.Namespace) -> Places:
+    return places_for(options.jobs, options.gpus, "device=cpu" in options.overrides)
+
+
+def read_comparison(options: argparse.Namespace) -> Comparison:
+    """What the command line asks for. Raises UserError for whatever is wrong with it, before any run."""
+    for key in (override.partition("=")[0].partition(".")[0] for override in options.overrides):
+        if key in REFUSED:
+            raise UserError(
+                f"{key}= cannot be set for a comparison, whose runs each have their own: use {REFUSED[key]}"
+            )
+    config = options.config or config_of(options.task)
+    stand_in = ("row=sgd", "optimizer={name: sgd, lr: 1.0}")
+    task = task_of(config, (*options.overrides, *stand_in))
+    settings = load_settings(task, config, (*options.overrides, *stand_in))
+    held_out = [f"data.validation={HELD_OUT}"] if getattr(settings.data, "validation", None) == 0 else []
+    methods = read_methods(CONFIGS / "search" / f"{task}.yaml", options.methods)
+    overrides = (*options.overrides, *held_out)
+    return Comparison(task, config, settings.table, settings.schedule.name, methods, overrides, options.runs)
+
+
+def config_of(task: str) -> Path:
+    """The config of a comparison that comes with the repository."""
+    stem = EXPERIMENTS[task][0] if task in EXPERIMENTS else task
+    path = COMPARISONS / f"{stem}.yaml"
+    if not path.is_file():
+        valid = [*EXPERIMENTS, *sorted(found.stem for found in COMPARISONS.glob("*.yaml"))]
+        raise UserError(f"--task: there is no '{task}'{nearest(task, valid)}; valid: {', '.join(valid)}")
+    return path
+
+
+def task_of(config: Path, overrides: Sequence[str]) -> str:
+    """The package that trains `config`: its table's, or the one that accepts it. Raises ConfigError where none does."""
+    if known := next((TASKS[name] for name in (config.stem, config.parent.name) if name in TASKS), None):
+        return known
+    errors = {}
+    for task in dict.fromkeys(TASKS.values()):
+        try:
+            load_settings(task, config, overrides)
+            return task
+        except ConfigError as error:
+            errors[task] = str(error)
+    raise ConfigError("; ".join(f"not of {task}: {error}" for task, error in errors.items()))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="bash scripts/compare.sh",
+        usage='%(prog)s --task TASK|--config CONFIG [--methods "sgd adam mypackage.MyOptimizer"] [--seeds "1 101"] '
+        "[--rates N] [--jobs N] [--gpus N] [--executor local|slurm] [--nodes N] [--slurm OPTIONS] [--dry-run] "
+        "[--runs FOLDER] [key=value ...]",
+        description="Tune optimizers by the same protocol (docs/comparing.md), train each with fresh seeds, and print "
+        "the table. Complete runs are skipped, unfinished ones resumed. Paths are relative to the repository's root.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--task", help="a config in configs/comparison by its name, e.g. digits; or classification, lm, nmt"
+    )
+    what.add_argument("--config", type=Path, help="any config: its rows and optimizers are those of --methods instead")
+    parser.add_argument(
+        "--methods",
+        type=words,
+        default=METHODS,
+        help=f"rows of configs/search/<task>.yaml, or dotted names of classes; default: {' '.join(METHODS)}",
+    )
+    parser.add_argument("--seeds", type=seeds, help="of the final runs; default: the published ones, or 1 101 201")
+    parser.add_argument(
+        "--rates", type=odd, default=7, metavar="N", help="in the grid, half a decade apart; default: 7"
+    )
+    parser.add_argument("--jobs", type=positive, metavar="N", help="runs at a time; default: one for each --gpus GPUs")
+    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="processes of a run; default: 1")
+    parser.add_argument("--dry-run", action="store_true", help="say which runs there will be, and what they take")
+    parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="default: %(default)s")
+    parser.add_argument(
+        "--nodes", type=positive, default=1, metavar="N", help="of SLURM: machines of a run; default: 1"
+    )
+    parser.add_argument("--slurm", type=sbatch_options, default=(), help="options of sbatch; time: minutes of a job")
+    parser.add_argument("--runs", type=Path, default="runs/compare", metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, e.g. epochs=3")
+    return parser.parse_intermixed_args(arguments)
+
+
+def odd(text: str) -> int:
+    if positive(text) < 3 or int(text) % 2 == 0:
+        raise argparse.ArgumentTypeError(f"an odd number from 3 on, not {text}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    run_main(main)

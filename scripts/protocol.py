@@ -1,0 +1,86 @@
+"""The protocol by which scripts/compare.py tunes every method: settings to try, as functions of the values so far.
+
+docs/comparing.md says why it is this one. A score is a validation value, turned where necessary so that higher is
+better; the score of a trial that diverged is -inf.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FURTHEST = 9  # half decades from the centre: where a search for the best rate gives up
+FACTORS = (0.2, 1.0, 5.0)  # of the weight decay, at the best rate
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a trial sets."""
+
+    rate: float
+    decay: float | None  # None for a method without weight decay
+
+    @property
+    def name(self) -> str:
+        return f"lr{self.rate:g}" + ("" if self.decay is None else f"_wd{self.decay:g}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the comparison."""
+
+    row: str
+    optimizer: Mapping[str, Any]  # of a config; its lr is the centre of the grid
+    decoupled: bool = False  # each update takes rate * decay of the weights: this product is what is kept and varied
+
+    @property
+    def decay(self) -> float | None:
+        """The weight decay to begin with; None where there is none."""
+        return self.optimizer.get("weight_decay") or None
+
+    def setting(self, step: int, factor: float = 1.0) -> Setting:
+        """The setting `step` half decades above the centre, with `factor` times the weight decay."""
+        rate = rounded(self.optimizer["lr"] * 10 ** (step / 2))
+        if self.decay is None:
+            return Setting(rate, None)
+        at_rate = self.optimizer["lr"] * self.decay / rate if self.decoupled else self.decay
+        return Setting(rate, rounded(factor * at_rate))
+
+    def override(self, setting: Setting) -> str:
+        """The `key=value` that puts the method with `setting` into a config."""
+        decay = {} if setting.decay is None else {"weight_decay": setting.decay}
+        return f"optimizer={json.dumps({**self.optimizer, 'lr': setting.rate, **decay})}"
+
+
+def rounded(value: float) -> float:
+    """Three significant digits: what the name of a trial shows is what it is trained with."""
+    return float(f"{value:.3g}")
+
+
+def best_step(scores: Mapping[int, float]) -> int | None:
+    """The step with the highest score, the middle one of those that share it; None where every trial diverged."""
+    highest = max(scores.values())
+    if highest == -math.inf:
+        return None
+    shared = sorted(step for step, score in scores.items() if score == highest)
+    return shared[(len(shared) - 1) // 2]
+
+
+def widened(methods: Iterable[Mapping[int, float]]) -> tuple[int, int]:
+    """The lowest and the highest step that all methods must have been tried at, by the scores of each at its steps.
+
+    They are those tried, where the best of each method is inside. Where one is at an edge, the grid goes on by one step
+    there; where a method has diverged at all its rates, at the lower edge.
+    """
+    every = list(methods)
+    low, high = min(every[0]), max(every[0])
+    bests = [best_step(scores) for scores in every]
+    further_down = any(best in (low, None) for best in bests) and low > -FURTHEST
+    further_up = any(best == high for best in bests) and high < FURTHEST
+    return low - further_down, high + further_up
+
+
+def best_factor(scores: Mapping[float, float]) -> float:
+    """The factor of the weight decay with the highest score; where it is shared, 1 before 1/5 before 5."""
+    return max(scores, key=lambda factor: (scores[factor], factor == 1, -factor))
