@@ -30,7 +30,7 @@ MIN_PAIR_COUNT = 2  # as in subword-nmt: a pair that occurs once gets no merge
 
 
 class Codec:
-    """Text to ids and back, for two languages. `size` includes the special tokens. `digest` is a SHA-256 in hex."""
+    """Text to ids and back. `size` includes the special tokens. `digest` is a SHA-256 in hex."""
 
     def __init__(self, source: str, target: str, pieces: Sequence[str], merges: Sequence[str]) -> None:
         self.source, self.target = source, target

@@ -193,9 +193,9 @@ def train_batches(
 ) -> Iterator[list[tuple[int, Batch]]]:
     """The epoch's updates from number `start_update` on, each as this rank's passes: [(index in the update, batch)].
 
-    An update has `passes` batches. This rank takes those with the numbers rank, rank + world_size, ... A batch has as
-    many sentences of about one length as fit: sentences x longest side <= `max_tokens`. The last update of an epoch
-    takes the remaining batches, and its other passes hold no sentence. UserError if a pair is longer than `max_tokens`.
+    This rank takes the passes rank, rank + world_size, ... A batch has as many sentences as fit: sentences x longest
+    side <= `max_tokens`. The last update takes the remaining batches, and its other passes hold no sentence. UserError
+    if a pair is longer than `max_tokens`.
     """
     order = _by_length(split, _random(seed, "pairs", epoch).uniform(-JITTER, JITTER, len(split)))
     cuts = _cuts(split.longest[order], max_tokens)

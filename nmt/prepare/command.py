@@ -6,9 +6,8 @@
     python -m nmt.prepare grammar OUT                 generated sentences that need no download
     python -m nmt.prepare verify OUT                  compare the prepared data with its checksums
 
-There are three stages (stages.py): Moses tokens, chunk by chunk over all processes; the BPE, learned on both sides; ids
-of the pairs that pass the filter. After any interruption the same command continues the preparation. docs/data.md says
-how to get WMT14 and how long this takes.
+stages.py has the three stages. After any interruption the same command continues the preparation. docs/data.md says how
+to get WMT14 and how long this takes.
 """
 
 import argparse
