@@ -13,11 +13,14 @@ about the same length, whose state starts from zero; a row's first <S> is predic
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from engine.config import Strict
@@ -34,6 +37,7 @@ class DataConfig(Strict):
 
     name: Literal["prepared", "pydoc_topics"]  # a folder that language_model.prepare wrote, or Python's own topics
     root: str = "data/one_billion_words"  # of prepared
+    validation: float = Field(0.0, ge=0, lt=1)  # share of the training sentences that are held out and evaluated
 
 
 class TrainBatch(NamedTuple):
@@ -55,6 +59,33 @@ class ScoredBatch(NamedTuple):
 def load_corpus(config: DataConfig) -> Corpus:
     """The corpus `config.name`: one that language_model.prepare made in `config.root`, or Python's own topics."""
     return open_corpus(Path(config.root)) if config.name == "prepared" else pydoc_corpus()
+
+
+def hold_out(corpus: Corpus, share: float) -> Corpus:
+    """`corpus` with the nearest number to `share` of the sentences of each shard moved from `train` to `valid`.
+
+    The draw is the same for every seed of training, so that runs can be compared. Reads all shards, to count tokens.
+    UserError where a part is empty.
+    """
+    train, valid = [], []
+    for index, shard in enumerate(corpus.train):
+        order = torch.randperm(shard.sentences, generator=generator(0, "validation", index)).numpy()
+        lengths, count = np.diff(shard.read()[1].astype(np.int64)), round(share * shard.sentences)
+        for part, sentences in ((valid, np.sort(order[:count])), (train, np.sort(order[count:]))):
+            if len(sentences):
+                read = partial(_read_part, shard, sentences)
+                part.append(Shard(int(lengths[sentences].sum()), len(sentences), read))
+    if not train or not valid:
+        which = "every" if valid else "no"
+        raise UserError(f"data.validation={share} holds out {which} training sentence: choose another")
+    return replace(corpus, train=train, valid=valid)
+
+
+def _read_part(shard: Shard, sentences: np.ndarray) -> Arrays:
+    tokens, offsets = shard.read()
+    ends = np.cumsum(np.diff(offsets.astype(np.int64))[sentences])
+    part = sentences_in_order((tokens, offsets), sentences, 0, int(ends[-1]))
+    return part.astype(tokens.dtype), np.concatenate([[0], ends])
 
 
 class TextData:

@@ -25,7 +25,7 @@ from engine.metrics import Sums, require_finite
 from engine.precision import Precision
 from engine.run_record import RunRecord
 from engine.seed import seed_step
-from language_model.data import DataConfig, ScoredBatch, TextData, load_corpus, perplexities, perplexity
+from language_model.data import DataConfig, ScoredBatch, TextData, hold_out, load_corpus, perplexities, perplexity
 from language_model.model import LanguageModel, ModelConfig
 
 USAGE = "usage: python -m language_model.train CONFIG [key=value ...]     e.g. configs/one_billion_words/apollo.yaml"
@@ -141,13 +141,21 @@ def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
 
 
 def evaluate(run: TextRun) -> dict[str, float]:
-    """Loss and perplexity on the test text, each token counted exactly once over all ranks."""
-    batches = run.data.test_batches(run.config.eval_rows, run.world.rank, run.world.world_size)
-    total = score(run.model, batches, run.precision, run.world)
-    if total["tokens"] != run.data.test_tokens:
-        raise RuntimeError(f"evaluated {total['tokens']:.0f} tokens of a test set of {run.data.test_tokens}")
-    require_finite(total["loss"], run.progress.update)
-    return means(total, "test_")
+    """Loss and perplexity on the test text and, where sentences are held out, on the validation text.
+
+    Each token is counted exactly once over all ranks.
+    """
+    found = {}
+    for split, shards in (("test_", run.data.corpus.test), ("valid_", run.data.corpus.valid)):
+        if shards:
+            rows, world, tokens = run.config.eval_rows, run.world, sum(shard.tokens for shard in shards)
+            batches = run.data.test_batches(rows, world.rank, world.world_size, shards=shards)
+            total = score(run.model, batches, run.precision, world)
+            if total["tokens"] != tokens:
+                raise RuntimeError(f"evaluated {total['tokens']:.0f} tokens of a text of {tokens}")
+            require_finite(total["loss"], run.progress.update)
+            found |= means(total, split)
+    return found
 
 
 def final_perplexities(run: TextRun) -> dict[str, float]:
@@ -200,6 +208,7 @@ def finish(run: TextRun) -> None:
         run,
         metric="ppl",
         final=final,
+        **({"validation": run.progress.last["valid_ppl"]} if run.data.corpus.valid else {}),
         evaluated=run.data.test_tokens,
         test_files=files,
         **final_perplexities(run),
@@ -234,6 +243,8 @@ def prepare(config: Config, world: World, record: RunRecord) -> TextRun:
     if config.compile:
         raise UserError("compile=true: torch.compile does not take LSTMs, nor clusters of ever new sizes; leave it out")
     corpus = load_corpus(config.data)
+    if config.data.validation:
+        corpus = hold_out(corpus, config.data.validation)
     data = TextData(
         corpus, config.batch, config.sequence_length, passes=config.passes, device=world.device, seed=config.seed
     )

@@ -33,6 +33,8 @@ from nmt.scoring import all_scores, sacre_bleu
 
 USAGE = "usage: python -m nmt.train CONFIG [key=value ...]     e.g. configs/wmt14_en_de/apollo.yaml"
 
+METRIC = "fairseq_bleu"  # the score that is `final`
+
 
 class Config(RunConfig):
     updates: PositiveInt
@@ -200,7 +202,10 @@ def keep_for_average(run: TranslationRun) -> None:
 
 
 def score_test_set(run: TranslationRun) -> dict[str, object]:
-    """Scores of the averaged weights on the test set; the translations are written to the run folder."""
+    """Scores of the averaged weights on the test set; the translations are written to the run folder.
+
+    `validation` is their score on the validation set, of the kind that is the run's `final`.
+    """
     run.world.barrier()  # rank 0 has written the last weights
     weights, updates = average_weights(run.record.folder, run.config.average.last, run.data.codec.digest)
     run.model.load_state_dict(weights)
@@ -209,15 +214,17 @@ def score_test_set(run: TranslationRun) -> dict[str, object]:
         path = run.record.folder / f"test.{run.data.codec.target}.txt"
         path.write_text("".join(run.data.codec.decode(ids) + "\n" for ids in hypotheses), encoding="utf-8")
     scores = all_scores(hypotheses, run.data.test.references, run.data.codec)
-    return {**scores, **run.config.decoding.model_dump(), "averaged_updates": updates}
+    validated = translate_split(run.model, run.data.valid, run.config, run.world)
+    validation = all_scores(validated, run.data.valid.references, run.data.codec)[METRIC]
+    return {"validation": validation, **scores, **run.config.decoding.model_dump(), "averaged_updates": updates}
 
 
 def finish(run: TranslationRun, scores: dict[str, object]) -> None:
     """Write result.json, and say what came out."""
     runs.write_result(
         run,
-        metric="fairseq_bleu",
-        final=scores["fairseq_bleu"],
+        metric=METRIC,
+        final=scores[METRIC],
         updates=run.progress.update,
         evaluated=len(run.data.test),
         vocabulary=run.data.codec.size,
