@@ -45,7 +45,7 @@ class Draws(NamedTuple):
 
 
 class ImageData:
-    """A training and a test set on one device.
+    """A training and a test set on one device, and perhaps a validation set, `valid`.
 
     `mean` and `std` are per channel, of pixels in 0..1; where they are None, they are those of the training images.
     `image_size` is (height, width).
@@ -58,6 +58,7 @@ class ImageData:
         classes: Sequence[str],
         augmentation: Augmentation,
         *,
+        valid: Images | None = None,
         device: torch.device | str = "cpu",
         seed: int = 0,
         mean: Sequence[float] | None = None,
@@ -66,6 +67,7 @@ class ImageData:
         self.classes = tuple(classes)
         self.num_classes = len(self.classes)
         self.train_size, self.test_size = len(train.labels), len(test.labels)
+        self.valid_size = len(valid.labels) if valid else 0
         self.image_size = height, width = tuple(train.pixels.shape[1:3])
         self.augmentation, self.seed, self.device = augmentation, seed, torch.device(device)
         if mean is None or std is None:
@@ -82,7 +84,8 @@ class ImageData:
         self._padded_width, self._padded_area = padded.shape[2], padded.shape[1] * padded.shape[2]
         self._train_pixels = padded.view(-1, 3)
         self._train_labels = train.labels.to(device)
-        self._test_pixels, self._test_labels = test.pixels.to(device), test.labels.to(device)
+        self._test = Images(test.pixels.to(device), test.labels.to(device))
+        self._valid = Images(valid.pixels.to(device), valid.labels.to(device)) if valid else None
         self._rows = self._padded_width * torch.arange(height, device=device)[:, None]
         self._columns = torch.arange(width, device=device)
 
@@ -135,10 +138,21 @@ class ImageData:
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
     ) -> Iterator[Batch]:
         """This rank's part of the test set in order, the last batch as small as it comes: every image once in all."""
-        start, stop = (self.test_size * r // world_size for r in (rank, rank + 1))
+        return self._in_order(self._test, batch_size, rank, world_size, channels_last)
+
+    def valid_batches(
+        self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
+    ) -> Iterator[Batch]:
+        """As `test_batches`, of the validation set."""
+        return self._in_order(self._valid, batch_size, rank, world_size, channels_last)
+
+    def _in_order(
+        self, images: Images, batch_size: int, rank: int, world_size: int, channels_last: bool
+    ) -> Iterator[Batch]:
+        start, stop = (len(images.labels) * r // world_size for r in (rank, rank + 1))
         for first in range(start, stop, batch_size):
             part = slice(first, min(first + batch_size, stop))
-            yield self._normalise(self._test_pixels[part], channels_last), self._test_labels[part]
+            yield self._normalise(images.pixels[part], channels_last), images.labels[part]
 
     def take_damaged(self) -> int:
         """Damaged images that others stood in for: none, as images that cannot be read never come this far."""

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from classification.augment import Augmentation, ImageData, Images
+from classification.held_out import held_out
 from classification.image_files import is_image, list_files, list_folders, printable, to_rgb
 from engine.config import Strict
 from engine.errors import UserError, nearest
@@ -62,6 +63,7 @@ class DataConfig(Strict):
 
     name: Literal["cifar10", "cifar100", "folder", "digits", "imagenet"]
     root: str = "data"
+    validation: float = Field(0.0, ge=0, lt=1)  # share of the training images that are held out and evaluated
     mean: list[float] | None = None  # per channel, of images in 0..1; default: the data set's own
     std: list[float] | None = None
     # imagenet alone; ImageNetData says what they mean, and has the defaults
@@ -88,18 +90,23 @@ def load_data(config: DataConfig, device: torch.device | str, seed: int) -> "Ima
     if config.name == "imagenet":
         from classification.imagenet.data import ImageNetData  # here, as the other sets do without its libraries
 
-        given = {name: getattr(config, name) for name in ("mean", "std", *IMAGENET_ALONE)}
+        given = {name: getattr(config, name) for name in ("mean", "std", "validation", *IMAGENET_ALONE)}
         chosen = {name: value for name, value in given.items() if value is not None}
         return ImageNetData(Path(config.root), device=device, seed=seed, **chosen)
     if config.name not in DATASETS:
         valid = (*DATASETS, "imagenet")
         raise UserError(f"unknown data set '{config.name}'{nearest(config.name, valid)}; valid: {', '.join(valid)}")
     data = DATASETS[config.name](Path(config.root))
+    train, valid = data.train, None
+    if config.validation:
+        held = held_out(train.labels, config.validation)
+        train, valid = (Images(train.pixels[part], train.labels[part]) for part in (~held, held))
     return ImageData(
-        data.train,
+        train,
         data.test,
         data.classes,
         data.augmentation,
+        valid=valid,
         device=device,
         seed=seed,
         mean=data.mean if config.mean is None else config.mean,

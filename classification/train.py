@@ -5,6 +5,7 @@ that they work with. Interrupt it at any moment and run the same command again: 
 it ends with bit-identical weights.
 """
 
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from pydantic import PositiveInt, model_validator
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from classification.augment import Batch
 from classification.batch_norm import normalise_in_groups, track_statistics
 from classification.data import DataConfig, ImageData, load_data
 from classification.models import ModelConfig, create_model
@@ -128,21 +130,31 @@ def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
     }
 
 
-@torch.inference_mode()
 def evaluate(run: ImageRun) -> dict[str, float]:
-    """Loss and top-1 accuracy on the test images, each counted exactly once over all ranks."""
-    run.world.copy_buffers(run.model)
+    """Loss and top-1 accuracy on the test images and, where some are held out, on the validation images."""
+    data, world, batch = run.data, run.world, run.config.eval_batch
+    world.copy_buffers(run.model)
+    tested = score(run, data.test_batches(batch, world.rank, world.world_size), data.test_size)
+    if not data.valid_size:
+        return means(tested, "test_")
+    validated = score(run, data.valid_batches(batch, world.rank, world.world_size), data.valid_size)
+    return means(tested, "test_") | means(validated, "valid_")
+
+
+@torch.inference_mode()
+def score(run: ImageRun, batches: Iterable[Batch], size: int) -> dict[str, float]:
+    """Sums over a set of `size` images, each counted exactly once over all ranks."""
     run.model.eval()
     sums = Sums(("loss", "correct", "examples"), run.world.device)
-    for images, labels in run.data.test_batches(run.config.eval_batch, run.world.rank, run.world.world_size):
+    for images, labels in batches:
         with run.precision.autocast():
             logits = run.model(images)
         loss = cross_entropy(logits.float(), labels, reduction="sum")
         sums.add(loss=loss, correct=(logits.argmax(1) == labels).sum(), examples=len(labels))
     total = sums.reduce(run.world)
-    if total["examples"] != run.data.test_size:
-        raise RuntimeError(f"evaluated {total['examples']:.0f} images of a test set of {run.data.test_size}")
-    return means(total, "test_")
+    if total["examples"] != size:
+        raise RuntimeError(f"evaluated {total['examples']:.0f} images of a set of {size}")
+    return total
 
 
 def finish_epoch(run: ImageRun, tested: dict[str, float]) -> None:
@@ -163,8 +175,9 @@ def finish_epoch(run: ImageRun, tested: dict[str, float]) -> None:
 
 def finish(run: ImageRun) -> None:
     """Write result.json, and say what came out."""
-    final, best = run.progress.last["test_top1"], run.progress.best
-    runs.write_result(run, metric="top1", final=final, evaluated=run.data.test_size)
+    last, best = run.progress.last, run.progress.best
+    final, validation = last["test_top1"], {"validation": last["valid_top1"]} if run.data.valid_size else {}
+    runs.write_result(run, metric="top1", final=final, **validation, evaluated=run.data.test_size)
     run.record.say(f"done: top-1 {final:.2f} at the end, {best:.2f} at best; {run.record.folder}/result.json")
 
 
@@ -202,6 +215,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> ImageRun:
         run,
         batchnorm_batch=config.batchnorm_group or config.batch,
         train_examples=data.train_size,
+        valid_examples=data.valid_size,
         test_examples=data.test_size,
     )
     return run

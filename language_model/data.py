@@ -11,13 +11,15 @@ Testing predicts every token exactly once. The stream of all test sentences is c
 about the same length, whose state starts from zero; a row's first <S> is predicted from the </S> that went before it.
 """
 
-import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from engine.config import Strict
@@ -34,6 +36,7 @@ class DataConfig(Strict):
 
     name: Literal["prepared", "pydoc_topics"]  # a folder that language_model.prepare wrote, or Python's own topics
     root: str = "data/one_billion_words"  # of prepared
+    validation: float = Field(0.0, ge=0, lt=1)  # share of the training sentences that are held out and evaluated
 
 
 class TrainBatch(NamedTuple):
@@ -55,6 +58,33 @@ class ScoredBatch(NamedTuple):
 def load_corpus(config: DataConfig) -> Corpus:
     """The corpus `config.name`: one that language_model.prepare made in `config.root`, or Python's own topics."""
     return open_corpus(Path(config.root)) if config.name == "prepared" else pydoc_corpus()
+
+
+def hold_out(corpus: Corpus, share: float) -> Corpus:
+    """`corpus` with the nearest number to `share` of the sentences of each shard moved from `train` to `valid`.
+
+    The draw is the same for every seed of training, so that runs can be compared. Reads all shards, to count tokens.
+    UserError where a part is empty.
+    """
+    train, valid = [], []
+    for index, shard in enumerate(corpus.train):
+        order = torch.randperm(shard.sentences, generator=generator(0, "validation", index)).numpy()
+        lengths, count = np.diff(shard.read()[1].astype(np.int64)), round(share * shard.sentences)
+        for part, sentences in ((valid, np.sort(order[:count])), (train, np.sort(order[count:]))):
+            if len(sentences):
+                read = partial(_read_part, shard, sentences)
+                part.append(Shard(int(lengths[sentences].sum()), len(sentences), read))
+    if not train or not valid:
+        which = "every" if valid else "no"
+        raise UserError(f"data.validation={share} holds out {which} training sentence: choose another")
+    return replace(corpus, train=train, valid=valid)
+
+
+def _read_part(shard: Shard, sentences: np.ndarray) -> Arrays:
+    tokens, offsets = shard.read()
+    ends = np.cumsum(np.diff(offsets.astype(np.int64))[sentences])
+    part = sentences_in_order((tokens, offsets), sentences, 0, int(ends[-1]))
+    return part.astype(tokens.dtype), np.concatenate([[0], ends])
 
 
 class TextData:
@@ -139,28 +169,6 @@ class TextData:
         tokens = np.concatenate([tokens for tokens, _ in arrays])
         lengths = np.concatenate([np.diff(offsets) for _, offsets in arrays])
         return scored_batches(tokens, lengths, rows, rank, world_size, device=self.device)
-
-
-def perplexity(loss: float) -> float:
-    """exp of a mean loss in nats."""
-    return math.exp(min(loss, 709.0))  # beyond is beyond a float
-
-
-def perplexities(loss: float, tokens: int, sentences: int) -> dict[str, float]:
-    """Perplexity by each of the denominators in use, for the total `loss` (nats) of a text's `tokens`, marks included.
-
-    ppl                words, and the <S> and </S> of each sentence: as the published code counts, and as in training
-    ppl_with_end_mark  words, and the </S> of each sentence: what the benchmark's literature reports
-    ppl_per_word       words alone
-
-    The numerator of all three is the loss of the whole text. That of <S>, which always follows </S>, is next to nothing
-    in a trained model.
-    """
-    return {
-        "ppl": perplexity(loss / tokens),
-        "ppl_with_end_mark": perplexity(loss / (tokens - sentences)),
-        "ppl_per_word": perplexity(loss / (tokens - 2 * sentences)),
-    }
 
 
 def sentences_in_order(shard: Arrays, order: np.ndarray, start: int, stop: int) -> np.ndarray:

@@ -62,6 +62,7 @@ class Corpus:
     load_vocabulary: Callable[[], Vocabulary]
     facts: dict[str, Any]  # identifies the text in the record of a run
     all_test: Sequence[Shard] = ()
+    valid: Sequence[Shard] = ()  # what `hold_out` has taken from the training text
 
 
 def token_dtype(words: int) -> np.dtype:

@@ -6,7 +6,6 @@ state included, and on the CPU it ends with bit-identical weights.
 """
 
 import math
-from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
@@ -21,12 +20,12 @@ from engine.config import RunConfig
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main, settings_of
 from engine.interrupt import Wish
-from engine.metrics import Sums, require_finite
-from engine.precision import Precision
+from engine.metrics import require_finite
 from engine.run_record import RunRecord
 from engine.seed import seed_step
-from language_model.data import DataConfig, ScoredBatch, TextData, load_corpus, perplexities, perplexity
+from language_model.data import DataConfig, TextData, hold_out, load_corpus
 from language_model.model import LanguageModel, ModelConfig
+from language_model.scoring import final_perplexities, perplexity, score
 
 USAGE = "usage: python -m language_model.train CONFIG [key=value ...]     e.g. configs/one_billion_words/apollo.yaml"
 
@@ -142,41 +141,21 @@ def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
 
 
 def evaluate(run: TextRun) -> dict[str, float]:
-    """Loss and perplexity on the test text, each token counted exactly once over all ranks."""
-    batches = run.data.test_batches(run.config.eval_rows, run.world.rank, run.world.world_size)
-    total = score(run.model, batches, run.precision, run.world)
-    if total["tokens"] != run.data.test_tokens:
-        raise RuntimeError(f"evaluated {total['tokens']:.0f} tokens of a test set of {run.data.test_tokens}")
-    require_finite(total["loss"], run.progress.update)
-    return means(total, "test_")
+    """Loss and perplexity on the test text and, where sentences are held out, on the validation text.
 
-
-def final_perplexities(run: TextRun) -> dict[str, float]:
-    """By each denominator: of the test set; and of all held-out files (all_...), where they were prepared."""
-    data, corpus, world = run.data, run.data.corpus, run.world
-    sentences = sum(shard.sentences for shard in corpus.test)
-    found = perplexities(run.progress.last["test_loss"] * data.test_tokens, data.test_tokens, sentences)
-    if corpus.all_test:
-        batches = data.test_batches(run.config.eval_rows, world.rank, world.world_size, shards=corpus.all_test)
-        loss = score(run.model, batches, run.precision, world)["loss"]
-        facts = corpus.facts["all_test"]
-        found |= {"all_files": len(facts["files"]), "all_tokens": facts["tokens"]}
-        of_all = perplexities(loss, facts["tokens"], facts["sentences"])
-        found |= {f"all_{name}": value for name, value in of_all.items()}
+    Each token is counted exactly once over all ranks.
+    """
+    found = {}
+    for split, shards in (("test_", run.data.corpus.test), ("valid_", run.data.corpus.valid)):
+        if shards:
+            rows, world, tokens = run.config.eval_rows, run.world, sum(shard.tokens for shard in shards)
+            batches = run.data.test_batches(rows, world.rank, world.world_size, shards=shards)
+            total = score(run.model, batches, run.precision, world)
+            if total["tokens"] != tokens:
+                raise RuntimeError(f"evaluated {total['tokens']:.0f} tokens of a text of {tokens}")
+            require_finite(total["loss"], run.progress.update)
+            found |= means(total, split)
     return found
-
-
-@torch.inference_mode()
-def score(model: LanguageModel, batches: Iterable[ScoredBatch], precision: Precision, world: World) -> dict[str, float]:
-    """Sums over all ranks: `loss`, the negative log-probabilities of all tokens counted in `batches`, and `tokens`."""
-    model.eval()
-    sums, state = Sums(("loss", "tokens"), world.device), None
-    for tokens, targets, counted in batches:
-        state = model.zero_state(tokens.shape[1]) if state is None else state
-        with precision.autocast():
-            log_prob, state = model(tokens, targets, state)
-        sums.add(loss=-torch.where(counted, log_prob, 0.0).sum(dtype=torch.float64), tokens=counted.sum())
-    return sums.reduce(world)
 
 
 def finish_epoch(run: TextRun, tested: dict[str, float]) -> None:
@@ -201,9 +180,12 @@ def finish(run: TextRun) -> None:
         run,
         metric="ppl",
         final=final,
+        **({"validation": run.progress.last["valid_ppl"]} if run.data.corpus.valid else {}),
         evaluated=run.data.test_tokens,
         test_files=files,
-        **final_perplexities(run),
+        **final_perplexities(
+            run.data, run.model, run.config.eval_rows, run.precision, run.world, run.progress.last["test_loss"]
+        ),
         vocabulary=run.data.corpus.words,
     )
     run.record.say(
@@ -235,6 +217,8 @@ def prepare(config: Config, world: World, record: RunRecord) -> TextRun:
     if config.compile:
         raise UserError("compile=true: torch.compile does not take LSTMs, nor clusters of ever new sizes; leave it out")
     corpus = load_corpus(config.data)
+    if config.data.validation:
+        corpus = hold_out(corpus, config.data.validation)
     data = TextData(
         corpus, config.batch, config.sequence_length, passes=config.passes, device=world.device, seed=config.seed
     )
@@ -265,11 +249,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> TextRun:
             state.copy_(saved["state"][:, :, rows_of(index, config.batch)])
     else:
         record.say(f"{runs.parameter_count(model):,} parameters, {corpus.words:,} words")
-    runs.write_environment(
-        run,
-        updates_per_epoch=data.updates_per_epoch,
-        data=corpus.facts,
-    )
+    runs.write_environment(run, updates_per_epoch=data.updates_per_epoch, data=corpus.facts)
     return run
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from engine.errors import UserError, run_main
 from nmt.data import load_data
-from nmt.scoring import all_scores
-from nmt.train import translate_split
+from nmt.scoring import all_scores, translate_split
 from nmt.trained import open_run
 
 USAGE = "usage: python -m nmt.evaluate RUN|BUNDLE [key=value ...]    e.g. runs/grammar/apollo_milestone/seed1"
@@ -26,7 +25,7 @@ def main(arguments: list[str]) -> int:
         data = load_data(config.data.name, config.data.root)
         if data.codec.digest != codec.digest:
             raise UserError(f"{config.data.root} has another vocabulary than {arguments[0]}: set data.root")
-        hypotheses = translate_split(model, data.test, config, world)
+        hypotheses = translate_split(model, data.test, config.decoding, config.eval_batch, world)
     finally:
         world.close()
     if world.is_main:

@@ -1,4 +1,6 @@
-"""BLEU in the four ways that are reported for English-German. They differ by up to 0.7 points, so each has a name.
+"""The loss of a split, its translations, and their BLEU in the four ways that are reported for English-German.
+
+The four ways differ by up to 0.7 points, so each has a name.
 
 fairseq_bleu         Moses tokens with hyphens split (`rich @-@ text` is three tokens). In the references' punctuation
                      only the typographic apostrophe is normalised. fairseq's generation prints this score for data
@@ -16,9 +18,49 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from sacrebleu.metrics import BLEU
 
-from nmt.codec import Codec
+from engine.distributed import World
+from engine.metrics import Sums
+from engine.precision import Precision
+from nmt.beam_search import DecodingConfig, translate
+from nmt.codec import EOS, Codec
+from nmt.data import Split, eval_batches
+from nmt.model import Transformer
+
+
+@torch.no_grad()
+def loss_sums(
+    model: Transformer, split: Split, max_tokens: int, label_smoothing: float, precision: Precision, world: World
+) -> dict[str, float]:
+    """Sums of label-smoothed loss, nll and target tokens, each pair counted exactly once over all ranks."""
+    model.eval()
+    sums = Sums(("loss", "nll", "tokens", "pairs"), world.device)
+    for batch, indices in eval_batches(split, max_tokens, world.rank, world.world_size):
+        source, target_in, target_out = batch.to(world.device)[:3]
+        with precision.autocast():
+            loss, nll = model(source, target_in, target_out, batch.tokens, label_smoothing)
+        sums.add(loss=loss, nll=nll, tokens=batch.tokens, pairs=len(indices))
+    total = sums.reduce(world)
+    if total["pairs"] != len(split):
+        raise RuntimeError(f"evaluated {total['pairs']:.0f} pairs of {len(split)}")
+    return total
+
+
+def translate_split(
+    model: Transformer, split: Split, decoding: DecodingConfig, max_tokens: int, world: World
+) -> list[list[int]]:
+    """The ids of the translations of all of `split`, made by all ranks together, known to each; always in fp32."""
+    share = range(world.rank, len(split), world.world_size)
+    sources = [split.source(i) for i in share]
+    hypotheses = translate(model, sources, decoding.beam, decoding.length_penalty, max_tokens, world.is_main)
+    longest = world.max(max((len(hypothesis.words) for hypothesis in hypotheses), default=0))
+    rows = torch.zeros(len(split), longest + 1, dtype=torch.int64)
+    for i, hypothesis in zip(share, hypotheses, strict=True):
+        rows[i, : len(hypothesis.words) + 1] = torch.tensor([*hypothesis.words, EOS])
+    rows = world.sum(rows.to(world.device)).tolist()
+    return [row[: row.index(EOS)] for row in rows]
 
 
 def sacre_bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float, str]:

@@ -21,17 +21,17 @@ from engine.config import RunConfig
 from engine.distributed import World, setup
 from engine.errors import run_main
 from engine.interrupt import Wish
-from engine.metrics import Sums, require_finite, require_finite_weights
+from engine.metrics import require_finite, require_finite_weights
 from engine.run_record import RunRecord
 from engine.seed import seed_step
 from nmt.averaging import AverageConfig, average_weights, keep_weights
-from nmt.beam_search import DecodingConfig, translate
-from nmt.codec import EOS
-from nmt.data import DataConfig, ParallelData, Split, eval_batches, load_data, train_batches, updates_per_epoch
+from nmt.beam_search import DecodingConfig
+from nmt.data import DataConfig, ParallelData, Split, load_data, train_batches, updates_per_epoch
 from nmt.model import ModelConfig, Transformer, create_model
-from nmt.scoring import all_scores, sacre_bleu
+from nmt.scoring import all_scores, loss_sums, sacre_bleu, translate_split
 
 USAGE = "usage: python -m nmt.train CONFIG [key=value ...]     e.g. configs/wmt14_en_de/apollo.yaml"
+METRIC = "fairseq_bleu"  # the score that is `final`
 
 
 class Config(RunConfig):
@@ -138,9 +138,11 @@ def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
 def validate(run: TranslationRun) -> None:
     """Loss and BLEU on the validation set, recorded beside the mean training loss since the last time."""
     progress, sums = run.progress, run.progress.since_evaluation
-    valid = means(validation_sums(run, run.data.valid), "valid_")
-    hypotheses = translate_split(run.model, run.data.valid, run.config, run.world)
-    bleu, _ = sacre_bleu([run.data.codec.decode(ids) for ids in hypotheses], run.data.valid.references)
+    config, split = run.config, run.data.valid
+    valid = loss_sums(run.model, split, config.eval_batch, config.label_smoothing, run.precision, run.world)
+    valid = means(valid, "valid_")
+    hypotheses = translated(run, split)
+    bleu, _ = sacre_bleu([run.data.codec.decode(ids) for ids in hypotheses], split.references)
     progress.best = max(bleu, progress.best or 0.0)
     trained = means(sums, "train_") | {"tokens": progress.trained_on + sums["tokens"]}
     valid |= {"valid_ppl": math.exp(min(valid["valid_nll"], 700.0)), "valid_bleu": bleu}
@@ -153,34 +155,9 @@ def validate(run: TranslationRun) -> None:
     )
 
 
-@torch.no_grad()
-def validation_sums(run: TranslationRun, split: Split) -> dict[str, float]:
-    """Sums of label-smoothed loss, nll and target tokens, each pair counted exactly once over all ranks."""
-    run.model.eval()
-    world, sums = run.world, Sums(("loss", "nll", "tokens", "pairs"), run.world.device)
-    for batch, indices in eval_batches(split, run.config.eval_batch, world.rank, world.world_size):
-        source, target_in, target_out = batch.to(world.device)[:3]
-        with run.precision.autocast():
-            loss, nll = run.model(source, target_in, target_out, batch.tokens, run.config.label_smoothing)
-        sums.add(loss=loss, nll=nll, tokens=batch.tokens, pairs=len(indices))
-    total = sums.reduce(world)
-    if total["pairs"] != len(split):
-        raise RuntimeError(f"evaluated {total['pairs']:.0f} pairs of {len(split)}")
-    return total
-
-
-def translate_split(model: Transformer, split: Split, config: Config, world: World) -> list[list[int]]:
-    """The ids of the translations of all of `split`, made by all ranks together, known to each; always in fp32."""
-    decoding = config.decoding
-    share = range(world.rank, len(split), world.world_size)
-    sources = [split.source(i) for i in share]
-    hypotheses = translate(model, sources, decoding.beam, decoding.length_penalty, config.eval_batch, world.is_main)
-    longest = world.max(max((len(hypothesis.words) for hypothesis in hypotheses), default=0))
-    rows = torch.zeros(len(split), longest + 1, dtype=torch.int64)
-    for i, hypothesis in zip(share, hypotheses, strict=True):
-        rows[i, : len(hypothesis.words) + 1] = torch.tensor([*hypothesis.words, EOS])
-    rows = world.sum(rows.to(world.device)).tolist()
-    return [row[: row.index(EOS)] for row in rows]
+def translated(run: TranslationRun, split: Split) -> list[list[int]]:
+    """The ids of the model's translations of all of `split`, known to each rank."""
+    return translate_split(run.model, split, run.config.decoding, run.config.eval_batch, run.world)
 
 
 def is_kept(run: TranslationRun) -> bool:
@@ -202,24 +179,28 @@ def keep_for_average(run: TranslationRun) -> None:
 
 
 def score_test_set(run: TranslationRun) -> dict[str, object]:
-    """Scores of the averaged weights on the test set; the translations are written to the run folder."""
+    """Scores of the averaged weights on the test set; the translations are written to the run folder.
+
+    `validation` is their score on the validation set, of the kind that is the run's `final`.
+    """
     run.world.barrier()  # rank 0 has written the last weights
     weights, updates = average_weights(run.record.folder, run.config.average.last, run.data.codec.digest)
     run.model.load_state_dict(weights)
-    hypotheses = translate_split(run.model, run.data.test, run.config, run.world)
+    hypotheses = translated(run, run.data.test)
     if run.world.is_main:
         path = run.record.folder / f"test.{run.data.codec.target}.txt"
         path.write_text("".join(run.data.codec.decode(ids) + "\n" for ids in hypotheses), encoding="utf-8")
     scores = all_scores(hypotheses, run.data.test.references, run.data.codec)
-    return {**scores, **run.config.decoding.model_dump(), "averaged_updates": updates}
+    validation = all_scores(translated(run, run.data.valid), run.data.valid.references, run.data.codec)[METRIC]
+    return {"validation": validation, **scores, **run.config.decoding.model_dump(), "averaged_updates": updates}
 
 
 def finish(run: TranslationRun, scores: dict[str, object]) -> None:
     """Write result.json, and say what came out."""
     runs.write_result(
         run,
-        metric="fairseq_bleu",
-        final=scores["fairseq_bleu"],
+        metric=METRIC,
+        final=scores[METRIC],
         updates=run.progress.update,
         evaluated=len(run.data.test),
         vocabulary=run.data.codec.size,

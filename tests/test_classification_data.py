@@ -18,8 +18,9 @@ from classification.data import load_data, read_folder
 from engine.errors import UserError
 
 
-def load(name, root="nowhere", seed=1, mean=None, std=None) -> ImageData:
-    return load_data(SimpleNamespace(name=name, root=str(root), mean=mean, std=std), "cpu", seed)
+def load(name, root="nowhere", seed=1, mean=None, std=None, validation=0.0) -> ImageData:
+    settings = SimpleNamespace(name=name, root=str(root), mean=mean, std=std, validation=validation)
+    return load_data(settings, "cpu", seed)
 
 
 def random_images(count: int, height: int = 32, width: int = 32, classes: int = 10) -> Images:
@@ -421,3 +422,28 @@ def test_cifar_never_opens_a_file_with_another_checksum(cifar, tmp_path):
 def test_unknown_set_is_refused_with_the_nearest_name():
     with pytest.raises(UserError, match=r"unknown data set 'cifra10' \(did you mean 'cifar10'\?\); valid: cifar10, "):
         load("cifra10")
+
+
+# --- the validation split --------------------------------------------------------------------------------------------
+
+
+def test_a_tenth_of_each_class_is_held_out_whatever_the_seed():
+    whole, data, again = load("digits"), load("digits", validation=0.1), load("digits", validation=0.1, seed=2)
+    assert whole.valid_size == 0 and data.train_size + data.valid_size == whole.train_size
+    ((images, labels),) = data.valid_batches(1000)
+    counts = torch.bincount(whole._train_labels)
+    assert torch.bincount(labels).tolist() == [round(0.1 * count) for count in counts.tolist()]
+    assert torch.equal(next(again.valid_batches(1000))[0], images)
+    parts = [part for rank in range(3) for part, _ in data.valid_batches(20, rank, 3)]
+    assert torch.equal(torch.cat(parts), images)
+    trained_on = torch.cat([data._train_labels, labels]).sort().values
+    assert torch.equal(trained_on, whole._train_labels.sort().values)
+    area = whole._padded_area
+    rows = [set(map(bytes, one._train_pixels.view(-1, area * 3).numpy())) for one in (whole, data)]
+    assert len(rows[0]) - len(rows[1]) == data.valid_size and rows[1] < rows[0]
+
+
+@pytest.mark.parametrize(("share", "which"), [(0.001, "no"), (0.999, "every")])
+def test_a_share_that_leaves_a_part_empty_is_refused(share, which):
+    with pytest.raises(UserError, match=f"data.validation={share} holds out {which} training image of 1442"):
+        load("digits", validation=share)

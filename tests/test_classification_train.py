@@ -152,6 +152,14 @@ def test_how_an_update_is_carried_out_changes_nothing(cell, tmp_path):
     assert losses(halves)[0] != pytest.approx(losses(one)[0], rel=1e-4)
 
 
+def test_held_out_images_are_evaluated_beside_the_test_images(cell, uninterrupted, tmp_path):
+    run_dir = cell.complete(tmp_path / "run", "data.validation=0.2", "checkpoint.minutes=60")
+    outcome, last = result(run_dir), metrics(run_dir, "epoch")[-1]
+    assert outcome["validation"] == last["valid_top1"] != outcome["final"] == last["test_top1"]
+    assert recipe(run_dir)["train_examples"] == 1442 - recipe(run_dir)["valid_examples"]
+    assert "validation" not in result(uninterrupted) and "valid_top1" not in metrics(uninterrupted, "epoch")[-1]
+
+
 def test_two_ranks_stopped_and_resumed_by_the_real_torchrun(cell, tmp_path):
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     ours = ("batch=32", "passes=2", "checkpoint.minutes=60")

@@ -261,6 +261,23 @@ def test_an_epoch_shows_each_image_once_and_each_epoch_another_way(root):
     assert not same(epoch(data), epoch(load(root, seed=4)))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_held_out_images_are_seen_as_test_images_are_and_never_trained_on(root, tree, workers):
+    data, whole = load(root, validation=0.2, workers=workers), load(root)
+    assert (data.train_size, data.valid_size, whole.valid_size) == (24, 6, 0)
+    held = data._held_out.tolist()
+    assert load(root, validation=0.2, seed=4)._held_out.tolist() == held
+    paths = [path for name in CLASSES for path in sorted((tree / "train" / name).iterdir())]
+    resize, crop = transforms.Resize(37), transforms.CenterCrop(SIZE)
+    tail = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    expected = torch.stack([tail(crop(resize(decoded(paths[index].read_bytes())))) for index in held])
+    exact = load(root, validation=0.2, workers=workers, decoder="exact")
+    assert torch.equal(torch.cat([images for images, _ in exact.valid_batches(4)]), expected)
+    assert sorted(data._kept.tolist() + held) == list(range(30))
+    labels = torch.cat([labels for _, labels in epoch(data)] + [labels for _, labels in data.valid_batches(4)])
+    assert labels.bincount().tolist() == [10, 10, 10]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4, 16])
 def test_test_images_come_once_each_over_all_ranks(root, ranks):
     data = load(root)

@@ -9,7 +9,7 @@ from lm_corpus import make_corpus
 
 from engine.errors import UserError
 from engine.seed import generator
-from language_model.data import TEST_STEPS, TextData, TrainBatch, scored_batches
+from language_model.data import TEST_STEPS, TextData, TrainBatch, hold_out, scored_batches
 from language_model.prepare import build
 from language_model.prepared import Corpus, Shard, open_corpus
 from language_model.toy_text import paragraphs, pydoc_corpus
@@ -172,3 +172,18 @@ def test_pydoc_topics_split_paragraphs_between_training_and_test():
     assert all(word in (expected, "<UNK>") for word, expected in pairs)
     assert corpus.facts["text"]["sha256"] != corpus.vocabulary_digest == corpus.facts["vocabulary"]["sha256"]
     assert sum(shard.tokens for shard in corpus.train) > 50_000
+
+
+def test_whole_sentences_are_held_out_of_training(corpus):
+    parts = hold_out(corpus, 0.1)
+    sentences = {}
+    for name, shards in (("whole", corpus.train), ("train", parts.train), ("valid", parts.valid)):
+        read = [shard.read() for shard in shards]
+        assert [(shard.tokens, shard.sentences) for shard in shards] == [(len(t), len(o) - 1) for t, o in read]
+        found = [tuple(t[a:b].tolist()) for t, o in read for a, b in zip(o[:-1], o[1:], strict=True)]
+        sentences[name] = found
+    assert len(sentences["valid"]) == 3 + 1 + 6  # of 30, 7 and 55 sentences, and none of one
+    assert sorted(sentences["train"] + sentences["valid"]) == sorted(sentences["whole"])
+    assert corpus.valid == () and parts.test == corpus.test
+    with pytest.raises(UserError, match="holds out no training sentence"):
+        hold_out(corpus, 0.001)

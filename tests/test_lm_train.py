@@ -112,6 +112,14 @@ def test_the_number_of_ranks_changes_nothing(cell, one_rank, tmp_path, ranks):
     assert (facts["world_size"], facts["batch"], facts["passes"]) == (ranks, 16, 4)
 
 
+def test_held_out_sentences_are_evaluated_beside_the_test_text(cell, uninterrupted, tmp_path):
+    run_dir = cell.complete(tmp_path / "run", "data.validation=0.1", "epochs=1", "checkpoint.minutes=60")
+    outcome, last = result(run_dir), metrics(run_dir, "epoch")[-1]
+    assert outcome["validation"] == last["valid_ppl"] != outcome["final"] == last["test_ppl"]
+    assert len(losses(run_dir)) < len(losses(uninterrupted)) // 2  # trained on less
+    assert "validation" not in result(uninterrupted)
+
+
 def test_two_ranks_stopped_and_resumed_by_one(cell, one_rank, tmp_path):
     """The rows' states are saved whole, so that another number of ranks can go on with them."""
     cell.interrupt(tmp_path / "run", *FOUR_PASSES, at_update=12, number=signal.SIGTERM, ranks=2)

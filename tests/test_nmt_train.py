@@ -14,7 +14,9 @@ from engine.distributed import World
 from engine.errors import UserError
 from nmt.codec import Codec
 from nmt.data import load_data, train_batches
+from nmt.scoring import all_scores, translate_split
 from nmt.train import Config, prepare
+from nmt.trained import open_run
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,15 @@ def test_a_whole_run(uninterrupted, folder, cell):
     weighted = sum(line["loss"] * n for line, n in zip(train[20:], words[20:], strict=True)) / sum(words[20:])
     assert last["train_loss"] == pytest.approx(weighted, rel=1e-6)
     assert "nothing to do" in cell.run(uninterrupted).stderr
+
+
+def test_the_validation_score_is_that_of_the_averaged_weights(uninterrupted):
+    config, codec, model, _, world = open_run(uninterrupted, ["device=cpu"])
+    valid = load_data("small", config.data.root).valid
+    scores = all_scores(
+        translate_split(model, valid, config.decoding, config.eval_batch, world), valid.references, codec
+    )
+    assert result(uninterrupted)["validation"] == pytest.approx(scores[result(uninterrupted)["metric"]])
 
 
 def test_killed_again_and_again_it_ends_the_same(cell, uninterrupted, tmp_path):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from classification.augment import Batch, Normalise, whole_updates
+from classification.held_out import held_out
 from classification.imagenet.decode import DECODERS, central_view, random_view
 from classification.imagenet.lmdb import SPLITS, DamagedImage, LmdbSplit, open_splits
 from classification.imagenet.raw import FolderSplit, list_folder
@@ -32,7 +33,7 @@ from engine.seed import derive, generator
 log = logging.getLogger(__name__)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TRAIN, VAL = range(2)
+TRAIN, VAL, HELD_OUT = range(3)  # HELD_OUT: images of the training split, seen as validation images are
 
 Split = LmdbSplit | FolderSplit
 
@@ -40,7 +41,7 @@ Split = LmdbSplit | FolderSplit
 class Request(NamedTuple):
     """One batch to be made by a worker: these images of a split, as they look in `epoch`."""
 
-    split: int  # TRAIN or VAL
+    split: int  # TRAIN, VAL or HELD_OUT
     epoch: int
     indices: Sequence[int]
 
@@ -62,6 +63,7 @@ class ImageNetData:
     to before (default: 256 / 224 of `size`). `decoder` is exact or fast (classification/imagenet/decode.py). A damaged
     training image is an error, or with `on_damaged="skip"` the next image takes its place; a damaged validation image
     is always an error, as accuracy is over all of them. `workers`: processes (default: this rank's share of the cores).
+    `validation` is the share of the training images that are held out; not by class, as nothing lists their labels.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class ImageNetData:
         decoder: str = "fast",
         on_damaged: str = "error",
         workers: int | None = None,
+        validation: float = 0.0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         start_method: str | None = None,
@@ -82,7 +85,10 @@ class ImageNetData:
         splits = _open(root)
         self.classes = splits[TRAIN].classes
         self.num_classes = len(self.classes)
-        self.train_size, self.test_size = (len(split) for split in splits)
+        images, self.test_size = (len(split) for split in splits)
+        held = held_out(torch.zeros(images, dtype=torch.int64), validation) if validation else torch.zeros(images) > 0
+        self._kept, self._held_out = (part.nonzero()[:, 0] for part in (~held, held))
+        self.train_size, self.valid_size = len(self._kept), len(self._held_out)
         self.image_size = (size, size)
         resize = round(size * 256 / 224) if resize is None else resize
         if resize < size:
@@ -94,7 +100,7 @@ class ImageNetData:
         workers = _default_workers() if workers is None else workers
         self._requests = _Requests()
         self._loader = DataLoader(
-            _Batches(splits, seed, size, resize, decoder),
+            _Batches((*splits, splits[TRAIN]), seed, size, resize, decoder),
             batch_size=None,  # the data set makes whole batches
             sampler=self._requests,
             num_workers=workers,
@@ -128,7 +134,7 @@ class ImageNetData:
         ranks; a rank takes those numbered rank, rank + world_size, ... UserError if an update exceeds the set.
         One iteration at a time, of either split.
         """
-        order = torch.randperm(self.train_size, generator=generator(self.seed, "order", epoch))
+        order = self._kept[torch.randperm(self.train_size, generator=generator(self.seed, "order", epoch))]
         updates = range(start_update, self.updates_per_epoch(batch, passes))
         own = range(rank, passes, world_size)
         firsts = ((update * passes + index) * batch for update in updates for index in own)
@@ -139,9 +145,20 @@ class ImageNetData:
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
     ) -> Iterator[Batch]:
         """This rank's part of the validation set in order, the last batch as small as it comes: every image once."""
-        start, stop = (self.test_size * r // world_size for r in (rank, rank + 1))
-        parts = (range(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size))
-        return (self._finish(raw, channels_last) for raw in self._load(Request(VAL, 0, part) for part in parts))
+        return self._in_order(VAL, range(self.test_size), batch_size, rank, world_size, channels_last)
+
+    def valid_batches(
+        self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
+    ) -> Iterator[Batch]:
+        """As `test_batches`, of the training images that are held out."""
+        return self._in_order(HELD_OUT, self._held_out.tolist(), batch_size, rank, world_size, channels_last)
+
+    def _in_order(
+        self, split: int, indices: Sequence[int], batch_size: int, rank: int, world_size: int, channels_last: bool
+    ) -> Iterator[Batch]:
+        start, stop = (len(indices) * r // world_size for r in (rank, rank + 1))
+        parts = (indices[first : min(first + batch_size, stop)] for first in range(start, stop, batch_size))
+        return (self._finish(raw, channels_last) for raw in self._load(Request(split, 0, part) for part in parts))
 
     def take_damaged(self) -> int:
         """Training images replaced on this rank since this was last asked."""
@@ -159,7 +176,7 @@ class ImageNetData:
             yield raw
 
     def _report(self, line: str, split: int) -> None:
-        if split == VAL:
+        if split != TRAIN:
             raise UserError(f"{line}: accuracy is over all validation images; restore the image, and build again")
         if self.on_damaged != "skip":
             raise UserError(f"{line}: restore the image and build again, or go on without it: data.on_damaged=skip")

@@ -1,0 +1,66 @@
+"""Loss and perplexity of texts. Perplexity has three denominators in use, so each has a name."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from engine.distributed import World
+from engine.metrics import Sums
+from engine.precision import Precision
+from language_model.data import ScoredBatch, TextData
+from language_model.model import LanguageModel
+
+
+@torch.inference_mode()
+def score(model: LanguageModel, batches: Iterable[ScoredBatch], precision: Precision, world: World) -> dict[str, float]:
+    """Sums over all ranks: `loss`, the negative log-probabilities of all tokens counted in `batches`, and `tokens`."""
+    model.eval()
+    sums, state = Sums(("loss", "tokens"), world.device), None
+    for tokens, targets, counted in batches:
+        state = model.zero_state(tokens.shape[1]) if state is None else state
+        with precision.autocast():
+            log_prob, state = model(tokens, targets, state)
+        sums.add(loss=-torch.where(counted, log_prob, 0.0).sum(dtype=torch.float64), tokens=counted.sum())
+    return sums.reduce(world)
+
+
+def final_perplexities(
+    data: TextData, model: LanguageModel, rows: int, precision: Precision, world: World, test_loss: float
+) -> dict[str, float]:
+    """By each denominator: of the test set, whose mean loss is `test_loss`; and of all held-out files (all_...),
+    if they were prepared. `rows` is the number of rows that a text is cut into.
+    """
+    corpus = data.corpus
+    sentences = sum(shard.sentences for shard in corpus.test)
+    found = perplexities(test_loss * data.test_tokens, data.test_tokens, sentences)
+    if corpus.all_test:
+        batches = data.test_batches(rows, world.rank, world.world_size, shards=corpus.all_test)
+        loss = score(model, batches, precision, world)["loss"]
+        facts = corpus.facts["all_test"]
+        found |= {"all_files": len(facts["files"]), "all_tokens": facts["tokens"]}
+        of_all = perplexities(loss, facts["tokens"], facts["sentences"])
+        found |= {f"all_{name}": value for name, value in of_all.items()}
+    return found
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats."""
+    return math.exp(min(loss, 709.0))  # beyond is beyond a float
+
+
+def perplexities(loss: float, tokens: int, sentences: int) -> dict[str, float]:
+    """Perplexity by each of the denominators in use, for the total `loss` (nats) of a text's `tokens`, marks included.
+
+    ppl                words, and the <S> and </S> of each sentence: as the published code counts, and as in training
+    ppl_with_end_mark  words, and the </S> of each sentence: what the benchmark's literature reports
+    ppl_per_word       words alone
+
+    The numerator of all three is the loss of the whole text. That of <S>, which always follows </S>, is next to nothing
+    in a trained model.
+    """
+    return {
+        "ppl": perplexity(loss / tokens),
+        "ppl_with_end_mark": perplexity(loss / (tokens - sentences)),
+        "ppl_per_word": perplexity(loss / (tokens - 2 * sentences)),
+    }
