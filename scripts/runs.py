@@ -113,7 +113,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 def _read(path: Path, problems: list[str]) -> Any:
     """The file's YAML or JSON; None where there is no such file, or where it cannot be read (a problem)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         return yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
     except FileNotFoundError:
         return None
@@ -140,7 +140,7 @@ def read_metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]],
     A last line without its end is being written, or a run died at it.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
         return [], []
     except OSError as error:
