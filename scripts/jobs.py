@@ -145,7 +145,7 @@ def write_list(jobs: Sequence[Job], folder: Path, name: str) -> Path:
 def read_list(path: Path) -> list[Job]:
     """The jobs of a list. Raises UserError for a file that is no list, and names the wrong line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read a list of runs ({error})") from None
     jobs = []

@@ -216,7 +216,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 def _read(path: Path, problems: list[str]) -> Any:
     """The file's YAML or JSON; None where there is no such file, or where it cannot be read (a problem)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         values = yaml.load(text, Loader=YamlLoader) if path.suffix == ".yaml" else json.loads(text)
         return {} if values is None else values
     except FileNotFoundError:
@@ -241,7 +241,7 @@ def _check(model: type[ModelT], values: Any, path: Path, problems: list[str]) ->
 def read_metrics(path: Path, problems: list[str], kinds: Sequence[str] = EVALUATIONS) -> list[dict[str, Any]]:
     """The lines of these kinds. A last line without its end is being written, or a run died at it."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -3,6 +3,7 @@
 #
 #   bash scripts/setup.sh                   set up, then print which interpreter is used
 #   bash scripts/setup.sh --print-python    the same for other scripts: standard output is only the interpreter's path
+#   bash scripts/setup.sh --locked          set up a .venv with the versions of requirements.lock, which were tested
 #
 # If the current python has torch and torchvision (a container, a conda environment), it is used, and the small packages
 # that it lacks are installed. Otherwise a virtual environment is made in .venv with the newest Python found. The
@@ -14,9 +15,9 @@ say() { echo "$*" >&2; }
 fail() { say "error: $*"; exit 2; }
 
 case "${1:-}" in
-  "" | --print-python) ;;
-  -h | --help) sed -n '2,9s/^# \{0,1\}//p' scripts/setup.sh; exit 0 ;;
-  *) fail "unknown option '$1'; usage: bash scripts/setup.sh [--print-python]" ;;
+  "" | --print-python | --locked) ;;
+  -h | --help) sed -n '2,10s/^# \{0,1\}//p' scripts/setup.sh; exit 0 ;;
+  *) fail "unknown option '$1'; usage: bash scripts/setup.sh [--print-python | --locked]" ;;
 esac
 
 is_suitable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
@@ -52,7 +53,7 @@ newest_python() {
 # The interpreter: the current one if it has torch, else the one in .venv.
 python=.venv/bin/python
 for current in python python3; do
-  if has_torch "$current"; then
+  if [ "${1:-}" != --locked ] && has_torch "$current"; then
     python=$("$current" -c 'import sys; print(sys.executable)')
     break
   fi
@@ -72,6 +73,11 @@ if [ "$python" = .venv/bin/python ]; then
     "$base" -m venv --clear ${options:+"$options"} .venv
   fi
   python=$PWD/$python
+fi
+
+if [ "${1:-}" = --locked ]; then
+  say "installing requirements.lock into $("$python" -c 'import sys; print(sys.prefix)')"
+  "$python" -m pip install --disable-pip-version-check --requirement requirements.lock >&2
 fi
 
 missing=$("$python" -m scripts.missing)

@@ -73,7 +73,7 @@ def cells(table: str, row: str) -> dict[str, Path]:
 def published(table: str) -> dict[str, Any] | None:
     """What configs/<table>/published.yaml says; None for a table that nobody published."""
     path = CONFIGS / table / "published.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    return yaml.safe_load(path.read_text(encoding="utf-8-sig")) if path.exists() else None
 
 
 def seeds_of(table: str) -> list[int]:
