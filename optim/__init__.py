@@ -1,6 +1,6 @@
 """The optimizers of this repository by name: Apollo, written here, and those of torch.optim that it is compared with.
 
-Needs torch alone, and nothing of the rest of the repository.
+This package needs torch alone and nothing else of the repository.
 """
 
 import importlib
@@ -34,10 +34,10 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"apollo": Apollo, "sgd": SGD, "adam": 
 
 
 def create_optimizer(name: str, params: ParamsT, **settings: Any) -> Optimizer:
-    """Makes the optimizer `name`, a key of OPTIMIZERS or the dotted path of any optimizer class, with its `settings`.
+    """Makes the optimizer `name` with its `settings`. `name` is a key of OPTIMIZERS or the dotted path of any class.
 
-    Nothing is inherited between optimizers: what is not given has the class's own default. The one exception is
-    Apollo's `warmup`, 0 here: in training scripts the warmup belongs to the schedule.
+    A setting that is not given has the default of its class. The one exception is Apollo's `warmup`, which is 0 here:
+    in training scripts the warmup belongs to the schedule.
 
     Raises:
         ValueError: an unknown name, a path that does not import, or a setting that is unknown, missing or refused.
@@ -66,12 +66,12 @@ def create_optimizer(name: str, params: ParamsT, **settings: Any) -> Optimizer:
         return cls(params, **settings)
     except ValueError as error:
         raise ValueError(f"optimizer {name!r}: {error}") from error
-    except Exception as error:  # classes of others check their settings as they like, or not at all
+    except Exception as error:  # foreign classes may check their settings in any way, or not at all
         raise ValueError(f"optimizer {name!r}: {error or type(error).__name__}; its settings: {settings}") from error
 
 
 def _broken_rule(default: Any, value: Any) -> str | None:
-    """What a setting must be by the kind of its default, where it is not that."""
+    """The rule that `value` breaks, by the type of the setting's default; None where it breaks no rule."""
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "true or false"
     if isinstance(default, (int, float)):
@@ -92,7 +92,7 @@ def _import(path: str) -> Callable[..., Optimizer]:
         raise ValueError(f"optimizer {path!r} is no dotted path, package.module.Class")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # importing runs someone else's code, which may raise anything
+    except Exception as error:  # the import runs foreign code, which may raise anything
         raise ValueError(
             f"optimizer {path!r} cannot be imported: {type(error).__name__}: {error}; is it on PYTHONPATH?"
         ) from error

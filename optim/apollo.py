@@ -1,13 +1,14 @@
 """Apollo, an adaptive parameter-wise diagonal quasi-Newton method (Ma, arXiv 2009.13586).
 
-Laid out as a file of torch.optim: the class, the state of a group, the step, and the choice between its
-implementations (dispatch.py). The published algorithm, written literally, is apollo_reference.py: read that first. The
-single-tensor step (apollo_single.py) takes it tensor by tensor; the foreach step (apollo_foreach.py) and the fused ones
-(fused/cpu.py, fused/cuda.py) do the same over lists of tensors. Tests hold all of them to the reference.
+Read apollo_reference.py first: it is the published algorithm, written literally. This file holds the class and its
+state. dispatch.py chooses the implementation of a step. The single-tensor step
+(apollo_single.py) works tensor by tensor. The foreach step (apollo_foreach.py) and the fused steps (fused/cpu.py,
+fused/cuda.py) do the same over lists of tensors. Tests compare all of them with the reference.
 
-The average m = d * D of the gradient is not stored where it can be computed again from d and B: two state tensors, like
-Adam, instead of the three of the published code. Only decoupled weight decay, which adds to d, needs the third. (Or d =
-m / D might not be stored, instead of m. But a step's sums are of d: with d at hand, they take less reading.)
+The average of the gradient, m = d * D, is not stored where it can be computed again from d and B. The state then has
+two tensors, like Adam's. The published code has three. Only decoupled and stable weight decay need the third, because they
+add to d. (We could store m and compute d = m / D instead. But the sums of a step are over d, and a stored d saves
+reading memory.)
 """
 
 from collections.abc import Callable
@@ -30,8 +31,8 @@ from .step_tensors import StepTensors
 class Apollo(Optimizer):
     r"""Apollo, an adaptive parameter-wise diagonal quasi-Newton method.
 
-    For each parameter tensor, with the state t, m, B (`hessian`) and the direction d of the step before, all zero at
-    first:
+    The step of each parameter tensor is as follows. Its state is t, m, B (`hessian`) and d, the direction of the last
+    step. All of them are zero at first.
 
         g      <-  gradient  (+ weight_decay * p  if weight_decay_type is "L2")
         t      <-  t + 1,   alpha = (1 - beta) / (1 - beta^t)
@@ -44,21 +45,21 @@ class Apollo(Optimizer):
         d      <-  m / D  (+ weight_decay * p  if "decoupled",  + weight_decay / mean(D) * p  if "stable")
         p      <-  p - lr_t * d
 
-    lr_t rises linearly from `init_lr` to `lr` over the first `warmup` steps. Where a scheduler warms up, pass warmup=0.
-    An lr of 0 moves nothing, in the warmup too. `load_state_dict` keeps the optimizer's own `capturable`, and its lr a
-    tensor where it was and a float else; all other settings are those of the checkpoint.
+    lr_t rises linearly from `init_lr` to `lr` over the first `warmup` steps. Pass warmup=0 if a scheduler warms up.
+    If lr is 0, no parameter moves, also during the warmup. `load_state_dict` takes all settings from the checkpoint,
+    with two exceptions: the optimizer keeps its own `capturable`, and its lr stays a tensor or a float as it was.
 
-    Starting points, of the two eras of the published results: sigma=1.0 with lr 0.5 (image classification) to 10
-    (language modelling, translation), warmup 100 to 1000 from init_lr 0.01; or sigma=0.01 with lr 0.01 to 0.1, warmup
-    500 from init_lr 1e-5. A learning rate does not carry over between values of sigma.
+    The published results come from two eras. Their settings are good starting points: sigma=1.0 with lr 0.5 (image
+    classification) to 10 (language modelling, translation) and warmup 100 to 1000 from init_lr 0.01; or sigma=0.01 with
+    lr 0.01 to 0.1 and warmup 500 from init_lr 1e-5. A learning rate for one sigma does not suit another sigma.
 
     Args:
         params: parameters, named parameters or groups of them, as any torch optimizer takes them.
         lr: learning rate; a float or a 1-element tensor.
         beta: decay of the average of the gradient, in [0, 1).
         eps: keeps the 4-norm's division finite, > 0.
-        sigma: lower bound of the rectified curvature, > 0; not used by rebound "belief". Like beta, eps and rebound it
-            holds for a whole run: m is kept as d * D.
+        sigma: lower bound of the rectified curvature, > 0; not used by rebound "belief". Do not change sigma, beta, eps
+            or rebound during a run: m is kept as d * D.
         warmup: number of steps of linear warmup; 0 for none.
         init_lr: learning rate of the first warmup step.
         weight_decay: coefficient of weight decay.
@@ -66,17 +67,17 @@ class Apollo(Optimizer):
         rebound: "constant" or "belief", the rule that bounds the curvature from below.
         maximize: ascend instead of descend.
         foreach: step over lists of tensors (True) or tensor by tensor (False).
-        fused: one native call (CPU, compiled at first use) or a few Triton launches (CUDA) for all tensors, where the
-            dtype is supported: float32, bfloat16, float16, and float64 on the CPU; foreach where not.
-            With foreach and fused both None, fused where there is one.
+        fused: one native call (CPU, compiled at first use) or a few Triton launches (CUDA) for all tensors. Supported
+            are float32, bfloat16, float16, and on the CPU float64; other dtypes take the foreach step.
+            If foreach and fused are both None, the step is fused where it can be.
         capturable: keep every scalar on the device, so that the step can be captured in a CUDA graph or compiled whole.
-        carry_sums: let the fused steps keep sums from one step for the next, which saves reading memory. A write to a
-            parameter or its state under `torch.no_grad()` is noticed, and the sums are taken anew. A write through
-            `.data` or a numpy view is not: with L2 decay one step would use an old parameter in a sum. Pass False where
-            your code writes in these ways.
+        carry_sums: let a fused step keep sums for the next one, which saves reading memory. A write to a parameter or
+            its state under `torch.no_grad()` is noticed, and the sums are computed anew. A write through `.data` or a
+            numpy view is not noticed: with L2 decay one step would use an old parameter in a sum. Pass False if your
+            code writes in these ways.
 
-    State, per parameter: `step`, `hessian` and `direction`, and `exp_avg` (m, where it is not d * D) or `sigma` where
-    they are needed. It is float32 for half-precision parameters (arithmetic too), else of the parameter's dtype.
+    State, per parameter: `step`, `hessian`, `direction`; where needed also `exp_avg` (m, where it is not d * D) and
+    `sigma`. State and arithmetic are float32 for half-precision parameters, and of the parameter's dtype otherwise.
 
     Raises:
         ValueError: a setting that is out of range, not finite or unknown.
@@ -85,7 +86,8 @@ class Apollo(Optimizer):
     Source: arXiv 2009.13586, Algorithm 1; rebound "constant" with sigma 0.01 and "belief" from the later revisions.
     """
 
-    # torch.amp.GradScaler then leaves dividing by its scale, and skipping the step, to the step: grad_scale, found_inf.
+    # With this, torch.amp.GradScaler leaves two things to the step: division by the scale (grad_scale) and skipping
+    # the step (found_inf).
     _step_supports_amp_scaling = True
 
     @override
@@ -136,8 +138,8 @@ class Apollo(Optimizer):
         for group in state_dict["param_groups"]:
             check_settings({**self.defaults, **group})
         own = [(group["capturable"], group["lr"]) for group in self.param_groups]
-        # torch casts loaded state to the parameter's dtype. Ours stays float32 where parameters are half precision, so
-        # the tensors are taken once more from what was loaded, after any hook of the user's has had its say.
+        # torch casts loaded state to the parameter's dtype, but ours stays float32 for half-precision parameters. So we
+        # take the tensors once more from the loaded state, as the user's own hooks have left it.
         loaded: dict[str, Any] = {}
         handle = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
         try:
@@ -145,13 +147,13 @@ class Apollo(Optimizer):
         finally:
             handle.remove()
         for group, (capturable, lr) in zip(self.param_groups, own, strict=True):
-            # What belongs to the process and not to the run: a graph needs its own, and so does a step without one.
+            # These two belong to the process and not to the run: a CUDA graph needs its own.
             group["capturable"] = capturable
             if isinstance(lr, Tensor):
                 group["lr"] = torch.as_tensor(group["lr"]).to(lr.device, lr.dtype, copy=True)
             else:
                 group["lr"] = float(group["lr"])
-            for key, value in self.defaults.items():  # settings that the checkpoint is too old for
+            for key, value in self.defaults.items():  # settings that an old checkpoint lacks
                 group.setdefault(key, value)
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
         owners = [(group, param) for group in self.param_groups for param in group["params"]]
@@ -174,9 +176,9 @@ class Apollo(Optimizer):
         sigmas: list[Tensor | None],
         steps: list[Tensor],
     ) -> None:
-        """Fills the lists with the tensors of parameters that have a gradient. Makes the state that is not there yet.
+        """Fills the lists with the tensors of the parameters that have a gradient. Makes missing state.
 
-        torch.compile knows the optimizers' `_init_group` by its name and does not trace it, but takes lists alone.
+        torch.compile knows `_init_group` by its name and does not trace it. It accepts only lists as its arguments.
         """
         states = []
         adds_to_state = group["rebound"] == "belief" or group["weight_decay_type"] != "L2"
@@ -205,7 +207,7 @@ class Apollo(Optimizer):
             raise RuntimeError(f"Apollo: the state of {name} has no {missing}; is it another optimizer's?") from None
 
     def _init_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
-        """Adds to a parameter's state what its group's settings ask for and it does not have yet."""
+        """Adds to a parameter's state what the settings of its group need and what is missing."""
         belief, dtype = group["rebound"] == "belief", state_dtype(param)
         if not state:
             device = param.device if _counts_on_device(group, param) else "cpu"
@@ -213,10 +215,10 @@ class Apollo(Optimizer):
             state["hessian"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["direction"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         if belief and "sigma" not in state:
-            # The bound of the step before, from which m is computed again. Before the first step d = 0: any will do.
+            # The bound of the last step; m is computed from it. Before the first step d is 0, and any bound is right.
             state["sigma"] = torch.full((), group["sigma"], dtype=dtype, device=param.device)
         if group["weight_decay"] != 0 and group["weight_decay_type"] != "L2" and "exp_avg" not in state:
-            # A new parameter, or a weight decay that was zero until now: from here on d is more than m / D.
+            # The parameter is new, or the weight decay was zero until now. From here on d is more than m / D.
             bound = float(state["sigma"]) if belief else group["sigma"]
             offset = curvature_offset(group["eps"], group["beta"], float(state["step"]), group["rebound"])
             state["exp_avg"] = state["direction"] * (state["hessian"].abs().clamp_(min=bound) + offset)
@@ -224,7 +226,7 @@ class Apollo(Optimizer):
     @torch.no_grad()
     @override
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Performs one step; `closure`, if given, reevaluates the model and returns the loss, which step returns."""
+        """Performs one step. `closure`, if given, reevaluates the model and returns the loss, which is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -256,7 +258,7 @@ def _is_capturing() -> bool:
 
 
 def _counts_on_device(group: dict[str, Any], param: Tensor) -> bool:
-    """Whether the count of steps lives on the parameter's device, for a graph or a fused step; else on the CPU."""
+    """Whether the count of steps is on the parameter's device, for a graph or a fused step, and not on the CPU."""
     wants_fused = group["fused"] or (group["fused"] is None and group["foreach"] is None)
     return group["capturable"] or bool(
         param.device.type == "cuda" and wants_fused and fused_step(param.device, param.dtype)
@@ -264,7 +266,7 @@ def _counts_on_device(group: dict[str, Any], param: Tensor) -> bool:
 
 
 def _name_with_gradient(group: dict[str, Any], i: int) -> str:
-    """The name of number i among the parameters that have a gradient."""
+    """The name of parameter i, counted among those that have a gradient."""
     return _name_of(group, [index for index, param in enumerate(group["params"]) if param.grad is not None][i])
 
 

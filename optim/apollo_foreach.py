@@ -1,7 +1,7 @@
 """Apollo's step over lists of tensors, with torch's foreach operations: few launches, and no extension to build.
 
-The sums over a tensor, which foreach has no operation for, are taken one by one; all scalars of the update are then one
-vector over the list.
+foreach has no operation for the sum over a tensor, so these sums are computed one by one. All scalars of the update are
+then one vector over the list.
 """
 
 from collections.abc import Iterator
@@ -14,20 +14,21 @@ from .settings import Settings
 from .sharded import join_sums
 from .step_tensors import StepTensors
 
-# On the CPU a launch costs little and memory much, so a long list goes in parts, whose temporaries stay in cache.
+# On the CPU a launch is cheap and memory access is not. So a long list is cut into parts whose temporaries stay in
+# cache.
 CPU_PART = 2**17  # elements
 
 
 def _multi_tensor_apollo(tensors: StepTensors, settings: Settings, grad_scale: Tensor | None) -> None:
-    """The step of parameters of one device and dtype."""
+    """The step for parameters of one device and dtype."""
     for part in _parts(tensors):
         _step(tensors.part(part), settings, grad_scale)
 
 
 def _parts(tensors: StepTensors) -> Iterator[range]:
-    """Consecutive parts of the list, of CPU_PART elements or of one tensor; the whole where parts gain nothing."""
+    """Consecutive parts of the list: up to CPU_PART elements, or one tensor. The whole list on GPUs or with shards."""
     params = tensors.params
-    if params[0].device.type != "cpu" or any(tensors.shards):  # the ranks must take their sums in step
+    if params[0].device.type != "cpu" or any(tensors.shards):  # all ranks must join their sums in the same order
         yield range(len(params))
         return
     first = elements = 0
@@ -40,7 +41,7 @@ def _parts(tensors: StepTensors) -> Iterator[range]:
 
 
 def _step(tensors: StepTensors, settings: Settings, grad_scale: Tensor | None) -> None:
-    """The step of one part."""
+    """The step for one part."""
     s, params, grads, exp_avgs, hessians = settings, tensors.params, tensors.grads, tensors.exp_avgs, tensors.hessians
     directions, sigmas, shards = tensors.directions, tensors.sigmas, tensors.shards
     dtype = directions[0].dtype

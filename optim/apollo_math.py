@@ -15,7 +15,7 @@ def averaging_weight(beta: float, step: float | Tensor) -> float | Tensor:
 def warmed_up_lr(lr: float | Tensor, init_lr: float, warmup: int, steps_before: float | Tensor) -> float | Tensor:
     """lr of the step after `steps_before` steps: linear from `init_lr` over the first `warmup` steps, then `lr`.
 
-    An lr of 0 stays 0, for whoever sets it means that nothing moves.
+    An lr of 0 stays 0: a user who sets it wants that nothing moves.
     """
     if warmup == 0:
         return lr
@@ -26,13 +26,13 @@ def warmed_up_lr(lr: float | Tensor, init_lr: float, warmup: int, steps_before: 
 
 
 def norm_eps(eps: float, sigma: float, rebound: str) -> float:
-    """The constant added to ||d||_4. It scales with d, which a constant bound sigma on the curvature divides."""
+    """The constant added to ||d||_4. With a constant bound sigma, d scales with 1 / sigma; so does this constant."""
     return eps / sigma if rebound == "constant" else eps
 
 
 def curvature_offset(eps: float, beta: float, step: float | Tensor, rebound: str) -> float | Tensor:
-    """What rebound "belief" adds to the rectified curvature D, eps / alpha_t; nothing with "constant".
+    """What rebound "belief" adds to the rectified curvature D: eps / alpha_t. It is 0 with "constant".
 
-    Written as a product so that it is 0, not a division by zero, before the first step.
+    The formula is a product, so that it gives 0 before the first step and does not divide by zero.
     """
     return eps * (1 - beta**step) / (1 - beta) if rebound == "belief" else 0.0

@@ -1,9 +1,9 @@
 """The published algorithm written literally. Read this file first.
 
-A loop over parameter tensors with three state tensors each, as in the published code: `exp_avg` (m), `hessian` (B) and
-`direction` (d), which is scaled in place before it is used. docs/apollo.md derives the formulas. Every form of
-`optim.Apollo` is held to this one by tests, and this one to trajectories of the published implementations. It is slow,
-takes dense real gradients alone, and is not meant for training.
+This is a loop over parameter tensors with three state tensors each, as in the published code: `exp_avg` (m), `hessian`
+(B) and `direction` (d), which is scaled in place before use. docs/apollo.md derives the formulas. Tests compare every
+form of `optim.Apollo` with this one, and this one with trajectories of the published implementations. It is slow, takes
+only dense real gradients, and is not meant for training.
 
 Source: arXiv 2009.13586, Algorithm 1.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class LiteralApollo(torch.optim.Optimizer):
-    """Apollo of both eras for dense real gradients, in the dtype of the parameters. Settings as in `optim.Apollo`."""
+    """Apollo of both eras for dense real gradients, in the parameters' dtype. The settings are those of `optim.Apollo`."""
 
     def __init__(
         self,

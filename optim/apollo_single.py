@@ -1,4 +1,4 @@
-"""Apollo's step tensor by tensor, which reads like the algorithm in the paper, but stores m only where it must."""
+"""Apollo's step tensor by tensor. It reads like the algorithm in the paper, but stores m only where that is needed."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ def _single_tensor_apollo(tensors: StepTensors, settings: Settings, grad_scale: 
         if tensors.numels[i] == 0:
             continue
         alpha = averaging_weight(s.beta, t)
-        total = partial(join, groups=tensors.shards[i])  # of a sharded parameter's sums, over its shards
+        total = partial(join, groups=tensors.shards[i])  # adds up the shards' sums of a sharded parameter
 
         grad = tensors.grads[i].to(d.dtype)
         if grad_scale is not None:
@@ -31,7 +31,7 @@ def _single_tensor_apollo(tensors: StepTensors, settings: Settings, grad_scale: 
         if s.l2 != 0:
             grad = grad.add(param, alpha=s.l2)
 
-        # the average of the gradient: m = d * D of the step before, and what this gradient changes
+        # the average of the gradient: m = d * D of the last step, then the change by this gradient
         exp_avg = tensors.exp_avgs[i]
         if exp_avg is None:
             bound = sigma if s.belief else s.sigma
@@ -39,7 +39,7 @@ def _single_tensor_apollo(tensors: StepTensors, settings: Settings, grad_scale: 
         delta_g = grad - exp_avg
         exp_avg.add_(alpha * delta_g)
 
-        # the diagonal Hessian, by the weak secant equation along the direction of the step before
+        # the diagonal Hessian, by the weak secant equation along the direction of the last step
         denom = total(d.pow(4).sum()) ** 0.25 + norm_eps(s.eps, s.sigma, s.rebound)
         v = d / denom
         delta = total(-alpha * (delta_g / denom * v).sum() - (hessian * v.square()).sum())

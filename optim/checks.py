@@ -1,9 +1,9 @@
-"""What a step asks of its tensors before it is taken, so that no step reads or writes outside a tensor.
+"""Checks the tensors of a step before the step, so that no step reads or writes outside a tensor.
 
-Any Python code may give a tensor another shape, dtype, order or memory between two steps, or load state that belongs to
-another parameter. torch's own operators compare the tensors that they are given, but the fused steps work with
-addresses. So all forms of the step take lists that have passed `check_tensors`. That takes longer than a step may, so
-it is asked again only where `facts` have changed, which are cheap.
+Between two steps any Python code may give a tensor another shape, dtype, order or memory, or load state that belongs to
+another parameter. torch's own operators check their tensors, but the fused steps work with addresses. So every form of
+the step takes only lists that have passed `check_tensors`. This check is too slow for every step. It is repeated only
+when `facts` have changed, which are cheap to compare.
 """
 
 from bisect import bisect_left
@@ -18,7 +18,7 @@ from torch import Tensor
 from .step_tensors import StepTensors
 
 NameOf = Callable[[int], str]  # what an error calls parameter i of a list
-Ranges = tuple[list[int], list[int]]  # of memory: where they begin, in order, and where they end
+Ranges = tuple[list[int], list[int]]  # of memory: their sorted beginnings, and their ends
 
 SHAPE, DTYPE = attrgetter("shape"), attrgetter("dtype")
 
@@ -28,7 +28,7 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 
 def facts(tensors: StepTensors) -> tuple[list[Any], ...]:
-    """What `check_tensors` depends on: where parameters and state are and in which form, and the form of gradients."""
+    """What `check_tensors` depends on: addresses and form of parameters and state, and the form of gradients."""
     large, small = list(_of_shape(tensors)), list(_scalars(tensors))
     return (
         *(list(map(fact, large)) for fact in (SHAPE, DTYPE, Tensor.stride, Tensor.data_ptr)),
@@ -38,7 +38,7 @@ def facts(tensors: StepTensors) -> tuple[list[Any], ...]:
 
 
 def check_tensors(tensors: StepTensors, name_of: NameOf) -> None:
-    """Raises RuntimeError, naming the parameter, where a tensor does not fit its parameter or shares memory."""
+    """Raises RuntimeError, with the parameter's name, if a tensor does not fit its parameter or shares memory."""
     for i, param in enumerate(tensors.params):
         if not param.is_floating_point() or param.layout is not torch.strided:
             raise RuntimeError(f"Apollo takes dense floating-point parameters: {name_of(i)} is {_form(param)}")
@@ -50,7 +50,7 @@ def check_tensors(tensors: StepTensors, name_of: NameOf) -> None:
             wanted = torch.float32 if key == "step" else x.dtype if key == "gradient" else dtype
             fits = x.numel() == 1 if scalar else x.shape == param.shape
             fits = fits and x.dtype == wanted and x.is_floating_point() and x.layout is torch.strided
-            if not fits or (key != "step" and x.device != param.device):  # steps are moved to where they are counted
+            if not fits or (key != "step" and x.device != param.device):  # dispatch.py moves steps to the right device
                 shape = "one element" if scalar else f"shape {tuple(param.shape)}"
                 raise RuntimeError(
                     f"Apollo: {key} of {name_of(i)} is {_form(x)}, not {wanted} of {shape} on {param.device}; "
@@ -60,7 +60,7 @@ def check_tensors(tensors: StepTensors, name_of: NameOf) -> None:
 
 
 def written_ranges(tensors: StepTensors) -> Ranges:
-    """The ranges of memory that a step writes to, joined where they meet in each other."""
+    """The ranges of memory that a step writes to. Ranges that overlap are joined."""
     begins, ends = [], []
     for begin, end in sorted(_range_of(x) for x in chain(_of_shape(tensors), _scalars(tensors)) if x.numel()):
         if ends and begin < ends[-1]:
@@ -71,9 +71,10 @@ def written_ranges(tensors: StepTensors) -> Ranges:
 
 
 def apart_from(ranges: Ranges, grads: list[Tensor], known: list[int]) -> list[Tensor]:
-    """The gradients as a kernel may read them: with a copy of each that shares memory with what the step writes to.
+    """The gradients as a kernel may read them. A gradient that shares memory with what the step writes is copied.
 
-    `known` keeps the addresses for which nothing was found, for the next step.
+    A gradient with a pending sign (`is_neg`) is copied too. `known` keeps, for the next step, the addresses of
+    gradients that needed no copy.
     """
     addresses = list(map(Tensor.data_ptr, grads))
     if addresses == known:
@@ -95,13 +96,13 @@ def apart_from(ranges: Ranges, grads: list[Tensor], known: list[int]) -> list[Te
 
 
 def _of_shape(tensors: StepTensors) -> Iterable[Tensor]:
-    """What the step writes to of the parameters' shapes."""
+    """The tensors of the parameters' shapes that the step writes to."""
     averages = (x for x in tensors.exp_avgs if x is not None)
     return chain(tensors.params, tensors.hessians, tensors.directions, averages)
 
 
 def _scalars(tensors: StepTensors) -> Iterable[Tensor]:
-    """What else the step writes to."""
+    """The other tensors that the step writes to."""
     return chain(tensors.steps, (x for x in tensors.sigmas if x is not None))
 
 
@@ -125,14 +126,14 @@ def _range_of(x: Tensor) -> tuple[int, int]:
 
 
 def _check_overlap(tensors: StepTensors, name_of: NameOf) -> None:
-    """Raises RuntimeError where two elements that a step writes are one in memory."""
+    """Raises RuntimeError if two elements that a step writes have the same memory."""
     named = []  # a range of memory, a tensor, and its name
     for i, param in enumerate(tensors.params):
         for key, x in [("", param), *_state(tensors, i).items()]:
             if x.numel() and x.data_ptr():
                 named.append((*_range_of(x), x, f"{key} of {name_of(i)}" if key else name_of(i)))
     named.sort(key=lambda entry: entry[:2])
-    cluster: list[tuple] = []  # entries whose ranges meet
+    cluster: list[tuple] = []  # entries whose ranges overlap
     for entry in [*named, None]:
         if cluster and (entry is None or entry[0] >= max(end for _, end, *_ in cluster)):
             if len(cluster) > 1 or not cluster[0][2].is_contiguous():
@@ -142,7 +143,7 @@ def _check_overlap(tensors: StepTensors, name_of: NameOf) -> None:
 
 
 def _check_cluster(cluster: list[tuple]) -> None:
-    """Ranges that meet need not overlap: views of every other column of one matrix do not. So elements are compared."""
+    """Compares the addresses of elements: ranges can interleave, as two views of every other column of a matrix do."""
     start = cluster[0][0]
     seen: list[Tensor] = []
     for k, (begin, _, x, name) in enumerate(cluster):

@@ -1,7 +1,7 @@
-"""The choice between the implementations of Apollo's step: single-tensor, foreach, fused.
+"""Chooses between the implementations of Apollo's step: single-tensor, foreach, fused.
 
-What is found out about the tensors of a group (that they fit each other, and which of them go together) is kept until
-one of them changes.
+The results of two checks are kept until a tensor of the group changes: that the tensors fit each other, and which
+tensors form a list.
 """
 
 import warnings
@@ -35,16 +35,16 @@ def apollo(
     """Functional form of `Apollo`'s step, in place.
 
     Sorts the parameters into lists of one kind, and gives each list to the implementation that suits it. Gradients are
-    divided by `grad_scale`; nothing happens where `found_inf` is not 0. Both are 1-element tensors. `name_of(i)` is
-    what an error calls parameter i.
+    divided by `grad_scale`. Nothing changes if `found_inf` is not 0. Both are 1-element tensors. `name_of(i)` is the
+    name of parameter i in an error.
 
     Raises:
-        RuntimeError: a tensor whose shape, dtype or device is not what the parameter's asks for, or shared memory.
+        RuntimeError: a tensor's shape, dtype or device does not fit its parameter, or tensors share memory.
     """
     if not tensors.params:
         return
     owner, tensors = tensors.params[0], tensors.local()
-    if is_compiling():  # torch's own operators check what they are given
+    if is_compiling():  # torch's own operators check their tensors
         lists = _lists(tensors, settings)
     else:
         plan = _plan(owner, tensors, settings, name_of)
@@ -59,11 +59,11 @@ def apollo(
             step(part, replace(settings, lr=settings.lr.item()) if on_host else settings, scale)
 
 
-UNFUSED = (_single_tensor_apollo, _multi_tensor_apollo)  # they take their scalars on the host
+UNFUSED = (_single_tensor_apollo, _multi_tensor_apollo)  # these take their scalars on the host
 
 
 class _List(NamedTuple):
-    """What steps over a list of one kind, where, the indices of its parameters, and what the step keeps."""
+    """A list of one kind: its step function, its device, the indices of its parameters, and what the step keeps."""
 
     step: Callable[..., None]
     device: torch.device
@@ -72,12 +72,12 @@ class _List(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What has been found out about the tensors of a group, and holds as long as `key` does."""
+    """What is known about the tensors of a group. It is valid as long as `key` is the same."""
 
     key: tuple
     lists: list[_List]
     written: Ranges
-    apart: list[int]  # addresses of gradients that were found to be apart from what is written
+    apart: list[int]  # addresses of gradients that share no memory with what is written
 
 
 _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by a group's first parameter
@@ -86,7 +86,7 @@ _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by a group's first parame
 def _plan(owner: Tensor, tensors: StepTensors, settings: Settings, name_of: NameOf) -> _Plan:
     try:
         key = facts(tensors), settings.foreach, settings.fused, settings.capturable
-    except (AttributeError, TypeError, RuntimeError):  # something there is no tensor, or has no memory
+    except (AttributeError, TypeError, RuntimeError):  # an entry is not a tensor, or has no memory
         check_tensors(tensors, name_of)
         raise
     plan = _plans.get(owner)
@@ -112,7 +112,7 @@ def _lists(tensors: StepTensors, settings: Settings) -> list[_List]:
                 part = tensors.part(indices)
                 lay_out_states(part.params, *part.states)
             on_device = settings.capturable or (device.type == "cuda" and fused)
-            for i in indices:  # elsewhere after a change of settings
+            for i in indices:  # they are elsewhere after a change of settings
                 if tensors.steps[i].is_cuda != (on_device and device.type == "cuda"):
                     tensors.steps[i].data = tensors.steps[i].to(device if on_device else "cpu")
         lists.append(_List(step, device, indices, {}))
@@ -120,14 +120,14 @@ def _lists(tensors: StepTensors, settings: Settings) -> list[_List]:
 
 
 def _has_plain_memory(tensors: StepTensors, i: int) -> bool:
-    """Whether kernels may go by the addresses of tensor i: no gaps, no pending sign, no wrapper of other tensors."""
+    """Whether kernels may use the addresses of parameter i: no gaps, no pending sign, no wrapper of other tensors."""
     param = tensors.params[i]
     mine = [param, tensors.grads[i], tensors.hessians[i], tensors.directions[i], tensors.exp_avgs[i]]
     return is_dense(param) and not any(x.is_neg() or (x.numel() and not x.data_ptr()) for x in mine if x is not None)
 
 
 def _implementation(device: torch.device, dtype: torch.dtype, s: Settings, plain: bool) -> Callable[..., None]:
-    """What steps over a list. `plain`: in memory without gaps, with gradients of the parameters' dtype."""
+    """The step function for a list. `plain`: memory without gaps, and gradients of the parameters' dtype."""
     if s.fused or (s.fused is None and s.foreach is None):
         return (plain and fused_step(device, dtype)) or _multi_tensor_apollo
     return _multi_tensor_apollo if s.foreach else _single_tensor_apollo
@@ -146,14 +146,14 @@ def fused_step(device: torch.device, dtype: torch.dtype) -> Callable[..., None] 
 
 @cache
 def _triton_works() -> bool:
-    """Whether kernels can be launched, found out once; if not, after one warning. Triton compiles its driver then."""
+    """Whether Triton can launch kernels. It is tried once, since Triton then compiles its driver. Warns on failure."""
     if not find_spec("triton"):
         return False
     try:
         from .fused import cuda as fused_cuda
 
         fused_cuda.launch_one()
-    except Exception as error:  # a compiler that is not there, headers, a driver: Triton has an error for each
+    except Exception as error:  # compiler, headers or driver are missing: Triton has an error for each
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(f"Triton cannot launch kernels, Apollo takes the slower foreach step: {reason}", stacklevel=2)
         return False

@@ -1,7 +1,7 @@
-"""Learning-rate schedules in closed form: the learning rate is a function of the update's index, and of nothing else.
+"""Learning-rate schedules in closed form: the learning rate is a function of the update's index alone.
 
-A linear warmup leads into one of four rules. They are stepped once per update, while a "unit" is what a rule counts in:
-an epoch where the published learning rate changes once per epoch, an update where it changes with every update.
+After a linear warmup one of four rules follows. A schedule is stepped once per update. A rule counts in "units": a unit
+is an epoch if the published learning rate changes once per epoch, and an update if it changes with every update.
 """
 
 import math
@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from .settings import suggest
 
-# Each schedule's own settings and their defaults; None must be given.
+# The settings of each schedule and their defaults. A setting with the default None must be given.
 SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {},
     "milestone": {"milestones": None, "decay_rate": 0.1},
@@ -37,19 +37,19 @@ def create_schedule(
 ) -> LRScheduler:
     """Makes the schedule `name` for `optimizer`, to be stepped once per update.
 
-    A group's learning rate at this moment (its `initial_lr` where it has one) is what its schedule starts from:
-    `learning_rate` gives the formulas.
+    The schedule of a group starts from the group's `initial_lr`, or if there is none from its learning rate at this
+    moment. `learning_rate` gives the formulas.
 
     Args:
         optimizer: any torch optimizer.
         name: "constant", "milestone", "cosine" or "inverse_sqrt".
-        updates_per_unit: updates in a unit: those of an epoch, or 1.
-        total: length of the training in units; needed by "cosine" only.
-        settings: warmup_updates (default 0) and init_lr (0.0); for "milestone" milestones, an increasing list of units,
-            and decay_rate (0.1); for "cosine" last_lr (0.0).
+        updates_per_unit: number of updates in a unit: the updates of an epoch, or 1.
+        total: length of the training in units; only "cosine" needs it.
+        settings: warmup_updates (default 0) and init_lr (0.0). "milestone" also takes milestones, an increasing list
+            of units, and decay_rate (0.1). "cosine" also takes last_lr (0.0).
 
     Raises:
-        ValueError: an unknown name or setting, a value out of range, or a warmup beside the optimizer's own.
+        ValueError: an unknown name or setting, a value out of range, or a warmup in both schedule and optimizer.
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}{suggest(name, SCHEDULES)}")
@@ -79,7 +79,7 @@ def learning_rate(
     decay_rate: float = 0.1,
     last_lr: float = 0.0,
 ) -> float | Tensor:
-    """Learning rate of update `t`, counted from 0, where the schedule `name` starts from `lr`."""
+    """Learning rate of update `t`, counted from 0. The schedule `name` starts from `lr`."""
     if t < warmup_updates:
         return init_lr + (lr - init_lr) * t / warmup_updates
     unit = t // updates_per_unit
@@ -93,7 +93,7 @@ def learning_rate(
 
 
 class UpdateSchedule(LRScheduler):
-    """A schedule of `create_schedule` in torch's interface; its state is plain values, its `last_epoch` the update."""
+    """A schedule with torch's interface. Its state is plain values; its `last_epoch` is the index of the update."""
 
     @override
     def __init__(self, optimizer: Optimizer, name: str, settings: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ def _check(name: str, settings: dict[str, Any]) -> None:
         if not holds:
             raise ValueError(f"schedule {name!r}: {key} must be {rule}, got {settings[key]!r}")
 
-    least_warmup = 1 if name == "inverse_sqrt" else 0  # which decays from the end of its warmup
+    least_warmup = 1 if name == "inverse_sqrt" else 0  # inverse_sqrt decays from the end of its warmup
     warmup = settings["warmup_updates"]
     require(is_count(warmup) and warmup >= least_warmup, "warmup_updates", f"a whole number >= {least_warmup}")
     require(

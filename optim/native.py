@@ -1,8 +1,8 @@
-"""Compiles a C++ file of this repository for the processor at hand, at first use; the result is kept in a cache.
+"""Compiles a C++ file of this repository for this processor at first use, and keeps the result in a cache.
 
-The C++ has a plain C interface and includes nothing of torch: it compiles in seconds, works with any version of torch,
-and is called through ctypes. The cache ($TORCH_EXTENSIONS_DIR, else ~/.cache) is keyed by the sources, the compiler and
-the processor.
+The C++ has a plain C interface and includes nothing of torch. So it compiles in seconds, works with any version of
+torch, and is called through ctypes. The cache is in $TORCH_EXTENSIONS_DIR, or else in $XDG_CACHE_HOME or ~/.cache. Its
+key is made of the sources, the compiler with its flags, and the processor.
 """
 
 import ctypes
@@ -18,21 +18,21 @@ from pathlib import Path
 
 Signatures = dict[
     str, tuple[type | None, list[type]]
-]  # by a function's name what it returns and takes, as ctypes types
+]  # name of a function to its result and arguments, as ctypes types
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 
 
 class NotCompiled(Exception):
-    """Why there is no library, in one line."""
+    """The reason, in one line, why there is no library."""
 
 
 def load_library(
     source: Path, signatures: dict[str, tuple[type | None, list[type]]], instead: str
 ) -> ctypes.CDLL | None:
-    """The library of one C++ file; or None, after a warning that says what is used `instead`, where there is none.
+    """The library of one C++ file. If there is none: None, after a warning that says what is used `instead`.
 
     `instead` is a clause, such as "the slower foreach step is used". Callers keep the result (functools.cache), so that
-    there is one warning.
+    they warn only once.
     """
     try:
         library = ctypes.CDLL(str(compile_library(source)))
@@ -46,7 +46,7 @@ def load_library(
 
 
 def compile_library(source: Path) -> Path:
-    """The shared library of one C++ file, from the cache where it is there. Raises NotCompiled."""
+    """The path of the shared library of one C++ file; compiled if it is not in the cache. Raises NotCompiled."""
     try:
         return _compile(source)
     except (OSError, subprocess.SubprocessError) as error:
@@ -68,11 +68,11 @@ def _compile(source: Path) -> Path:
         return built
     try:
         built.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no home to write to: for this process alone
+    except OSError:  # no writable cache: compile for this process alone
         built = Path(tempfile.mkdtemp(prefix="apollo_optim_")) / built.name
 
-    # Several processes may build at once: each into a file of its own, then renamed. Compilers without OpenMP (Apple's)
-    # still vectorise the loops, on one thread.
+    # Several processes may build at once: each builds into its own file and renames it. Compilers without OpenMP
+    # (Apple's) still vectorise the loops, on one thread.
     handle, temporary = tempfile.mkstemp(dir=built.parent, suffix=".so")
     os.close(handle)
     try:

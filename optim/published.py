@@ -1,8 +1,8 @@
 """Converts optimizer state between `optim.Apollo` and the published implementation of Apollo.
 
-The published one keeps three tensors for each parameter, `exp_avg_grad` (m), `approx_hessian` (B) and `update` (the
-direction d of the last step), and counts steps in a Python int; sigma is no setting there, but a constant of the era.
-Here m is stored only where it cannot be computed again from d and B.
+The published implementation keeps three tensors for each parameter: `exp_avg_grad` (m), `approx_hessian` (B) and
+`update` (the direction d of the last step). It counts steps in a Python int. There sigma is a constant of the era and
+not a setting. `optim.Apollo` stores m only where it cannot be computed again from d and B.
 """
 
 from typing import Any
@@ -12,20 +12,21 @@ from torch import Tensor
 
 from .apollo_math import curvature_offset
 
-# Settings of a group that both know by the same name; the rest (sigma, foreach, ...) only `optim.Apollo` has.
+# Settings that have the same name in both. Only `optim.Apollo` has the others (sigma, foreach, ...).
 SHARED = ("lr", "beta", "eps", "warmup", "init_lr", "weight_decay", "weight_decay_type", "rebound")
 
 
 def from_published(state_dict: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    """State dict for `Apollo.load_state_dict` from the published optimizer's.
+    """Makes a state dict for `Apollo.load_state_dict` from the published optimizer's state dict.
 
     Args:
-        state_dict: of the published optimizer, over the same parameters in the same order.
-        settings: for every group, what is not in it: `sigma` always (1.0 or 0.01), `weight_decay_type` where the
-            published version fixed it, and settings of `Apollo` alone if their defaults do not suit. These win.
+        state_dict: the published optimizer's, over the same parameters in the same order.
+        settings: settings for every group. They override those in `state_dict`. `sigma` is always needed (1.0 or
+            0.01), and `weight_decay_type` if the published version fixed it. Settings that only `Apollo` has are
+            optional.
 
     Raises:
-        ValueError: state that is not the published optimizer's, or no sigma.
+        ValueError: the state is not the published optimizer's, or sigma is missing.
     """
     if "sigma" not in settings:
         raise ValueError(
@@ -49,7 +50,7 @@ def from_published(state_dict: dict[str, Any], **settings: Any) -> dict[str, Any
             "params": group["params"],
         }
         groups.append(group)
-        # Kept for L2 decay too where the bound of D, "belief"'s largest |g - m|, is not known any more.
+        # With "belief" m is kept for every decay type: the last bound of D, max|g - m|, is not in the published state.
         stores = group["rebound"] == "belief" or (group["weight_decay"] != 0 and group["weight_decay_type"] != "L2")
         for i in group["params"]:
             if i not in state_dict["state"]:
@@ -71,7 +72,7 @@ def from_published(state_dict: dict[str, Any], **settings: Any) -> dict[str, Any
 
 
 def to_published(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """State dict of the published optimizer from `Apollo.state_dict()`, without the settings that it does not know."""
+    """The published optimizer's state dict from `Apollo.state_dict()`, without the settings that only `Apollo` has."""
     groups, state = [], {}
     for group in state_dict["param_groups"]:
         extra = {key: group[key] for key in ("initial_lr", "param_names") if key in group}

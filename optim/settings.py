@@ -1,4 +1,4 @@
-"""The settings of a group of Apollo's parameters, what they may be, and how an error says what is valid."""
+"""The settings of a group of Apollo's parameters, their valid values, and the hint in errors about valid names."""
 
 import difflib
 import math
@@ -56,7 +56,7 @@ class Settings:
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Raises ValueError, in one line, where one of the settings of an Apollo group makes no sense."""
+    """Raises ValueError with one line if a setting of an Apollo group is not valid."""
     lr = settings["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr as a tensor must have 1 element, not shape {tuple(lr.shape)}")
@@ -82,7 +82,7 @@ def check_settings(settings: dict[str, Any]) -> None:
 
 
 def suggest(name: object, valid: Iterable[str]) -> str:
-    """'; did you mean X? valid: X, Y' for an unknown `name`, without the question where nothing is near."""
+    """'; did you mean X? valid: X, Y' for an unknown `name`. Without the question if no valid name is similar."""
     valid = list(valid)
     near = difflib.get_close_matches(str(name).lower(), [v.lower() for v in valid], n=1)
     hint = f" did you mean {next(v for v in valid if v.lower() == near[0])!r}?" if near else ""

@@ -1,7 +1,7 @@
 """Apollo's sums over parameters that are sharded (FSDP2, tensor parallelism: torch's DTensor).
 
-The step works on each rank's local shard; only its sums over a tensor have to run over all shards. They are joined by
-all-reduces of one small array for the whole list, so that any number of ranks takes the step that one would.
+Each rank steps over its local shard. Only the sums over a tensor need all shards. All-reduces of one small array for the
+whole list join them, so that any number of ranks takes the same step as one rank.
 """
 
 import sys
@@ -11,18 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# The groups of ranks, one for each dimension of the mesh, over which a tensor is sharded; none where it is whole.
+# The groups of ranks over which a tensor is sharded: one for each sharded dimension of the mesh, none for a whole tensor.
 ProcessGroups = tuple[Any, ...]
 
 
 def any_sharded(tensors: list[Tensor]) -> bool:
-    """Whether a DTensor is among them; asked without importing them, which is slow."""
+    """Whether a DTensor is among `tensors`. This does not import DTensor, because the import is slow."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
 
 
 def local_shard(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """This rank's part of x, which shares its memory; of a gradient in the placement of its parameter `like`."""
+    """This rank's part of x, in x's memory. A gradient is first brought to the placement of its parameter `like`."""
     if not any_sharded([x]):
         return x
     if like is not None and x.placements != like.placements:
@@ -31,7 +31,7 @@ def local_shard(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def process_groups(param: Tensor) -> ProcessGroups:
-    """The groups over which the sums of `param` have to be joined."""
+    """The groups over which the sums of `param` must be joined."""
     if not any_sharded([param]):
         return ()
     mesh = param.device_mesh
@@ -39,7 +39,7 @@ def process_groups(param: Tensor) -> ProcessGroups:
 
 
 def join_sums(sums: Tensor, shards: list[ProcessGroups], largest: bool = False) -> None:
-    """Adds up (or takes the largest of) the rows of `sums` [n, k], one row a tensor, over the ranks, in place."""
+    """Replaces the rows of `sums` [n, k], one for each tensor, by their sums (or maxima) over the ranks."""
     op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
     for groups in dict.fromkeys(shards):
         if not groups:
@@ -56,7 +56,7 @@ def join_sums(sums: Tensor, shards: list[ProcessGroups], largest: bool = False) 
 
 
 def join(x: Tensor, groups: ProcessGroups, largest: bool = False) -> Tensor:
-    """The sum (or the largest) over the ranks of a 0-d tensor."""
+    """The sum (or the maximum) of a 0-d tensor over the ranks, in place."""
     if groups:
         join_sums(x.view(1, 1), [groups], largest)
     return x

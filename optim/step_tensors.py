@@ -1,4 +1,4 @@
-"""The tensors of one step as lists side by side, as every implementation of Apollo's step takes them."""
+"""The tensors of one step as parallel lists. Every implementation of Apollo's step takes them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,21 +13,21 @@ from .sharded import ProcessGroups, any_sharded, local_shard, process_groups
 class StepTensors:
     """Entry i of every list belongs to parameter i. State and gradients have the shape of their parameter.
 
-    State is float32 for half-precision parameters, else of the parameter's dtype. `sigmas` are 0-d, of the state's
-    dtype; `steps` are 0-d float32, on the CPU or on the parameter's device.
+    State is float32 for half-precision parameters, and of the parameter's dtype otherwise. `sigmas` are 0-d, of the
+    state's dtype. `steps` are 0-d float32, on the CPU or on the parameter's device.
     """
 
     params: list[Tensor]
     grads: list[Tensor]
-    exp_avgs: list[Tensor | None]  # m, None where it is d * D; in the lists that a step takes, all are None or none is
+    exp_avgs: list[Tensor | None]  # m, None where it is d * D; for a step either all are None or none is
     hessians: list[Tensor]  # B
     directions: list[Tensor]  # d
-    sigmas: list[Tensor | None]  # the last step's bound of D, with rebound "belief"
+    sigmas: list[Tensor | None]  # the last step's bound of D, only for rebound "belief"
     steps: list[Tensor]  # t
-    numels: list[int] = field(default_factory=list)  # elements of the whole parameters, over all ranks
-    shards: list[ProcessGroups] = field(default_factory=list)  # the ranks that share a parameter, () where it is whole
+    numels: list[int] = field(default_factory=list)  # elements of the whole parameter, over all ranks
+    shards: list[ProcessGroups] = field(default_factory=list)  # the ranks that share a parameter, () for a whole one
 
-    kept: dict[str, Any] = field(default_factory=dict)  # what a step keeps for as long as nothing but gradients changes
+    kept: dict[str, Any] = field(default_factory=dict)  # what a step keeps as long as only gradients change
 
     def part(self, indices: Sequence[int]) -> "StepTensors":
         columns = (
@@ -42,11 +42,11 @@ class StepTensors:
 
     @property
     def states(self) -> list[list[Tensor]]:
-        """The lists of state tensors of the parameters' shapes."""
+        """The lists of state tensors that have the shapes of the parameters."""
         return [self.hessians, self.directions, *([self.exp_avgs] if self.stores_average else [])]
 
     def local(self) -> "StepTensors":
-        """The same with numels and shards, and where parameters are sharded with this rank's part of each tensor."""
+        """The same with numels and shards. If parameters are sharded, it holds this rank's part of each tensor."""
         numels = list(map(Tensor.numel, self.params))
         if not any_sharded(self.params):
             return replace(self, numels=numels, shards=[()] * len(numels))

@@ -1,12 +1,13 @@
 """Sums that a fused step leaves for the next one.
 
-Of the sums that Apollo's step begins with, only that of g * d has the new gradient in it. The others are of numbers
-that the step before wrote, and are taken then, while the numbers are at hand. They are no state: where they are missing
-(after a resume, or a step of another kind), or somebody has written to a parameter or its state since, they are taken
-anew. Autograd's version counters tell. They do not see what is written through `.data` or a numpy view, which is what
-the setting carry_sums=False is for.
+Apollo's step begins with several sums. Only the sum of g * d needs the new gradient. The other sums are over numbers
+that the last step wrote, so that step computes them while the numbers are in cache or registers. They are not state.
+They are computed anew if they are missing (after a resume or a step of another kind), or if a parameter or its state
+was written to since then. Autograd's version counters show such a write. They do not see a write through `.data` or a
+numpy view; the setting carry_sums=False is for code that writes in these ways.
 
-Rebound "belief", whose first pass has to read everything in any case, and decay "stable" carry nothing.
+Rebound "belief" carries nothing, because its first pass must read everything anyway. Decay "stable" carries nothing
+either.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ from ..settings import Settings
 
 
 class CarriedSums:
-    """What steps have left, each with a note of what it is of, by a tensor that it goes with and is forgotten with."""
+    """The sums that steps have left, by an owner tensor. They are forgotten with it. A note says when they are valid."""
 
     def __init__(self) -> None:
         self._left: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -27,7 +28,7 @@ class CarriedSums:
         self._left[owner] = note, sums
 
     def take(self, owner: Tensor, note: tuple) -> Any | None:
-        """The sums left with this owner, which are then gone; None where there are none, or the note is another."""
+        """Removes and returns the sums left with this owner; None if there are none, or if their note differs."""
         left_note, sums = self._left.pop(owner, (None, None))
         return sums if left_note == note else None
 
@@ -37,5 +38,5 @@ def are_carried(settings: Settings) -> bool:
 
 
 def note_of(settings: Settings, tensors: list[Tensor]) -> tuple:
-    """What stays the same as long as sums hold: the settings in them, and where tensors are and in which version."""
+    """Is equal as long as the sums are valid: the settings in them, and the addresses and versions of the tensors."""
     return settings.l2 != 0, settings.sigma, [(x.data_ptr(), x._version) for x in tensors]

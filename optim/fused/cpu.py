@@ -1,7 +1,7 @@
 """Apollo's fused step on the CPU: one call into apollo_cpu.cpp for a whole list of tensors.
 
-It is compiled at first use (optim/native.py); `python -m optim.fused.cpu` does so beforehand. Large tensors carry sums
-over from step to step (carried_sums.py), which are the same bits when they are taken anew.
+The C++ is compiled at first use (optim/native.py), or earlier by `python -m optim.fused.cpu`. Large tensors carry sums
+over from step to step (carried_sums.py). Sums that are computed anew have the same bits.
 """
 
 import ctypes
@@ -26,9 +26,9 @@ SOURCE = Path(__file__).with_name("apollo_cpu.cpp")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SUM, UPDATE, DIRECTION = 1, 2, 4
 GRAD, KNOWN, COLUMNS = 1, 9, 10  # of struct ApolloTensor, in words of 64 bits
-LARGE = 65536  # elements; up to here a tensor is done in one go, in cache: float32 p, g, B and d are 1 MiB then
+LARGE = 65536  # elements; a tensor up to this size is done in one go, in cache: p, g, B and d in float32 are 1 MiB
 
-_carried = CarriedSums()  # of each large parameter an array, by its direction
+_carried = CarriedSums()  # an array for each large parameter, owned by its direction
 
 
 class _Settings(ctypes.Structure):
@@ -42,7 +42,7 @@ class _Settings(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled step, or None, after one warning, where it cannot be compiled."""
+    """The compiled step. If it cannot be compiled: None, after one warning."""
     arguments = [ctypes.c_void_p] * 3 + [ctypes.POINTER(_Settings)] + [ctypes.c_int64] * 4
     return load_library(SOURCE, {"apollo_step": (None, arguments)}, "Apollo takes the slower foreach step")
 
@@ -50,7 +50,7 @@ def library() -> ctypes.CDLL | None:
 def _fused_cpu_apollo(
     tensors: StepTensors, settings: Settings, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """The step of parameters of one dtype whose memory has no gaps."""
+    """The step for parameters of one dtype whose memory has no gaps."""
     if found_inf is not None and found_inf.item():
         return
     s, params, kept = settings, tensors.params, tensors.kept
@@ -65,7 +65,7 @@ def _fused_cpu_apollo(
         return note_of(s, [params[i], *(state[i] for state in tensors.states)])
 
     carrying = kept["large"] if are_carried(s) else []
-    state_sums = array("d", bytes(32 * len(params)))  # four numbers a tensor
+    state_sums = array("d", bytes(32 * len(params)))  # four numbers for each tensor
     known = array("q", bytes(8 * len(params)))
     for i in carrying:
         left = _carried.take(tensors.directions[i], note(i))
@@ -90,7 +90,7 @@ def _fused_cpu_apollo(
             torch.get_num_threads(),
         )
 
-    increment_version(params)  # written to behind autograd's back
+    increment_version(params)  # autograd does not see the writes of the native code
     if not any(tensors.shards):
         run(SUM | UPDATE | DIRECTION if s.stable else SUM | UPDATE)
     else:
@@ -107,7 +107,7 @@ def _fused_cpu_apollo(
 
 
 def _rows(tensors: StepTensors, settings: Settings) -> array:
-    """For each tensor a struct ApolloTensor, without its gradient, and its carried sums not known."""
+    """A struct ApolloTensor for each tensor, without its gradient, and with its carried sums marked as not known."""
     nothing = [None] * len(tensors.params)
     addresses = [tensors.params, nothing, tensors.exp_avgs, tensors.hessians, tensors.directions]
     addresses += [tensors.sigmas if settings.belief else nothing, tensors.steps]

@@ -4,15 +4,15 @@
     make_scalars    for each tensor: adds up its chunks, makes the scalars of its update, counts the step
     update_chunks   for each chunk: m, B, d, p
 
-The kernels (triton_kernels.py) find the tensors through a table of addresses on the device, which is sent there when an
-address has changed, and kept otherwise. Nothing waits for the device: counts, a gradient scaler's verdict (found_inf)
-and learning rates that are tensors are read there. Chunks are added up in their order: a step repeated is the same.
+The kernels (triton_kernels.py) find the tensors through a table of addresses on the device. The table is sent there only
+when an address has changed. Nothing waits for the device: step counts, a gradient scaler's found_inf and learning rates
+that are tensors are read on the device. Chunks are added up in their order, so a repeated step gives the same bits.
 
-As on the CPU, an update leaves all sums for the next step but that of g * d (carried_sums.py), so that the first launch
-reads g and d alone. Not with rebound "belief", which needs all of m, nor with decay "stable", and not where
-capturable=True: when a CUDA graph is replayed, nobody can ask whether they still hold.
+As on the CPU, an update leaves all sums for the next step except that of g * d (carried_sums.py). The first launch then
+reads only g and d. Sums are not carried with rebound "belief", which needs all of m, with decay "stable", or with
+capturable=True: the replay of a CUDA graph cannot check whether the sums are still valid.
 
-See optim/apollo.py for the algorithm and its letters; importing this file needs Triton.
+optim/apollo.py explains the algorithm and its letters. Importing this file needs Triton.
 """
 
 import math
@@ -49,16 +49,16 @@ from .triton_kernels import (
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 CHUNK = 16384  # elements of a chunk
-BLOCK = 1024  # elements that a program has in registers at a time
+BLOCK = 1024  # elements that a program holds in registers at a time
 JOIN = 1024  # chunks added up at a time
 
-_carried = CarriedSums()  # of a whole list a tensor of its chunks' sums, by its first direction
+_carried = CarriedSums()  # a tensor of the chunks' sums for a whole list, owned by its first direction
 
 
 def _fused_cuda_apollo(
     tensors: StepTensors, settings: Settings, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """The step of parameters of one device and dtype, their memory without gaps."""
+    """The step for parameters of one device and dtype whose memory has no gaps."""
     s, params, device = settings, tensors.params, tensors.params[0].device
     stored, sharded, lr = tensors.stores_average, any(tensors.shards), s.lr
 
@@ -97,11 +97,11 @@ def _fused_cuda_apollo(
     factor = -1.0 if s.maximize else 1.0
     log_beta, one_minus_beta = math.log(s.beta) if s.beta > 0 else -1e30, 1 - s.beta
     flags = {"SCALED": grad_scale is not None, "ALIGNED": aligned, "CHUNK": CHUNK, "BLOCK": BLOCK}
-    # Without fused multiply-adds, sums are the same where they are carried over and where they are taken anew.
+    # Without fused multiply-adds, carried sums and sums that are computed anew have the same bits.
     flags |= {"P": DTYPES[params[0].dtype], "L2": s.l2 != 0, "STORED": stored, "enable_fp_fusion": False}
     skipping = {"FOUND_INF": found_inf is not None}
 
-    increment_version(params)  # written to behind autograd's back
+    increment_version(params)  # autograd does not see the writes of the kernels
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if len(chunks):
             sum_chunks[(len(chunks),)](
@@ -138,8 +138,8 @@ def _fused_cuda_apollo(
 
 
 def launch_one() -> None:
-    """Launches the smallest kernel on one empty tensor's row. Raises what Triton raises where it cannot."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU in Triton's interpreter
+    """Launches the smallest kernel on the row of one empty tensor. Raises Triton's error if that fails."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton's interpreter runs it
     table = torch.zeros(1, COLUMNS.value, dtype=torch.int64, device=device)
     sums = torch.empty(1, SUMS.value, dtype=torch.float64, device=device)
     join_chunks[(1,)](table, sums, sums, JOIN=JOIN)
@@ -151,18 +151,18 @@ def _addresses(tensors: list[Tensor]) -> list[int]:
 
 @lru_cache(maxsize=64)
 def _chunks(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[int], list[int]]:
-    """Of every chunk its tensor and place, [chunks, 2] on the device; of tensors their first chunk and their count."""
+    """The tensor and place of each chunk, [chunks, 2] on the device; each tensor's first chunk; its count of chunks."""
     counts = [-(-numel // CHUNK) for numel in numels]
     first = [0, *accumulate(counts)][:-1]
     places = [(i, k) for i, count in enumerate(counts) for k in range(count)]
     return torch.tensor(places, dtype=torch.int64).view(-1, 2).to(device), first, counts
 
 
-# Tables on the device by what is in them, the latest last; and, by size, one pinned and one device buffer in reserve:
-# neither should be allocated while a CUDA graph is being captured, and a capture uses both up.
+# Tables on the device by their content, the latest last. For each size there are one pinned and one device buffer in
+# reserve: a capture of a CUDA graph uses both up, and should not allocate them itself.
 _tables: OrderedDict[tuple, Tensor] = OrderedDict()
 _reserve: dict[tuple, tuple[Tensor, Tensor]] = {}
-_captured: list[tuple[Tensor, ...]] = []  # what graphs go on reading
+_captured: list[tuple[Tensor, ...]] = []  # tensors that CUDA graphs still read
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -174,7 +174,7 @@ def _pinned(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """`values` as int64 on the device, sent there without waiting for it, and only where they have changed."""
+    """`values` as int64 on the device. They are sent only if they have changed, without waiting for the device."""
     key, size, capturing = (device, values), (device, len(values)), _is_capturing(device)
     table = _tables.get(key)
     if table is not None:
@@ -189,7 +189,7 @@ def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
         table = _tables[key] = _pinned(torch.tensor(values), device).to(device, non_blocking=True)
         if len(_tables) > 16:
             _tables.popitem(last=False)
-    if not capturing and size not in _reserve:  # by every step, for the next capture may follow this one
+    if not capturing and size not in _reserve:  # in every step, as a capture may follow
         empty = torch.empty(len(values), dtype=torch.int64)
         _reserve[size] = _pinned(empty, device), torch.empty_like(empty, device=device)
     return table

@@ -1,4 +1,4 @@
-"""The order of tensors' elements in memory, for the fused steps, which pair up elements by address."""
+"""The order of elements in memory. The fused steps need it, because they pair elements by address."""
 
 from itertools import chain
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether the elements fill a range of memory, each once, in whatever order of dimensions."""
+    """Whether the elements fill a range of memory, each once, in any order of dimensions."""
     if x.is_contiguous():
         return True
     expected = 1
@@ -21,8 +21,8 @@ def is_dense(x: Tensor) -> bool:
 def lay_out_states(params: list[Tensor], *states: list[Tensor]) -> None:
     """Brings states, in place, into the order of their dense parameters.
 
-    They have it as a rule, but not where they were loaded from elsewhere, or are older than a change of the model's
-    memory format.
+    Usually they have this order already. They do not if they were loaded from elsewhere, or if the model's memory format
+    was changed after they were made.
     """
     for i, param in enumerate(params):
         for state in states:
@@ -31,7 +31,7 @@ def lay_out_states(params: list[Tensor], *states: list[Tensor]) -> None:
 
 
 def laid_out(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """The gradients, with a copy of each that has not the order of its dense parameter."""
+    """The gradients. Each one that does not have the order of its dense parameter is replaced by a copy that does."""
     if all(map(Tensor.is_contiguous, chain(params, grads))):
         return grads
     return [

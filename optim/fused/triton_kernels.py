@@ -1,7 +1,7 @@
-"""The Triton kernels of Apollo's fused step on a GPU; cuda.py launches them, and says how they fit together.
+"""The Triton kernels of Apollo's fused step on a GPU. cuda.py launches them and says how they fit together.
 
-Each program finds its tensor through a row of a table of addresses, and works on a chunk of it, a block at a time, or
-on the few numbers that its chunks have summed to. See optim/apollo.py for the algorithm and its letters.
+Each program finds its tensor through a row of a table of addresses. It works either on a chunk of the tensor, one block
+at a time, or on the sums of its chunks. optim/apollo.py explains the algorithm and its letters.
 """
 
 import triton
@@ -11,10 +11,10 @@ import triton.language as tl
 PARAM, GRAD, EXP_AVG, HESSIAN, DIRECTION, SIGMA, STEP, NUMEL, WHOLE_NUMEL, FIRST_CHUNK, CHUNKS, COLUMNS = (
     tl.constexpr(i) for i in range(12)
 )
-# Columns of the scalars of a tensor's step. D = max(|B|, bound) + offset, in the step before and in this one.
+# Columns of the scalars of a tensor's step. D = max(|B|, bound) + offset, in the last step and in this one.
 LR, ALPHA, DELTA, BOUND_BEFORE, OFFSET_BEFORE, BOUND, OFFSET, DECAY, SCALARS = (tl.constexpr(i) for i in range(9))
-# Columns of the sums over a tensor or chunk: of d^4, B d^2, m d and (with L2 decay) p d, which a step may leave for the
-# next one; of g d (L2 decay's part of g left out); the largest |g - m|; and of D.
+# Columns of the sums over a tensor or chunk. A step may leave the first four for the next one: the sums of d^4, B d^2,
+# m d and (with L2 decay) p d. Then follow the sum of g d (without L2 decay's part of g), max|g - m|, and the sum of D.
 D4, BDD, MD, PD, GD, MAX, CURVATURE, SUMS = (tl.constexpr(i) for i in range(8))
 
 
@@ -52,7 +52,7 @@ def _sum_state(param, average, hessian, direction, d4, bdd, md, pd, L2: tl.const
 
 @triton.jit
 def _store_state_sums(out, d4, bdd, md, pd):
-    # In float64 the order in which a kernel adds up the lanes leaves no trace.
+    # In float64 the result does not depend on the order in which a kernel adds up the lanes.
     tl.store(out + D4, tl.sum(d4.to(tl.float64), 0))
     tl.store(out + BDD, tl.sum(bdd.to(tl.float64), 0))
     tl.store(out + MD, tl.sum(md.to(tl.float64), 0))
@@ -134,7 +134,7 @@ def sum_chunks(
 
 @triton.jit
 def _joined(partials, row, COLUMN: tl.constexpr, JOIN: tl.constexpr, LARGEST: tl.constexpr):
-    """The sum, or the largest, of one column of a tensor's chunks."""
+    """The sum (or the maximum) of one column over a tensor's chunks."""
     first = tl.load(row + FIRST_CHUNK)
     count = tl.load(row + CHUNKS)
     total = tl.zeros([JOIN], tl.float64)
@@ -154,7 +154,7 @@ def _joined(partials, row, COLUMN: tl.constexpr, JOIN: tl.constexpr, LARGEST: tl
 
 @triton.jit
 def join_chunks(table, partials, sums, JOIN: tl.constexpr):
-    """Sums over this rank's part of a sharded tensor, which all ranks' are then added to."""
+    """Sums over this rank's part of a sharded tensor. They are then joined with those of the other ranks."""
     tensor = tl.program_id(0).to(tl.int64)
     row = table + tensor * COLUMNS
     out = sums + tensor * SUMS
@@ -164,7 +164,7 @@ def join_chunks(table, partials, sums, JOIN: tl.constexpr):
 
 @triton.jit
 def _sum_of(sums, partials, row, tensor, COLUMN: tl.constexpr, SHARDED: tl.constexpr, JOIN: tl.constexpr):
-    """One sum over a tensor: joined over the ranks already, or else over its chunks here."""
+    """One sum over a tensor: of a sharded one as joined over the ranks, else added up here from its chunks."""
     if SHARDED:
         total = tl.load(sums + tensor * SUMS + COLUMN)
     else:
@@ -256,7 +256,7 @@ def _update_block(
         rounded = (param - lr * direction).to(p.dtype.element_ty)
         tl.store(d + offsets, direction, mask)
         tl.store(p + offsets, rounded, mask)
-        if CARRY:  # as a sum taken anew would have it
+        if CARRY:  # the same bits as a sum that is computed anew
             if not STORED:
                 average = direction * curvature
             d4, bdd, md, pd = _sum_state(rounded.to(tl.float32), average, hessian, direction, d4, bdd, md, pd, L2)
@@ -269,7 +269,7 @@ def update_chunks(
     P: tl.constexpr, L2: tl.constexpr, STORED: tl.constexpr, STABLE: tl.constexpr, CARRY: tl.constexpr,
     SCALED: tl.constexpr, FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The last chunks first: their gradients and directions, read a moment ago, may still be in the L2 cache."""
+    """Begins with the last chunks: sum_chunks read their g and d last, so these may still be in the L2 cache."""
     chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     tensor = tl.load(chunks + 2 * chunk)
     row = table + tensor * COLUMNS
@@ -316,13 +316,13 @@ def update_chunks(
     if STABLE:
         tl.store(out + CURVATURE, tl.sum(curvatures, 0).to(tl.float64))
     if CARRY:  # noqa: SIM102  (older compilers of Triton do not take both at once)
-        if here > 0:  # a step that is skipped leaves the sums as they are
+        if here > 0:  # a skipped step leaves the sums as they are
             _store_state_sums(out, d4, bdd, md, pd)
 
 
 @triton.jit
 def make_stable_decay(table, partials, sums, scalars, decay, SHARDED: tl.constexpr, JOIN: tl.constexpr):
-    """Decay "stable": the coefficient is divided by the mean of D over the tensor."""
+    """Decay "stable": divides the coefficient by the mean of D over the tensor."""
     tensor = tl.program_id(0).to(tl.int64)
     row = table + tensor * COLUMNS
     total = _sum_of(sums, partials, row, tensor, CURVATURE, SHARDED, JOIN)
@@ -335,7 +335,7 @@ def direct_chunks(
     table, chunks, scalars, found_inf,
     P: tl.constexpr, FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Decay "stable": d and p, which the update has left."""
+    """Decay "stable": computes d and p, which update_chunks has left out."""
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunks + 2 * chunk)
     row = table + tensor * COLUMNS
