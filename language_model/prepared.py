@@ -32,6 +32,9 @@ FORMAT = 2
 MANIFEST_KEYS = ("format", "made_from", "vocabulary", "dtype", "train", "test", "shards")
 VOCABULARY = "vocabulary.txt"
 SUFFIXES = (".tokens", ".offsets")
+ENTRY_FIELDS = {"name": str, "split": str, "file": str, "digest": str} | dict.fromkeys(
+    ("bytes_per_token", "tokens", "sentences", "words", "unknown"), int
+)  # of a shard in the manifest
 OFFSET = np.dtype("<u4")
 PREPARE_COMMAND = "python -m language_model.prepare SOURCE OUT"
 
@@ -155,6 +158,7 @@ def open_corpus(root: Path) -> Corpus:
             f"{root}: no finished corpus there (no {MANIFEST}): "
             f"bash scripts/prepare.sh one_billion_words SOURCE {root} (of other text: {PREPARE_COMMAND})"
         )
+    _require_fields(root / MANIFEST, manifest)
     again = f"run `{PREPARE_COMMAND.replace('OUT', str(root))}` as before: it makes what is missing"
     vocabulary, dtype = manifest["vocabulary"], np.dtype(manifest["dtype"])
     try:
@@ -207,6 +211,19 @@ def summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "sentences": sentences,
         "oov_rate": round(unknown / max(words, 1), 6),
     }
+
+
+def _require_fields(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise UserError where a field that `open_corpus` reads is missing, or not of its kind."""
+    whole = isinstance(manifest["vocabulary"], dict) and manifest["dtype"] in ("<u2", "<u4")
+    whole = whole and isinstance(manifest["shards"], list)
+    fields = [(manifest["vocabulary"], {"words": int, "sha256": str})] if whole else []
+    fields += [(entry, ENTRY_FIELDS) for entry in manifest["shards"]] if whole else []
+    for values, kinds in fields:
+        whole = whole and isinstance(values, dict)
+        whole = whole and all(isinstance(values.get(name), kind) for name, kind in kinds.items())
+    if not whole:
+        raise UserError(f"{path} is damaged (fields are missing): delete it, then prepare the data again")
 
 
 def _read_shard(path: Path, dtype: np.dtype, expected: str) -> Arrays:

@@ -15,6 +15,7 @@ import os
 import shutil
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,7 +141,10 @@ class LmdbSplit:
 
     def __getitem__(self, index: int) -> Record:
         file = self._file
-        value = file.get(image_key(index))
+        try:
+            value = file.get(image_key(index))
+        except lmdb.Error as error:  # a page of the file that leads to it is damaged
+            raise DamagedImage(f"cannot be found ({error})") from None
         if value is None:
             raise DamagedImage("is missing")
         if xxh3_64_digest(value) != file.digests[index].tobytes():
@@ -148,8 +152,10 @@ class LmdbSplit:
         return Record(_label(value), value[4:])
 
     def name_of(self, index: int) -> str:
-        """An image's place and class in words, for messages. It also works for an invalid label."""
-        value = self._file.get(image_key(index))
+        """An image's place and class in words, for messages. It also works for an invalid label and a damaged page."""
+        value = None
+        with suppress(lmdb.Error):
+            value = self._file.get(image_key(index))
         label = _label(value) if value else -1
         known = self.classes[label] if 0 <= label < len(self.classes) else "unknown"
         return f"{self.path}, key {index} (class {known})"
