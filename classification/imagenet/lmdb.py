@@ -147,6 +147,8 @@ class LmdbSplit:
             raise DamagedImage(f"cannot be found ({error})") from None
         if value is None:
             raise DamagedImage("is missing")
+        if len(value) > file.size:
+            raise DamagedImage(f"has {len(value):,} bytes, more than the file")
         if xxh3_64_digest(value) != file.digests[index].tobytes():
             raise DamagedImage("differs from its checksum")
         return Record(_label(value), value[4:])
@@ -188,8 +190,15 @@ class _OpenFile:
             _require_whole(self.env, path)
             # One transaction stays open, so that its views of the file stay valid. Nobody writes to a finished file.
             self.get = self.env.begin(buffers=True).get
-            images = int(bytes(self.get(b"images", b"0")))
+            self.size = path.stat().st_size
+            images = int(bytes(self.get(b"images", b"0")[:20]))
+            if images * DIGEST_BYTES > self.size:
+                raise ValueError(f"it says that it holds {images:,} images")
             chunks = [self.get(digests_key(first), b"") for first in range(0, images, CHUNK)]
+            # A length is part of the file too; what a wrong one makes a view of may lie beyond the file's end, where
+            # reading ends the process.
+            if sum(map(len, chunks)) != images * DIGEST_BYTES:
+                raise ValueError("its checksums are not whole")
             self.digests = np.frombuffer(b"".join(chunks), np.uint8).reshape(images, DIGEST_BYTES)
         except lmdb.Error as error:
             raise _not_opened(path, error, path.stat().st_size) from None
