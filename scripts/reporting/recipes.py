@@ -41,7 +41,7 @@ def _precedence(group: Sequence[Run]) -> tuple:
 
 
 def _by_batchnorm_batch(runs: Sequence[Run]) -> Iterable[list[Run]]:
-    """Groups runs of the same settings by the batch that BatchNorm saw. An unknown one counts as the most common one."""
+    """Groups runs of the same settings by the batch that BatchNorm saw. An unknown one counts as the most common."""
     batches = [run.recipe.get("batchnorm_batch") for run in runs]
     usual = Counter(batch for batch in batches if batch).most_common(1)
     groups: dict[Any, list[Run]] = {}
