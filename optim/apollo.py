@@ -1,13 +1,13 @@
 """Apollo, an adaptive parameter-wise diagonal quasi-Newton method (Ma, arXiv 2009.13586).
 
 Read apollo_reference.py first: it is the published algorithm, written literally. This file holds the class and its
-state. dispatch.py chooses the implementation of a step. The single-tensor step
-(apollo_single.py) works tensor by tensor. The foreach step (apollo_foreach.py) and the fused steps (fused/cpu.py,
-fused/cuda.py) do the same over lists of tensors. Tests compare all of them with the reference.
+state. dispatch.py chooses the implementation of a step. The single-tensor step (apollo_single.py) works tensor by
+tensor. The foreach step (apollo_foreach.py) and the fused steps (fused/cpu.py, fused/cuda.py) do the same over lists of
+tensors. Tests compare all of them with the reference.
 
 The average of the gradient, m = d * D, is not stored where it can be computed again from d and B. The state then has
-two tensors, like Adam's. The published code has three. Only decoupled and stable weight decay need the third, because they
-add to d. (We could store m and compute d = m / D instead. But the sums of a step are over d, and a stored d saves
+two tensors, like Adam's. The published code has three. Only decoupled and stable weight decay need the third, because
+they add to d. (We could store m and compute d = m / D instead. But the sums of a step are over d, and a stored d saves
 reading memory.)
 """
 

@@ -26,7 +26,7 @@ def _multi_tensor_apollo(tensors: StepTensors, settings: Settings, grad_scale: T
 
 
 def _parts(tensors: StepTensors) -> Iterator[range]:
-    """Consecutive parts of the list: up to CPU_PART elements, or one tensor. The whole list on GPUs or with shards."""
+    """Consecutive parts of the list: up to CPU_PART elements, or one tensor. On GPUs or with shards the whole list."""
     params = tensors.params
     if params[0].device.type != "cpu" or any(tensors.shards):  # all ranks must join their sums in the same order
         yield range(len(params))

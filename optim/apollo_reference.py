@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class LiteralApollo(torch.optim.Optimizer):
-    """Apollo of both eras for dense real gradients, in the parameters' dtype. The settings are those of `optim.Apollo`."""
+    """Apollo of both eras, for dense real gradients, in the parameters' dtype. Its settings are `optim.Apollo`'s."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Apollo's sums over parameters that are sharded (FSDP2, tensor parallelism: torch's DTensor).
 
-Each rank steps over its local shard. Only the sums over a tensor need all shards. All-reduces of one small array for the
-whole list join them, so that any number of ranks takes the same step as one rank.
+Each rank steps over its local shard. Only the sums over a tensor need all shards. They are joined by all-reduces of one
+small array for the whole list, so that any number of ranks takes the same step as one rank.
 """
 
 import sys
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# The groups of ranks over which a tensor is sharded: one for each sharded dimension of the mesh, none for a whole tensor.
+# The groups of ranks over which a tensor is sharded: one for each sharded dimension of the mesh, none if it is whole.
 ProcessGroups = tuple[Any, ...]
 
 

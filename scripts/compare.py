@@ -1,12 +1,12 @@
-"""Optimizers compared: each tuned by the same protocol, with as many trials, and judged on data that chose nothing.
+"""Compares optimizers. Each is tuned by the same protocol, with as many trials, and judged on data unused in tuning.
 
     bash scripts/compare.sh --task TASK | --config CONFIG [--methods "sgd adam radam apollo mypackage.MyOptimizer"]
         [--seeds "1 101"] [--rates N] [--jobs N] [--gpus N] [--executor local|slurm] [--nodes N] [--slurm OPTIONS]
         [--dry-run] [--runs FOLDER] [key=value ...]
 
-Trials are ordinary runs, in <runs>/<table>/search/<row>/<setting>/; the final ones lie where those of any table do.
-What comes next is a function of the complete run folders (scripts/protocol.py), and nothing else is remembered: the
-same command carries on after a kill at any moment, and ends in the same table.
+Trials are ordinary runs in <runs>/<table>/search/<row>/<setting>/. The final runs are where the runs of any table are.
+The next step is a function of the complete run folders (scripts/protocol.py). Nothing else is remembered, so the same
+command continues after a kill at any moment, and gives the same table.
 """
 
 import argparse
@@ -36,9 +36,9 @@ from scripts.tables import CONFIGS, TASKS, load_settings, published, seeds_of
 
 COMPARISONS = CONFIGS / "comparison"
 METHODS = ("sgd", "adam", "radam", "apollo")
-TRIAL_SEED = 8191  # of every trial, and of no final run
-SEEDS = [1, 101, 201]  # of the final runs, where nobody published the table
-HELD_OUT = 0.1  # of the training data, where the data set has no validation split and the config names no share
+TRIAL_SEED = 8191  # of every trial, and not of any final run
+SEEDS = [1, 101, 201]  # of the final runs, if nobody published the table
+HELD_OUT = 0.1  # share of the training data, if the data set has no validation split and the config names no share
 METRICS = {"classification": "top1", "language_model": "ppl", "nmt": "fairseq_bleu"}
 REFUSED = {
     "seed": "--seeds",
@@ -50,12 +50,12 @@ REFUSED = {
 
 
 class Stopped(Exception):
-    """The runs of a stage have not all ended well: the exit status, as the only argument."""
+    """Some runs of a stage have failed, or a signal came. The only argument is the exit status."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, on what."""
+    """The methods to compare, and the task and config to compare them on."""
 
     task: str  # the package that trains
     config: Path
@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> int:
 def search(
     comparison: Comparison, steps: range, options: argparse.Namespace
 ) -> tuple[dict[str, Setting], dict[str, list[Setting]], list[str]]:
-    """Tune every method: by row the setting chosen and all that were tried; and what a reader should know of it."""
+    """Tune every method. Returns by row the chosen setting, and all that were tried; and notes for the reader."""
     methods, notes = comparison.methods, []
     low, high = steps[0], steps[-1]
     while True:
@@ -172,7 +172,7 @@ def search(
 
 
 def carry_out(jobs: Sequence[Job], comparison: Comparison, stage: str, options: argparse.Namespace) -> None:
-    """Run `jobs`, those that are complete excepted. Raises Stopped where some have failed, or a signal came."""
+    """Run those of `jobs` that are not complete. Raises Stopped if some have failed, or if a signal came."""
     path = write_list(jobs, options.runs / "lists", f"{comparison.table}_{stage}")
     display = Display()
 
@@ -196,7 +196,7 @@ def carry_out(jobs: Sequence[Job], comparison: Comparison, stage: str, options: 
 
 
 def accept_diverged(turns: Sequence[Turn], metric: str) -> None:
-    """A run that ended because its loss was no number any more has a result, and the worst: it is complete."""
+    """Give a run that ended because its loss was not finite a result, the worst one. It is then complete."""
     for turn in turns:
         if turn.state is State.FAILED and DIVERGED in turn.error:
             result = {"metric": metric, "diverged": True, "error": turn.error, "complete": True}
@@ -210,7 +210,7 @@ def table(
     tried: dict[str, list[Setting]],
     finals: dict[str, list[Job]],
 ) -> str:
-    """A line for each method: what was chosen, out of how much, and what it gives."""
+    """A line for each method: the chosen setting, the number of trials, and the results."""
     metric = METRICS[comparison.task]
     lines = [("method", "rate", "weight decay", "trials", "validation", f"test {metric}: mean (std)", "n")]
     for method in comparison.methods:
@@ -236,7 +236,7 @@ def table(
 
 
 def dry_run(comparison: Comparison, steps: range, final_seeds: Sequence[int], options: argparse.Namespace) -> str:
-    """The runs and what they will take; the rate that one has does not change its time."""
+    """The runs and an estimate of their cost. The learning rate of a run does not change its time."""
     from scripts.estimate import estimate
 
     jobs = []
@@ -259,7 +259,7 @@ def places(options: argparse.Namespace) -> Places:
 
 
 def read_comparison(options: argparse.Namespace) -> Comparison:
-    """What the command line asks for. Raises UserError for whatever is wrong with it, before any run."""
+    """The comparison that the command line asks for. Raises UserError for any mistake in it, before any run."""
     for key in (override.partition("=")[0].partition(".")[0] for override in options.overrides):
         if key in REFUSED:
             raise UserError(
@@ -276,7 +276,7 @@ def read_comparison(options: argparse.Namespace) -> Comparison:
 
 
 def config_of(task: str) -> Path:
-    """The config of a comparison that comes with the repository."""
+    """The config of a comparison that is part of the repository."""
     stem = EXPERIMENTS[task][0] if task in EXPERIMENTS else task
     path = COMPARISONS / f"{stem}.yaml"
     if not path.is_file():
@@ -286,7 +286,7 @@ def config_of(task: str) -> Path:
 
 
 def task_of(config: Path, overrides: Sequence[str]) -> str:
-    """The package that trains `config`: its table's, or the one that accepts it. Raises ConfigError where none does."""
+    """The package that trains `config`: its table's, or the one that accepts it. Raises ConfigError if none does."""
     if known := next((TASKS[name] for name in (config.stem, config.parent.name) if name in TASKS), None):
         return known
     errors = {}

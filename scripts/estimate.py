@@ -1,7 +1,7 @@
-"""What runs will take, before any starts: some updates of each distinct cell are timed, with the command itself.
+"""Estimates the cost of runs before any starts. It times some updates of each distinct cell with the command itself.
 
-A cell is timed as it will run (model, batch, optimizer, precision, number of processes), logging every update, and
-stopped by a signal. Hours are of training alone: evaluations come on top.
+A cell is timed as it will run (model, batch, optimizer, precision, number of processes). It logs every update and is
+stopped by a signal. The hours are those of training alone; evaluations are not included.
 """
 
 import json
@@ -26,29 +26,29 @@ from scripts.synthetic import MAKERS, SIZES, make_data
 from scripts.tables import load_settings
 
 UPDATES = 30
-WARM_UP = 5  # of them: the first updates allocate, choose kernels, compile
-START_S, TRAIN_S, SAVE_S = 300, 60, 120  # limits: until the first update, for the others, to save
+WARM_UP = 5  # of UPDATES; the first updates allocate, choose kernels, compile
+START_S, TRAIN_S, SAVE_S = 300, 60, 120  # limits: until the first update, for the other updates, to save
 POLL_S = 0.01
-# What changes neither the time nor the memory of an update.
+# Settings that change neither the time nor the memory of an update.
 SAME_COST = ("table", "row", "seed", "run_dir", "schedule", "epochs", "updates")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one update and one run."""
+    """The measured cost of one update and one run."""
 
     update_s: float
     updates: int  # timed
     updates_in_all: int
     memory_mb: float
     disk_mb: float
-    synthetic: str = ""  # why the data were synthetic; "" where they were the real ones
+    synthetic: str = ""  # why the data were synthetic; "" for real data
 
 
 def estimate(jobs: Sequence[Job], places: Places) -> str:
-    """A table of what those of `jobs` that are not complete will take, one line for each distinct cell.
+    """A table of the cost of those of `jobs` that are not complete, one line for each distinct cell.
 
-    A cell that cannot be timed is told with its error.
+    A cell that cannot be timed is listed with its error.
     """
     cells: dict[str, list[Job]] = {}
     for job in jobs:
@@ -68,7 +68,7 @@ def estimate(jobs: Sequence[Job], places: Places) -> str:
                 notes.append(f"{cell}: not timed: {error}")
                 failed += len(of_cell)
                 continue
-            # Runs of a cell may differ in their length: the updates of one are known from the one that was timed.
+            # Runs of a cell may have different lengths. Their updates are computed from those of the timed run.
             lengths = [job.length / of_cell[0].length for job in of_cell]
             of_run = measured.update_s * measured.updates_in_all / 3600
             hours += of_run * sum(lengths)
@@ -101,19 +101,19 @@ HEADER = ("cell", "runs", "ms/update", "updates", "hours a run", "hours", "memor
 
 
 def settings_of_cost(job: Job) -> dict[str, Any]:
-    """What an update of `job` costs is a function of these of its settings."""
+    """The settings of `job` that determine the cost of an update."""
     settings = load_settings(job.task, job.config, job.overrides).model_dump(mode="json")
     return {"task": job.task} | {key: value for key, value in settings.items() if key not in SAME_COST}
 
 
 def cell_name(job: Job) -> str:
-    """Table and row: of schedules, an update does not know."""
+    """Table and row. The schedule does not change the cost of an update."""
     settings = load_settings(job.task, job.config, job.overrides)
     return f"{settings.table}/{settings.row}"
 
 
 def measure(job: Job, places: Places, temporary: Path) -> Measured:
-    """Time some updates of `job`, on synthetic data where its own are not there. Raises UserError where that fails."""
+    """Time some updates of `job`, on synthetic data if its own are not there. Raises UserError if that fails."""
     settings = load_settings(job.task, job.config, job.overrides)
     root = Path(getattr(settings.data, "root", "."))
     if settings.data.name in MAKERS and not root.exists():
@@ -124,7 +124,7 @@ def measure(job: Job, places: Places, temporary: Path) -> Measured:
 
 
 def _measure(job: Job, overrides: list[str], places: Places, temporary: Path, size: int | None) -> Measured:
-    """As `measure`; `size` is that of an epoch of the real data, where `overrides` put others in their place."""
+    """As `measure`. If `overrides` replace the real data, `size` is the size of an epoch of the real data."""
     folder = Path(tempfile.mkdtemp(dir=temporary))
     run = folder / "run"
     trial = replace(
@@ -169,7 +169,7 @@ def _measure(job: Job, overrides: list[str], places: Places, temporary: Path, si
 
 
 def whole_length(job: Job, run: Path, settings: Any, size: int | None) -> int:
-    """Updates of the whole run, by what its environment.json says of the data, or by the real data's `size`."""
+    """Updates of the whole run, computed from the data in its environment.json, or from the real data's `size`."""
     if job.unit == "update":
         return job.length
     recipe = json.loads((run / "environment.json").read_text())["recipe"]
@@ -181,7 +181,7 @@ def whole_length(job: Job, run: Path, settings: Any, size: int | None) -> int:
 
 
 def last_update(path: Path) -> int | None:
-    """The update of the last whole line of a metrics.jsonl."""
+    """The update in the last whole line of a metrics.jsonl; None if there is none."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 2048))
@@ -192,7 +192,7 @@ def last_update(path: Path) -> int | None:
 
 
 def gpu_memory_mb(devices: str) -> float:
-    """Memory in use, in MiB, of those of `devices` (comma-separated) that uses most."""
+    """Memory in use, in MiB, on the one of `devices` (comma-separated) that uses most; 0 if it is unknown."""
     command = ["nvidia-smi", f"--id={devices}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         return max(map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()))
@@ -201,7 +201,7 @@ def gpu_memory_mb(devices: str) -> float:
 
 
 def resident_mb(pid: int) -> float:
-    """Peak resident memory, in MiB, of a process and those below it; 0 where the system does not tell (Linux does)."""
+    """Peak resident memory, in MiB, of a process and its descendants; 0 if the system does not tell (Linux does)."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -212,13 +212,13 @@ def resident_mb(pid: int) -> float:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """End `process`, its session and so its workers, at once."""
+    """Kill `process` and its session, and so its workers, at once."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def disk_mb(run: Path, settings: Any) -> float:
-    """MiB that the run folder will hold: checkpoints of the size of the one there, and weights to be averaged."""
+    """MiB that the run folder will hold: checkpoints as large as the present one, and weights for averaging."""
     sizes = {path: path.stat().st_size / 2**20 for path in run.rglob("*") if path.is_file()}
     checkpoint = sizes.pop(run / "checkpoint.pt", 0.0)
     weights = [size for path, size in sizes.items() if path.suffix == ".pt"]

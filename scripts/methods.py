@@ -1,4 +1,4 @@
-"""The methods of a comparison: lines of configs/search/<task>.yaml, and any other optimizer by its dotted name."""
+"""The methods of a comparison: rows of configs/search/<task>.yaml, or any other optimizer by its dotted name."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +12,12 @@ from engine.errors import UserError, nearest, settings_of
 from optim import create_optimizer
 from scripts.protocol import Method
 
-MODEL = "adam"  # a class without a line of its own begins with this row's rate and weight decay
-FLAGS = ("decoupled_weight_decay", "weight_decouple")  # by which classes that can do both are told to decouple
+MODEL = "adam"  # a class without its own row begins with this row's rate and weight decay
+FLAGS = ("decoupled_weight_decay", "weight_decouple")  # settings by which some classes decouple the decay
 
 
 class Line(Named):
-    """An optimizer and its settings; lr is the middle of the grid."""
+    """An optimizer and its settings. Its lr is the middle of the grid."""
 
     lr: PositiveFloat
 
@@ -65,5 +65,5 @@ def group_of(optimizer: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_decoupled(group: dict[str, Any]) -> bool:
-    """Whether the weight decay is taken off the weights, times the rate, instead of added to the gradient."""
+    """Whether the weight decay, times the rate, is subtracted from the weights and not added to the gradient."""
     return group.get("weight_decay_type", "L2") != "L2" or any(group.get(flag) for flag in FLAGS)

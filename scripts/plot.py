@@ -1,6 +1,6 @@
-"""Curves of training and of evaluation: one colour a method, one line of two panels a table and schedule.
+"""Curves of training and of evaluation: one colour per method, one line of two panels per table and schedule.
 
-A table whose author's training log is known has one more line, of the updates that the log tells of.
+If the training log of a table's author is known, one more line shows the updates of this log.
 """
 
 import math
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from engine.errors import UserError
 from scripts.runs import Run, author_log
 
-# The palette of Okabe and Ito, told apart with every kind of colour vision.
+# The palette of Okabe and Ito. People with any kind of colour vision can distinguish its colours.
 STYLES = {
     "sgd": ("SGD", "#0072B2"),
     "adam": ("Adam", "#E69F00"),
@@ -27,7 +27,7 @@ STYLES = {
     "apollo": ("Apollo", "#D55E00"),
 }
 OTHER_COLOURS = ("#000000", "#8C6D31", "#7F7F7F", "#6A3D9A")
-# Two panels a task, told by the second one's key: of classification, language modelling and translation.
+# Two panels for each task: classification, language modelling and translation. The second one's key tells the task.
 PANELS = (
     (("train_loss", "training loss"), ("test_top1", "test accuracy (%)")),
     (("train_ppl", "training perplexity"), ("test_ppl", "test perplexity")),
@@ -36,10 +36,10 @@ PANELS = (
 
 
 def plot_curves(runs: Sequence[Run], path: Path) -> None:
-    """Draw `runs` to `path`, in the format that its suffix names: lines are means over seeds, bands lowest to highest.
+    """Draw `runs` to `path`, in the format of its suffix. Lines are means over seeds; bands go from lowest to highest.
 
-    Unfinished runs are drawn where a cell has no complete one. Raises UserError where there is nothing to draw, or no
-    such format.
+    Unfinished runs are drawn if a cell has no complete one. Raises UserError if there is nothing to draw, or if the
+    format is unknown.
     """
     rows_of: dict[tuple[str, ...], dict[str, list[Run]]] = {}
     for run in runs:
@@ -77,7 +77,7 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
 
 
 def _draw_log(axes: Sequence[Axes], table: str, log: dict[str, Any], of_log: Sequence[Run]) -> None:
-    """The author's training loss beside that of our runs, and the share of clipped updates of these."""
+    """The author's training loss beside that of our runs, and the share of clipped updates in our runs."""
     end = 1.1 * max(log["bits"])
     name, colour = STYLES[log["row"]]
     for number, run in enumerate(of_log):
@@ -94,7 +94,7 @@ def _draw_log(axes: Sequence[Axes], table: str, log: dict[str, Any], of_log: Seq
 
 
 def _compares_schedules(table: str, runs: Sequence[Run]) -> bool:
-    """Whether some row of the table has several schedules, which then are drawn apart."""
+    """Whether some row of the table has several schedules. They are then drawn separately."""
     cells = {run.cell for run in runs if run.table == table}
     return len(cells) > len({row for row, _ in cells})
 
@@ -113,7 +113,7 @@ def _draw(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
 
 
 def _enlarge_end(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
-    """Draw the last third of a panel once more, enlarged, in the corner that its curves leave free."""
+    """Draw the last third of a panel again, enlarged, in the corner without curves."""
     curves = [_curves(runs, key) for runs in rows.values()]
     last = max(positions[-1] for positions, _ in curves)
     ends = [values[:, positions >= last * 2 / 3] for positions, values in curves]
@@ -133,8 +133,8 @@ def _enlarge_end(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
 
 
 def _curves(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions [evaluations] and values [seeds, evaluations] of the complete runs, or of all where none is complete,
-    as far as all of them have come."""
+    """Positions [evaluations] and values [seeds, evaluations] of the complete runs, or of all if none is complete. They
+    end where the shortest of these runs ends."""
     counted = [run for run in runs if run.result] or runs
     curves = [[line for line in run.evaluations if key in line] for run in counted]
     length = min(map(len, curves))

@@ -1,7 +1,7 @@
-"""The protocol by which scripts/compare.py tunes every method: settings to try, as functions of the values so far.
+"""The protocol by which scripts/compare.py tunes every method: the settings to try, as functions of the scores so far.
 
-docs/comparing.md says why it is this one. A score is a validation value, turned where necessary so that higher is
-better; the score of a trial that diverged is -inf.
+docs/comparing.md gives the reasons for this protocol. A score is a validation value, negated if necessary, so that
+higher is better. The score of a trial that diverged is -inf.
 """
 
 import json
@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FURTHEST = 9  # half decades from the centre: where a search for the best rate gives up
-FACTORS = (0.2, 1.0, 5.0)  # of the weight decay, at the best rate
+FURTHEST = 9  # half decades from the centre; a search for the best rate stops there
+FACTORS = (0.2, 1.0, 5.0)  # of the weight decay, tried at the best rate
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a trial sets."""
+    """The settings of a trial."""
 
     rate: float
     decay: float | None  # None for a method without weight decay
@@ -31,12 +31,12 @@ class Method:
     """A row of the comparison."""
 
     row: str
-    optimizer: Mapping[str, Any]  # of a config; its lr is the centre of the grid
-    decoupled: bool = False  # each update takes rate * decay of the weights: this product is what is kept and varied
+    optimizer: Mapping[str, Any]  # as in a config; its lr is the centre of the grid
+    decoupled: bool = False  # an update subtracts rate * decay times the weights; this product is kept and varied
 
     @property
     def decay(self) -> float | None:
-        """The weight decay to begin with; None where there is none."""
+        """The first weight decay; None if there is none."""
         return self.optimizer.get("weight_decay") or None
 
     def setting(self, step: int, factor: float = 1.0) -> Setting:
@@ -48,18 +48,18 @@ class Method:
         return Setting(rate, rounded(factor * at_rate))
 
     def override(self, setting: Setting) -> str:
-        """The `key=value` that puts the method with `setting` into a config."""
+        """The `key=value` override that puts the method with `setting` into a config."""
         decay = {} if setting.decay is None else {"weight_decay": setting.decay}
         return f"optimizer={json.dumps({**self.optimizer, 'lr': setting.rate, **decay})}"
 
 
 def rounded(value: float) -> float:
-    """Three significant digits: what the name of a trial shows is what it is trained with."""
+    """Three significant digits, so that the name of a trial shows the exact value that it is trained with."""
     return float(f"{value:.3g}")
 
 
 def best_step(scores: Mapping[int, float]) -> int | None:
-    """The step with the highest score, the middle one of those that share it; None where every trial diverged."""
+    """The step with the highest score; of several such steps the middle one. None if every trial diverged."""
     highest = max(scores.values())
     if highest == -math.inf:
         return None
@@ -70,8 +70,8 @@ def best_step(scores: Mapping[int, float]) -> int | None:
 def widened(methods: Iterable[Mapping[int, float]]) -> tuple[int, int]:
     """The lowest and the highest step that all methods must have been tried at, by the scores of each at its steps.
 
-    They are those tried, where the best of each method is inside. Where one is at an edge, the grid goes on by one step
-    there; where a method has diverged at all its rates, at the lower edge.
+    If the best step of each method is inside the grid, these are the steps already tried. If a best step is at an edge,
+    the grid grows there by one step. If a method has diverged at all its rates, the grid grows at the lower edge.
     """
     every = list(methods)
     low, high = min(every[0]), max(every[0])
@@ -82,5 +82,5 @@ def widened(methods: Iterable[Mapping[int, float]]) -> tuple[int, int]:
 
 
 def best_factor(scores: Mapping[float, float]) -> float:
-    """The factor of the weight decay with the highest score; where it is shared, 1 before 1/5 before 5."""
+    """The factor of the weight decay with the highest score. For equal scores 1 comes before 1/5, and 1/5 before 5."""
     return max(scores, key=lambda factor: (scores[factor], factor == 1, -factor))

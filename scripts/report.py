@@ -1,8 +1,8 @@
-"""What a folder of runs says: tables, pictures, one HTML page, a record to commit. python -m scripts.report --help
+"""Reports on a folder of runs: tables, pictures, one HTML page, a record to commit. python -m scripts.report --help
 
 A cell is the mean over its complete runs, with the sample standard deviation in parentheses. The final value comes
-first: the best one was selected on the test data. Runs of one cell whose settings differ are listed apart. Unfinished
-runs are listed, not counted, and so is what cannot be read.
+first, because the best value was selected on the test data. Runs of one cell with different settings are listed
+separately. Unfinished runs and unreadable files are listed but not counted.
 """
 
 import math
@@ -19,7 +19,7 @@ from scripts.reporting.statistics import interval, welch
 from scripts.runs import Run, author_log, order, read_runs
 from scripts.tables import ROWS, SCHEDULES, position, published
 
-MOST_CHANGES = 8  # named in a note
+MOST_CHANGES = 8  # that a note names
 Cell = tuple[str, str, int]  # row, schedule, variant
 TEST = "apollo − row"  # the column of Welch's test
 ABOUT_WELCH = (
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
 
 
 def read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """The runs of folders and of records, and what could not be used; UserError where there is nothing."""
+    """The runs of folders and records, and a line for each file that cannot be used. UserError if there is nothing."""
     runs, problems = read_runs(*(path for path in paths if not path.is_file()))
     runs += [run for path in paths if path.is_file() for run in read_record(path)]
     if not runs and not problems:
@@ -70,7 +70,7 @@ def read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 
 def report_on(runs: list[Run], problems: list[str], options: Any) -> int:
-    """Print and write what the command line asks for; the exit status is 1 where a run leaves the reference's band."""
+    """Print and write what the command line asks for. The exit status is 1 if a run leaves the reference's band."""
     tested = False
     for table in dict.fromkeys(run.table for run in runs):
         of_table = [run for run in runs if run.table == table]
@@ -118,7 +118,7 @@ def report_on(runs: list[Run], problems: list[str], options: Any) -> int:
 
 
 def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] = (), markdown: bool = False) -> str:
-    """The table of `runs`, with a line for each cell in `expected` even where no run is; then notes on single runs."""
+    """The table of `runs`, with a line for each cell in `expected` even if it has no run; then notes on the runs."""
     groups = by_cell(runs)
     facts = published(table)
     title = f"{table}: mean (std) over n seeds"
@@ -132,7 +132,7 @@ def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] 
 
 
 def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
-    """The second table of `runs`: intervals, Apollo against each other row (ABOUT_WELCH), and what a run costs."""
+    """The second table of `runs`: intervals, Apollo against every other row (ABOUT_WELCH), and the cost of a run."""
     return "\n".join(format_table(*comparisons(by_cell(runs)), markdown))
 
 
@@ -149,7 +149,7 @@ def render(runs: Sequence[Run], kind: str) -> str:
 def results(
     table: str, groups: dict[Cell, list[Run]], expected: Iterable[tuple[str, str]] = (), markdown: bool = False
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of a table's means; published values in italics where they are Markdown."""
+    """Header and lines of a table's means. In Markdown the published values are in italics."""
     header = ["row", "schedule", "final", "best", "n"]
     facts = published(table)
     also = facts.get("also", {}) if facts else {}
@@ -171,13 +171,13 @@ def results(
 
 
 def _scores(complete: Sequence[Run], name: str) -> list[float]:
-    """A further score of those runs that have it; the table compares none of these with the published value."""
+    """A further score, of the runs that have it. It is not compared with the published value."""
     scores = (run.result.model_extra.get(name) for run in complete)
     return [score for score in scores if isinstance(score, (int, float))]
 
 
 def log_table(table: str, runs: Sequence[Run], markdown: bool = False) -> str | None:
-    """The author's training log beside those of `runs`; None without such a log, or without runs of its cell."""
+    """The author's training log beside those of `runs`; None if there is no such log or no run of its cell."""
     log, of_cell = author_log(table, runs)
     if not of_cell:
         return None
@@ -207,7 +207,7 @@ def _about_log(log: dict[str, Any]) -> str:
 
 
 def comparisons(groups: dict[Cell, list[Run]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the second table (see `comparison`), without the columns that no run has anything for."""
+    """Header and lines of the second table (see `comparison`), without empty columns."""
     header = ["row", "schedule", "95 % interval", TEST, "p (n)", "time a run", "memory", "optimizer's share"]
     lines = []
     for cell in sorted(_with_line(groups), key=_cell_position):
@@ -228,7 +228,7 @@ def comparisons(groups: dict[Cell, list[Run]]) -> tuple[list[str], list[list[str
 
 
 def _of_all(runs: Sequence[Run], value: Callable[[Run], float | None], text: Callable[[float], str]) -> str:
-    """The mean of a value over the runs that have it, as text; nothing where none has."""
+    """The mean of a value over the runs that have it, as text; "" if no run has it."""
     values = [found for run in runs if (found := value(run)) is not None]
     return text(mean(values)) if values else ""
 
@@ -240,9 +240,10 @@ def duration(seconds: float) -> str:
 
 
 def optimizer_share(run: Run) -> float | None:
-    """The optimizer's part of the time of an update, 0 to 1; None where the run does not tell.
+    """The optimizer's part of the time of an update, 0 to 1; None if the run's numbers do not give it.
 
-    A run of a few updates may have sampled its first step alone, with the building of a kernel in it: no share either.
+    Only some steps are timed. In a run of a few updates one slow step, for example one that built a kernel, may exceed
+    the mean time of an update. Then the result is None too.
     """
     result, config = run.result, run.config
     if not result.optimizer_ms_per_step:
@@ -260,7 +261,7 @@ def optimizer_share(run: Run) -> float | None:
 
 
 def by_cell(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
-    """The runs of each line of a table, trials left out."""
+    """The runs of each line of a table, without trials."""
     groups: dict[Cell, list[Run]] = {}
     for run in apart(runs):
         if not run.trial:
@@ -269,7 +270,7 @@ def by_cell(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
 
 
 def _with_line(groups: dict[Cell, list[Run]]) -> list[Cell]:
-    """The cells that a table has lines for: a further recipe has none before a run of it is complete."""
+    """The cells with a line in a table. A further recipe has no line before one of its runs is complete."""
     return [cell for cell, runs in groups.items() if cell[2] == 1 or any(run.result for run in runs)]
 
 
@@ -283,7 +284,7 @@ def _label(cell: Cell) -> str:
 
 def _notes(of_cell: Sequence[Run], groups: dict[Cell, list[Run]]) -> list[str]:
     """What a reader of the cell's numbers must know: how a score was computed, another recipe, diverged runs, runs that
-    are not counted."""
+    do not count."""
     notes, first = [], of_cell[0]
     cell = f"{first.label} {first.schedule}"
     complete = [run for run in of_cell if run.result]
@@ -314,7 +315,7 @@ def _seeds(runs: Sequence[Run]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """`mean (std)` with the sample standard deviation; the mean alone for one value, nothing for none."""
+    """`mean (std)` with the sample standard deviation; for one value only the mean, for no value ""."""
     if not values:
         return ""
     varies = len(values) > 1 and math.isfinite(mean(values))
@@ -322,7 +323,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def format_table(header: Sequence[str], lines: Sequence[Sequence[str]], markdown: bool = False) -> list[str]:
-    """Aligned columns, the header first; as Markdown, with its bars and rule."""
+    """Aligned columns with the header first; for Markdown also its bars and rule."""
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     texts = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in (header, *lines)]
     if not markdown:
@@ -332,7 +333,7 @@ def format_table(header: Sequence[str], lines: Sequence[Sequence[str]], markdown
 
 
 def page_tables(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
-    """The tables of the HTML page, by table of the paper: title, header, lines, notes, folded away or not."""
+    """The tables of the HTML page, by table of the paper: title, header, lines, notes, and whether it is folded."""
     tables = {}
     for table in dict.fromkeys(run.table for run in runs):
         of_table = [run for run in runs if run.table == table]

@@ -1,13 +1,14 @@
-"""Reads run folders as they are found: whole, unfinished, still being written, damaged, or not runs at all.
+"""Reads run folders in any state: whole, unfinished, still being written, damaged, or not runs at all.
 
-A run of a table lies anywhere but in a search. A trial of a search (scripts/compare.sh) lies in
+A trial of a search (scripts/compare.sh) is in
 
     <runs>/<table>/search/<row>/<trial>/
 
-and nothing but this place tells the two apart. A trial is an ordinary run folder otherwise: config.yaml holds its
-settings (`optimizer.lr` is its rate), and result.json its value on the split that the search selects by (`validation`,
-which is not the test set) beside `final` on the test set. A run that diverged is complete too: its result.json has
-`"complete": true, "diverged": true`, and it counts with the worst value that its metric has, whatever it wrote.
+A run of a table is anywhere else. Only this place distinguishes the two; otherwise a trial is an ordinary run folder.
+config.yaml holds its settings (`optimizer.lr` is its rate). result.json holds `validation`, its value on the split that
+the search selects by (which is not the test set), and `final`, its value on the test set. A run that diverged is
+complete too: its result.json has `"complete": true, "diverged": true`. It counts with the worst value of its metric,
+whatever value it wrote.
 """
 
 import json
@@ -27,16 +28,16 @@ from engine.config import Named
 from engine.run_record import NEUTRAL_KEYS
 from scripts.tables import ROWS, SCHEDULES, position, published
 
-# Keys that may differ within a cell: those that change no result, the seed, and what changes speed alone.
+# Keys that may differ within a cell: the seed, keys that change no result, and keys that change only the speed.
 NOT_OF_THE_RECIPE = (*NEUTRAL_KEYS, "seed", "compile", "channels_last")
 LOWER_IS_BETTER = ("ppl", "loss", "nll")
-FILES = ("config.yaml", "result.json", "metrics.jsonl")  # a folder with one of these is a run, or looks like one
+FILES = ("config.yaml", "result.json", "metrics.jsonl")  # a folder with one of these may be a run
 EVALUATIONS = ("epoch", "validation")  # kinds of lines in metrics.jsonl
-YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is some ten times as fast
+YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the loader in C is about ten times as fast
 
 
 class Identity(BaseModel):
-    """What config.yaml must tell for a run to have a place in a table."""
+    """The keys that config.yaml must have, so that the run has a place in a table."""
 
     table: str
     row: str
@@ -45,7 +46,7 @@ class Identity(BaseModel):
 
 
 class Result(BaseModel):
-    """What a report takes from result.json; other scores of the run are among its further keys."""
+    """What a report takes from result.json. Further keys are kept; other scores of the run are among them."""
 
     model_config = ConfigDict(extra="allow")
     final: float
@@ -81,12 +82,12 @@ def lower_is_better(metric: str) -> bool:
 
 
 def worst(metric: str) -> float:
-    """The worst value that `metric` has: of a perplexity or a loss infinity, of an accuracy or BLEU 0."""
+    """The worst value of `metric`: infinity for a perplexity or a loss, 0 for an accuracy or BLEU."""
     return math.inf if lower_is_better(metric) else 0.0
 
 
 class Environment(BaseModel):
-    """What a table takes from environment.json: the recipe as it was carried out (world size, batch, passes, ...)."""
+    """What a table takes from environment.json: the recipe that was carried out (world size, batch, passes, ...)."""
 
     model_config = ConfigDict(extra="allow")
     recipe: dict[str, Any] = {}
@@ -104,8 +105,8 @@ class Run:
     recipe: dict[str, Any]  # of environment.json
     result: Result | None  # None where the run is not complete
     read_lines: Callable[[Sequence[str]], list[dict[str, Any]]] = field(repr=False)  # of metrics.jsonl, by their kinds
-    trial: str | None = None  # its name in the search that it belongs to; None for a run of the table
-    variant: int = 1  # above 1 for runs whose settings are not those of their cell's other runs
+    trial: str | None = None  # its name in its search; None for a run of the table
+    variant: int = 1  # above 1 if its settings are not those of the cell's first recipe
 
     @property
     def cell(self) -> tuple[str, str]:
@@ -113,12 +114,12 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What its curve and its line in a table are called by."""
+        """The name of its curve and of its line in a table."""
         return self.row if self.variant == 1 else f"{self.row} #{self.variant}"
 
     @property
     def unit(self) -> str:
-        """What its length is given in, and its evaluations are counted by: epoch or update."""
+        """The unit of its length and of its evaluations: epoch or update."""
         return "epoch" if "epochs" in self.config else "update"
 
     @property
@@ -129,17 +130,17 @@ class Run:
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that tell of one. They are read when first asked for: tables do not need them."""
+        """The lines of metrics.jsonl about evaluations. They are read only when needed: tables do not need them."""
         return self.read_lines(EVALUATIONS)
 
     @cached_property
     def training(self) -> list[dict[str, Any]]:
-        """Its log lines of training, one every log_every updates; none in a record."""
+        """Its log lines of training, one for every log_every updates. A record has none."""
         return self.read_lines(("train",))
 
     def logged(self, key: str, updates: Sequence[int]) -> list[float]:
-        """The log lines' `key` at these updates, interpolated between two lines; NaN before the first and after the
-        last of them."""
+        """`key` of the log lines at these updates, interpolated between two lines. NaN before the first and after the
+        last line."""
         lines = [line for line in self.training if isinstance(line.get(key), (int, float))]
         if not lines:
             return [math.nan] * len(updates)
@@ -150,7 +151,7 @@ class Run:
 def read_runs(*folders: Path) -> tuple[list[Run], list[str]]:
     """Every run at or below `folders`, in the order of the tables; and one line for each file that cannot be used.
 
-    The list of such lines grows when the evaluations of a run are read and turn out to be damaged.
+    The list of these lines grows when the evaluations of a run are read later and are damaged.
     """
     problems: list[str] = []
     found = sorted({folder for top in folders for folder in _run_folders(top)})
@@ -165,9 +166,9 @@ def order(run: Run) -> tuple:
 
 
 def author_log(table: str, runs: Sequence[Run]) -> tuple[dict[str, Any], list[Run]]:
-    """The training log that the table's author published, and those of `runs` that can be held against it.
+    """The training log that the table's author published, and those of `runs` that can be compared with it.
 
-    Both are empty where there is no such log.
+    Both are empty if there is no such log.
     """
     log = (published(table) or {}).get("log_of_author", {})
     place = (table, log.get("row"), log.get("schedule"))
@@ -181,7 +182,7 @@ def _run_folders(top: Path) -> Iterator[Path]:
 
 
 def _read_run(folder: Path, problems: list[str]) -> Run | None:
-    """The run in `folder`, or None where its config.yaml does not say which run it is."""
+    """The run in `folder`; None if its config.yaml does not say which run it is."""
     config = _read(folder / "config.yaml", problems)
     if config is None:
         if not (folder / "config.yaml").exists():
@@ -214,7 +215,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def _read(path: Path, problems: list[str]) -> Any:
-    """The file's YAML or JSON; None where there is no such file, or where it cannot be read (a problem)."""
+    """The file's YAML or JSON; None if there is no such file, or if it cannot be read (a problem)."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = yaml.load(text, Loader=YamlLoader) if path.suffix == ".yaml" else json.loads(text)
@@ -227,7 +228,7 @@ def _read(path: Path, problems: list[str]) -> Any:
 
 
 def _check(model: type[ModelT], values: Any, path: Path, problems: list[str]) -> ModelT | None:
-    """`values` as `model`; None where there are none, or where they do not fit (a problem)."""
+    """`values` as `model`; None if there are none, or if they do not fit (a problem)."""
     if values is None:
         return None
     try:
@@ -239,7 +240,7 @@ def _check(model: type[ModelT], values: Any, path: Path, problems: list[str]) ->
 
 
 def read_metrics(path: Path, problems: list[str], kinds: Sequence[str] = EVALUATIONS) -> list[dict[str, Any]]:
-    """The lines of these kinds. A last line without its end is being written, or a run died at it."""
+    """The lines of these kinds. The last line may have no end: it is still being written, or the run died there."""
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
@@ -250,7 +251,7 @@ def read_metrics(path: Path, problems: list[str], kinds: Sequence[str] = EVALUAT
     found, damaged = [], []
     for number, line in enumerate(lines, start=1):
         if "train" not in kinds and line.startswith('{"kind": "train"') and line.endswith("}\n"):
-            continue  # most lines are such, and parsing them would take most of the time
+            continue  # most lines are of other kinds, and parsing them would take most of the time
         try:
             values = json.loads(line)
             if values["kind"] in kinds:

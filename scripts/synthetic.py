@@ -1,6 +1,6 @@
-"""Small data sets of random content in the shapes of the real ones, so that a training can be timed without its data.
+"""Small random data sets in the shapes of the real ones, so that a training can be timed without its data.
 
-They are written in the formats that the tasks read, so that reading and decoding are timed with the rest.
+They are written in the formats that the tasks read, so that the timing includes reading and decoding.
 """
 
 import json
@@ -17,7 +17,7 @@ from engine.errors import UserError
 from nmt.codec import EOS, SPECIALS, WORD_START, Codec
 from nmt.prepared import EVALUATED, SPLITS, write_json
 
-SIZES = {  # what an epoch of the real set sees: images, or tokens
+SIZES = {  # of an epoch of the real set: images, or tokens
     "cifar10": 50_000,
     "cifar100": 50_000,
     "imagenet": 1_281_167,
@@ -26,9 +26,9 @@ SIZES = {  # what an epoch of the real set sees: images, or tokens
 
 
 def make_data(name: str, root: Path) -> list[str]:
-    """Write a stand-in for the data set `name` to `root`, once; the overrides that have a training use it.
+    """Write a synthetic data set in place of `name` to `root`, once. Returns the overrides that make a training use it.
 
-    Raises UserError where there is none.
+    Raises UserError if there is no synthetic data for `name`.
     """
     maker = MAKERS.get(name)
     if maker is None:
@@ -43,7 +43,7 @@ def make_data(name: str, root: Path) -> list[str]:
 
 
 def _images(train: int, test: int, classes: int, size: tuple[int, int], suffix: str, test_name: str) -> Callable:
-    """A maker of `train` and `test` images a class, of `size` (width, height)."""
+    """A function that makes `train` and `test` images per class, of `size` (width, height)."""
 
     def make(root: Path) -> None:
         random = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def _images(train: int, test: int, classes: int, size: tuple[int, int], suffix: 
 
 
 def _text(root: Path) -> None:
-    """200,000 words of a vocabulary of 793,470, as frequent as Zipf's law has them."""
+    """200,000 words of a vocabulary of 793,470, with the frequencies of Zipf's law."""
     words = np.array([f"w{number}" for number in range(793_468)])
     vocabulary = [*("<S>", "<UNK>"), *words.tolist()]
     counts = range(2 * len(vocabulary), len(vocabulary), -1)
@@ -84,7 +84,7 @@ def _text(root: Path) -> None:
 
 
 def _pairs(root: Path) -> None:
-    """20,000 pairs of 2 to 100 pieces, 28 on average, of a joint vocabulary of 40,000."""
+    """20,000 pairs of 2 to 100 pieces, 28 on average, from a joint vocabulary of 40,000."""
     folder, languages = root / "data", ("en", "de")
     folder.mkdir(exist_ok=True)
     pieces = [*SPECIALS, *(f"{WORD_START}w{number}" for number in range(40_000 - len(SPECIALS)))]

@@ -16,7 +16,7 @@ TASKS = {
     "imagenet": "classification",
     "one_billion_words": "language_model",
     "wmt14_en_de": "nmt",
-    # of scripts/quickstart.sh, small and without any download
+    # the table of scripts/quickstart.sh: small, and without a download
     "digits": "classification",
     "pydoc_topics": "language_model",
     "grammar": "nmt",
@@ -27,7 +27,7 @@ NOT_CELLS = ("base", "published")  # files of a table's folder
 
 
 def load_settings(task: str, config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config at `config`, resolved and checked as train.py of `task` does it. Raises ConfigError."""
+    """The config at `config`, resolved and checked as by train.py of `task`. Raises ConfigError."""
     return load_config(import_module(f"{task}.train").Config, config, overrides)
 
 
@@ -37,14 +37,14 @@ def load_cell(table: str, config: Path, overrides: Sequence[str] = ()) -> RunCon
 
 
 def is_same_update(table: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two configs of `table` make the same updates, perhaps of other passes."""
+    """Whether two configs of `table` make the same updates; they may divide them into different passes."""
     return update_of(table, one) == update_of(table, other)
 
 
 def update_of(table: str, config: dict[str, Any]) -> tuple[Any, ...]:
-    """What an update is, however it is divided into passes: its size, and what of it is seen together.
+    """What defines an update without its division into passes: its size, and the examples that are processed together.
 
-    Rows of text are independent of one another; images meet in BatchNorm, and sentences in a batch of like lengths.
+    Rows of text are independent. Images share the statistics of BatchNorm. Sentences share a batch of similar lengths.
     """
     batch, passes = config.get("batch"), config.get("passes")
     if not (isinstance(batch, int) and isinstance(passes, int)):
@@ -61,7 +61,7 @@ def rows(table: str) -> list[str]:
 
 
 def cells(table: str, row: str) -> dict[str, Path]:
-    """Schedule to config of each cell of a row: `<row>_<schedule>.yaml`, or `<row>.yaml` where there is but one."""
+    """Schedule to config for each cell of a row: `<row>_<schedule>.yaml`, or `<row>.yaml` if there is only one."""
     alone = CONFIGS / table / f"{row}.yaml"
     if alone.exists():
         return {load_cell(table, alone).schedule.name: alone}
@@ -71,17 +71,17 @@ def cells(table: str, row: str) -> dict[str, Path]:
 
 @cache
 def published(table: str) -> dict[str, Any] | None:
-    """What configs/<table>/published.yaml says; None for a table that nobody published."""
+    """The content of configs/<table>/published.yaml; None for a table that nobody published."""
     path = CONFIGS / table / "published.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8-sig")) if path.exists() else None
 
 
 def seeds_of(table: str) -> list[int]:
-    """The seeds that a row is trained with: those of the published table; one, where nobody published the table."""
+    """The seeds that a row is trained with: those of the published table, or one if nobody published the table."""
     facts = published(table)
     return facts["seeds"] if facts else [1]
 
 
 def position(name: str, order: tuple[str, ...]) -> tuple[int, str]:
-    """A sorting key: names in `order` first and as there, the others after them by name."""
+    """A sorting key: names in `order` come first, in this order. The others follow by name."""
     return (order.index(name) if name in order else len(order), name)

@@ -1,5 +1,5 @@
 // The arithmetic of Apollo's step, over one chunk of a tensor at a time. apollo_cpu.cpp cuts tensors into chunks and gives
-// them to threads. See optim/apollo.py for the algorithm and its letters.
+// them to threads. optim/apollo.py explains the algorithm and its letters.
 
 #pragma once
 
@@ -19,44 +19,44 @@ struct ApolloSettings {
   double grad_factor;      // -1 to maximize, divided by a gradient scaler's scale
   int64_t warmup, belief, stable;
   int64_t stored;  // whether the tensors have an exp_avg
-  int64_t uncut;   // a tensor of so many elements, or fewer, is not cut and leaves no sums; at most kHugeChunk
+  int64_t uncut;   // a tensor of at most this many elements is not cut and leaves no sums; at most kHugeChunk
 };
 
-// One tensor of the list: addresses (0 for none) and numbers of elements, here and over all ranks.
+// One tensor of the list: addresses (0 for none) and the numbers of elements on this rank and on all ranks.
 struct ApolloTensor {
   void *param, *grad, *exp_avg, *hessian, *direction, *sigma;
   float* step;
   int64_t numel, numel_of_all_ranks;
-  int64_t state_sums_known;  // whether its ApolloStateSums hold what the last step has left
+  int64_t state_sums_known;  // whether its ApolloStateSums hold the sums of the last step
 };
 
-// Sums over a tensor: of d^4, (g - m) d, B d^2 and D, and the largest |g - m|. Where a tensor is sharded, the caller
-// joins those of its shards.
+// Sums over a tensor: of d^4, (g - m) d, B d^2 and D, and the maximum of |g - m|. If a tensor is sharded, the caller joins
+// the sums of its shards.
 struct ApolloSums {
   double d4, gd, bdd, curvature, max;
 };
 
-// The sums that do not depend on the gradient, over a tensor, or this rank's shard of it: of d^4, m d, B d^2, and for L2
+// The sums that do not depend on the gradient, over a tensor or this rank's shard of it: of d^4, m d, B d^2, and with L2
 // decay of p d. A step may leave them for the next one.
 struct ApolloStateSums {
   double d4, md, bdd, pd;
 };
 
-// Stages of a step. kDirection is for decay "stable" alone, which needs the mean of D before it can go on.
+// Stages of a step. Only decay "stable" has kDirection: it needs the mean of D before d can be computed.
 enum { kSum = 1, kUpdate = 2, kDirection = 4 };
 
 }  // extern "C"
 
 namespace {  // apollo_cpu.cpp alone includes this file
 
-constexpr int64_t kBlock = 256;        // elements summed in the dtype of the state; blocks are added up in double
+constexpr int64_t kBlock = 256;        // elements summed in the state's dtype; the sums of blocks are added in double
 constexpr int64_t kChunk = 16384;      // elements of a chunk
 constexpr int64_t kHuge = 1 << 20;     // a tensor of more elements has more than 8 MiB of g and d in float32
 constexpr int64_t kHugeChunk = 65536;  // elements of its chunks
 constexpr int64_t kWave = 65536;       // elements of a wave for each thread
-constexpr int64_t kLeast = 8192;       // elements that a thread is worth starting for
+constexpr int64_t kLeast = 8192;       // elements for which one more thread is worth its start
 
-// What differs between the loops of a step that are compiled apart. P: dtype of parameters and gradients, S: of the state
+// The loops of a step are compiled separately for each Form. P: dtype of parameters and gradients. S: dtype of the state
 // and of all arithmetic.
 template <class P_, class S_, bool L2_, bool STORED_, bool BELIEF_, bool STABLE_>
 struct Form {
@@ -66,7 +66,7 @@ struct Form {
   static constexpr bool CARRY = !STABLE && !BELIEF;  // whether large tensors leave sums for the next step
 };
 
-// The scalars of one tensor's step. delta is that of B <- B + delta * d^2, with d not yet divided by its norm.
+// The scalars of one tensor's step. delta is the one in B <- B + delta * d^2, where d is not divided by its norm.
 template <class S>
 struct Scalars {
   S l2, decay, grad_factor, lr, alpha, delta;
@@ -74,7 +74,7 @@ struct Scalars {
   S bound, offset;
 };
 
-// What is added to the bound in D, after `steps` steps: eps / alpha with "belief".
+// The offset in D after `steps` steps: eps / alpha with "belief", else 0.
 inline double offset_after(double steps, const ApolloSettings& s) {
   return s.belief ? s.eps * (1 - std::pow(s.beta, steps)) / (1 - s.beta) : 0;
 }
@@ -104,15 +104,15 @@ Scalars<S> scalars_of_update(const ApolloTensor& t, const ApolloSettings& s, con
   return x;
 }
 
-// D. A NaN in b stays one, as with torch's clamp.
+// D. A NaN in b stays a NaN, as with torch's clamp.
 template <bool BELIEF, class S>
 inline S rectify(S b, S bound, S offset) {
   const S a = std::fabs(b), rectified = a < bound ? bound : a;
   return BELIEF ? rectified + offset : rectified;
 }
 
-// Adds a block's part of the sums that do not depend on the gradient. Not inlined: the same instructions, and so the same
-// bits, for a block that was updated a moment ago and for one whose sums are not known any more.
+// Adds a block's part of the sums that do not depend on the gradient. It is not inlined, so that all callers run the same
+// instructions: a block that was just updated and a block whose sums are computed anew give the same bits.
 template <class F>
 __attribute__((noinline)) void sum_block(ApolloStateSums& total, const ApolloTensor& t, typename F::S bound,
                                          typename F::S offset, int64_t begin, int64_t end) {
@@ -145,7 +145,7 @@ ApolloStateSums sum_chunk(const ApolloTensor& t, const Scalars<typename F::S>& x
   return total;
 }
 
-// Whether a block is zero all over. One that is not says so at once, as a rule.
+// Whether all of a block is zero. Usually the first element of another block shows that it is not.
 template <class X>
 bool is_zero(const X* __restrict x, int64_t begin, int64_t end) {
   if (load(x[begin]) != 0) return false;
@@ -163,8 +163,8 @@ void clear_subnormal(S* __restrict x, int64_t begin, int64_t end) {
 
 using Blocks = std::bitset<kHugeChunk / kBlock>;  // one bit for each block of a chunk
 
-// The sum of g * d, L2 decay's part of g left out, in gd; and the largest |g - m|, with that part, in max. Notes in `zeros`
-// which blocks of the gradient are zero, where that is of use: not with BELIEF, which needs all of m.
+// Returns in gd the sum of g * d without L2 decay's part of g, and in max the maximum of |g - m| with this part. Marks in
+// `zeros` the blocks of the gradient that are zero, but not with BELIEF, which needs all of m.
 template <class F>
 ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<typename F::S>& x, int64_t begin, int64_t end, Blocks& zeros) {
   using P = typename F::P;
@@ -199,9 +199,8 @@ ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<typename F::S>& x, int
   return total;
 }
 
-// m and B, with the gradient's blocks in `zeros` not read; then d and p and, where `state_sums` is not null, the sums that
-// the next step needs, added there. With STABLE, where the mean of D has to come first, the sum of D instead, which is
-// returned.
+// Updates m and B, without reading the gradient's blocks in `zeros`. Then updates d and p and, if `state_sums` is not null,
+// adds the sums that the next step needs to it. With STABLE it returns the sum of D instead, because d needs the mean of D.
 template <class F>
 double update_chunk(const ApolloTensor& t, const Scalars<typename F::S>& x, int64_t begin, int64_t end,
                     const Blocks& zeros, ApolloStateSums* state_sums) {
@@ -249,7 +248,7 @@ double update_chunk(const ApolloTensor& t, const Scalars<typename F::S>& x, int6
   return total;
 }
 
-// d and p of decay "stable".
+// Updates d and p for decay "stable".
 template <class F>
 void direction_chunk(const ApolloTensor& t, const Scalars<typename F::S>& x, typename F::S decay, int64_t begin,
                      int64_t end) {

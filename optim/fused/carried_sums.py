@@ -19,7 +19,7 @@ from ..settings import Settings
 
 
 class CarriedSums:
-    """The sums that steps have left, by an owner tensor. They are forgotten with it. A note says when they are valid."""
+    """Sums that steps have left, by an owner tensor, and forgotten with it. A note tells whether they are valid."""
 
     def __init__(self) -> None:
         self._left: WeakIdKeyDictionary = WeakIdKeyDictionary()

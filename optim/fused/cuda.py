@@ -4,8 +4,8 @@
     make_scalars    for each tensor: adds up its chunks, makes the scalars of its update, counts the step
     update_chunks   for each chunk: m, B, d, p
 
-The kernels (triton_kernels.py) find the tensors through a table of addresses on the device. The table is sent there only
-when an address has changed. Nothing waits for the device: step counts, a gradient scaler's found_inf and learning rates
+The kernels (triton_kernels.py) find the tensors through a table of addresses on the device. The table is sent only when
+an address has changed. Nothing waits for the device: step counts, a gradient scaler's found_inf and learning rates
 that are tensors are read on the device. Chunks are added up in their order, so a repeated step gives the same bits.
 
 As on the CPU, an update leaves all sums for the next step except that of g * d (carried_sums.py). The first launch then

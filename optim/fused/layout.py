@@ -21,8 +21,8 @@ def is_dense(x: Tensor) -> bool:
 def lay_out_states(params: list[Tensor], *states: list[Tensor]) -> None:
     """Brings states, in place, into the order of their dense parameters.
 
-    Usually they have this order already. They do not if they were loaded from elsewhere, or if the model's memory format
-    was changed after they were made.
+    Usually they have this order already. They may not if they were loaded from elsewhere, or if the model's memory
+    format was changed after they were made.
     """
     for i, param in enumerate(params):
         for state in states:

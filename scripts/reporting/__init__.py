@@ -1,1 +1,1 @@
-"""What the report is made of: statistics, pictures as data and as files, the HTML page, records, bundles."""
+"""The parts of the report: statistics, pictures as data and as files, the HTML page, records, bundles."""

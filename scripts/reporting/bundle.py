@@ -1,12 +1,12 @@
-"""What one attaches to a release of a trained model: settings, environment, metrics, result, weights, checksums.
+"""Makes the bundle for a release of a trained model: settings, environment, metrics, result, weights, checksums.
 
     config.yaml  environment.json  metrics.jsonl  result.json     as the run left them
-    weights.safetensors     the model's state_dict under its own names, float32 as trained; for a translation run the
-                            average that its score is that of. Its metadata say which run, update and vocabulary
-    codec.json              of a translation run: its vocabulary
+    weights.safetensors     the model's state_dict with its own names, float32 as trained; for a translation run the
+                            averaged weights that gave its score. The metadata name the run, update and vocabulary
+    codec.json              the vocabulary of a translation run
     SHA256SUMS              for `sha256sum -c SHA256SUMS`
 
-No file in it is a pickle. The tasks' evaluate.py and nmt/translate.py take a bundle as they take a run folder.
+No file in it is a pickle. The tasks' evaluate.py and nmt/translate.py read a bundle as they read a run folder.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ COPIED = ("config.yaml", "environment.json", "metrics.jsonl", "result.json", "co
 
 
 def write_bundle(run_dir: Path, into: Path) -> Path:
-    """Write the bundle of the complete run in `run_dir` to a folder of its own in `into`, and return that folder.
+    """Write the bundle of the complete run in `run_dir` to a new folder in `into`, and return that folder.
 
-    Raises UserError where there is no complete run with a checkpoint, or where the folder exists.
+    Raises UserError if there is no complete run with a checkpoint, or if the folder exists.
     """
     runs, problems = read_runs(run_dir)
     run = next((run for run in runs if run.folder == run_dir), None)
@@ -48,7 +48,7 @@ def write_bundle(run_dir: Path, into: Path) -> Path:
 
 
 def _weights(run: Run) -> Weights:
-    """Those that the run's final value belongs to."""
+    """The weights that gave the run's final value."""
     weights = read_weights(run.folder, say=print)
     if "average" in run.config:
         mean, updates = average_weights(run.folder, run.config["average"]["last"], weights.vocabulary)

@@ -1,4 +1,4 @@
-"""The pictures as files: a figure for each picture of each table, as PNG, SVG and PDF, and its numbers as CSV."""
+"""Writes the pictures as files: each picture of each table as PNG, SVG and PDF, and its numbers as CSV."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from engine.errors import UserError
 from scripts.reporting.pictures import ABOUT, TITLES, Panel, Style, styles
 
-# Without a date: the same numbers give the same file.
+# Files have no date, so that the same numbers give the same file.
 FORMATS = {"png": None, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 LOOK = {
     "font.size": 11,
@@ -22,12 +22,12 @@ LOOK = {
     "grid.color": "#E5E5E5",
     "grid.linewidth": 0.8,
     "svg.fonttype": "none",  # letters stay letters
-    "svg.hashsalt": "apollo",  # the parts' names are not drawn at random
+    "svg.hashsalt": "apollo",  # the names of the parts are not random
 }
 
 
 def draw_all(panels: Sequence[Panel], folder: Path) -> None:
-    """Write every picture of `panels` to `folder`. Raises UserError where it cannot be written to."""
+    """Write every picture of `panels` to `folder`. Raises UserError if the folder cannot be written to."""
     look = styles(panels)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def draw_all(panels: Sequence[Panel], folder: Path) -> None:
 
 
 def draw(panels: Sequence[Panel], look: dict[str, Style]) -> Figure:
-    """The panels of one picture, two a line, under one legend."""
+    """The panels of one picture, two in a line, with one legend."""
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     width = 5.6 * columns if columns > 1 else 7.5

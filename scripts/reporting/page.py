@@ -1,6 +1,6 @@
-"""The report as one HTML page that needs no network: tables that sort, pictures that answer, settings of every cell.
+"""Writes the report as one HTML page that needs no network: sortable tables, interactive pictures, the cells' settings.
 
-The pictures are drawn in the browser by plotly.js, which stands in the page itself (some 4 MB).
+plotly.js draws the pictures in the browser. It is part of the page (about 4 MB).
 """
 
 import json
@@ -18,7 +18,7 @@ from scripts.reporting.records import OF_ONE_START, flatten
 from scripts.runs import Run
 
 TEMPLATE = Path(__file__).with_name("page.html")
-NOT_MEASURED = ("published",)  # columns that are marked as such
+NOT_MEASURED = ("published",)  # columns marked as not measured
 
 
 def write_page(
@@ -30,7 +30,7 @@ def write_page(
 ) -> None:
     """Write the page; `tables` are the tables (title, header, lines, notes, folded) of each table of the paper.
 
-    Raises UserError where plotly is not installed.
+    Raises UserError if plotly is not installed.
     """
     try:
         from plotly.offline import get_plotlyjs
@@ -95,7 +95,7 @@ def _table(table: dict[str, Any]) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> str:
-    """What the cells were run with and on: keys in which they differ cell by cell, then what all have in common."""
+    """Settings and machines of the cells: first the keys in which cells differ, then what all have in common."""
     cells: dict[str, list[Run]] = {}
     for run in runs:
         cells.setdefault(f"{run.label} {run.schedule}", []).append(run)

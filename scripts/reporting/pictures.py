@@ -1,6 +1,6 @@
-"""What the pictures show, as numbers: drawn by matplotlib (drawing.py), by the page (page.py), and written as CSV.
+"""The numbers in the pictures. matplotlib (drawing.py) and the page (page.py) draw them. They are also written as CSV.
 
-curves       training and evaluation over updates or seconds: mean over seeds, from lowest to highest
+curves       training and evaluation over updates or seconds: mean over seeds, with a band from lowest to highest
 levels       updates or seconds until the evaluated metric first reaches a level, with 95 % intervals over seeds
 sensitivity  the trials of a search: the value at the end over the rate divided by the chosen rate
 budget       the expected best of k trials in random order (arXiv 1910.11758), and what the choice gives on the test set
@@ -46,37 +46,37 @@ ABOUT = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One method's points. `y` is None where there is no value: the trial diverged, or the level was never reached."""
+    """One method's points. `y` is None if there is no value: the trial diverged, or the level was never reached."""
 
     method: str
     x: list[float]
     y: list[float | None]
-    low: list[float | None] = field(default_factory=list)  # with `high`, the band; empty where there is none
+    low: list[float | None] = field(default_factory=list)  # with `high` the band; empty if there is none
     high: list[float | None] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # on each point, shown beside its values
+    notes: list[str] = field(default_factory=list)  # one for each point, shown beside its values
     points: bool = False  # single points instead of a line
-    crosses: list[tuple[float, float]] = field(default_factory=list)  # where a missing value is marked
+    crosses: list[tuple[float, float]] = field(default_factory=list)  # the places where a missing value is marked
 
 
 @dataclass(frozen=True)
 class Panel:
     picture: str  # curves, levels, sensitivity, budget, reference
-    place: str  # the table, with the schedule where rows have several
+    place: str  # the table, with the schedule if rows have several
     x_label: str
     y_label: str
     curves: list[Curve]
-    by: str = ""  # updates or seconds, where there is one panel for each
+    by: str = ""  # updates or seconds, if there is one panel for each
     x_log: bool = False
     y_log: bool = False
 
     @property
     def name(self) -> str:
-        """What its file is called by."""
+        """The name of its file, without suffix."""
         words = dict.fromkeys((self.place, self.picture, self.y_label, self.by))
         return "_".join(re.sub(r"\W+", "-", word).strip("-") for word in words if word)
 
     def csv(self) -> str:
-        """All numbers, one point a line."""
+        """All numbers, one line for each point."""
         text = StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["method", self.x_label, self.y_label, "low", "high", "note"])
@@ -89,7 +89,7 @@ class Panel:
 
 
 def pictures(runs: Sequence[Run]) -> list[Panel]:
-    """Every picture that `runs` have the numbers for, table by table."""
+    """Every picture for which `runs` have the numbers, table by table."""
     panels: list[Panel] = []
     for place, of_place in _places([run for run in runs if not run.trial]).items():
         panels += curve_panels(place, of_place) + level_panels(place, of_place)
@@ -104,7 +104,7 @@ def pictures(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _places(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
-    """Runs by the picture that they belong to, and there by method: schedules apart where a row has several."""
+    """Runs by their picture, and there by method. If a row has several schedules, each has its own picture."""
     schedules: dict[tuple[str, str], set[str]] = {}
     for run in runs:
         schedules.setdefault((run.table, run.row), set()).add(run.schedule)
@@ -134,23 +134,23 @@ def curve_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
 
 
 def _evaluated(runs: Sequence[Run]) -> list[Run]:
-    """The complete runs that have evaluations; where none is complete, the unfinished ones."""
+    """The complete runs that have evaluations; if none is complete, the unfinished ones."""
     return [run for run in [run for run in runs if run.result] or runs if run.evaluations]
 
 
 def curve_keys(run: Run) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Key and label of the training curve and of the evaluation's, of a run that has evaluations."""
+    """Key and label of the training curve and of the evaluation curve. The run must have evaluations."""
     return next((two for two in PANELS if two[1][0] in run.evaluations[0]), PANELS[0])
 
 
 def points(run: Run, key: str) -> list[tuple[float, float, float]]:
-    """Updates, seconds (NaN where unknown) and value of each evaluation that has a finite one."""
+    """Update, seconds (NaN if unknown) and value of each evaluation with a finite value."""
     found = ((line["update"], line.get("wall_s", math.nan), line.get(key)) for line in run.evaluations)
     return [point for point in found if isinstance(point[2], (int, float)) and math.isfinite(point[2])]
 
 
 def _columns(runs: Sequence[Run], key: str, by: str) -> tuple[list[float], list[list[float]]] | None:
-    """Positions, and the values of all runs at each, as far as all of them have come; None where nobody knows."""
+    """Positions and the values of all runs there, up to the end of the shortest run; None if positions are unknown."""
     curves = [curve for run in runs if (curve := points(run, key))]
     steps = list(zip(*curves, strict=False))  # as long as the shortest
     which = 0 if by == "updates" else 1
@@ -192,7 +192,7 @@ def level_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
 
 
 def _level_curve(method: str, runs: Sequence[np.ndarray], levels: np.ndarray, which: int, sign: int) -> Curve:
-    """Updates (`which` = 0) or seconds (1) to each of `levels`; `runs` are [3, evaluations] as of `points`."""
+    """Updates (`which` = 0) or seconds (1) to each of `levels`; `runs` are [3, evaluations], as `points` gives them."""
     times = np.full((len(runs), len(levels)), np.nan)
     for row, run in zip(times, runs, strict=True):
         best = np.maximum.accumulate(sign * run[2])
@@ -217,7 +217,7 @@ def _without_nan(values: np.ndarray) -> list[float | None]:
 
 
 def sensitivity_panel(place: str, methods: dict[str, list[Run]], chosen: dict[str, float]) -> list[Panel]:
-    """The panel, in a list that is empty where no trial has a rate."""
+    """A list with the panel; empty if no trial has a rate."""
     curves = []
     for method, trials in methods.items():
         trials = [trial for trial in trials if trial.rate]
@@ -240,7 +240,7 @@ def sensitivity_panel(place: str, methods: dict[str, list[Run]], chosen: dict[st
 
 
 def _crossed(curves: Sequence[Curve], lower: bool) -> list[Curve]:
-    """The curves with a cross for each diverged trial: beyond the worst value, one method above the other."""
+    """The curves with a cross for each diverged trial, beyond the worst value and at a separate height per method."""
     heights = [value for curve in curves for value in curve.y if value is not None] or [1.0]
     step = (max(heights) - min(heights) or 1.0) * 0.04
     crossed = []
@@ -254,9 +254,10 @@ def _crossed(curves: Sequence[Curve], lower: bool) -> list[Curve]:
 
 
 def grid_of(trials: Sequence[Run]) -> list[Run]:
-    """The trials in which the rate alone varies: the settings that the most rates were tried with.
+    """The trials in which only the rate varies: those with the settings that have the most rates.
 
-    With decoupled decay a grid keeps the product of rate and decay, so both readings of "alone" are tried.
+    With decoupled decay a grid keeps the product of rate and decay. So "only the rate" is tried in two ways: with the
+    same decay, and with the same product.
     """
 
     def others(trial: Run, product: bool) -> tuple:
@@ -287,7 +288,7 @@ def _trial_curve(method: str, groups: Sequence[Sequence[Run]], chosen: float, po
 
 
 def _chosen_rates(methods: dict[str, list[Run]], finals: dict[tuple[str, str], list[Run]]) -> dict[str, float]:
-    """Method to the rate of its runs of the table, or where there are none, to that of its best trial."""
+    """Method to the rate of its runs of the table; if there are none, to the rate of its best trial."""
     chosen = {}
     for method, trials in methods.items():
         first = trials[0]
@@ -319,7 +320,7 @@ def budget_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
 
 
 def trial_value(trial: Run) -> float:
-    """What a search selects by; the test value where a run has no other split."""
+    """The value that a search selects by: the test value if a run has no other split."""
     return trial.result.final if trial.result.validation is None else trial.result.validation
 
 
@@ -338,7 +339,7 @@ class Style(NamedTuple):
 
 
 def styles(panels: Sequence[Panel]) -> dict[str, Style]:
-    """How each method is written and drawn, in all panels alike; another recipe of a row has its colour, dashed."""
+    """The label and style of each method, the same in all panels. Another recipe of a row has its colour, dashed."""
     others = cycle(OTHER_COLOURS)
     rows: dict[str, tuple[str, str]] = {}
     found = {}

@@ -1,4 +1,4 @@
-"""Which recipe a run follows: the published one of its cell, or another, and what that changes."""
+"""Finds the recipe of a run: the published one of its cell or another one, and the settings that then differ."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,11 +11,11 @@ from scripts.reporting.records import flatten
 from scripts.runs import NOT_OF_THE_RECIPE, Run, order
 from scripts.tables import cells, is_same_update, load_cell, published, update_of
 
-DIVISION = ("batch", "passes", "batchnorm_group")  # of an update into passes: other ones may make the same update
+DIVISION = ("batch", "passes", "batchnorm_group")  # of an update into passes; it may differ for the same update
 
 
 def apart(runs: Sequence[Run]) -> list[Run]:
-    """`runs`, with a `variant` above 1 for those of a cell that follow another recipe than its first ones.
+    """`runs`, with a `variant` above 1 for those that do not follow the first recipe of their cell.
 
     The first recipe of a cell is the published one, or else the one that most complete runs follow.
     """
@@ -41,7 +41,7 @@ def _precedence(group: Sequence[Run]) -> tuple:
 
 
 def _by_batchnorm_batch(runs: Sequence[Run]) -> Iterable[list[Run]]:
-    """Runs of the same settings, apart by the batch that BatchNorm saw; unknown ones count as most of the others."""
+    """Groups runs of the same settings by the batch that BatchNorm saw. An unknown one counts as the most common."""
     batches = [run.recipe.get("batchnorm_batch") for run in runs]
     usual = Counter(batch for batch in batches if batch).most_common(1)
     groups: dict[Any, list[Run]] = {}
@@ -62,7 +62,7 @@ def _published_recipe(table: str, row: str, schedule: str) -> dict[str, Any]:
 
 
 def changes_to_recipe(run: Run) -> list[str]:
-    """`key=value` for each setting of the run that differs from the published cell; empty also where there is none."""
+    """`key=value` for each setting of the run that differs from the published cell; empty if there is no such cell."""
     if run.cell not in published_cells(run.table):
         return []
     changes = _settings(run, _changed(run, _published_recipe(run.table, *run.cell)))
@@ -73,7 +73,7 @@ def changes_to_recipe(run: Run) -> list[str]:
 
 
 def changes_between(run: Run, usual: Run) -> list[str]:
-    """`key=value` for each setting of `run` that differs from those of `usual`."""
+    """`key=value` for each setting of `run` that differs from `usual`."""
     changes = _settings(run, _changed(run, usual.config))
     batch, expected = run.recipe.get("batchnorm_batch"), usual.recipe.get("batchnorm_batch")
     return changes + ([f"batchnorm_batch={batch}"] if batch and batch != expected else [])

@@ -1,10 +1,12 @@
-"""Records: what a report needs of its runs in one small file, which is committed where run folders are not.
+"""Records: what a report needs of its runs, in one small file. A record is committed; run folders are not.
 
-A record is JSON. Configs and environments stand in it once each, and runs name them by position; keys that change no
-result (folders, workers, …) are left out, and so is what names the machine's files. Curves are columns, with at most
-`MOST_POINTS` evaluations a run. A trial of a search has no curves. A report reads a record as it reads run folders.
+A record is JSON. It holds each config and environment once, and runs refer to them by position. Keys that change no
+result (folders, workers, …) and keys that name files of the machine are left out. Curves are columns with at most
+`MOST_POINTS` evaluations for each run. A trial of a search has no curves. A report reads a record as it reads run
+folders.
 
-A table in a document is generated from a record, between two comments that name it; the path is the document's:
+A table in a document is generated from a record. It is between two comments; the first one names the record by its path
+from the document:
 
     <!-- table results/digits.json results -->
     <!-- end of table -->
@@ -28,9 +30,9 @@ FORMAT = 1
 MOST_POINTS = 250
 CURVES = re.compile(r"update|epoch|wall_s|tokens|(train|test|valid)_\w+")
 KINDS = ("results", "comparison")
-# At the beginning of a line: an indented one is an example of code.
+# Only at the beginning of a line: an indented mark is an example.
 MARKED = re.compile(r"^(<!-- table (\S+) (\S+) -->\n).*?^(<!-- end of table -->)", re.DOTALL | re.MULTILINE)
-OF_ONE_START = ("command", "started", "resumed_from")  # parts of an environment that belong to no measurement
+OF_ONE_START = ("command", "started", "resumed_from")  # parts of an environment that describe one start only
 
 
 class _RecordedRun(BaseModel):
@@ -51,7 +53,7 @@ class _Record(BaseModel):
 
 
 def write_record(path: Path, runs: Sequence[Run]) -> int:
-    """Write the complete ones among `runs` to `path`, one a line; returns how many they are."""
+    """Write the complete ones among `runs` to `path`, one in each line. Returns their number."""
     configs: list[str] = []
     environments: list[str] = []
     lines = []
@@ -81,7 +83,7 @@ def write_record(path: Path, runs: Sequence[Run]) -> int:
 
 
 def read_record(path: Path) -> list[Run]:
-    """The runs of a record. Raises UserError where the file is none."""
+    """The runs of a record. Raises UserError if the file is not a record."""
     try:
         record = _Record.model_validate(json.loads(path.read_text(encoding="utf-8")))
         if record.format != FORMAT:
@@ -93,7 +95,7 @@ def read_record(path: Path) -> list[Run]:
 
 
 def update_document(path: Path, render: Callable[[list[Run], str], str]) -> int:
-    """Write each marked table of a Markdown file anew; returns how many there are. See `updated`."""
+    """Write each marked table of a Markdown file anew. Returns the number of tables. See `updated`."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -103,7 +105,7 @@ def update_document(path: Path, render: Callable[[list[Run], str], str]) -> int:
 
 
 def updated(path: Path, text: str, render: Callable[[list[Run], str], str]) -> str:
-    """`text` of the document at `path`, each marked table replaced by what `render` makes of its record and kind."""
+    """`text` of the document at `path`. Each marked table is replaced by what `render` makes of its record and kind."""
 
     def table(match: re.Match) -> str:
         start, record, kind, end = match.groups()
@@ -115,7 +117,7 @@ def updated(path: Path, text: str, render: Callable[[list[Run], str], str]) -> s
 
 
 def flatten(values: dict[str, Any], ignore: Sequence[str] = (), prefix: str = "") -> dict[str, Any]:
-    """Dotted key to value, of nested mappings; keys in `ignore`, and what is below them, left out."""
+    """Dotted key to value of nested mappings, without the keys in `ignore` and the keys below them."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         dotted = f"{prefix}{key}"
@@ -160,7 +162,7 @@ def _without(values: dict[str, Any], keys: Sequence[str], prefix: str = "") -> d
 
 
 def _position(entries: list[str], entry: dict[str, Any]) -> int:
-    """Where `entry` stands among `entries`, after adding it where it is new."""
+    """The position of `entry` in `entries`. A new entry is added first."""
     text = _dump(entry)
     if text not in entries:
         entries.append(text)
@@ -168,17 +170,17 @@ def _position(entries: list[str], entry: dict[str, Any]) -> int:
 
 
 def _result(run: Run) -> dict[str, Any]:
-    """What a report takes from result.json, the further scores of the run's table among it."""
+    """What a report takes from result.json, with the further scores of the run's table."""
     result = run.result
     also = (published(run.table) or {}).get("also", {})
     values = result.model_dump(include={*Result.model_fields, "signature", *also}, exclude_none=True)
-    if result.diverged:  # its worst value may be infinite, which is no JSON; reading restores it
+    if result.diverged:  # the worst value may be infinite, which JSON does not allow; reading restores it
         values = {key: value for key, value in values.items() if key not in ("final", "best", "validation")}
     return values
 
 
 def _columns(evaluations: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """The curves of the evaluations, thinned to `MOST_POINTS` (the last one stays), six digits each."""
+    """The curves of the evaluations, thinned to at most `MOST_POINTS` (the last one stays), with six digits."""
     step = -(-len(evaluations) // MOST_POINTS) or 1
     kept = list(reversed(evaluations[::-1][::step]))
     names = dict.fromkeys(name for line in kept for name in line if CURVES.fullmatch(name))

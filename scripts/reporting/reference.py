@@ -1,8 +1,8 @@
-"""A run beside a committed record: does it go the way that the record's seeds went? Said as early as it can be told.
+"""Compares a run, as early as possible, with a committed record: does it behave as the record's seeds did?
 
-The band at an update is the 99 % prediction interval for one more seed, by Student's t over the record's seeds: with
-three seeds it is wide, and it says so by itself. Two evaluations in a row outside are called a departure: one alone
-happens by chance in a long curve.
+The band at an update is the 99 % prediction interval for one more seed, by Student's t over the record's seeds. With
+only three seeds this band is wide. Two evaluations in a row outside the band are a departure. A single one may happen
+by chance in a long curve.
 """
 
 import math
@@ -20,7 +20,7 @@ Band = dict[int, tuple[float, float]]
 
 
 def compare(runs: Sequence[Run], record: Sequence[Run]) -> tuple[list[str], bool, list[Panel]]:
-    """A line on each of `runs`, whether one of them has left the record's band, and the pictures of it."""
+    """Lines about each of `runs`, whether one of them has left the record's band, and the pictures."""
     lines, left, panels = [], False, {}
     for run in runs:
         if run.trial:
@@ -48,14 +48,14 @@ def compare(runs: Sequence[Run], record: Sequence[Run]) -> tuple[list[str], bool
 
 
 def _same_cell(run: Run, record: Sequence[Run]) -> list[Run]:
-    """The record's runs of the cell of `run`: those with its settings, or else those of the cell's first recipe."""
+    """The record's runs of the same cell: those with the settings of `run`, or else those of its first recipe."""
     of_cell = [other for other in record if (other.table, *other.cell) == (run.table, *run.cell) and not other.trial]
     same = [other for other in of_cell if not differences(run.config, other.config, NOT_OF_THE_RECIPE)]
     return same or [other for other in of_cell if other.variant == 1]
 
 
 def _band(others: Sequence[Run], key: str) -> dict[int, Any]:
-    """Update to the prediction interval there, for updates that all of `others` were evaluated at."""
+    """Update to prediction interval, for the updates at which all of `others` were evaluated."""
     values: dict[int, list[float]] = {}
     for other in others:
         for update, _, value in points(other, key):
@@ -65,7 +65,7 @@ def _band(others: Sequence[Run], key: str) -> dict[int, Any]:
 
 
 def _departure(run: Run, key: str, band: Band, seeds: int) -> str:
-    """What there is to say about one curve of `run`."""
+    """One line about one curve of `run`."""
     compared = [(update, value, *band[update]) for update, _, value in points(run, key) if update in band]
     if not compared:
         why = "one seed makes no band" if seeds < 2 else "no update in common"

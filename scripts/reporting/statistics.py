@@ -1,6 +1,6 @@
 """Intervals, tests and expectations over the runs of a cell or the trials of a search.
 
-scipy is imported where it is used: that takes a second, and a row's table needs none of it.
+scipy is imported where it is used: the import takes a second, and the table of means does not need it.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Difference(NamedTuple):
-    """Of two means: a − b, the ends of its 95 % interval, and the p-value of Welch's t-test."""
+    """The difference a − b of two means, the ends of its 95 % interval, and the p-value of Welch's t-test."""
 
     mean: float
     low: float
@@ -21,7 +21,7 @@ class Difference(NamedTuple):
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """The ends of Student's t-interval of the mean; None below two values, or where one is not finite."""
+    """The ends of Student's t-interval of the mean; None for fewer than two values, or if one is not finite."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
     half = quantile(len(values), level) * stdev(values) / math.sqrt(len(values))
@@ -29,7 +29,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
 
 
 def prediction_interval(values: Sequence[float], level: float) -> tuple[float, float] | None:
-    """Where one further value of the same normal distribution lies with probability `level`; None as `interval`."""
+    """The interval that holds one more normal value with probability `level`; None in the same cases as `interval`."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
     half = quantile(len(values), level) * stdev(values) * math.sqrt(1 + 1 / len(values))
@@ -45,7 +45,7 @@ def quantile(count: int, level: float) -> float:
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> Difference | None:
-    """Welch's t-test of two samples; None where one has fewer than two values, or neither varies."""
+    """Welch's t-test of two samples; None if one has fewer than two values or one not finite, or if neither varies."""
     if interval(a) is None or interval(b) is None or (stdev(a) == 0 and stdev(b) == 0):
         return None
     from scipy import stats
@@ -56,12 +56,13 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Difference | None:
 
 
 def expected_best(trials: Sequence[tuple[float, float]], lower_is_better: bool) -> list[float]:
-    """What a search gives for a budget: for k = 1 … N the expectation of the second value of the trial that has the
-    best first value among k trials drawn without replacement. With twice the same value it is the expected best itself.
+    """The expected result of a search with a budget of k trials, for k = 1 … N. A trial is a pair of values. From k
+    trials, drawn without replacement, the one with the best first value is chosen; its second value is the result. If
+    both values of each pair are the same, this is the expected best value.
 
-    Dodge et al. 2019 (arXiv 1910.11758) estimate it with replacement; without, the i-th worst of N trials is the best
-    of k with probability C(i−1, k−1) / C(N, k), and the curve ends at the best of the trials that there are. Trials
-    that tie share their second values. An entry is infinite where some order of the trials yields an infinite value.
+    Dodge et al. 2019 (arXiv 1910.11758) draw with replacement. Without it, the i-th worst of N trials is the best of k
+    with probability C(i−1, k−1) / C(N, k), and the curve ends at the best of all trials. Trials with equal first values
+    share the mean of their second values. An entry is infinite if some order of the trials gives an infinite value.
     """
     count = len(trials)
     ordered = sorted(trials, key=lambda trial: trial[0], reverse=lower_is_better)  # from worst to best
