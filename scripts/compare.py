@@ -260,10 +260,10 @@ def places(options: argparse.Namespace) -> Places:
 
 def read_comparison(options: argparse.Namespace) -> Comparison:
     """What the command line asks for. Raises UserError for whatever is wrong with it, before any run."""
-    for key in (override.partition("=")[0].partition(".")[0] for override in options.overrides):
-        if key in REFUSED:
+    for key in (override.partition("=")[0] for override in options.overrides):
+        if (first := key.partition(".")[0]) in REFUSED:
             raise UserError(
-                f"{key}= cannot be set for a comparison, whose runs each have their own: use {REFUSED[key]}"
+                f"{key}= cannot be set for a comparison, whose runs each have their own: use {REFUSED[first]}"
             )
     config = options.config or config_of(options.task)
     stand_in = ("row=sgd", "optimizer={name: sgd, lr: 1.0}")
@@ -286,9 +286,11 @@ def config_of(task: str) -> Path:
 
 
 def task_of(config: Path, overrides: Sequence[str]) -> str:
-    """The package that trains `config`: its table's, or the one that accepts it. Raises ConfigError where none does."""
+    """The package that trains `config`: its table's, or the one that accepts it. Raises UserError where none does."""
     if known := next((TASKS[name] for name in (config.stem, config.parent.name) if name in TASKS), None):
         return known
+    if not config.is_file():
+        raise UserError(f"{config}: no such config")
     errors = {}
     for task in dict.fromkeys(TASKS.values()):
         try:
