@@ -218,8 +218,9 @@ def table(
         diverged = sum(comparison.score(method, other) == -math.inf for other in settings)
         validation = abs(comparison.score(method, setting))
         results = [read_result(Path(job.folder)) for job in finals[method.row]]
-        values = [worst(metric) if result.get("diverged") else result["final"] for result in results]
-        lost = sum(bool(result.get("diverged")) for result in results)
+        ended = [result["final"] for result in results if math.isfinite(result.get("final", math.nan))]
+        lost = len(results) - len(ended)
+        values = ended + lost * [worst(metric)]
         spread = f" ({stdev(values):.2f})" if len(values) > 1 and all(map(math.isfinite, values)) else ""
         lines.append(
             (
