@@ -218,8 +218,9 @@ def table(
         diverged = sum(comparison.score(method, other) == -math.inf for other in settings)
         validation = abs(comparison.score(method, setting))
         results = [read_result(Path(job.folder)) for job in finals[method.row]]
-        values = [worst(metric) if result.get("diverged") else result["final"] for result in results]
-        lost = sum(bool(result.get("diverged")) for result in results)
+        ended = [result["final"] for result in results if math.isfinite(result.get("final", math.nan))]
+        lost = len(results) - len(ended)
+        values = ended + lost * [worst(metric)]
         spread = f" ({stdev(values):.2f})" if len(values) > 1 and all(map(math.isfinite, values)) else ""
         lines.append(
             (
@@ -260,10 +261,10 @@ def places(options: argparse.Namespace) -> Places:
 
 def read_comparison(options: argparse.Namespace) -> Comparison:
     """The comparison that the command line asks for. Raises UserError for any mistake in it, before any run."""
-    for key in (override.partition("=")[0].partition(".")[0] for override in options.overrides):
-        if key in REFUSED:
+    for key in (override.partition("=")[0] for override in options.overrides):
+        if (first := key.partition(".")[0]) in REFUSED:
             raise UserError(
-                f"{key}= cannot be set for a comparison, whose runs each have their own: use {REFUSED[key]}"
+                f"{key}= cannot be set for a comparison, whose runs each have their own: use {REFUSED[first]}"
             )
     config = options.config or config_of(options.task)
     stand_in = ("row=sgd", "optimizer={name: sgd, lr: 1.0}")
@@ -286,9 +287,11 @@ def config_of(task: str) -> Path:
 
 
 def task_of(config: Path, overrides: Sequence[str]) -> str:
-    """The package that trains `config`: its table's, or the one that accepts it. Raises ConfigError if none does."""
+    """The package that trains `config`: its table's, or the one that accepts it. Raises UserError if none does."""
     if known := next((TASKS[name] for name in (config.stem, config.parent.name) if name in TASKS), None):
         return known
+    if not config.is_file():
+        raise UserError(f"{config}: no such config")
     errors = {}
     for task in dict.fromkeys(TASKS.values()):
         try:
