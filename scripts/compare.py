@@ -69,15 +69,18 @@ class Comparison:
     def folder(self) -> Path:
         return self.runs / self.table
 
+    def trial_folder(self, method: Method, setting: Setting) -> Path:
+        return self.folder / "search" / method.row / setting.name
+
     def trial(self, method: Method, setting: Setting) -> Job:
-        return self._job(method, setting, TRIAL_SEED, self.folder / "search" / method.row / setting.name)
+        return self._job(method, setting, TRIAL_SEED, self.trial_folder(method, setting))
 
     def final(self, method: Method, setting: Setting, seed: int) -> Job:
         return self._job(method, setting, seed, self.folder / f"{method.row}_{self.schedule}" / f"seed{seed}")
 
     def score(self, method: Method, setting: Setting) -> float:
         """How good the complete trial is on the validation split: higher is better, -inf where it diverged."""
-        folder = Path(self.trial(method, setting).folder)
+        folder = self.trial_folder(method, setting)
         result = read_result(folder)
         if result.get("diverged"):
             return -math.inf
@@ -244,7 +247,7 @@ def dry_run(comparison: Comparison, steps: range, final_seeds: Sequence[int], op
     tunes_decay = all(method.decay for method in comparison.methods)
     for method in comparison.methods:
         centre = comparison.trial(method, method.setting(0))
-        folders = [comparison.trial(method, method.setting(step)).folder for step in steps]
+        folders = [str(comparison.trial_folder(method, method.setting(step))) for step in steps]
         folders += [f"{centre.folder}_{factor}" for factor in FACTORS if factor != 1 and tunes_decay]
         folders += [comparison.final(method, method.setting(0), seed).folder for seed in final_seeds]
         jobs += [replace(centre, folder=folder) for folder in folders]
