@@ -145,7 +145,8 @@ def _provide_cifar(source: type[CIFAR10], root: Path) -> CIFAR10:
     except (OSError, RuntimeError, HTTPException, tarfile.TarError) as error:
         raise UserError(
             f"{source.__name__} is not complete in {root} and cannot be downloaded ({error}): get {source.url} "
-            f"on a machine with network and put {source.filename}, as it is, into {root}"
+            f"on a machine with network, and put {source.filename}, as it is, into {root} (of CIFAR-10 also: "
+            f"bash scripts/prepare.sh cifar10 SOURCE {root})"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from classification.imagenet.prepare import MD5
 from language_model import benchmark
 from nmt.codec import MAX_CHARACTERS, SPECIALS
 from nmt.prepare import raw_text, sources
@@ -31,6 +32,11 @@ def test_the_page_shows_it_and_a_source_stands_beside(fact):
 def test_cifar_is_known_by_the_checksums_of_torchvision():
     known = {fact["shown"]: fact["md5"] for fact in FACTS["cifar10"] if "md5" in fact}
     assert known == {source.filename: source.tgz_md5 for source in (CIFAR10, CIFAR100)}
+
+
+def test_imagenets_archives_are_known_by_these_checksums():
+    known = {fact["file"]: fact["checksum"] for fact in FACTS["imagenet"] if "file" in fact}
+    assert known == {name: f"md5:{checksum}" for name, checksum in MD5.items()}
 
 
 def test_one_billion_words_compares_with_these_counts():
