@@ -74,7 +74,8 @@ def test_tensorboard_gets_the_same_numbers(config, tmp_path):
     position = record.position()
     record.metrics("epoch", 60, loss=9.0)
     record.metrics("train", 70, loss=9.0)
-    assert shown("train/loss") == [(50, 2.5), (60, 2.0)]  # what a kill leaves: the events of the last save are there
+    # What a kill leaves: at least the events up to the last save. Later ones are written when the writer comes to it.
+    assert shown("train/loss")[:2] == [(50, 2.5), (60, 2.0)]
     record._board.close()
     record._lock.close()
     record = begin(position, 60)

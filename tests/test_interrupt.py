@@ -75,6 +75,8 @@ def test_a_killed_rank_s_job_goes_on_from_the_last_checkpoint_by_itself(tmp_path
         "classification.train",
         "configs/digits/sgd.yaml",
         "epochs=4",
+        "batch=32",
+        "passes=2",
         *SMALL,
     ]
     output = tmp_path / "output"
