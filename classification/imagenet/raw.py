@@ -114,7 +114,7 @@ def list_folder(root: Path) -> tuple[FolderSplit, FolderSplit]:
     if not _find_tree(root):
         raise UserError(
             f"{root} holds neither an LMDB (train.lmdb, val.lmdb) nor a folder tree (train/<class>/*, val/<class>/*); "
-            "see docs/data.md for how to get either"
+            f"bash scripts/prepare.sh imagenet SOURCE {root} makes the LMDB (docs/data.md)"
         )
     found = find_source(root)
     return FolderSplit(found.train, found.classes), FolderSplit(found.val, found.classes)
