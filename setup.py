@@ -26,6 +26,7 @@ EXPERIMENTS = [
 ]
 DEVELOPMENT = [
     "pytest",
+    "pytest-timeout",
     "pytest-xdist>=3.2",  # --dist worksteal
     "hypothesis",
     "pyarrow",  # one form of ImageNet; whoever has another does not need it

@@ -1,6 +1,7 @@
 """One process or many: reads torchrun's environment, picks nccl or gloo, and counts things once over all ranks."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,12 +105,27 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
         torch.cuda.set_device(local_rank)
     if world_size > 1 and not dist.is_initialized():
         try:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            _join("nccl" if device == "cuda" else "gloo")
         except (RuntimeError, ValueError) as error:  # torch's errors of the network are RuntimeErrors
             place = ":".join(os.environ[name] for name in _ADDRESS)
             raise UserError(f"rank {rank} of {world_size} cannot join the others at {place}: {error}") from error
     place = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     return World(rank, world_size, local_rank, place)
+
+
+def _join(backend: str) -> None:
+    """Join the process group that torchrun's environment describes.
+
+    After a rank has died torchrun starts all of them again, on the store that it keeps (torch 2.9 and newer): there
+    the addresses of the dead ranks still stand, and a rank that reads one waits for it in vain. Each attempt therefore
+    gets keys of its own. Several machines count their attempts separately, so there the keys stay shared.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    else:
+        dist.init_process_group(backend)
 
 
 def read_environment() -> tuple[int, int, int]:
@@ -126,6 +142,11 @@ def read_environment() -> tuple[int, int, int]:
             "sets them all, or unset WORLD_SIZE"
         )
     _number("MASTER_PORT", 0, range(1, 1 << 16))
+    address = os.environ["MASTER_ADDR"]
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:  # torch would try again for half an hour
+        raise UserError(f"the environment has MASTER_ADDR={address!r}, which names no host: {error.strerror}") from None
     return _number("RANK", 0, range(world_size)), world_size, _number("LOCAL_RANK", 0, range(world_size))
 
 

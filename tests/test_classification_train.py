@@ -16,6 +16,7 @@ from training_runs import (
     losses,
     metrics,
     one_line_error,
+    process,
     recipe,
     result,
     saved,
@@ -163,7 +164,7 @@ def test_held_out_images_are_evaluated_beside_the_test_images(cell, uninterrupte
 def test_two_ranks_stopped_and_resumed_by_the_real_torchrun(cell, tmp_path):
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     ours = ("batch=32", "passes=2", "checkpoint.minutes=60")
-    with subprocess.Popen(cell.command_line(stopped, *ours, ranks=2), stderr=subprocess.DEVNULL) as torchrun:
+    with process(cell.command_line(stopped, *ours, ranks=2), stderr=subprocess.DEVNULL) as torchrun:
         wait_until(lambda: logged_updates(stopped) >= 12 or torchrun.poll() is not None)
         torchrun.send_signal(signal.SIGTERM)
     assert saved(stopped)["progress"]["update"] % 10 == 0

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from training_runs import process
 
 from engine.errors import UserError
 from scripts.compare import COMPARISONS, accept_diverged, main, task_of
@@ -188,7 +189,7 @@ def test_a_comparison_killed_twice_ends_in_the_same_table(tmp_path):
         lambda: list(killed.glob("digits/search/*/*/checkpoint.pt")),  # in a trial
         lambda: list(killed.glob("digits/*_cosine/seed1/metrics.jsonl")),  # in a final run
     ):
-        with subprocess.Popen([*command, str(killed)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as running:
+        with process([*command, str(killed)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as running:
             while not reached():
                 assert running.poll() is None
                 time.sleep(0.01)

@@ -197,6 +197,7 @@ def test_the_ranks_must_divide_the_passes():
         ("WORLD_SIZE=2 RANK=0", "WORLD_SIZE=2 and no MASTER_ADDR nor MASTER_PORT"),
         ("WORLD_SIZE=2 RANK=2 MASTER_ADDR=here MASTER_PORT=1", "RANK='2', where a whole number from 0 to 1 belongs"),
         ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=here MASTER_PORT=x", "MASTER_PORT='x'"),
+        ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=no.such.host.invalid MASTER_PORT=1", "names no host: "),
         ("LOCAL_RANK=-1", "LOCAL_RANK='-1'"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_scripts import ENVIRONMENT, ROOT, script, wait_for
+from training_runs import process
 
 from engine.interrupt import StopRequest
 from scripts.jobs import torchrun
@@ -56,7 +57,7 @@ def test_a_scheduler_s_signal_saves_on_two_ranks_and_is_the_script_s_exit_status
     arguments = ["--seeds", "1", "--schedules", "milestone", "--gpus", "2", "--runs", tmp_path]
     command = script("cifar_sgd", *arguments, "data.name=digits", "model.depth=8", *SMALL)
     folder = tmp_path / "cifar10/sgd_milestone/seed1"
-    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as row:
+    with process(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as row:
         wait_for(lambda: _lines(folder), row)
         row.send_signal(signal.SIGUSR2)
         _, told = row.communicate(timeout=240)
@@ -80,11 +81,11 @@ def test_a_killed_rank_s_job_goes_on_from_the_last_checkpoint_by_itself(tmp_path
         *SMALL,
     ]
     output = tmp_path / "output"
-    with open(output, "w") as file:
-        run = subprocess.Popen(
-            [*command, f"run_dir={tmp_path}/run"], cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file
-        )
-    with run:
+    command.append(f"run_dir={tmp_path}/run")
+    with (
+        open(output, "w") as file,
+        process(command, cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT) as run,
+    ):
         wait_for(lambda: (tmp_path / "run/checkpoint.pt").exists(), run)
         ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
         assert len(ranks) == 2

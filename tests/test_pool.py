@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from training_runs import process
 
 from engine.errors import UserError
 from engine.files import hold
@@ -101,7 +102,7 @@ def test_a_folder_that_another_process_holds_is_waited_for(job):
     program = "import sys, time; from engine.files import hold; from pathlib import Path\n"
     program += "lock = hold(Path(sys.argv[1]), 'training'); print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", program, waiting.folder]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
 
         def watch(turns):
@@ -129,7 +130,7 @@ def test_jobs_end_with_a_pool_that_is_killed(job, tmp_path):
     program = (
         "import sys; from pathlib import Path; from scripts.jobs import read_list; from scripts.pool import run_jobs"
     )
-    with subprocess.Popen([sys.executable, "-c", f"{program}; run_jobs(read_list(Path(sys.argv[1])))", lists]) as pool:
+    with process([sys.executable, "-c", f"{program}; run_jobs(read_list(Path(sys.argv[1])))", lists]) as pool:
         folder = tmp_path / "runs/a"
         wait_for(lambda: (folder / "pids").exists())
         pool.kill()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_scripts import ENVIRONMENT, ROOT, call, wait_for
+from training_runs import process
 
 from classification.data import load_data as load_images
 from engine.errors import UserError
@@ -27,8 +28,8 @@ SMALL = ["device=cpu", "epochs=2", "log_every=1"]
 def kill_all(farm):
     """Send SIGKILL to the farm, then to all of its trainings."""
     trainings = _children(farm.pid)
-    for process in (farm.pid, *trainings):
-        os.kill(process, signal.SIGKILL)
+    for pid in (farm.pid, *trainings):
+        os.kill(pid, signal.SIGKILL)
     farm.communicate()
 
 
@@ -60,7 +61,7 @@ def test_a_farm_killed_twice_ends_in_the_right_table_and_names_what_always_fails
         lambda: (folders[1] / "metrics.jsonl").exists(),  # in the first epoch of one
         lambda: any(map(Path.exists, checkpoints)),  # with a checkpoint to go on from
     ):
-        with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as farm:
+        with process(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as farm:
             wait_for(reached, farm)
             kill_all(farm)
     ended = call(command)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from training_runs import process
 
 from engine.errors import UserError
 from scripts.jobs import divided
@@ -70,7 +71,7 @@ def test_signal_reaches_the_run_which_saves_and_is_resumed(tmp_path):
     )
     command.append("log_every=1")
     folder = tmp_path / "cifar10/sgd_milestone/seed1"
-    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as row:
+    with process(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as row:
         wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size, row)
         row.send_signal(signal.SIGTERM)
         _, told = row.communicate(timeout=60)

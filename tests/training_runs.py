@@ -9,11 +9,12 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -133,6 +134,18 @@ def _train(module: str, arguments: list[str], stderr: str, place: dict[str, str]
     torch.set_num_threads(1)
     sys.argv[1:] = arguments
     run_main(import_module(module).main)
+
+
+@contextmanager
+def process(command: list[str], **keywords: Any) -> Iterator[subprocess.Popen]:
+    """A command at work. Where the block fails, it and all below it are killed: leaving would wait for their end."""
+    with subprocess.Popen(command, start_new_session=True, **keywords) as running:
+        try:
+            yield running
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+            raise
 
 
 def wait_until(condition: Callable[[], object]) -> None:
