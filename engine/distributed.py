@@ -142,12 +142,13 @@ def read_environment() -> tuple[int, int, int]:
             "sets them all, or unset WORLD_SIZE"
         )
     _number("MASTER_PORT", 0, range(1, 1 << 16))
+    rank, local_rank = (_number(name, 0, range(world_size)) for name in ("RANK", "LOCAL_RANK"))
     address = os.environ["MASTER_ADDR"]
     try:
         socket.getaddrinfo(address, None)
     except OSError as error:  # torch would try again for half an hour
         raise UserError(f"the environment has MASTER_ADDR={address!r}, which names no host: {error.strerror}") from None
-    return _number("RANK", 0, range(world_size)), world_size, _number("LOCAL_RANK", 0, range(world_size))
+    return rank, world_size, local_rank
 
 
 def _number(name: str, default: int, valid: range) -> int:
