@@ -1,4 +1,4 @@
-"""Scalar rules of Apollo's single-tensor and foreach steps, for numbers or for 0-d tensors on the device (capturable)."""
+"""Scalar rules of Apollo's single-tensor and foreach steps, for numbers or (capturable) for 0-d tensors."""
 
 import torch
 from torch import Tensor
