@@ -14,7 +14,7 @@
                 hypotheses).
     full-size   updates of Transformer-base with the published vocabulary and batch: seconds, tokens per second, memory
 
-All take turns, and every other round reverses the order.
+All take turns, and every other round reverses the order. For a GPU: device=cuda (train) or --device cuda.
 """
 
 import argparse

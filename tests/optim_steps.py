@@ -15,7 +15,7 @@ def clones(params) -> list[nn.Parameter]:
 
 
 def step_together(*pairs, steps: int, seed: int = 0) -> None:
-    """Take `steps` steps with each (optimizer, params). The gradients are the same for all pairs."""
+    """Take `steps` steps with each (optimizer, params)."""
     draw = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for first, *others in zip(*(params for _, params in pairs), strict=True):

@@ -76,20 +76,18 @@ def test_row_has_the_published_settings(table, row):
 
 
 def assert_published_update(config: dict[str, Any], batch: dict[str, Any]) -> None:
-    """What a pass sees, and how many passes make an update."""
     assert (config["batch"], config["passes"]) == (batch["is"], batch["gpus"])
     assert config.get("batchnorm_group") is None  # BatchNorm sees a pass
 
 
 def looked_up(config: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key."""
     for part in key.split("."):
         config = config[part]
     return config
 
 
 def numbers(value: Any) -> Any:
-    """The same value, with text that is a number made a number: YAML reads 5e-4 as text."""
+    """Numbers in texts too: YAML reads 5e-4 as text."""
     if isinstance(value, dict):
         return {key: numbers(item) for key, item in value.items()}
     try:

@@ -53,7 +53,7 @@ def two_ranks(folder, cell):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_interrupted_with_its_workers_and_resumed(cell, one_rank, tmp_path, number, status):
-    """Ctrl-C reaches the whole process group; the workers must not take it for themselves."""
+    """Ctrl-C reaches the whole process group; the workers must ignore it."""
     run_dir = tmp_path / "run"
     stopped = cell.interrupt(run_dir, at_update=3, number=number, group=True)
     assert stopped.status == status and not (run_dir / "result.json").exists()

@@ -45,7 +45,6 @@ PROGRAM = """
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """A job that does `what` in the run folder `name`."""
     (tmp_path / "modules/program").mkdir(parents=True)
     (tmp_path / "modules/program/train.py").write_text(textwrap.dedent(PROGRAM))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'modules'}:{ROOT}")

@@ -28,7 +28,6 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def said(capsys):
-    """Run the command. Returns its lines on standard output."""
 
     def run(*arguments):
         prepare.main([str(argument) for argument in arguments])
@@ -92,7 +91,7 @@ def test_one_billion_words(said, tmp_path):
 
 
 def test_one_billion_words_downloaded(said, tmp_path, monkeypatch):
-    """Downloads from the published addresses (here local files) to where the configs look, only until complete."""
+    """Downloads from the published addresses to where the configs look, only until complete."""
     monkeypatch.chdir(tmp_path)
     with tarfile.open("away.tar.gz", "w:gz") as tar:
         tar.add(make_corpus(tmp_path / "text"), "benchmark")

@@ -142,7 +142,6 @@ def test_tables_in_the_documents_are_those_of_their_records(document):
 
 
 def edit_metrics(folder, change):
-    """Change the lines of metrics.jsonl that are evaluations."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         if line["kind"] == "epoch":

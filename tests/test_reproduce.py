@@ -26,7 +26,6 @@ SMALL = ["device=cpu", "epochs=2", "log_every=1"]
 
 
 def kill_all(farm):
-    """Send SIGKILL to the farm, then to all of its trainings."""
     trainings = _children(farm.pid)
     for pid in (farm.pid, *trainings):
         os.kill(pid, signal.SIGKILL)
