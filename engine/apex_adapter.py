@@ -73,7 +73,7 @@ class ApexPrecision(Precision):
 
     @override
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        optimizer.step()
+        optimizer.step()  # amp skips it after an overflow
         return not self.overflowed
 
     def _scale(self) -> float:

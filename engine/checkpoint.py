@@ -38,7 +38,7 @@ class Stateful(Protocol):
 class Progress:
     """Where a run is."""
 
-    epoch: int = 0
+    epoch: int = 0  # epochs completed
     update: int = 0  # optimizer updates taken, over all epochs
     update_in_epoch: int = 0
     lr: float = 0.0  # of the last update
@@ -46,7 +46,7 @@ class Progress:
     since_evaluation_s: float = 0.0  # seconds of training alone
     trained_on: float = 0.0  # examples or tokens up to the last evaluation
     train_s: float = 0.0  # seconds of training alone up to the last evaluation
-    best: float | None = None
+    best: float | None = None  # best evaluation so far
     last: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
 
 
@@ -111,7 +111,7 @@ class Checkpoints:
                 raise UserError(f"{self.folder}: the checkpoint's {name} does not fit this run: {error}") from None
         for name, value in state["progress"].items():
             setattr(progress, name, value)
-        self.world.barrier()
+        self.world.barrier()  # all ranks have read
         for path in damaged if self.world.is_main else ():
             path.replace(path.with_suffix(".damaged"))
         return state["extra"]

@@ -27,7 +27,7 @@ def hold(folder: Path, doing: str, wait: bool = False) -> IO[str]:
 
     Where another process holds it, `wait`, or raise UserError; also for a folder that cannot be written to, and for a
     file system without locks. lockf's lock belongs to the process; flock's would be inherited by its workers, which
-    outlive a kill.
+    outlive a kill for a moment.
     """
     try:
         file = open(folder / ".lock", "w")  # noqa: SIM115 - the lock lives as long as the file is open

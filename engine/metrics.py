@@ -36,6 +36,7 @@ class Sums:
         self.values.zero_()
 
     def gather(self, world: World) -> torch.Tensor:
+        """Every rank's own sums, [world_size, names], for a checkpoint."""
         rows = self.values.new_zeros(world.world_size, len(self.names))
         rows[world.rank] = self.values
         return world.sum(rows)

@@ -4,8 +4,8 @@ Read apollo_reference.py first: it is the published algorithm, written literally
 of a step: single-tensor, foreach or fused.
 
 The average of the gradient, m = d * D, is not stored where it can be computed again from d and B. So the state has two
-tensors, like Adam's. Only decoupled and stable weight decay need the third, because they add to d. d is stored and not
-m, because the sums of a step are over d.
+tensors, like Adam's. Only decoupled and stable weight decay need a third, because they add to d. d is stored and not m,
+because the sums of a step are over d.
 """
 
 from collections.abc import Callable

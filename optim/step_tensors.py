@@ -11,7 +11,7 @@ from .sharded import ProcessGroups, any_sharded, local_shard, process_groups
 
 @dataclass
 class StepTensors:
-    """Entry i of every list belongs to parameter i.
+    """Entry i of every list belongs to parameter i. State and gradients have the shape of their parameter.
 
     State is float32 for half-precision parameters, and of the parameter's dtype otherwise. `sigmas` are 0-d, of the
     state's dtype. `steps` are 0-d float32, on the CPU or on the parameter's device.

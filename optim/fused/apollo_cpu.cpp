@@ -13,8 +13,9 @@
 // second pass goes backwards, in longer chunks, because the last ones are still in the cache. Otherwise it goes
 // forwards, which suits hardware prefetching better.
 //
-// Chunks are added up in their order. So the result is the same, bit for bit, on any number of threads and after a
-// resume.
+// The sums of a chunk do not depend on the thread that computes them, nor on whether they are carried over or computed
+// anew. Chunks are added up in their order. So the result is the same, bit for bit, on any number of threads and after
+// a resume.
 
 #include "apollo_cpu.h"
 

@@ -6,7 +6,7 @@
 
 The kernels (triton_kernels.py) find the tensors through a table of addresses on the device. The table is sent only when
 an address has changed. Nothing waits for the device: step counts, found_inf and learning rates that are tensors are
-read on it.
+read on the device.
 
 As on the CPU, sums are carried over (carried_sums.py). They are not carried with capturable=True: the replay of a CUDA
 graph cannot check whether the sums are still valid.
