@@ -94,7 +94,7 @@ def beam_search(
     # For each sentence in the batch: its number, its K hypotheses with their scores, and its best end.
     number = torch.arange(len(source), device=device)
     scores = torch.full((len(source), k), -torch.inf, device=device)
-    scores[:, 0] = 0.0
+    scores[:, 0] = 0.0  # all hypotheses are equal at the start, so one is enough
     words = source.new_full((len(source), k), BOS)
     history = source.new_empty((len(source), k, 0))
     best = torch.full((len(source),), -torch.inf, device=device)

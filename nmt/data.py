@@ -144,7 +144,7 @@ class Split:
 
 
 class ParallelData:
-    """UserError if it is not whole."""
+    """Prepared data, opened. UserError if it is not whole."""
 
     def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
         self.root, self.manifest = root, manifest

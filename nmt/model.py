@@ -1,7 +1,7 @@
 """The Transformer of "Attention Is All You Need".
 
 One matrix serves as source, target and output embedding. Inputs are scaled by sqrt(width). `forward` sees whole target
-sentences, `step` one more word of each hypothesis.
+sentences. `step` sees one more word of each hypothesis.
 """
 
 import math

@@ -54,6 +54,6 @@ def moses(language: str) -> Moses:
 
 def _blank_non_printing(line: str) -> str:
     r"""A blank for each character of Unicode's general category C (control, format, unassigned, ...), Perl's \p{C}."""
-    if line.isprintable():
+    if line.isprintable():  # true of nearly every line, and a fast test
         return line
     return "".join(" " if unicodedata.category(character)[0] == "C" else character for character in line)

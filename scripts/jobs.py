@@ -62,7 +62,7 @@ def torchrun(gpus: int) -> list[str]:
 
 
 def divided(table: str, config: Path, overrides: Sequence[str], gpus: int) -> list[str]:
-    """`overrides`, with a division of the passes by `gpus` where `config` has none; says what this changes.
+    """`overrides`, and where `gpus` do not divide the passes of `config` those that make them; says what this changes.
 
     Raises UserError for a config or an override that is wrong, and where no division is possible.
     """

@@ -81,7 +81,7 @@ def processes(workers: int) -> Iterator[Map]:
 
 
 def _begin_worker() -> None:
-    """Ends when the parent ends, so that a killed preparation leaves no process behind."""
+    """Use one thread, and end when the parent ends: a killed preparation leaves no process behind."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 

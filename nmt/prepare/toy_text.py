@@ -78,7 +78,7 @@ class Clause(NamedTuple):
     english: str  # without the time
     time: str
     second: str
-    second_after_time: str  # used only if there is one
+    second_after_time: str  # the time comes first; used only if there is one
     final: str
 
 
