@@ -7,11 +7,11 @@
     train       three loops in turn over the last updates of the cell's first epoch, in target tokens per second:
                 train.py        its `train_epoch`: batches cut from the data, metrics summed and written
                 bare loop       forward, backward, clipping and optimizer of the same model, on the same batches, which
-                                are in memory.
+                                are in memory
                 torch's own     torch.nn.Transformer of the same size on these batches, cross entropy over all positions
                 then the share of padding among the tokens of both sides in the cell's first epoch
     decode      beam search for a forced number of steps, with caches and without (then every step decodes the whole
-                hypotheses).
+                hypotheses)
     full-size   updates of Transformer-base with the published vocabulary and batch: seconds, tokens per second, memory
 
 All take turns, and every other round reverses the order. For a GPU: device=cuda (train) or --device cuda.
