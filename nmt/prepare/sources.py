@@ -51,7 +51,8 @@ Side = tuple[str, str]  # text, language
 def find_texts(source: Path, texts: Sequence[str], languages: Sequence[str], unpacked: Path) -> dict[str, list[Path]]:
     """For each of `texts` a plain file in each of the two `languages`, from `source` or made in `unpacked`.
 
-    A text is a name, or a path below `source`. Raises UserError as `locate` does, and if an archive is damaged or not the published one.
+    A text is a name, or a path below `source`. Raises UserError as `locate` does, and if an archive is damaged or not
+    the published one.
     """
     places = locate(source, texts, languages)
     files = {
