@@ -1,12 +1,6 @@
 """The loss of a split, its translations, and their BLEU in the four ways that are reported for English-German.
 
-fairseq_bleu         Moses tokens with hyphens split (`rich @-@ text` is three tokens). In the references' punctuation
-                     only the typographic apostrophe is normalised. fairseq's generation prints this score for data
-                     that its prepare-wmt14en2de.sh made
-sacrebleu            sacreBLEU of the detokenized text, with its signature: the number to compare with other work
-compound_split_bleu  Moses tokens, both sides normalised, compounds split as `rich ##AT##-##AT## text`
-tokenized_bleu       the same with whole compounds, as multi-bleu.perl computes it
-
+docs/reproduction.md describes the four: fairseq_bleu, sacrebleu, compound_split_bleu, tokenized_bleu.
 Only the score called sacrebleu is smoothed, and only if no four words in a row are right in the whole test set.
 """
 
@@ -67,7 +61,7 @@ def sacre_bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[
 
 
 def all_scores(hypotheses: Sequence[Sequence[int]], references: Sequence[str], codec: Codec) -> dict[str, Any]:
-    """The four scores of `hypotheses` (ids) against raw reference text, by the names above."""
+    """The four scores of `hypotheses` (ids) against raw reference text, by these names."""
     sacrebleu, signature = sacre_bleu([codec.decode(ids) for ids in hypotheses], references)
     tokens = [codec.decode_tokens(ids) for ids in hypotheses]
     as_they_are = [codec.tokenize(line, normalize=False) for line in references]

@@ -10,7 +10,6 @@ def random_parameters(shapes=((6, 5), (9,), (2, 3, 4, 4)), dtype=torch.float32, 
 
 
 def clones(params) -> list[nn.Parameter]:
-    """Parameters with the same values and strides."""
     return [nn.Parameter(torch.empty_like(param).copy_(param.detach())) for param in params]
 
 

@@ -55,7 +55,6 @@ def uninterrupted(cell, tmp_path_factory) -> Path:
 
 
 def printed_scores(capsys, *arguments: object) -> list[str]:
-    """What `python -m classification.evaluate` prints."""
     capsys.readouterr()
     assert evaluate.main([str(argument) for argument in arguments]) == 0
     return capsys.readouterr().out.splitlines()

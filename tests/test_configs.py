@@ -106,7 +106,7 @@ def test_published_settings_agree_with_what_was_printed():
             wanted = value if isinstance(value, list) else [value]
             assert isinstance(value, bool | str) or set(wanted) <= set(found), key
         for of_row in facts["rows"].values():
-            assert {*of_row} - {"optimizer"} <= {*facts["in"]}  # each setting has a place
+            assert {*of_row} - {"optimizer"} <= {*facts["in"]}
 
 
 @pytest.mark.parametrize(("table", "row"), ROWS)

@@ -355,7 +355,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(layout, tmp_path, mo
         assert status in (0, -signal.SIGKILL)
         kills += status != 0
         if (out / MANIFEST).exists():
-            shutil.rmtree(out)  # it came to the end: from the beginning, until it was killed often enough
+            shutil.rmtree(out)
     assert build_until(10**6, source, out) == 0
     for name in ("train.lmdb", "val.lmdb", "manifest.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name

@@ -68,7 +68,6 @@ def test_two_ranks_stopped_and_resumed(cell, two_ranks, tmp_path):
 
 
 def test_two_ranks_train_as_one(two_ranks, one_rank):
-    """Only the order of additions differs."""
     assert len(losses(two_ranks)) == UPDATES
     assert losses(two_ranks) == pytest.approx(losses(one_rank), rel=1e-3, abs=1e-4)
     recipes = [recipe(run_dir) for run_dir in (two_ranks, one_rank)]

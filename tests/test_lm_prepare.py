@@ -192,7 +192,7 @@ def test_the_undivided_held_out_text_is_not_trained_on(corpus, prepared, tmp_pat
     text = tmp_path / "above" / "1-billion-word-language-modeling-benchmark-r13output"
     shutil.copytree(corpus, text)
     (text / TRAIN / "news.en-00000-of-00100").write_text("held out\n" * 100, encoding="utf-8")
-    source = tmp_path / "above"  # the folder above is accepted
+    source = tmp_path / "above"
     if packed:
         source = tmp_path / "benchmark.tar.gz"
         with tarfile.open(source, "w:gz") as tar:

@@ -166,7 +166,7 @@ def test_gradients_are_clipped_together_or_each(cell, tmp_path, mode):
 
 
 def test_number_of_test_rows_hardly_matters(cell, tmp_path, uninterrupted):
-    """The state starts from zero once a row, which concerns few tokens. Ranks without rows have nothing to do."""
+    """The state starts from zero once a row, which concerns few tokens."""
     settings = load_config(Config, cell.config, [f"run_dir={tmp_path}"])
     run = train_command.prepare(settings, setup("cpu"), RunRecord(settings, settings.folder, setup("cpu")))
     run.model.load_state_dict(saved(uninterrupted)["model"])

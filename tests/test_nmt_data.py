@@ -149,7 +149,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(data):
     ]
     for other in (order(1, 1), order(2, 0)):
         assert other != first and len(other) == len(first)
-        assert sorted(map(tuple, other)) != sorted(map(tuple, first))  # other sentences come together, too
+        assert sorted(map(tuple, other)) != sorted(map(tuple, first))
     assert order(1, 0, start=len(first)) == []
 
 

@@ -284,7 +284,7 @@ def test_the_average_is_the_mean_of_the_last(tmp_path):
     assert updates == [3, 10, 20]
     for name, tensor in mean.items():
         torch.testing.assert_close(tensor, torch.stack([state[name] for state in states[-3:]]).mean(0))
-    assert average_weights(tmp_path, 10, "digest")[1] == [2, 3, 10, 20]  # the oldest is gone
+    assert average_weights(tmp_path, 10, "digest")[1] == [2, 3, 10, 20]
 
 
 def test_weights_of_different_models_are_not_averaged(tmp_path):

@@ -58,7 +58,7 @@ def make_cifar(folder, monkeypatch):
 
 @pytest.mark.parametrize("form", ["", CIFAR10.filename, CIFAR10.base_folder])
 def test_cifar10(said, tmp_path, monkeypatch, form):
-    """The archive or the unpacked files, named directly or by their folder. A damaged copy is never opened."""
+    """The archive or the unpacked files, named directly or by their folder."""
     make_cifar(tmp_path / "source", monkeypatch)
     if form == CIFAR10.base_folder:
         (tmp_path / "source" / CIFAR10.filename).unlink()
@@ -75,7 +75,7 @@ def test_cifar10(said, tmp_path, monkeypatch, form):
 
 
 def test_one_billion_words(said, tmp_path):
-    """The vocabulary lies beside the text. --test all is passed on. Complete data stays as it is."""
+    """The vocabulary lies beside the text. --test all is passed on."""
     text = make_corpus(tmp_path / "text")
     make_vocabulary(text / "1b_word_vocab.txt", ["the", "of"])
     found, will, row = said("one_billion_words", text, tmp_path / "out", "--test", "all", "--workers", 1)

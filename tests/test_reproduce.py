@@ -66,7 +66,7 @@ def test_a_farm_killed_twice_ends_in_the_right_table_and_names_what_always_fails
     ended = call(command)
     assert ended.returncode == 1, ended.stderr
     shown = uninterrupted.stdout.strip()
-    assert shown in ended.stdout  # the table, number for number
+    assert shown in ended.stdout
     (failed,) = re.findall("^failed: .*", ended.stdout, re.M)
     assert str(folders[0]) in failed
     assert re.search(r"error: .*'sgdd'", failed)

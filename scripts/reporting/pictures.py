@@ -1,9 +1,6 @@
 """The numbers in the pictures. matplotlib (drawing.py) and the page (page.py) draw them.
 
-curves       training and evaluation over updates or seconds: mean over seeds, with a band from lowest to highest
-levels       updates or seconds until the evaluated metric first reaches a level, with 95 % intervals over seeds
-sensitivity  the trials of a search: the value at the end over the rate divided by the chosen rate
-budget       the expected best of k trials in random order (arXiv 1910.11758), and what the choice gives on the test set
+docs/reproduction.md describes them: curves, levels, sensitivity, budget.
 """
 
 import csv

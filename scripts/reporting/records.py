@@ -3,11 +3,7 @@
 A record is JSON. It holds each config and environment once. Keys that change no result (folders, workers, …) are left
 out. Curves have at most `MOST_POINTS` evaluations. A trial has no curves.
 
-A table in a document is generated from a record. It is between two comments; the first one names the record by its path
-from the document:
-
-    <!-- table results/digits.json results -->
-    <!-- end of table -->
+docs/reproduction.md shows how a document takes a table from a record.
 """
 
 import json
