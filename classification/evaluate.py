@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 
+from classification.config import Config
 from classification.data import ImageData, load_data
 from classification.models import create_model
-from classification.train import Config, evaluate
+from classification.train import evaluate
 from engine.checkpoint import require_same_shapes
 from engine.config import load_config
 from engine.distributed import World, setup

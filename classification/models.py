@@ -10,21 +10,13 @@ The networks of the ImageNet table are torchvision's, without pretrained weights
 
 from collections.abc import Callable
 
-import torchvision
 from overrides import override
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from classification.native.norm_relu import norm_relu
-from engine.config import Strict
 from engine.errors import nearest
 
 DEPTHS = (20, 32, 44, 56, 110)  # the usual depths; every depth 6n+2 works
-
-
-class ModelConfig(Strict):
-    name: str  # of MODELS
-    depth: PositiveInt | None = None
 
 
 class BasicBlock(nn.Module):
@@ -93,6 +85,8 @@ def from_torchvision(name: str) -> Callable[..., nn.Module]:
     def build(num_classes: int, depth: int | None = None) -> nn.Module:
         if depth is not None:
             raise ValueError(f"model '{name}' comes in one depth: leave model.depth out")
+        import torchvision  # here, because importing it takes seconds, and the networks of CIFAR do without
+
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
 
     return build

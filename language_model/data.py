@@ -14,26 +14,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from engine.config import Strict
 from engine.errors import UserError
 from engine.seed import generator
+from language_model.config import DataConfig
 from language_model.prepared import Arrays, Corpus, Shard, open_corpus
 from language_model.toy_text import pydoc_corpus
 
 TEST_STEPS = 64  # columns of a test batch
-
-
-class DataConfig(Strict):
-    name: Literal["prepared", "pydoc_topics"]  # a folder that language_model.prepare wrote, or Python's own topics
-    root: str = "data/one_billion_words"  # of prepared
-    validation: float = Field(0.0, ge=0, lt=1)  # share of the training sentences that are held out and evaluated
 
 
 class TrainBatch(NamedTuple):

@@ -19,11 +19,11 @@ from engine.distributed import World, setup
 from engine.errors import UserError, run_main, settings_of
 from engine.run import create_precision
 from engine.weights import read_weights
+from language_model.config import Config
 from language_model.data import load_corpus, scored_batches
 from language_model.model import LanguageModel
 from language_model.raw_text import Part
 from language_model.scoring import perplexities, score
-from language_model.train import Config
 
 PERPLEXITIES = ("perplexity, both marks", "perplexity, end mark", "perplexity, words")
 USAGE = "usage: python -m language_model.evaluate RUN|BUNDLE FILE [key=value ...]"

@@ -7,31 +7,16 @@ for the others. The state is detached; the training loop keeps it, and a checkpo
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from overrides import override
-from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import log_softmax, pad
 
-from engine.config import Strict
-
 ROWS = 32  # each cluster of the softmax computes a multiple of this many rows
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
-
-
-class ModelConfig(Strict):
-    """The settings under `model:` in a config. LanguageModel explains them."""
-
-    name: Literal["lstm", "gru", "rnn"]
-    cutoffs: list[PositiveInt]
-    embedding: PositiveInt = 300
-    hidden: PositiveInt = 2048
-    layers: PositiveInt = 2
-    dropout: float = Field(0.1, ge=0, lt=1)
-    div_value: float = Field(4.0, ge=1)
 
 
 class LanguageModel(nn.Module):

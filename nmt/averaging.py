@@ -8,16 +8,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from pydantic import PositiveInt
 
 from engine.checkpoint import read_checkpoint, write_checkpoint
-from engine.config import Strict
 from engine.errors import UserError
-
-
-class AverageConfig(Strict):
-    every: PositiveInt | None = None  # keep weights every so many updates; None: at each epoch's end
-    last: PositiveInt = 10  # how many are kept and averaged
 
 
 def keep_weights(run_dir: Path, update: int, model: torch.nn.Module, codec_digest: str, last: int) -> None:

@@ -12,21 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from engine.config import Strict
 from nmt.codec import BOS, EOS, PAD
 from nmt.model import Transformer
 
 LONGER = 50  # a translation may have this many words more than its source, as in "Attention Is All You Need"
 DROP_SHARE = 0.8  # finished sentences leave the batch when at most this share of it is unfinished
-
-
-class DecodingConfig(Strict):
-    beam: PositiveInt = 5
-    length_penalty: NonNegativeFloat = 0.6
 
 
 class Hypothesis(NamedTuple):

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import Strict
 from engine.errors import UserError
 from engine.manifest import read_manifest
 from engine.seed import derive
@@ -25,11 +24,6 @@ from nmt.prepared import EVALUATED, MANIFEST_KEYS
 
 JITTER = 1.0  # tokens; measured on Multi30k at 4,096 tokens a batch: 3.9 % padding instead of 3.1 %
 ROWS_MULTIPLE = 8  # a batch has a multiple of this many sentences if so many fit, as in fairseq
-
-
-class DataConfig(Strict):
-    name: str  # of the recipe that prepared the data
-    root: str
 
 
 class Batch(NamedTuple):

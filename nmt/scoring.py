@@ -14,8 +14,9 @@ from sacrebleu.metrics import BLEU
 from engine.distributed import World
 from engine.metrics import Sums
 from engine.precision import Precision
-from nmt.beam_search import DecodingConfig, translate
+from nmt.beam_search import translate
 from nmt.codec import EOS, Codec
+from nmt.config import DecodingConfig
 from nmt.data import Split, eval_batches
 from nmt.model import Transformer
 

@@ -12,8 +12,8 @@ from engine.errors import UserError
 from engine.weights import BUNDLED, read_bundled
 from nmt.averaging import average_weights
 from nmt.codec import Codec
+from nmt.config import Config
 from nmt.model import Transformer
-from nmt.train import Config
 
 
 class Trained(NamedTuple):

@@ -66,12 +66,12 @@ def divided(table: str, config: Path, overrides: Sequence[str], gpus: int) -> li
 
     Raises UserError for a config or an override that is wrong, and where no division is possible.
     """
-    from engine.distributed import divide  # here, as it needs torch, which a command that looks at runs does without
-
     settings = load_cell(table, config, overrides)
     batch, passes = settings.batch, settings.passes
     if passes % gpus == 0:
         return list(overrides)
+    from engine.distributed import divide  # here, because importing torch takes seconds
+
     found = divide(batch, passes, gpus)
     if found is None:
         raise UserError(f"--gpus {gpus}: an update of batch={batch} passes={passes} cannot be divided among so many")

@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from classification.cifar import ARCHIVES
 from engine.download import download
 from engine.errors import UserError, run_main
 from engine.machine import core_count
@@ -27,7 +28,7 @@ GB = 1e9
 TRIAL_BYTES = 8 << 20  # of text, encoded to estimate the whole time
 TRIAL_LINES = 1_000  # of each language, tokenized to estimate the whole time
 COPY_BYTES = 64 << 20  # read and written to estimate the whole time
-CIFAR_FILES = ("cifar-10-python.tar.gz", "cifar-10-batches-py")
+CIFAR_FILES = (ARCHIVES["cifar10"].file, ARCHIVES["cifar10"].unpacked)
 
 
 class Plan(NamedTuple):
@@ -64,7 +65,7 @@ def main(arguments: list[str]) -> None:
 
 
 def plan_cifar10(source: Path | None, dest: Path, options: argparse.Namespace) -> Plan:
-    from classification.data import read_cifar10  # here, because importing torchvision takes seconds
+    from classification.data import read_cifar10  # here, because importing torch takes seconds
 
     copied, there = None, next((dest / name for name in CIFAR_FILES if (dest / name).exists()), None)
     if source:

@@ -11,13 +11,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from classification import cifar
 from engine.errors import UserError, nearest, run_main
 from scripts.arguments import Parser, positive, seeds
 from scripts.jobs import divided, plan, torchrun
 from scripts.pool import State, Turn, places_for, run_jobs
 from scripts.report import report
 from scripts.runs import read_runs
-from scripts.tables import TASKS, cells, published, seeds_of
+from scripts.tables import TASKS, cells, load_cell, published, seeds_of
 
 
 def main(arguments: list[str]) -> int:
@@ -37,6 +38,9 @@ def main(arguments: list[str]) -> int:
         for schedule in schedules
         for seed in options.seeds or seeds_of(options.table)
     ]
+    data = load_cell(options.table, configs[schedules[0]], overrides).data
+    if data.name in cifar.ARCHIVES and not all(job.complete for job in jobs):
+        cifar.provide(data.name, Path(data.root))  # before anything large is imported
     places = places_for(1, options.gpus, on_cpu="device=cpu" in options.overrides)
     told: dict[str, State] = {}
     status, turns = run_jobs(

@@ -28,7 +28,7 @@ NOT_CELLS = ("base", "published")  # files of a table's folder
 
 def load_settings(task: str, config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config at `config`, resolved and checked as by train.py of `task`. Raises ConfigError."""
-    return load_config(import_module(f"{task}.train").Config, config, overrides)
+    return load_config(import_module(f"{task}.config").Config, config, overrides)
 
 
 def load_cell(table: str, config: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, folder
 
+from classification import cifar, image_files
 from classification.imagenet.prepare import MD5
 from language_model import benchmark
 from nmt.codec import MAX_CHARACTERS, SPECIALS
@@ -32,6 +33,13 @@ def test_the_page_shows_it_and_a_source_stands_beside(fact):
 def test_cifar_is_known_by_the_checksums_of_torchvision():
     known = {fact["shown"]: fact["md5"] for fact in FACTS["cifar10"] if "md5" in fact}
     assert known == {source.filename: source.tgz_md5 for source in (CIFAR10, CIFAR100)}
+    assert list(cifar.ARCHIVES.values()) == [
+        (source.url, source.tgz_md5, source.base_folder) for source in (CIFAR10, CIFAR100)
+    ]
+
+
+def test_the_endings_of_images_are_those_of_torchvisions_folders():
+    assert image_files.IMG_EXTENSIONS == folder.IMG_EXTENSIONS
 
 
 def test_imagenets_archives_are_known_by_these_checksums():

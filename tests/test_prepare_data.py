@@ -14,6 +14,7 @@ from imagenet_images import make_tree
 from lm_corpus import make_corpus, make_vocabulary
 from torchvision.datasets import CIFAR10
 
+from classification.cifar import ARCHIVES
 from classification.data import read_cifar10
 from engine.errors import UserError
 from engine.manifest import read_manifest
@@ -37,7 +38,7 @@ def said(capsys):
 
 
 def make_cifar(folder, monkeypatch):
-    """Files of CIFAR-10's format with three images each. torchvision expects their checksums; its address is dead."""
+    """Files of CIFAR-10's format with three images each. torchvision expects their checksums; the address is dead."""
     batches, random = folder / CIFAR10.base_folder, np.random.default_rng(0)
     batches.mkdir(parents=True)
 
@@ -52,8 +53,10 @@ def make_cifar(folder, monkeypatch):
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5})
     with tarfile.open(folder / CIFAR10.filename, "w:gz") as tar:
         tar.add(batches, CIFAR10.base_folder)
-    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5((folder / CIFAR10.filename).read_bytes()).hexdigest())
-    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:1/{CIFAR10.filename}")
+    md5 = hashlib.md5((folder / CIFAR10.filename).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR10, "tgz_md5", md5)
+    published = ARCHIVES["cifar10"]._replace(url=f"http://127.0.0.1:1/{CIFAR10.filename}", md5=md5)
+    monkeypatch.setitem(ARCHIVES, "cifar10", published)
 
 
 @pytest.mark.parametrize("form", ["", CIFAR10.filename, CIFAR10.base_folder])
@@ -70,7 +73,7 @@ def test_cifar10(said, tmp_path, monkeypatch, form):
     batch = tmp_path / "source" / CIFAR10.base_folder / "data_batch_1"
     (tmp_path / "source" / CIFAR10.filename).unlink(missing_ok=True)
     batch.write_bytes(batch.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match="CIFAR10 is not complete in .*out and cannot be downloaded"):
+    with pytest.raises(UserError, match="cifar10 is not complete in .*out and cannot be downloaded"):
         said("cifar10", tmp_path / "source", tmp_path / "out")
 
 

@@ -30,9 +30,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from classification.image_files import printable
+from classification.image_files import IMG_EXTENSIONS, printable
 from engine.errors import UserError
 
 LISTS = ("LOC_val_solution.csv", "val_list.txt", "val.txt", "imagenet_2012_validation_synset_labels.txt")

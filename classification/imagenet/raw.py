@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from classification.image_files import is_image, list_files, list_folders, printable
+from classification.image_files import IMG_EXTENSIONS, is_image, list_files, list_folders, printable
 from classification.imagenet.hugging_face import find_hugging_face
 from classification.imagenet.items import Item, Source
 from classification.imagenet.labels import LabelFiles, label_by_name, stem, wnid_at_end
