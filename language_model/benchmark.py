@@ -22,7 +22,7 @@ EXPECTED = {  # lines end with a newline, words with white space
 
 
 def warnings(shards: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """One line per difference from the benchmark. None if the training files have other names than the benchmark's."""
+    """One line per difference from the benchmark, if the training files have its names."""
     train = [shard for shard in shards if shard["split"] == "train"]
     found = {shard["file"] for shard in train}
     if not found <= TRAIN_FILES:

@@ -1,10 +1,10 @@
-"""The text behind a prepared corpus: the unpacked benchmark, or its .tar.gz read as a stream, in parts of bounded size.
+"""The unpacked benchmark, or its .tar.gz read as a stream, in parts of bounded size.
 
     training-monolingual.tokenized.shuffled/news.en-*           the training text, without news.en-00000-of-00100
     heldout-monolingual.tokenized.shuffled/news.en.heldout-*    the named files, or all of them, are the test set
 
-A part becomes a shard. A file of up to PART_BYTES is one part; all files of the benchmark are that small. A larger file
-is cut into parts of PART_BYTES, each continued to the end of its last line.
+A part becomes a shard. A file larger than PART_BYTES is cut into parts of PART_BYTES, each continued to the end of its
+last line.
 """
 
 import io
@@ -68,8 +68,6 @@ class Part:
 
 
 class FolderSource:
-    """The unpacked benchmark."""
-
     def __init__(self, folder: Path, tests: Sequence[str]) -> None:
         train, held_out = (self._list(folder / name) for name in FOLDERS.values())
         train.pop(NOT_FOR_TRAINING, None)
@@ -100,7 +98,7 @@ class FolderSource:
         return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
 
     def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
-        """All parts, training first. `advance` receives each part's bytes, of `total`."""
+        """All parts, training first. `advance` receives each part's bytes."""
         for split, path in self.files:
             start, index, size = 0, 0, path.stat().st_size
             with open(path, "rb") as file:
@@ -114,7 +112,7 @@ class FolderSource:
 
 
 class ArchiveSource:
-    """The benchmark's archive, .tar or .tar.gz. It is read from beginning to end and never unpacked."""
+    """The benchmark's archive, .tar or .tar.gz, which is never unpacked."""
 
     def __init__(self, archive: Path, tests: Sequence[str]) -> None:
         self.place, self.tests = archive, tests
@@ -130,7 +128,7 @@ class ArchiveSource:
         return [["archive", digest], *(["test", name] for name in sorted(self.tests))]
 
     def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
-        """All parts in the archive's order. `advance` receives the bytes read since its last call, of `total`."""
+        """All parts in the archive's order. `advance` receives the bytes read since its last call."""
         found: set[tuple[str, str]] = set()
         told = 0
         try:
@@ -200,7 +198,7 @@ def _sha256(path: Path, bar: tqdm) -> str:
 
 
 def _read_lines(file: BinaryIO, size: int, name: str) -> bytes:
-    """The next `size` bytes, continued to the end of the line."""
+    """The next `size` bytes and the rest of the line."""
     block = file.read(size)
     if not block or block.endswith(b"\n"):
         return block

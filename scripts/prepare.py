@@ -1,10 +1,10 @@
-"""Makes a table's data ready for training. It first says what it found, what it will write, and how long that takes.
+"""Makes a table's data ready for training.
 
     bash scripts/prepare.sh cifar10|imagenet|one_billion_words|wmt14 [SOURCE] [DEST] [--workers N]
 
 SOURCE is the download, in any form that docs/data.md names. Without SOURCE the published files are downloaded (except
-ImageNet's). DEST is by default the folder where the configs look for the data. The time is an estimate from a trial.
-After an interruption, run the same command again: it continues where it was.
+ImageNet's). DEST is by default the folder where the configs look for the data. After an interruption, the same command
+continues.
 """
 
 import argparse
@@ -32,8 +32,6 @@ CIFAR_FILES = (ARCHIVES["cifar10"].file, ARCHIVES["cifar10"].unpacked)
 
 
 class Plan(NamedTuple):
-    """What a preparation found and will write, and how to do it."""
-
     found: str
     bytes: float  # to write
     seconds: float  # estimate
@@ -240,14 +238,13 @@ def require_space(dest: Path, size: float) -> None:
 
 
 def walk(folder: Path) -> Iterable[Path]:
-    """All files below `folder`, in the order of their names, except hidden ones."""
     for path, folders, names in os.walk(folder):
         folders.sort()
         yield from (Path(path, name) for name in sorted(names) if not name.startswith("."))
 
 
 def nearest_entries(folder: Path, start: str) -> str:
-    """The names of up to four entries of `folder`. Names that begin with `start` come first."""
+    """Up to four names in `folder`, first those that begin with `start`."""
     names = sorted(path.name for path in islice(folder.glob("[!.]*"), 10_000))
     return ", ".join(sorted(names, key=lambda name: not name.startswith(start))[:4]) or "nothing"
 

@@ -1,4 +1,4 @@
-"""docs/data.md and the code agree with docs/data_facts.yaml. There each value stands beside its public source."""
+"""docs/data.md and the code agree with docs/data_facts.yaml."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every layout in which people have ImageNet builds the same labelled images. Unknown input is refused."""
+"""Every layout in which people have ImageNet builds the same labelled images."""
 
 import gzip
 import hashlib
@@ -321,7 +321,6 @@ def test_archives_are_compared_with_the_published_md5(tmp_path, monkeypatch, cap
 
 
 def test_names_that_are_not_utf8_are_built_and_shown(tmp_path, capfdbinary):
-    """A file and a class have names in Latin-1."""
     download = write(class_folders, tmp_path / "download")
     for split in ("train", "validation"):
         folder = os.fsencode(download.source / split)
@@ -356,7 +355,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(layout, tmp_path, mo
         assert status in (0, -signal.SIGKILL)
         kills += status != 0
         if (out / MANIFEST).exists():
-            shutil.rmtree(out)  # it came to the end: from the beginning, until it was killed often enough
+            shutil.rmtree(out)
     assert build_until(10**6, source, out) == 0
     for name in ("train.lmdb", "val.lmdb", "manifest.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name

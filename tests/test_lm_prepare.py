@@ -42,7 +42,6 @@ def prepared(corpus, tmp_path_factory) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """All files in the folder except the lock and the manifest, which names the source."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("manifest.json", ".lock"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -59,7 +58,7 @@ def sentences(shard) -> list[list[int]]:
     ).map("".join)
 )
 def test_encoding_is_the_published_one(text):
-    """With any white space: Unicode's line separators, tabs, lines without words, no newline at the end."""
+    """Unicode's line separators, tabs, lines without words, no newline at the end."""
     words = Vocabulary(WORDS, range(len(WORDS)))
     tokens, lengths = words.encode(text)
     expected = encode_line_by_line(text, {word: index for index, word in enumerate(WORDS)})
@@ -193,7 +192,7 @@ def test_the_undivided_held_out_text_is_not_trained_on(corpus, prepared, tmp_pat
     text = tmp_path / "above" / "1-billion-word-language-modeling-benchmark-r13output"
     shutil.copytree(corpus, text)
     (text / TRAIN / "news.en-00000-of-00100").write_text("held out\n" * 100, encoding="utf-8")
-    source = tmp_path / "above"  # the folder above is accepted
+    source = tmp_path / "above"
     if packed:
         source = tmp_path / "benchmark.tar.gz"
         with tarfile.open(source, "w:gz") as tar:

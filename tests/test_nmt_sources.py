@@ -47,7 +47,7 @@ def expected(texts, tmp_path_factory):
 def test_every_layout_gives_the_same_data(layout, texts, expected, tmp_path, monkeypatch):
     source = lay_out(tmp_path / "source", layout(texts), monkeypatch)
     before = sorted(source.rglob("*"))
-    for _ in range(2):  # the second time it is complete, and finds that it is
+    for _ in range(2):
         prepare(RECIPE, source, tmp_path / "out")
     assert data_in(tmp_path / "out") == expected
     assert sorted(source.rglob("*")) == before  # a source is never written to

@@ -29,7 +29,6 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def said(capsys):
-    """Run the command. Returns its lines on standard output."""
 
     def run(*arguments):
         prepare.main([str(argument) for argument in arguments])
@@ -62,7 +61,7 @@ def make_cifar(folder, monkeypatch):
 
 @pytest.mark.parametrize("form", ["", CIFAR10.filename, CIFAR10.base_folder])
 def test_cifar10(said, tmp_path, monkeypatch, form):
-    """The archive or the unpacked files, named directly or by their folder. A damaged copy is never opened."""
+    """The archive or the unpacked files, named directly or by their folder."""
     make_cifar(tmp_path / "source", monkeypatch)
     if form == CIFAR10.base_folder:
         (tmp_path / "source" / CIFAR10.filename).unlink()
@@ -79,7 +78,7 @@ def test_cifar10(said, tmp_path, monkeypatch, form):
 
 
 def test_one_billion_words(said, tmp_path):
-    """The vocabulary lies beside the text. --test all is passed on. Complete data stays as it is."""
+    """The vocabulary lies beside the text. --test all is passed on."""
     text = make_corpus(tmp_path / "text")
     make_vocabulary(text / "1b_word_vocab.txt", ["the", "of"])
     found, will, row = said("one_billion_words", text, tmp_path / "out", "--test", "all", "--workers", 1)
@@ -95,7 +94,7 @@ def test_one_billion_words(said, tmp_path):
 
 
 def test_one_billion_words_downloaded(said, tmp_path, monkeypatch):
-    """Downloads from the published addresses (here local files) to where the configs look, only until complete."""
+    """Downloads from the published addresses to where the configs look, only until complete."""
     monkeypatch.chdir(tmp_path)
     with tarfile.open("away.tar.gz", "w:gz") as tar:
         tar.add(make_corpus(tmp_path / "text"), "benchmark")

@@ -1,7 +1,7 @@
 """Finds the two sides of a text: plain files, the tree that fairseq's script leaves in orig/, SGM, or the archives.
 
-A plain file is read where it is. SGM is turned into lines, and members of archives are unpacked, into a folder of the
-preparation. The source is never written to. In an archive and in a folder a text has one of these names:
+Lines of SGM and members of archives are written to a folder of the preparation, never to the source. In an archive and
+in a folder a text has one of these names:
 
     europarl-v7.de-en.en            plain, one sentence a line
     newstest2013-src.en.sgm         of statmt's test.tgz
@@ -37,8 +37,6 @@ MOST_LISTED = 10_000  # entries of a folder that are searched for similar names
 
 
 class Place(NamedTuple):
-    """The place of one side of a text."""
-
     path: Path  # a text, SGM, or an archive
     member: str | None = None  # its name in the archive
 
@@ -73,7 +71,7 @@ def find_texts(source: Path, texts: Sequence[str], languages: Sequence[str], unp
 def locate(source: Path, texts: Sequence[str], languages: Sequence[str]) -> dict[Side, Place]:
     """Where `source` holds each side of `texts`. Nothing is unpacked.
 
-    Raises UserError if one is found nowhere. It says what was looked for and what is there instead.
+    Raises UserError if one is found nowhere.
     """
     if not source.is_dir():
         raise UserError(f"{source} is not a folder: SOURCE holds the text, or the archives with it")
@@ -121,7 +119,6 @@ def _in_folders(source: Path, text: str, language: str) -> Path | None:
 
 
 def _unpack(archive: Path, targets: Mapping[str, Path]) -> None:
-    """Write members of the archive to plain files. Existing files stay."""
     missing = {member: path for member, path in targets.items() if not path.exists()}
     checksum = CHECKSUMS[archive.name]
     if missing and checksum and not matches(archive, checksum):
@@ -162,7 +159,6 @@ def _open_members(archive: Path, wanted: Collection[str]) -> Iterator[tuple[str,
 
 
 def _write(path: Path, content: IO[bytes], name: str) -> Path:
-    """Write plain text, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     with content, open(temporary, "wb") as file:
