@@ -13,14 +13,14 @@ import pytest
 from imagenet_images import make_tree
 from lm_corpus import make_corpus, make_vocabulary
 from torchvision.datasets import CIFAR10
+from wmt14_layouts import hub_archives, orig, plain, statmt_archives, toy_texts
 
 from classification.data import read_cifar10
 from engine.errors import UserError
 from engine.manifest import read_manifest
 from language_model import benchmark
 from language_model.prepared import open_corpus
-from nmt.prepare import recipes
-from nmt.prepare.toy_text import generate
+from nmt.prepare import recipes, sources
 from scripts import prepare
 
 ROOT = Path(__file__).parent.parent
@@ -111,16 +111,26 @@ def test_one_billion_words_downloaded(said, tmp_path, monkeypatch):
     assert said("one_billion_words") == ["data/one_billion_words is complete", row]
 
 
-def test_wmt14(said, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("layout", "first", "size"),
+    [
+        (plain, "europarl-v7.de-en.en", "2.0 GB"),
+        (orig, "training/europarl-v7.de-en.en", "3.4 GB"),
+        (statmt_archives, "training-parallel-europarl-v7.tgz", "3.4 GB"),
+        (hub_archives, "training-parallel-europarl-v7.zip", "3.4 GB"),
+    ],
+)
+def test_wmt14(said, tmp_path, monkeypatch, layout, first, size):
     texts = (*recipes.WMT14.train, recipes.WMT14.valid, recipes.WMT14.test)
     monkeypatch.setattr(recipes, "WMT14", replace(recipes.WMT14, lines=dict.fromkeys(texts, 20)))
-    pairs = generate(100)
-    for number, text in enumerate(texts):
-        for language, lines in zip(("en", "de"), zip(*pairs[20 * number : 20 * number + 20], strict=True), strict=True):
-            (tmp_path / f"{text}.{language}").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    for name, content in layout(toy_texts()).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+        if sources.CHECKSUMS.get(name):
+            monkeypatch.setitem(sources.CHECKSUMS, name, f"sha256:{hashlib.sha256(content).hexdigest()}")
     found, will, row = said("wmt14", tmp_path, tmp_path / "out", "--workers", "1")
-    assert found.startswith(f"found: {tmp_path}/europarl-v7.de-en.en, ") and "newstest2014.de" in found
-    assert will.startswith(f"will write: 2.0 GB to {tmp_path}/out, in about 2 minutes")
+    assert found.startswith(f"found: {tmp_path}/{first}, ")
+    assert will.startswith(f"will write: {size} to {tmp_path}/out, in about 2 minutes")
     assert row == f"to train a row: bash scripts/nmt_apollo.sh data.root={tmp_path}/out"
     assert read_manifest(tmp_path / "out")["splits"]["train"]["lines"]["read"] == 60
 

@@ -97,8 +97,9 @@ def first_lines(place: Place, count: int) -> list[str]:
         if place.member is None:
             with open(place.path, "rb") as file:
                 return [line.decode(errors="replace") for line in islice(file, count)]
-        _, content = next(_open_members(place.path, [place.member]))
-        return [line.decode(errors="replace") for line in islice(content, count)]
+        for _, content in _open_members(place.path, [place.member]):  # the loop keeps the archive open
+            return [line.decode(errors="replace") for line in islice(content, count)]
+    return []
 
 
 def names(text: str, language: str) -> list[str]:
