@@ -22,6 +22,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from engine.errors import UserError
+from engine.nearest_folder import nearest_folder
 from language_model.benchmark import ARCHIVE, ARCHIVE_CHECKSUM, NOT_FOR_TRAINING
 
 FOLDERS = {"train": "training-monolingual.tokenized.shuffled", "test": "heldout-monolingual.tokenized.shuffled"}
@@ -95,7 +96,7 @@ class FolderSource:
             there = ", ".join(sorted(path.name for path in folder.parent.glob("[!.]*"))[:4]) or "nothing"
             raise UserError(
                 f"{folder} is not there: SOURCE is the .tar.gz, the folder that holds {folder.name}, or the one above; "
-                f"what {folder.parent} holds: {there}"
+                f"what {folder.parent} holds: {there}{_or_nearest(folder.parent)}"
             )
         return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
 
@@ -150,7 +151,9 @@ class ArchiveSource:
         except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
-            raise UserError(f"{self.place}: not a whole .tar or .tar.gz ({error}): download it again") from None
+            raise UserError(
+                f"{self.place}: not a whole .tar or .tar.gz ({error}): download it again, or give a folder of text"
+            ) from None
         named = [name for name in self.tests if name != ALL]
         missing = [f"{FOLDERS['test']}/{name}" for name in named if ("test", name) not in found]
         missing += [folder for split, folder in FOLDERS.items() if split not in dict(found)]
@@ -183,7 +186,15 @@ def find_source(path: Path, tests: Sequence[str]) -> FolderSource | ArchiveSourc
         return FolderSource(below[0] if below else path, tests)
     if path.is_file():
         return ArchiveSource(path, tests)
-    raise UserError(f"{path} is not there: SOURCE is the unpacked benchmark's folder, or its .tar.gz")
+    raise UserError(
+        f"{path} is not there: SOURCE is the unpacked benchmark's folder, or its .tar.gz{_or_nearest(path)}"
+    )
+
+
+def _or_nearest(path: Path) -> str:
+    """The end of a message: the nearest folder to a wrong SOURCE that would be a right one, if there is one."""
+    near = nearest_folder(path, lambda folder: (folder / FOLDERS["train"]).is_dir() or (folder / ARCHIVE).is_file())
+    return f"; the nearest folder that can be SOURCE: {near}" if near else ""
 
 
 def _bar(total: int, what: str) -> tqdm:

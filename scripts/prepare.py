@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
         plan = table.plan(options.source, dest, options)
         print(f"found: {plan.found}", flush=True)
         if not finished:
-            print(f"will write: {amount(plan.bytes)} to {dest}, in about {duration(plan.seconds)}", flush=True)
+            print(f"will write: {amount(plan.bytes)} to {dest}, in {duration(plan.seconds)}", flush=True)
             require_space(dest, plan.bytes)
         plan.make()  # finished data are only compared with the source
     where = "" if dest == table.dest else f" data.root={dest}"
@@ -91,21 +91,24 @@ def plan_cifar10(source: Path | None, dest: Path, options: argparse.Namespace) -
 
 
 def plan_imagenet(source: Path | None, dest: Path, options: argparse.Namespace) -> Plan:
+    from classification.imagenet.labels import LabelFiles
     from classification.imagenet.prepare import build
+    from classification.imagenet.raw import find_layout
 
     if source is None:
         raise UserError(
             "imagenet cannot be downloaded without its terms: docs/data.md says how to get it; then give it as SOURCE"
         )
-    if not source.is_dir():
-        raise UserError(f"{source} is not a folder: SOURCE holds ILSVRC2012_img_train.tar, or a folder train/")
-    files = [path for path in walk(source) if path.suffix.lower() not in (".txt", ".csv", ".xml")]
-    if not files:
-        raise UserError(f"{source} holds no file: SOURCE holds ILSVRC2012_img_train.tar, or a folder train/")
-    size = sum(path.stat().st_size for path in files)
+    layout = find_layout(source)
+    files = list(layout.files())
+    size = sum(os.path.getsize(path) for path in files)
     seconds = size / copy_speed(files, dest)
+    labels = LabelFiles(options.val_labels, options.ids)
     return Plan(
-        f"{len(files):,} files with {amount(size)} in {source}", 1.02 * size, seconds, lambda: build(source, dest)
+        f"{layout.in_words}, {len(files):,} files with {amount(size)}",
+        1.02 * size,
+        seconds,
+        lambda: build(source, dest, labels),
     )
 
 
@@ -200,7 +203,7 @@ TABLES = {
 }
 
 
-def copy_speed(files: Iterable[Path], dest: Path) -> float:
+def copy_speed(files: Iterable[str | Path], dest: Path) -> float:
     """Bytes per second when `files` are read and written below `dest` at the same time, from a trial of 64 MiB."""
     dest.mkdir(parents=True, exist_ok=True)
     trial = dest / "trial.tmp"
@@ -256,13 +259,16 @@ def amount(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+    if seconds < 5:
+        return "a few seconds"
+    return f"about {seconds:.0f} seconds" if seconds < 90 else f"about {seconds / 60:.0f} minutes"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="bash scripts/prepare.sh",
-        description="The data of a table, ready for training. It asks nothing; run it again after an interruption.",
+        description="The data of a table, ready for training. It asks nothing; run it again after an interruption. "
+        "Paths are relative to the root of the repository.",
     )
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("source", type=Path, nargs="?", help="what was downloaded (default: download it)")
@@ -272,9 +278,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--test", nargs="+", metavar="NAME", help="one_billion_words: held-out files to test on, or all"
     )
+    parser.add_argument(
+        "--val-labels", type=Path, metavar="FILE", help="imagenet: labels of the validation images, of any known kind"
+    )
+    parser.add_argument("--ids", type=Path, metavar="FILE", help="imagenet: what the ids in --val-labels stand for")
     options = parser.parse_intermixed_args(arguments)
+    if options.source:
+        options.source = options.source.absolute()  # for the messages
     if options.table != "one_billion_words" and (options.vocabulary or options.test):
         raise UserError("--vocabulary and --test are options of one_billion_words")
+    if options.table != "imagenet" and (options.val_labels or options.ids):
+        raise UserError("--val-labels and --ids are options of imagenet")
     options.test = options.test or [benchmark.TEST_FILE]
     return options
 

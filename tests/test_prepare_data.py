@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from imagenet_images import make_tree
+from imagenet_layouts import ground_truth_and_ids_by_option, hugging_face_archives, make_toy, tars_and_kit_2012
 from lm_corpus import make_corpus, make_vocabulary
 from torchvision.datasets import CIFAR10
 from wmt14_layouts import hub_archives, orig, plain, statmt_archives, toy_texts
 
 from classification.data import read_cifar10
+from classification.imagenet.lmdb import open_splits
 from engine.errors import UserError
 from engine.manifest import read_manifest
 from language_model import benchmark
@@ -136,12 +138,45 @@ def test_wmt14(said, tmp_path, monkeypatch, layout, first, size):
 
 
 def test_imagenet(said, tmp_path):
-    tree = make_tree(tmp_path / "tree")
-    found, will, row = said("imagenet", tree, tmp_path / "out")
-    files = [path for path in tree.rglob("*") if path.is_file()]
-    assert found.startswith(f"found: {len(files)} files with ") and will.startswith("will write: ")
+    """Only the images count, also behind links: neither the archive that held them nor the test images."""
+    tree, source = make_tree(tmp_path / "tree"), tmp_path / "source"
+    source.mkdir()
+    for split in ("train", "val"):
+        (source / split).symlink_to(tree / split)
+    (source / "all.zip").write_bytes(bytes(1 << 20))
+    shutil.copytree(tree / "val", source / "test")
+    found, will, row = said("imagenet", source, tmp_path / "out")
+    size = sum(path.stat().st_size for path in tree.rglob("*.JPEG"))
+    assert found == f"found: a folder tree in {source}, 36 files with {size / 1e6:.3g} MB"
+    assert will == f"will write: {1.02 * size / 1e6:.3g} MB to {tmp_path}/out, in a few seconds"
     assert (tmp_path / "out" / "manifest.json").exists() and "imagenet_apollo.sh" in row
     assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_imagenet_with_label_files_in_other_places(said, tmp_path):
+    toy = make_toy()
+    download = ground_truth_and_ids_by_option(toy, tmp_path / "download", bom=False)
+    labels, ids = download.options["val_labels"], download.options["ids"]
+    with pytest.raises(UserError, match=r"give it the labels with --val-labels FILE \(docs/data.md"):
+        said("imagenet", download.source, tmp_path / "out")
+    said("imagenet", download.source, tmp_path / "out", "--val-labels", labels, "--ids", ids)
+    _, val = open_splits(tmp_path / "out")
+    assert [val.classes[val[at].label] for at in range(len(val))] == [wnid for _, wnid, _ in toy.val]
+
+
+@pytest.mark.parametrize(
+    ("layout", "found"),
+    [
+        (tars_and_kit_2012, "the official tar files in {}, 2 files"),
+        (hugging_face_archives, "imagenet-1k as tar.gz files in {}/data, 6 files"),
+    ],
+)
+def test_imagenet_in_archives_is_found(said, tmp_path, layout, found):
+    source = layout(make_toy(), tmp_path / "source", bom=False).source
+    for path in (source / "test_images.tar.gz", source / "data" / "test_images.tar.gz"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(1 << 20))
+    assert said("imagenet", source, tmp_path / "out")[0].startswith(f"found: {found.format(source)} with ")
 
 
 @pytest.mark.parametrize(
@@ -149,11 +184,13 @@ def test_imagenet(said, tmp_path):
     [
         (["cifar10", "{}"], ["no CIFAR-10 in ", "cifar-10-python.tar.gz", "what is there: cifar-100-python.tar.gz, x"]),
         (["imagenet"], ["cannot be downloaded without its terms", "docs/data.md"]),
-        (["imagenet", "{}/nowhere"], ["nowhere is not a folder", "ILSVRC2012_img_train.tar"]),
+        (["imagenet", "{}/nowhere"], ["nowhere is not there", "give the folder that has them"]),
+        (["imagenet", "{}"], ["source holds neither a folder train/", "ILSVRC2012_img_train.tar", "train-*.parquet"]),
         (["one_billion_words", "{}"], ["training-monolingual.tokenized.shuffled is not there", "holds: cifar-100"]),
         (["one_billion_words", "{}/nowhere"], ["nowhere is not there"]),
         (["wmt14", "{}"], ["no europarl-v7.de-en.en in ", "training-parallel-europarl-v7.tgz", "what is there: cifar"]),
         (["wmt14", "{}", "{}/out", "--test", "all"], ["--test are options of one_billion_words"]),
+        (["wmt14", "{}", "{}/out", "--ids", "x"], ["--ids are options of imagenet"]),
         (["wmt15"], ["invalid choice: 'wmt15'"]),
     ],
 )
