@@ -76,8 +76,11 @@ class FolderSource:
         train.pop(NOT_FOR_TRAINING, None)
         for name in tests if ALL not in tests else ():
             if name not in held_out:
-                known = f"{next(iter(held_out))} ... ({len(held_out)} files)" if held_out else "nothing"
-                raise UserError(f"{folder / FOLDERS['test'] / name} is not there: --test names files of {known}")
+                known = ", ".join(list(held_out)[:4]) or "nothing"
+                raise UserError(
+                    f"{folder / FOLDERS['test'] / name} is not there: name the held-out files with --test, or give "
+                    f"--test all; what is there: {known}{' ...' if len(held_out) > 4 else ''}"
+                )
         self.files = [("train", path) for path in train.values()] + [
             ("test", path) for name, path in held_out.items() if name in tests or ALL in tests
         ]

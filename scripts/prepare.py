@@ -10,6 +10,7 @@ After an interruption, run the same command again: it continues where it was.
 import argparse
 import logging
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> None:
             print(f"will write: {amount(plan.bytes)} to {dest}, in {duration(plan.seconds)}", flush=True)
             require_space(dest, plan.bytes)
         plan.make()  # finished data are only compared with the source
-    where = "" if dest == table.dest else f" data.root={dest}"
+    where = "" if dest == table.dest else f" {shlex.quote(f'data.root={dest}')}"
     print(f"to train a row: bash scripts/{table.row}{where}")
 
 

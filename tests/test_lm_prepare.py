@@ -317,7 +317,10 @@ def test_a_source_that_lacks_something_is_refused(corpus, tmp_path):
     for wrong in (right / TRAIN, right / "nowhere", tmp_path / "far"):
         with pytest.raises(UserError, match=f"is not there: .*; the nearest folder that can be SOURCE: {right}$"):
             build(wrong, tmp_path / "out")
-    with pytest.raises(UserError, match="heldout-00009.* is not there: --test names"):
+    with pytest.raises(
+        UserError,
+        match="heldout-00009.* is not there: name .* --test, .* there: news.en.heldout-00000",
+    ):
         build(corpus, tmp_path / "out", tests=["news.en.heldout-00009-of-00050"])
     with pytest.raises(UserError, match="train files hold no sentence"):
         build(one_file(tmp_path / "empty", b"\n \n"), tmp_path / "out")

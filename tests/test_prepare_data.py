@@ -149,8 +149,9 @@ def test_imagenet(said, tmp_path):
     size = sum(path.stat().st_size for path in tree.rglob("*.JPEG"))
     assert found == f"found: a folder tree in {source}, 36 files with {size / 1e6:.3g} MB"
     assert will == f"will write: {1.02 * size / 1e6:.3g} MB to {tmp_path}/out, in a few seconds"
-    assert (tmp_path / "out" / "manifest.json").exists() and "imagenet_apollo.sh" in row
-    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert (tmp_path / "out" / "manifest.json").exists() and not list((tmp_path / "out").glob("*.tmp"))
+    assert row == f"to train a row: bash scripts/imagenet_apollo.sh data.root={tmp_path}/out"
+    assert said("imagenet", source, tmp_path / "in two")[-1].endswith(f".sh 'data.root={tmp_path}/in two'")
 
 
 def test_imagenet_with_label_files_in_other_places(said, tmp_path):

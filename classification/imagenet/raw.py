@@ -88,7 +88,8 @@ def _layout(root: Path) -> Layout | None:
 
 def find_source(root: Path, label_files: LabelFiles | None = None) -> Source:
     """List the images below `root`. Raises UserError, in one line, if something is missing or does not fit."""
-    source = _find(root.absolute(), label_files or LabelFiles())
+    label_files = LabelFiles(*(path and path.absolute() for path in label_files or ()))  # messages give full paths
+    source = _find(root.absolute(), label_files)
     if (len(source.val), len(source.classes)) == (IMAGENET["val"], IMAGENET["classes"]):
         counts = Counter(item.label for item in source.val)
         if odd := [label for label in range(len(source.classes)) if counts[label] != VAL_IMAGES_A_CLASS]:
