@@ -21,6 +21,7 @@ from typing import NamedTuple
 from engine.download import download
 from engine.errors import UserError, run_main
 from engine.machine import core_count
+from engine.nearest_folder import nearest_folder
 from language_model import benchmark
 from scripts.arguments import Parser, positive
 
@@ -69,13 +70,19 @@ def main(arguments: list[str]) -> None:
 def plan_cifar10(source: Path | None, dest: Path, options: argparse.Namespace) -> Plan:
     from classification.data import read_cifar10  # here, because importing torchvision takes seconds
 
-    copied, there = None, next((dest / name for name in CIFAR_FILES if (dest / name).exists()), None)
+    def cifar_in(folder: Path) -> Path | None:
+        return next((folder / name for name in CIFAR_FILES if (folder / name).exists()), None)
+
+    copied, there = None, cifar_in(dest)
     if source:
         place = source.parent if source.name in CIFAR_FILES else source
-        copied = next((place / name for name in CIFAR_FILES if (place / name).exists()), None)
+        copied = cifar_in(place)
         if copied is None:
-            looked = f"looked for {' and '.join(CIFAR_FILES)}"
-            raise UserError(f"no CIFAR-10 in {source}: {looked}; what is there: {nearest_entries(place, 'cifar')}")
+            near = nearest_folder(place, cifar_in)
+            raise UserError(
+                f"no CIFAR-10 in {source}: looked for {' and '.join(CIFAR_FILES)}; what is there: "
+                f"{nearest_entries(place, 'cifar')}{f'; the nearest folder that has it: {near}' if near else ''}"
+            )
 
     def make() -> None:
         target = dest / copied.name if copied else None

@@ -69,6 +69,8 @@ def test_cifar10(said, tmp_path, monkeypatch, form):
     assert found == f"found: {tmp_path}/source/{form or CIFAR10.filename}" and will.startswith("will write: 360 MB")
     assert len(read_cifar10(tmp_path / "out").train.labels) == 15 and row.endswith(f"data.root={tmp_path}/out")
     assert said("cifar10", tmp_path / "source", tmp_path / "out")[-1] == row
+    with pytest.raises(UserError, match=f"no CIFAR-10 in .*; the nearest folder that has it: {tmp_path}/out$"):
+        said("cifar10", tmp_path, tmp_path / "other")
     shutil.rmtree(tmp_path / "out")
     batch = tmp_path / "source" / CIFAR10.base_folder / "data_batch_1"
     (tmp_path / "source" / CIFAR10.filename).unlink(missing_ok=True)
