@@ -29,15 +29,6 @@ from language_model.toy_text import pydoc_corpus
 TEST_STEPS = 64  # columns of a test batch
 
 
-<<<<<<< HEAD
-=======
-class DataConfig(Strict):
-    name: Literal["prepared", "pydoc_topics"]  # a folder that language_model.prepare wrote, or Python's own topics
-    root: str = "data/one_billion_words"  # of prepared
-    validation: float = Field(0.0, ge=0, lt=1)  # share of the training sentences that are held out and evaluated
-
-
->>>>>>> words
 class TrainBatch(NamedTuple):
     """Tokens of one pass and the tokens that follow them, both int64 [sequence_length, batch]."""
 

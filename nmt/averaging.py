@@ -13,14 +13,6 @@ from engine.checkpoint import read_checkpoint, write_checkpoint
 from engine.errors import UserError
 
 
-<<<<<<< HEAD
-=======
-class AverageConfig(Strict):
-    every: PositiveInt | None = None  # keep weights every so many updates; None: at each epoch's end
-    last: PositiveInt = 10  # how many are kept and averaged
-
-
->>>>>>> words
 def keep_weights(run_dir: Path, update: int, model: torch.nn.Module, codec_digest: str, last: int) -> None:
     """Write the weights of this update. Only the `last` newest stay."""
     folder = run_dir / "averaging" / f"{update:08d}"

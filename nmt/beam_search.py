@@ -22,14 +22,6 @@ LONGER = 50  # a translation may have this many words more than its source, as i
 DROP_SHARE = 0.8  # finished sentences leave the batch when at most this share of it is unfinished
 
 
-<<<<<<< HEAD
-=======
-class DecodingConfig(Strict):
-    beam: PositiveInt = 5
-    length_penalty: NonNegativeFloat = 0.6
-
-
->>>>>>> words
 class Hypothesis(NamedTuple):
     words: list[int]  # without BOS and EOS
     score: float  # divided by its length penalty

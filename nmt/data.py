@@ -26,14 +26,6 @@ JITTER = 1.0  # tokens; measured on Multi30k at 4,096 tokens a batch: 3.9 % padd
 ROWS_MULTIPLE = 8  # a batch has a multiple of this many sentences if so many fit, as in fairseq
 
 
-<<<<<<< HEAD
-=======
-class DataConfig(Strict):
-    name: str  # of the recipe that prepared the data
-    root: str
-
-
->>>>>>> words
 class Batch(NamedTuple):
     """Sentences of one forward pass, int64, padded at the end with PAD."""
 

@@ -23,30 +23,6 @@ from nmt.rows import to_rows
 FIRST_POSITION = 2  # as in fairseq: one more than the padding's index, 1
 
 
-<<<<<<< HEAD
-=======
-class ModelConfig(Strict):
-    """The defaults are Transformer-base: 44,138,496 parameters, and 512 more for each word of the joint vocabulary."""
-
-    name: Literal["transformer"] = "transformer"
-    width: PositiveInt = 512
-    inner_width: PositiveInt = 2048
-    heads: PositiveInt = 8
-    encoder_layers: PositiveInt = 6
-    decoder_layers: PositiveInt = 6
-    norm: Literal["post", "pre"] = "post"
-    dropout: float = Field(0.1, ge=0, lt=1)  # of embeddings and of every sublayer's output
-    attention_dropout: float = Field(0.1, ge=0, lt=1)  # of attention weights
-    activation_dropout: float = Field(0.1, ge=0, lt=1)  # after the feed-forward sublayers' ReLU
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "ModelConfig":
-        if self.width % self.heads or self.width % 2:
-            raise ValueError(f"width must be even and divisible by heads, not {self.width} and {self.heads}")
-        return self
-
-
->>>>>>> words
 def create_model(config: ModelConfig, vocabulary_size: int) -> "Transformer":
     """The model with its published initialisation, drawn from torch's global generator."""
     model = Transformer(config, vocabulary_size)
