@@ -29,7 +29,7 @@ def warnings(shards: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         return
     if missing := sorted(TRAIN_FILES - found):
         yield f"{len(missing)} of the benchmark's 99 training files are not there, the first of them {missing[0]}"
-        return
+        train = []  # only the held-out file can be compared
     test = [shard for shard in shards if shard["file"] == TEST_FILE]
     for (what, expected), of_text in zip(EXPECTED.items(), (train, test), strict=True):
         for unit, count in expected.items():

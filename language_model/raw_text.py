@@ -22,10 +22,11 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from engine.errors import UserError
+from engine.nearest_folder import nearest_folder
 from language_model.benchmark import ARCHIVE, ARCHIVE_CHECKSUM, NOT_FOR_TRAINING
 
 FOLDERS = {"train": "training-monolingual.tokenized.shuffled", "test": "heldout-monolingual.tokenized.shuffled"}
-PART_BYTES = 64 << 20  # a training file of the benchmark has 41 MB
+PART_BYTES = 64 << 20  # a training file of the benchmark has 42 MB
 BLOCK_BYTES = 1 << 18  # read and encoded at once
 LINE_BYTES = 16 << 20  # the longest line accepted
 ALL = "all"  # may stand in place of the test files' names
@@ -73,8 +74,11 @@ class FolderSource:
         train.pop(NOT_FOR_TRAINING, None)
         for name in tests if ALL not in tests else ():
             if name not in held_out:
-                known = f"{next(iter(held_out))} ... ({len(held_out)} files)" if held_out else "nothing"
-                raise UserError(f"{folder / FOLDERS['test'] / name} is not there: --test names files of {known}")
+                known = ", ".join(list(held_out)[:4]) or "nothing"
+                raise UserError(
+                    f"{folder / FOLDERS['test'] / name} is not there: name the held-out files with --test, or give "
+                    f"--test all; what is there: {known}{' ...' if len(held_out) > 4 else ''}"
+                )
         self.files = [("train", path) for path in train.values()] + [
             ("test", path) for name, path in held_out.items() if name in tests or ALL in tests
         ]
@@ -93,7 +97,7 @@ class FolderSource:
             there = ", ".join(sorted(path.name for path in folder.parent.glob("[!.]*"))[:4]) or "nothing"
             raise UserError(
                 f"{folder} is not there: SOURCE is the .tar.gz, the folder that holds {folder.name}, or the one above; "
-                f"what {folder.parent} holds: {there}"
+                f"what {folder.parent} holds: {there}{_or_nearest(folder.parent)}"
             )
         return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
 
@@ -148,7 +152,9 @@ class ArchiveSource:
         except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
-            raise UserError(f"{self.place}: not a whole .tar or .tar.gz ({error}): download it again") from None
+            raise UserError(
+                f"{self.place}: not a whole .tar or .tar.gz ({error}): download it again, or give a folder of text"
+            ) from None
         named = [name for name in self.tests if name != ALL]
         missing = [f"{FOLDERS['test']}/{name}" for name in named if ("test", name) not in found]
         missing += [folder for split, folder in FOLDERS.items() if split not in dict(found)]
@@ -181,7 +187,15 @@ def find_source(path: Path, tests: Sequence[str]) -> FolderSource | ArchiveSourc
         return FolderSource(below[0] if below else path, tests)
     if path.is_file():
         return ArchiveSource(path, tests)
-    raise UserError(f"{path} is not there: SOURCE is the unpacked benchmark's folder, or its .tar.gz")
+    raise UserError(
+        f"{path} is not there: SOURCE is the unpacked benchmark's folder, or its .tar.gz{_or_nearest(path)}"
+    )
+
+
+def _or_nearest(path: Path) -> str:
+    """The end of a message: the nearest folder to a wrong SOURCE that would be a right one, if there is one."""
+    near = nearest_folder(path, lambda folder: (folder / FOLDERS["train"]).is_dir() or (folder / ARCHIVE).is_file())
+    return f"; the nearest folder that can be SOURCE: {near}" if near else ""
 
 
 def _bar(total: int, what: str) -> tqdm:

@@ -10,6 +10,7 @@ continues.
 import argparse
 import logging
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from classification.cifar import ARCHIVES
 from engine.download import download
 from engine.errors import UserError, run_main
 from engine.machine import core_count
+from engine.nearest_folder import nearest_folder
 from language_model import benchmark
 from scripts.arguments import Parser, positive
 
@@ -57,23 +59,29 @@ def main(arguments: list[str]) -> None:
         plan = table.plan(options.source, dest, options)
         print(f"found: {plan.found}", flush=True)
         if not finished:
-            print(f"will write: {amount(plan.bytes)} to {dest}, in about {duration(plan.seconds)}", flush=True)
+            print(f"will write: {amount(plan.bytes)} to {dest}, in {duration(plan.seconds)}", flush=True)
             require_space(dest, plan.bytes)
         plan.make()  # finished data are only compared with the source
-    where = "" if dest == table.dest else f" data.root={dest}"
+    where = "" if dest == table.dest else f" {shlex.quote(f'data.root={dest}')}"
     print(f"to train a row: bash scripts/{table.row}{where}")
 
 
 def plan_cifar10(source: Path | None, dest: Path, options: argparse.Namespace) -> Plan:
     from classification.data import read_cifar10  # here, because importing torch takes seconds
 
-    copied, there = None, next((dest / name for name in CIFAR_FILES if (dest / name).exists()), None)
+    def cifar_in(folder: Path) -> Path | None:
+        return next((folder / name for name in CIFAR_FILES if (folder / name).exists()), None)
+
+    copied, there = None, cifar_in(dest)
     if source:
         place = source.parent if source.name in CIFAR_FILES else source
-        copied = next((place / name for name in CIFAR_FILES if (place / name).exists()), None)
+        copied = cifar_in(place)
         if copied is None:
-            looked = f"looked for {' and '.join(CIFAR_FILES)}"
-            raise UserError(f"no CIFAR-10 in {source}: {looked}; what is there: {nearest_entries(place, 'cifar')}")
+            near = nearest_folder(place, cifar_in)
+            raise UserError(
+                f"no CIFAR-10 in {source}: looked for {' and '.join(CIFAR_FILES)}; what is there: "
+                f"{nearest_entries(place, 'cifar')}{f'; the nearest folder that has it: {near}' if near else ''}"
+            )
 
     def make() -> None:
         target = dest / copied.name if copied else None
@@ -90,21 +98,24 @@ def plan_cifar10(source: Path | None, dest: Path, options: argparse.Namespace) -
 
 
 def plan_imagenet(source: Path | None, dest: Path, options: argparse.Namespace) -> Plan:
+    from classification.imagenet.labels import LabelFiles
     from classification.imagenet.prepare import build
+    from classification.imagenet.raw import find_layout
 
     if source is None:
         raise UserError(
             "imagenet cannot be downloaded without its terms: docs/data.md says how to get it; then give it as SOURCE"
         )
-    if not source.is_dir():
-        raise UserError(f"{source} is not a folder: SOURCE holds ILSVRC2012_img_train.tar, or a folder train/")
-    files = [path for path in walk(source) if path.suffix.lower() not in (".txt", ".csv", ".xml")]
-    if not files:
-        raise UserError(f"{source} holds no file: SOURCE holds ILSVRC2012_img_train.tar, or a folder train/")
-    size = sum(path.stat().st_size for path in files)
+    layout = find_layout(source)
+    files = list(layout.files())
+    size = sum(os.path.getsize(path) for path in files)
     seconds = size / copy_speed(files, dest)
+    labels = LabelFiles(options.val_labels, options.ids)
     return Plan(
-        f"{len(files):,} files with {amount(size)} in {source}", 1.02 * size, seconds, lambda: build(source, dest)
+        f"{layout.in_words}, {len(files):,} files with {amount(size)}",
+        1.02 * size,
+        seconds,
+        lambda: build(source, dest, labels),
     )
 
 
@@ -199,7 +210,7 @@ TABLES = {
 }
 
 
-def copy_speed(files: Iterable[Path], dest: Path) -> float:
+def copy_speed(files: Iterable[str | Path], dest: Path) -> float:
     """Bytes per second when `files` are read and written below `dest` at the same time, from a trial of 64 MiB."""
     dest.mkdir(parents=True, exist_ok=True)
     trial = dest / "trial.tmp"
@@ -254,13 +265,16 @@ def amount(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+    if seconds < 5:
+        return "a few seconds"
+    return f"about {seconds:.0f} seconds" if seconds < 90 else f"about {seconds / 60:.0f} minutes"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="bash scripts/prepare.sh",
-        description="The data of a table, ready for training. It asks nothing; run it again after an interruption.",
+        description="The data of a table, ready for training. It asks nothing; run it again after an interruption. "
+        "Paths are relative to the root of the repository.",
     )
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("source", type=Path, nargs="?", help="what was downloaded (default: download it)")
@@ -270,9 +284,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--test", nargs="+", metavar="NAME", help="one_billion_words: held-out files to test on, or all"
     )
+    parser.add_argument(
+        "--val-labels", type=Path, metavar="FILE", help="imagenet: labels of the validation images, of any known kind"
+    )
+    parser.add_argument("--ids", type=Path, metavar="FILE", help="imagenet: what the ids in --val-labels stand for")
     options = parser.parse_intermixed_args(arguments)
+    if options.source:
+        options.source = options.source.absolute()  # for the messages
     if options.table != "one_billion_words" and (options.vocabulary or options.test):
         raise UserError("--vocabulary and --test are options of one_billion_words")
+    if options.table != "imagenet" and (options.val_labels or options.ids):
+        raise UserError("--val-labels and --ids are options of imagenet")
     options.test = options.test or [benchmark.TEST_FILE]
     return options
 

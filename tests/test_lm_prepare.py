@@ -241,9 +241,11 @@ def test_counts_are_compared_with_the_benchmarks(corpus, tmp_path, caplog, monke
     """Only a text with the benchmark's file names is compared. Here it has five files."""
     caplog.set_level(logging.WARNING)
     build(corpus, tmp_path / "few")
-    assert (
-        "warning: 94 of the benchmark's 99 training files are not there, the first of them news.en-00006" in caplog.text
+    missing, *test = (record.getMessage() for record in caplog.records)
+    assert missing.startswith(
+        "warning: 94 of the benchmark's 99 training files are not there, the first of them news.en-00006"
     )
+    assert test[0].startswith(f"warning: {TEST_FILES[0]} has 200 lines, and that of the benchmark 6,075")
     caplog.clear()
     manifest = json.loads((tmp_path / "few" / "manifest.json").read_text())
     lines, words = (
@@ -310,7 +312,14 @@ def test_a_source_that_lacks_something_is_refused(corpus, tmp_path):
         build(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(UserError, match=f"{TRAIN} is not there"):
         build(tmp_path, tmp_path / "out")
-    with pytest.raises(UserError, match="heldout-00009.* is not there: --test names"):
+    right = shutil.copytree(corpus, tmp_path / "far" / "above" / "benchmark")
+    for wrong in (right / TRAIN, right / "nowhere", tmp_path / "far"):
+        with pytest.raises(UserError, match=f"is not there: .*; the nearest folder that can be SOURCE: {right}$"):
+            build(wrong, tmp_path / "out")
+    with pytest.raises(
+        UserError,
+        match="heldout-00009.* is not there: name .* --test, .* there: news.en.heldout-00000",
+    ):
         build(corpus, tmp_path / "out", tests=["news.en.heldout-00009-of-00050"])
     with pytest.raises(UserError, match="train files hold no sentence"):
         build(one_file(tmp_path / "empty", b"\n \n"), tmp_path / "out")

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from engine.download import matches
 from engine.errors import UserError
+from engine.nearest_folder import nearest_folder
 from nmt.prepare.download import ARCHIVES, MIRRORS
 
 FOLDERS = ("", "training", "test-full", "dev", "test")  # below the source: the folders in the archives and in orig/
@@ -74,7 +75,8 @@ def locate(source: Path, texts: Sequence[str], languages: Sequence[str]) -> dict
     Raises UserError if one is found nowhere.
     """
     if not source.is_dir():
-        raise UserError(f"{source} is not a folder: SOURCE holds the text, or the archives with it")
+        what = "is not a folder" if source.exists() else "is not there"
+        raise UserError(f"{source} {what}: SOURCE is the folder that holds the text, or the archives with it")
     left = [(text, language) for text in texts for language in languages]
     places = {side: Place(path) for side in left if (path := _in_folders(source, *side))}
     for name in CHECKSUMS:
@@ -95,8 +97,9 @@ def first_lines(place: Place, count: int) -> list[str]:
         if place.member is None:
             with open(place.path, "rb") as file:
                 return [line.decode(errors="replace") for line in islice(file, count)]
-        _, content = next(_open_members(place.path, [place.member]))
-        return [line.decode(errors="replace") for line in islice(content, count)]
+        for _, content in _open_members(place.path, [place.member]):  # the loop keeps the archive open
+            return [line.decode(errors="replace") for line in islice(content, count)]
+    return []
 
 
 def names(text: str, language: str) -> list[str]:
@@ -194,5 +197,11 @@ def _nothing(source: Path, text: str, language: str) -> str:
     if any("test-filtered" in entry for entry in listing) and name == "newstest2014":
         return f"{message}; test-filtered is another test set, of 2,737 lines"
     start = re.split(r"[-.]", name)[0]
-    near = [entry for entry in listing if os.path.basename(entry).startswith(start)][:4]
-    return f"{message}; what is there: {', '.join(near or listing[:4]) or 'nothing'}"
+    similar = [entry for entry in listing if os.path.basename(entry).startswith(start)][:4]
+    message = f"{message}; what is there: {', '.join(similar or listing[:4]) or 'nothing'}"
+    near = nearest_folder(folder, lambda other: _in_folders(other, name, language) or _has_archive(other, name))
+    return f"{message}; the nearest folder that has it: {near}" if near else message
+
+
+def _has_archive(folder: Path, text: str) -> bool:
+    return any((folder / one.name).is_file() for one in (*ARCHIVES, *MIRRORS) if text in one.texts)
