@@ -3,7 +3,8 @@
     optimizer.zero_grad() ... with precision.autocast(): loss = ...; precision.backward(loss); precision.step(optimizer)
 
 fp32 is full precision everywhere. tf32 lets CUDA matrix products round their inputs to 10 mantissa bits. bf16 and fp16
-use autocast, and fp16 also dynamic loss scaling. Parameters, gradients and optimizer state stay float32 in all of them.
+use autocast, and fp16 also dynamic loss scaling. With bf16, the products that autocast leaves in float32 may round as
+with tf32. Parameters, gradients and optimizer state stay float32 in all of them.
 apex-O1 and apex-O2 leave these steps to NVIDIA's apex, if a suitable one is installed (engine/apex_adapter.py).
 engine/run.py chooses among them.
 """
@@ -29,8 +30,9 @@ class Precision:
         if name == "tf32" and device.type != "cuda":
             raise UserError(f"precision=tf32 exists on CUDA devices only, not on {device.type}; use precision=fp32")
         if device.type == "cuda":
-            torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-            torch.backends.cudnn.allow_tf32 = name == "tf32"
+            tf32 = name in ("tf32", "bf16")  # bf16 keeps 7 mantissa bits, so that 10 lose nothing that matters
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = tf32
         self.device_type = device.type
         self.dtype = AUTOCAST_DTYPES[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
