@@ -25,7 +25,7 @@ from engine.checkpoint import Checkpoints, Progress
 from engine.config import RunConfig, load_config
 from engine.distributed import World
 from engine.errors import UserError, raised_at, settings_of
-from engine.interrupt import StopRequest, Wish, agree
+from engine.interrupt import Agreement, StopRequest, Wish
 from engine.machine import cpu_has_bf16
 from engine.metrics import Sums, require_finite, require_finite_weights
 from engine.precision import Precision
@@ -56,6 +56,7 @@ class Run:
     progress: Progress
     checkpoints: Checkpoints
     stop: StopRequest
+    agreement: Agreement
     vocabulary: str | None = None  # digest of the data's; a checkpoint made with another is refused
     clock: float = 0.0  # when the training that is being timed began
     optimizer_ms: list[float] = field(default_factory=list)  # a sample, one an interval of log_every
@@ -129,6 +130,7 @@ def assemble(
     if world.device.type == "cpu":
         keep_freed_memory()
     network = model if network is None else network
+    stop = StopRequest()
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
     return kind(
         config=config,
@@ -144,7 +146,8 @@ def assemble(
         checkpoints=Checkpoints(
             record.folder, parts, world, config.checkpoint.keep, config.checkpoint.minutes, say=record.say
         ),
-        stop=StopRequest(),
+        stop=stop,
+        agreement=Agreement(world, stop),
         **own,
     )
 
@@ -204,7 +207,7 @@ def end_update(run: Run, bar: tqdm) -> Wish:
     progress.since_evaluation_s += now - run.clock
     run.clock = now
     bar.update()
-    return agree(run.world, run.stop, run.checkpoints.due(), progress.update)
+    return run.agreement.after(progress.update, run.checkpoints.due())
 
 
 def _step(run: Run) -> bool:
