@@ -44,8 +44,17 @@ class Precision:
         return model, optimizer
 
     def data_parallel(self, network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-        """`network`, with gradients averaged over all ranks, except in passes inside its `no_sync()`."""
-        return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+        """`network`, with gradients averaged over all ranks, except in passes inside its `no_sync()`.
+
+        Gradients are views of what is sent. Buffers are not sent in training: each rank normalises by its own batch,
+        and for an evaluation the ranks take rank 0's (World.copy_buffers).
+        """
+        return DistributedDataParallel(
+            network,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
     def autocast(self) -> AbstractContextManager:
         """Context for the forward pass and the loss, in training and in evaluation."""
