@@ -5,6 +5,7 @@ A train.py calls these functions in the order in which they stand here:
     read_arguments                                                       in `main`
     create_precision, with_optimizer, assemble, restore, write_environment        in `prepare`
     start_clock, averaged_over_ranks, end_update, close_window, log_window, save        in `train_epoch`
+    start_clock, wait_for_device                                         around what is not training
     record_evaluation, end_epoch                                         after an evaluation
     say_stopped, write_result                                                      at the end
 """
@@ -183,8 +184,17 @@ def progress_bar(run: Run, updates: int) -> tqdm:
 
 
 def start_clock(run: Run) -> None:
-    """Training begins, or goes on: what was done since the last update is not counted as training time."""
+    """Training begins, or goes on: what was done since the last wait is not counted as training time."""
     run.clock = time.perf_counter()
+
+
+def wait_for_device(run: Run) -> None:
+    """The host may be many updates ahead of the device. Here it waits, and counts the training time up to here."""
+    run.world.synchronize()
+    now = time.perf_counter()
+    run.progress.since_evaluation_s += now - run.clock
+    run.progress.lr = float(run.progress.lr)
+    run.clock = now
 
 
 def averaged_over_ranks(run: Run, is_last: bool) -> AbstractContextManager:
@@ -195,7 +205,8 @@ def averaged_over_ranks(run: Run, is_last: bool) -> AbstractContextManager:
 def end_update(run: Run, bar: tqdm) -> Wish:
     """Take the optimizer's and the schedule's step, and count the update; returns what the ranks agree to do next."""
     progress = run.progress
-    progress.lr = float(run.optimizer.param_groups[0]["lr"])
+    rate = run.optimizer.param_groups[0]["lr"]
+    progress.lr = rate.clone() if isinstance(rate, torch.Tensor) else rate  # float() would wait for the device
     # The step is timed now and then, not every time: a clock has to wait for the device. The first one builds kernels.
     is_timed = progress.update > 0 and (progress.update - 1) % run.config.log_every == 0
     step = _timed_step if is_timed else _step
@@ -203,9 +214,6 @@ def end_update(run: Run, bar: tqdm) -> Wish:
         run.schedule.step()  # an update that the scaler skips advances nothing
     progress.update += 1
     progress.update_in_epoch += 1
-    now = time.perf_counter()
-    progress.since_evaluation_s += now - run.clock
-    run.clock = now
     bar.update()
     return run.agreement.after(progress.update, run.checkpoints.due())
 
@@ -232,6 +240,7 @@ def close_window(run: Run) -> dict[str, float] | None:
 
     They are added to those since the last evaluation. Raises UserError where the loss is not finite.
     """
+    wait_for_device(run)
     sums = run.window.reduce(run.world)
     run.window.zero()
     totals = run.progress.since_evaluation
@@ -255,6 +264,7 @@ def save(run: Run, **own: torch.Tensor) -> None:
 
     `own` is what the task saves besides; `restore` returns it. Every rank calls this, with the same values.
     """
+    wait_for_device(run)
     window = run.window.gather(run.world)
     require_finite(float(window[:, 0].sum()), run.progress.update)
     require_finite_weights(run.model, run.world, run.progress.update)

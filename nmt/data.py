@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`. The host does not wait for a copy to a GPU."""
-        if device.type != "cuda":
+        if device.type == "cpu":
             return self
         tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in self[:3]]
         return Batch(*tensors, *self[3:])

@@ -171,11 +171,13 @@ def is_kept(run: TranslationRun) -> bool:
 
 def keep_for_average(run: TranslationRun) -> None:
     """Keep the weights for averaging, unless the training loss or a weight is not finite."""
+    runs.wait_for_device(run)
     require_finite(run.window.reduce(run.world)["loss"], run.progress.update)
     require_finite_weights(run.model, run.world, run.progress.update)
     if run.world.is_main:
         digest, last = run.data.codec.digest, run.config.average.last
         keep_weights(run.record.folder, run.progress.update, run.model, digest, last)
+    runs.start_clock(run)
 
 
 def score_test_set(run: TranslationRun) -> dict[str, object]:

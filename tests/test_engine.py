@@ -5,10 +5,12 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import engine.run as engine_run
 from engine.allocator import populate
 from engine.checkpoint import Checkpoints, Progress, read_checkpoint, write_checkpoint
 from engine.clipping import ClippingWatch
@@ -378,3 +380,19 @@ def test_populate_provides_the_pages_at_once():
     storage.fill_(1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100  # of 4,096 pages
     assert not populate(0, 4096)
+
+
+def test_training_time_ends_when_the_device_is_done(monkeypatch):
+    """A made-up device needs three seconds more than the host. What follows `start_clock` is counted anew."""
+    now = [10.0]
+    monkeypatch.setattr(engine_run, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    late = SimpleNamespace(synchronize=lambda: now.__setitem__(0, now[0] + 3.0))
+    run = SimpleNamespace(world=late, progress=Progress(lr=torch.tensor(0.5)), clock=0.0)
+    engine_run.start_clock(run)
+    now[0] += 1.0  # the host has given the device all its work
+    engine_run.wait_for_device(run)
+    assert run.progress.since_evaluation_s == 4.0 and run.progress.lr == 0.5 and isinstance(run.progress.lr, float)
+    now[0] += 100.0  # a checkpoint is written
+    engine_run.start_clock(run)
+    engine_run.wait_for_device(run)
+    assert run.progress.since_evaluation_s == 7.0
