@@ -90,9 +90,6 @@ def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
     for passes in batches:
         run.network.train()
         run.optimizer.zero_grad()
-        tokens = torch.full((), float(sum(batch.tokens for _, batch in passes)), device=world.device)
-        # The gradients are averaged over ranks after each has divided by the tokens of all.
-        share = world.world_size / world.sum(tokens)
         for index, batch in passes:
             is_last = index + world.world_size >= config.passes
             seed_step(config.seed, "step", progress.update, index)  # dropout is the same whichever rank takes the pass
@@ -100,7 +97,8 @@ def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
             with runs.averaged_over_ranks(run, is_last):
                 with run.precision.autocast():
                     loss, nll = run.network(source, target_in, target_out, batch.tokens, config.label_smoothing)
-                run.precision.backward(loss * share, is_last)
+                # The gradients are averaged over ranks after each has divided by the tokens of all.
+                run.precision.backward(loss * (world.world_size / batch.update_tokens), is_last)
             run.window.add(loss=loss, nll=nll, tokens=batch.tokens)
         run.gradient_norm = run.precision.clip(run.optimizer, run.model.parameters(), config.gradient_clip)
         run.window.add(clipped=run.gradient_norm > config.gradient_clip, updates=1)
