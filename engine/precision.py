@@ -16,6 +16,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.errors import UserError
+from optim import OPTIMIZERS
 
 AUTOCAST_DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,14 +68,24 @@ class Precision:
     def clip(
         self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], max_norm: float
     ) -> torch.Tensor:
-        """Clip the true (unscaled) gradients to a total norm of `max_norm`. Returns the norm before clipping."""
+        """Clip the true (unscaled) gradients to a total norm of `max_norm`. Returns the norm before clipping.
+
+        On CUDA an optimizer that can divide gradients in its step, where it reads them anyway, is left to do so: that
+        spares two transfers of all gradients.
+        """
         self.scaler.unscale_(optimizer)
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        if not (self.device_type == "cuda" and not self.scaler.is_enabled() and _divides_in_step(optimizer)):
+            return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        norm = torch.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
+        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # as clip_grad_norm_, but for its reciprocal
+        return norm
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Take the optimizer step. Returns False if the scaler skipped it because a gradient overflowed."""
         if not self.scaler.is_enabled():
             optimizer.step()
+            if _divides_in_step(optimizer):
+                optimizer.grad_scale = None  # of this update's gradients alone
             return True
         scale = self.scaler.get_scale()
         self.scaler.step(optimizer)
@@ -86,3 +97,8 @@ class Precision:
 
     def load_state_dict(self, state: dict) -> None:
         self.scaler.load_state_dict(state)
+
+
+def _divides_in_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step divides gradients by the attribute `grad_scale`: Apollo's does, and torch's fused ones."""
+    return type(optimizer) in OPTIMIZERS.values() and getattr(optimizer, "_step_supports_amp_scaling", False)

@@ -34,6 +34,8 @@ from engine.run_record import RunRecord, peak_memory_mb
 from optim import create_optimizer
 from optim.lr_scheduler import create_schedule
 
+TORCH_FUSED = ("adam", "adamw", "sgd")  # the optimizers of torch that have a fused step
+
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 RunT = TypeVar("RunT", bound="Run")
 
@@ -95,9 +97,16 @@ def create_precision(name: str, device: torch.device, say: Callable[[str], None]
 def with_optimizer(
     model: torch.nn.Module, config: RunConfig, precision: Precision
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """The model as `precision` wants it, and the config's optimizer over its parameters."""
+    """The model as `precision` wants it, and the config's optimizer over its parameters.
+
+    On CUDA torch's own take their fused step, as Apollo does, unless the config names another: of itself, torch takes
+    the foreach step, which reads and writes memory about three times as often.
+    """
+    name, settings = config.optimizer.name, config.optimizer.settings
+    if precision.device_type == "cuda" and name in TORCH_FUSED and not settings.keys() & {"foreach", "fused"}:
+        settings["fused"] = True
     with settings_of("optimizer"):
-        optimizer = create_optimizer(config.optimizer.name, model.parameters(), **config.optimizer.settings)
+        optimizer = create_optimizer(name, model.parameters(), **settings)
     return precision.prepare(model, optimizer)
 
 
