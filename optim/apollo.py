@@ -252,6 +252,22 @@ class Apollo(Optimizer):
             )
         return loss
 
+    @torch.no_grad()
+    def clamped(self) -> float | None:
+        """The share of entries whose |B| is below its bound sigma in the last step; None before the first one.
+
+        Those entries take the step of SGD with momentum, with the rate lr / sigma. The others take a step that is
+        scaled by their curvature. Reads B once, and waits for the device.
+        """
+        counts, numel = [], 0
+        for group in self.param_groups:
+            for state in (self.state[param] for param in group["params"] if self.state.get(param)):
+                hessian, bound = state["hessian"], state.get("sigma", group["sigma"])
+                numel += hessian.numel()
+                # In parts, because what a comparison makes would otherwise be as large as the tensor.
+                counts += [(part.abs() < bound).sum() for part in hessian.flatten().split(1 << 22)]
+        return float(torch.stack([count.to(counts[0].device) for count in counts]).sum()) / numel if numel else None
+
 
 def _is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
