@@ -22,7 +22,7 @@ TASKS = {
     "grammar": "nmt",
 }
 ROWS = ("sgd", "adam", "radam", "adam_adj", "radam_adj", "apollo")  # in the order of the published tables
-SCHEDULES = ("milestone", "cosine", "inverse_sqrt")
+SCHEDULES = ("milestone", "cosine", "inverse_sqrt", "linear", "wsd")  # as files are named after them
 NOT_CELLS = ("base", "published")  # files of a table's folder
 
 
