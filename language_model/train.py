@@ -24,7 +24,7 @@ from engine.metrics import require_finite
 from engine.run_record import RunRecord
 from engine.seed import seed_step
 from language_model.data import DataConfig, TextData, hold_out, load_corpus
-from language_model.model import LanguageModel, ModelConfig
+from language_model.model import Network, NetworkConfig, create_model
 from language_model.scoring import final_perplexities, perplexity, score
 
 USAGE = "usage: python -m language_model.train CONFIG [key=value ...]     e.g. configs/one_billion_words/apollo.yaml"
@@ -33,8 +33,8 @@ USAGE = "usage: python -m language_model.train CONFIG [key=value ...]     e.g. c
 class Config(RunConfig):
     epochs: PositiveInt
     data: DataConfig
-    model: ModelConfig
-    sequence_length: PositiveInt = 20  # tokens of each row in an update
+    model: NetworkConfig
+    sequence_length: PositiveInt = 20  # tokens of each row in an update: for a Transformer, its window
     gradient_clip: PositiveFloat | None = None
     gradient_clip_norm: Literal["total", "tensor"] = "total"  # of all gradients together, or of each tensor's own
     eval_rows: PositiveInt = 32  # that the test text is cut into; the state starts from zero in each
@@ -45,10 +45,10 @@ class TextRun(runs.Run):
     METRICS, COUNTED = ("loss", "tokens", *COUNTS), "tokens"
 
     config: Config
-    model: LanguageModel
+    model: Network
     data: TextData
     clipping: ClippingWatch
-    states: dict[int, torch.Tensor]  # of the rows of each of this rank's passes, [parts, layers, batch, hidden]
+    states: dict[int, torch.Tensor]  # of the rows of each of this rank's passes, in dimension 2
 
 
 def main(arguments: list[str]) -> int:
@@ -149,7 +149,8 @@ def evaluate(run: TextRun) -> dict[str, float]:
     for split, shards in (("test_", run.data.corpus.test), ("valid_", run.data.corpus.valid)):
         if shards:
             rows, world, tokens = run.config.eval_rows, run.world, sum(shard.tokens for shard in shards)
-            batches = run.data.test_batches(rows, world.rank, world.world_size, shards=shards)
+            steps = run.model.test_steps
+            batches = run.data.test_batches(rows, world.rank, world.world_size, steps=steps, shards=shards)
             total = score(run.model, batches, run.precision, world)
             if total["tokens"] != tokens:
                 raise RuntimeError(f"evaluated {total['tokens']:.0f} tokens of a text of {tokens}")
@@ -225,8 +226,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> TextRun:
 
     seed_step(config.seed, "initialisation")
     with settings_of("model"):
-        sizes = config.model.model_dump(exclude={"name"})
-        model = LanguageModel(corpus.words, config.model.name, **sizes).to(world.device)
+        model = create_model(config.model, corpus.words, config.sequence_length).to(world.device)
     model, optimizer = runs.with_optimizer(model, config, precision)
 
     run = runs.assemble(
