@@ -66,7 +66,8 @@ class Transformer(nn.Module):
 
         What the two parts of each layer add is smaller, by the square root of their number (Radford et al. 2019,
         section 2.3), so that the sum of all has the variance of one. Word vectors have width**-0.5, in the head and,
-        after the cluster's projection, in every cluster. Gains are 1.
+        after the cluster's projection, in every cluster. So the scores of words have a variance of 1, and the input
+        word is too small in the sum to be predicted as the next one. Gains are 1.
         """
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
@@ -93,7 +94,7 @@ class Transformer(nn.Module):
         steps are at most `window` together.
         """
         seen = torch.cat([state[0, 0], tokens.T], 1)  # [rows, tokens]
-        x = self.dropout(word_vectors(self.softmax, seen) * self.softmax.in_features**0.5)
+        x = self.dropout(word_vectors(self.softmax, seen))
         angles = rotary_angles(seen.shape[1], self.head_width, seen.device)
         for layer in self.layers:
             x = layer(x, angles)
