@@ -30,7 +30,7 @@ from engine.machine import cpu_has_bf16
 from engine.metrics import Sums, require_finite, require_finite_weights
 from engine.precision import Precision
 from engine.run_record import RunRecord, peak_memory_mb
-from optim import create_optimizer
+from optim import Apollo, create_optimizer
 from optim.lr_scheduler import create_schedule
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -243,6 +243,8 @@ def close_window(run: Run) -> dict[str, float] | None:
 def log_window(run: Run, bar: tqdm, **means: float | None) -> None:
     """Write a line of training metrics: `means` over the window just closed, the learning rate and the speed."""
     progress = run.progress
+    if run.world.is_main and isinstance(run.optimizer, Apollo):
+        means["clamped"] = run.optimizer.clamped()  # see "Choosing a learning rate" in docs/apollo.md
     run.record.metrics("train", progress.update, epoch=progress.epoch + 1, **means, lr=progress.lr, **_speed(run))
     shown = {name: f"{mean:.4g}" for name, mean in means.items() if mean is not None}
     bar.set_postfix(epoch=progress.epoch + 1, **shown)

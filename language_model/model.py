@@ -9,34 +9,17 @@ for the others. The state is detached; the training loop keeps it, and a checkpo
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
-from typing import Annotated, Literal
 
 import torch
 from overrides import override
-from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from engine.config import Strict
+from language_model.config import ModelConfig, TransformerConfig
 from language_model.data import TEST_STEPS
 from language_model.softmax import adaptive_log_prob, create_softmax
-from language_model.transformer import Transformer, TransformerConfig
+from language_model.transformer import Transformer
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
-
-
-class ModelConfig(Strict):
-    """The settings under `model:` in a config. LanguageModel explains them."""
-
-    name: Literal["lstm", "gru", "rnn"]
-    cutoffs: list[PositiveInt]
-    embedding: PositiveInt = 300
-    hidden: PositiveInt = 2048
-    layers: PositiveInt = 2
-    dropout: float = Field(0.1, ge=0, lt=1)
-    div_value: float = Field(4.0, ge=1)
-
-
-NetworkConfig = Annotated[ModelConfig | TransformerConfig, Field(discriminator="name")]
 
 
 class LanguageModel(nn.Module):

@@ -8,36 +8,24 @@ state included, and on the CPU it ends with bit-identical weights.
 import math
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from engine import run as runs
 from engine.clipping import COUNTS, ClippingWatch
-from engine.config import RunConfig
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main, settings_of
 from engine.interrupt import Wish
 from engine.metrics import require_finite
 from engine.run_record import RunRecord
 from engine.seed import seed_step
-from language_model.data import DataConfig, TextData, hold_out, load_corpus
-from language_model.model import Network, NetworkConfig, create_model
+from language_model.config import Config
+from language_model.data import TextData, hold_out, load_corpus
+from language_model.model import Network, create_model
 from language_model.scoring import final_perplexities, perplexity, score
 
 USAGE = "usage: python -m language_model.train CONFIG [key=value ...]     e.g. configs/one_billion_words/apollo.yaml"
-
-
-class Config(RunConfig):
-    epochs: PositiveInt
-    data: DataConfig
-    model: NetworkConfig
-    sequence_length: PositiveInt = 20  # tokens of each row in an update: for a Transformer, its window
-    gradient_clip: PositiveFloat | None = None
-    gradient_clip_norm: Literal["total", "tensor"] = "total"  # of all gradients together, or of each tensor's own
-    eval_rows: PositiveInt = 32  # that the test text is cut into; the state starts from zero in each
 
 
 @dataclass(kw_only=True)

@@ -12,37 +12,15 @@ before it, where the text has them.
 All matrices are single parameters of their own, without biases, because some optimizers (Muon) treat each by itself.
 """
 
-from typing import Literal
-
 import torch
 from overrides import override
-from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import embedding, gelu, scaled_dot_product_attention
 
-from engine.config import Strict
+from language_model.config import TransformerConfig
 from language_model.softmax import adaptive_log_prob, create_softmax
 
 ROTARY_BASE = 10_000.0  # Su et al. 2021, section 3.2.2
-
-
-class TransformerConfig(Strict):
-    """The settings under `model:` in a config."""
-
-    name: Literal["transformer"]
-    cutoffs: list[PositiveInt]  # ids where the adaptive softmax starts a new cluster
-    width: PositiveInt = 512
-    inner_width: PositiveInt = 2048  # of the feed-forward parts
-    layers: PositiveInt = 6
-    heads: PositiveInt = 8
-    dropout: float = Field(0.1, ge=0, lt=1)  # of the word vectors and of what each part adds
-    div_value: float = Field(4.0, ge=1)  # cluster i has vectors of width / div_value**i dimensions
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "TransformerConfig":
-        if self.width % (2 * self.heads):
-            raise ValueError(f"width must be an even multiple of heads, not {self.width} and {self.heads}")
-        return self
 
 
 class Transformer(nn.Module):

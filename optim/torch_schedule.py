@@ -78,7 +78,9 @@ class AfterWarmup(LRScheduler):
 
     def _warm_up(self) -> None:
         for group, first in zip(self.optimizer.param_groups, self.first, strict=True):
-            lr = self.init_lr + (first - self.init_lr) * (self.last_epoch / self.warmup_updates)
+            # init_lr is that of the first group. Others have it in proportion to their rates.
+            init_lr = self.init_lr * (first / self.first[0] if self.first[0] else 1.0)
+            lr = init_lr + (first - init_lr) * (self.last_epoch / self.warmup_updates)
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:

@@ -14,16 +14,15 @@ from engine.config import load_config
 from engine.distributed import setup
 from engine.precision import Precision
 from language_model import evaluate as evaluate_command
+from language_model.config import Config, TransformerConfig
 from language_model.data import TextData, scored_batches
 from language_model.model import LanguageModel, create_model
 from language_model.scoring import score
 from language_model.softmax import adaptive_log_prob
 from language_model.toy_text import paragraphs, pydoc_corpus
-from language_model.train import Config
 from language_model.transformer import (
     Layer,
     Transformer,
-    TransformerConfig,
     rotary_angles,
     rotated,
     word_vectors,
