@@ -219,8 +219,9 @@ def end_update(run: Run, bar: tqdm) -> Wish:
     # The step is timed now and then, not every time: a clock has to wait for the device. The first one builds kernels.
     is_timed = progress.update > 0 and (progress.update - 1) % run.config.log_every == 0
     step = _timed_step if is_timed else _step
-    if step(run):
-        run.schedule.step()  # an update that the scaler skips advances nothing
+    if step(run):  # an update that the scaler skips advances nothing
+        with settings_of("schedule"):  # it may be anyone's
+            run.schedule.step()
     progress.update += 1
     progress.update_in_epoch += 1
     bar.update()
