@@ -163,7 +163,10 @@ def read_yaml(text: str) -> Any:
 
 
 def _checked_size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values `node` stands for once every alias is written out. Refuses a key that is no text, or given twice."""
+    """How many values `node` stands for once every alias is written out.
+
+    Raises ConstructorError for a key that is no text, or that is given twice.
+    """
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = 1  # for a node that holds itself, which PyYAML refuses later
