@@ -1,7 +1,7 @@
 """The average of the last checkpoints' weights. The published scores belong to such an average.
 
-The weights are kept in RUN/averaging/<update>/, apart from the checkpoint that a run resumes from. An interrupted run
-writes the same files as an uninterrupted one, because the update names them.
+The weights are kept in RUN/averaging/<update>/. An interrupted run writes the same files as an uninterrupted one,
+because the update names them.
 """
 
 import shutil
@@ -14,7 +14,7 @@ from engine.errors import UserError
 
 
 def keep_weights(run_dir: Path, update: int, model: torch.nn.Module, codec_digest: str, last: int) -> None:
-    """Write the weights after `update` updates. Of all kept weights only the `last` newest stay."""
+    """Write the weights of this update. Only the `last` newest stay."""
     folder = run_dir / "averaging" / f"{update:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     write_checkpoint(folder, {"model": model.state_dict(), "codec": codec_digest}, keep=1)

@@ -25,7 +25,7 @@ class Trained(NamedTuple):
 
 
 def open_run(run_dir: Path, overrides: Sequence[str]) -> Trained:
-    """Read the run folder, finished or not, or the bundle that scripts.report made of one.
+    """Read a run folder, finished or not, or a bundle.
 
     `overrides` (`key=value`) go on top of its config. Raises UserError where something does not fit.
     """

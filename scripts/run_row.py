@@ -2,8 +2,7 @@
 
     python -m scripts.run_row TABLE ROW [--seeds "1 101"] [--schedules "milestone cosine"] [key=value ...]
 
-Complete runs are skipped and unfinished ones resumed, so the same command carries on after any interruption. Each run
-is a process of its own, exactly the command that one would type for it. A whole table: scripts/reproduce.py.
+Complete runs are skipped and unfinished ones resumed. A whole table: scripts/reproduce.py.
 """
 
 import argparse
@@ -61,7 +60,7 @@ def main(arguments: list[str]) -> int:
 
 
 def tell(turns: Sequence[Turn], told: dict[str, State], launcher: Sequence[str]) -> None:
-    """Say on stderr what has happened since the last call: standard output is the row alone."""
+    """Say on stderr what has happened since the last call."""
     for number, turn in enumerate(turns, start=1):
         folder = turn.job.folder
         if turn.state is told.get(folder, State.WAITING):

@@ -6,8 +6,7 @@
 #   bash scripts/setup.sh --locked          set up a .venv with the versions of requirements.lock, which were tested
 #
 # If the current python has torch and torchvision (a container, a conda environment), it is used, and the small packages
-# that it lacks are installed. Otherwise a virtual environment is made in .venv with the newest Python found. The
-# project itself is not installed: its commands run from the root of the repository.
+# that it lacks are installed. Otherwise a virtual environment is made in .venv with the newest Python found.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -176,7 +176,7 @@ def test_disk_that_refuses_more_is_one_line_and_the_build_goes_on_later(tree, tm
 
 
 def in_little_memory(code, *arguments, mebibytes=600):
-    """Run `code` in a process with a limit on its additional address space. Returns what it printed."""
+    """Run `code` in a process with a limit on its additional address space."""
     limit = f"""
 import resource, sys
 from pathlib import Path

@@ -214,7 +214,6 @@ def test_a_row_that_is_not_there_is_refused(monkeypatch):
         run_row(["cifar10", "adamax"])
 
 
-# The default task is the one that its shortest command runs.
 TASKS_SHORT = {
     "classification": ["epochs=1"],
     "lm": ["--task", "lm", "epochs=1"],
