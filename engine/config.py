@@ -29,6 +29,11 @@ from engine.files import write_atomically
 
 TAKEN_WHOLE = ("optimizer", "schedule")
 COMMAND_LINE = "command line"
+FORMER_KEYS = {  # and what stands for them now
+    "global_batch": "an update is passes x batch: batch is what one pass sees, and the ranks divide the passes",
+    "accumulation": "passes is the number of passes that make an update, over all ranks",
+    "sync_batchnorm": "batchnorm_group is the number of images behind one statistic",
+}
 MOST_VALUES = 10_000  # that a YAML text may stand for: aliases of aliases could stand for more than memory holds
 
 
@@ -159,7 +164,10 @@ def read_yaml(text: str) -> Any:
 
 
 def _checked_size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values `node` stands for once every alias is written out. Refuses a key that is given twice."""
+    """How many values `node` stands for once every alias is written out.
+
+    Raises ConstructorError for a key that is no text, or that is given twice.
+    """
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = 1  # for a node that holds itself, which PyYAML refuses later
@@ -167,6 +175,8 @@ def _checked_size(node: yaml.Node, known: dict[int, int]) -> int:
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in children]
         for index, (key, _) in enumerate(children):
+            if isinstance(key, yaml.ScalarNode) and key.tag not in (f"{_TAG}str", f"{_TAG}merge"):
+                raise ConstructorError(None, None, f"the key {key.value} is not text: quote it", key.start_mark)
             if isinstance(key, yaml.ScalarNode) and key.value in keys[:index]:
                 raise ConstructorError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
         children = [child for pair in children for child in pair]
@@ -321,9 +331,18 @@ def _explain(error: ValidationError, model: type[BaseModel], sources: dict[str, 
     dotted = ".".join(keys)
     source = _source_of(dotted, sources) or path
     if problem["type"] == "extra_forbidden":
+<<<<<<< HEAD
         valid = list(holder.model_fields)
         return f"{source}: unknown key '{dotted}'{nearest(keys[-1], valid)}; valid keys: {', '.join(valid)}"
     if problem["type"] in ("missing", "union_tag_not_found"):
+=======
+        *parents, last = (str(part) for part in problem["loc"])
+        if dotted in FORMER_KEYS:
+            return f"{source}: unknown key '{dotted}': {FORMER_KEYS[dotted]}"
+        valid = list(_model_at(model, parents).model_fields)
+        return f"{source}: unknown key '{dotted}'{nearest(last, valid)}; valid keys: {', '.join(valid)}"
+    if problem["type"] == "missing":
+>>>>>>> robust
         return f"{source}: the key '{dotted}' is missing"
     if problem["type"] == "union_tag_invalid":
         about = problem["ctx"]
