@@ -24,18 +24,18 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from classification.augment import Augmentation, ImageData, Images
 from classification.held_out import held_out
-from classification.image_files import is_image, list_files, list_folders, printable, to_rgb
+from classification.image_files import IMG_EXTENSIONS, is_image, list_files, list_folders, printable, to_rgb
 from engine.config import Strict
 from engine.errors import UserError, nearest
 from engine.machine import core_count
 
 if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
+
     from classification.imagenet.data import ImageNetData
 
 __all__ = ["DATASETS", "DataConfig", "ImageData", "load_data"]
@@ -116,15 +116,19 @@ def load_data(config: DataConfig, device: torch.device | str, seed: int) -> "Ima
 
 def read_cifar10(root: Path) -> Dataset:
     """50,000 training and 10,000 test images of 32x32 in 10 classes; normalised with the published constants."""
+    from torchvision.datasets import CIFAR10  # here, as its import takes seconds
+
     return _read_cifar(CIFAR10, root, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 
 
 def read_cifar100(root: Path) -> Dataset:
     """50,000 training and 10,000 test images of 32x32 in 100 classes; normalised with the customary constants."""
+    from torchvision.datasets import CIFAR100
+
     return _read_cifar(CIFAR100, root, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
 
 
-def _read_cifar(source: type[CIFAR10], root: Path, mean: Sequence[float], std: Sequence[float]) -> Dataset:
+def _read_cifar(source: "type[CIFAR10]", root: Path, mean: Sequence[float], std: Sequence[float]) -> Dataset:
     """Read torchvision's files. They are pickles: torchvision opens none whose MD5 is not that of the original."""
     test = _provide_cifar(source, root)
     train = source(root, train=True)
@@ -132,7 +136,7 @@ def _read_cifar(source: type[CIFAR10], root: Path, mean: Sequence[float], std: S
     return Dataset(*splits, test.classes, NATURAL_IMAGES, mean, std)
 
 
-def _provide_cifar(source: type[CIFAR10], root: Path) -> CIFAR10:
+def _provide_cifar(source: "type[CIFAR10]", root: Path) -> "CIFAR10":
     """The test split, after seeing to it that the files of both are there: unpacked, or else downloaded."""
     try:
         return source(root, train=False)

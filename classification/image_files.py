@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from engine.errors import UserError
+
+# Those of torchvision.datasets.folder, whose import takes seconds.
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 def list_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]:

@@ -10,7 +10,6 @@ The networks of the ImageNet table come from torchvision, without pretrained wei
 
 from collections.abc import Callable
 
-import torchvision
 from overrides import override
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -93,6 +92,8 @@ def from_torchvision(name: str) -> Callable[..., nn.Module]:
     """A function that builds torchvision's model `name` for float images [N, 3, H, W] of at least 32x32 pixels."""
 
     def build(num_classes: int, depth: int | None = None) -> nn.Module:
+        import torchvision  # here, as its import takes seconds, and the CIFAR ResNet does without
+
         if depth is not None:
             raise ValueError(f"model '{name}' comes in one depth: leave model.depth out")
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
