@@ -148,8 +148,7 @@ def measure(
                 if contender.transfers:
                     result["transfers"] = contender.transfers
                     result["gb_per_step"] = 4 * count * result["transfers"] / 1e9
-                if device.type == "cuda":
-                    result["launches"] = launches(optimizer)
+                result["launches"] = launches(optimizer, device)
             if not together:
                 made.clear()
                 del optimizer
@@ -199,13 +198,14 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / best / 1e9
 
 
-def launches(optimizer: torch.optim.Optimizer) -> int:
-    """The number of kernels and copies that one step starts on the GPU."""
+def launches(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+    """The number of kernels and copies that one step starts on a GPU; none on the CPU."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as profiled:
         optimizer.step()
-        torch.cuda.synchronize()
+        synchronize(device)
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())
 
 
@@ -247,7 +247,7 @@ def table(name: str, results: dict[str, dict[str, Any]]) -> str:
                 *(f"{result[key]:.2f}" if key in result else "" for key in ("ratio", "ratio_to_floor")),
                 f"{result['gb_per_s']:.1f}" if "gb_per_s" in result else "",
                 f"{result['bytes_per_parameter']:.1f}",
-                str(result.get("launches", "")),
+                str(result["launches"] or ""),
             ]
         )
     full = [row for row in rows if len(row) == len(rows[0])]
