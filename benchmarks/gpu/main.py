@@ -8,6 +8,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,7 @@ def unpack(packages: Path, site: Path) -> list[str]:
 def check(options: argparse.Namespace) -> int:
     """Run the parts; the status is 1 where one failed or found something wrong."""
     until = time.time() + 60 * options.minutes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worker is ended too
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "record.json"
     path.unlink(missing_ok=True)

@@ -22,10 +22,10 @@ from engine.distributed import setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMON = ["deterministic=true", "log_every=1", "checkpoint.minutes=0"]  # a checkpoint after every update
-KILLED_AT = 7  # updates, at least
+KILLED_AT = 5  # updates, at least
 TASKS: dict[str, tuple[str, str, list[str]]] = {
-    "images": ("classification.train", "digits/apollo.yaml", ["epochs=1"]),
-    "words": ("language_model.train", "pydoc_topics/apollo.yaml", ["epochs=1", "batch=64", "model.hidden=64"]),
+    "images": ("classification.train", "digits/apollo.yaml", ["epochs=2", "batch=128"]),
+    "words": ("language_model.train", "pydoc_topics/apollo.yaml", ["epochs=1", "batch=128", "model.hidden=64"]),
     "sentences": ("nmt.train", "grammar/apollo.yaml", ["updates=20", "average.every=10", "decoding.beam=1"]),
 }
 
