@@ -22,7 +22,8 @@ from engine.errors import UserError
 from optim import Apollo
 
 if TYPE_CHECKING:
-    from classification.train import Config, ImageRun
+    from classification.config import Config
+    from classification.train import ImageRun
 
 CAPTURABLE = (Apollo, Adam, AdamW, SGD, RAdam)  # their steps were read, and keep every scalar on the device
 PRECISIONS = ("fp32", "tf32", "bf16")  # the loss scaler of fp16, and apex, decide on the host whether to step

@@ -9,9 +9,10 @@ from torch import nn
 from tqdm import tqdm
 
 from classification import cuda_graph
+from classification.config import Config
 from classification.cuda_graph import RecordedStep, capturable, counted_together, uses_graph
 from classification.native import norm_relu
-from classification.train import Config, ImageRun, prepare, train_epoch
+from classification.train import ImageRun, prepare, train_epoch
 from engine.config import load_config
 from engine.distributed import World
 from engine.errors import UserError

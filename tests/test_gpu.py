@@ -17,7 +17,6 @@ from benchmarks.gpu.data import noise, pack_digits, packed_digits
 from benchmarks.gpu.resuming import KILLED_AT
 from benchmarks.gpu.training import counted_waits
 from classification.data import read_digits
-from engine.metrics import Sums
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,7 +120,7 @@ def test_waits_are_counted_by_place(monkeypatch):
     def log_line() -> None:
         wait()
 
-    with counted_waits(torch.device("cuda"), (log_line, Sums.reduce)) as waits:
+    with counted_waits(torch.device("cuda"), log_line) as waits:
         log_line()
         wait()
         warnings.warn("of another kind", stacklevel=1)

@@ -14,7 +14,8 @@ from typing import Any
 from benchmarks.gpu.data import images_in_memory
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.worker import Place
-from classification.train import Config, train
+from classification.config import Config
+from classification.train import train
 from engine.config import load_config
 from engine.distributed import setup
 
