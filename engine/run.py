@@ -7,6 +7,8 @@ A train.py calls these functions in the order in which they stand here:
     start_clock, averaged_over_ranks, end_update, close_window, log_window, save        in `train_epoch`
     record_evaluation, end_epoch                                         after an evaluation
     say_stopped, write_result                                                      at the end
+
+Which weights an evaluation is of, engine/evaluated.py says.
 """
 
 import time
@@ -17,8 +19,10 @@ from statistics import median
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from engine import evaluated
 from engine.allocator import keep_freed_memory
 from engine.apex_adapter import ApexPrecision, require_apex
 from engine.checkpoint import Checkpoints, Progress
@@ -56,6 +60,9 @@ class Run:
     progress: Progress
     checkpoints: Checkpoints
     stop: StopRequest
+    updates: int  # of the whole run
+    updates_per_epoch: int
+    average: AveragedModel | None  # the exponential one of the weights, where the config asks for it
     vocabulary: str | None = None  # digest of the data's; a checkpoint made with another is refused
     clock: float = 0.0  # when the training that is being timed began
     optimizer_ms: list[float] = field(default_factory=list)  # a sample, one an interval of log_every
@@ -110,14 +117,16 @@ def assemble(
     *,
     total: int,
     updates_per_unit: int = 1,
+    updates_per_epoch: int | None = None,
     network: torch.nn.Module | None = None,
     **own: Any,
 ) -> RunT:
     """A Run of class `kind` at its beginning, with its schedule, metrics and checkpoints; `own` are the fields it adds.
 
-    The schedule counts in units of `updates_per_unit` updates, and the run has `total` of them. `network` is the model
-    as it is called in training, e.g. compiled; by default the model itself.
+    The schedule counts in units of `updates_per_unit` updates, and the run has `total` of them; by default a unit is an
+    epoch. `network` is the model as it is called in training, e.g. compiled; by default the model itself.
     """
+    evaluated.begin_training(optimizer)
     with settings_of("schedule"):
         schedule = create_schedule(
             optimizer,
@@ -129,7 +138,10 @@ def assemble(
     if world.device.type == "cpu":
         keep_freed_memory()
     network = model if network is None else network
+    average = evaluated.exponential_average(model, config)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
+    if average:
+        parts["average"] = average
     return kind(
         config=config,
         world=world,
@@ -145,6 +157,9 @@ def assemble(
             record.folder, parts, world, config.checkpoint.keep, config.checkpoint.minutes, say=record.say
         ),
         stop=StopRequest(),
+        updates=total * updates_per_unit,
+        updates_per_epoch=updates_per_epoch or updates_per_unit,
+        average=average,
         **own,
     )
 
@@ -190,7 +205,10 @@ def averaged_over_ranks(run: Run, is_last: bool) -> AbstractContextManager:
 
 
 def end_update(run: Run, bar: tqdm) -> Wish:
-    """Take the optimizer's and the schedule's step, and count the update; returns what the ranks agree to do next."""
+    """Take the optimizer's and the schedule's step, and count the update; returns what the ranks agree to do next.
+
+    They save after an update whose weights are kept for averaging.
+    """
     progress = run.progress
     progress.lr = float(run.optimizer.param_groups[0]["lr"])
     # The step is timed now and then, not every time: a clock has to wait for the device. The first one builds kernels.
@@ -198,13 +216,16 @@ def end_update(run: Run, bar: tqdm) -> Wish:
     step = _timed_step if is_timed else _step
     if step(run):
         run.schedule.step()  # an update that the scaler skips advances nothing
+        evaluated.update_average(run)
     progress.update += 1
     progress.update_in_epoch += 1
     now = time.perf_counter()
     progress.since_evaluation_s += now - run.clock
     run.clock = now
     bar.update()
-    return agree(run.world, run.stop, run.checkpoints.due(), progress.update)
+    kept = evaluated.keep_for_average(run)
+    wish = agree(run.world, run.stop, run.checkpoints.due(), progress.update)
+    return max(wish, Wish.SAVE) if kept else wish
 
 
 def _step(run: Run) -> bool:
@@ -256,6 +277,7 @@ def save(run: Run, **own: torch.Tensor) -> None:
     require_finite(float(window[:, 0].sum()), run.progress.update)
     require_finite_weights(run.model, run.world, run.progress.update)
     extra = {"window": window, "record": run.record.position(), "vocabulary": run.vocabulary}
+    extra["train_mode"] = evaluated.has_modes(run.optimizer)
     run.checkpoints.save(run.progress, extra | own)
     start_clock(run)
 
