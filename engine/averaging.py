@@ -1,7 +1,7 @@
 """The mean of the last weights that a run has kept. The published scores of translation belong to such a mean.
 
-The weights are kept in RUN/averaging/<update>/, apart from the checkpoint that a run resumes from. An interrupted run
-writes the same files as an uninterrupted one, because the update names them.
+The weights are kept in RUN/averaging/<update>/. An interrupted run writes the same files as an uninterrupted one,
+because the update names them.
 """
 
 import shutil
@@ -14,7 +14,7 @@ from engine.errors import UserError
 
 
 def keep_weights(run_dir: Path, update: int, model: torch.nn.Module, vocabulary: str | None, last: int) -> None:
-    """Write the weights after `update` updates. Of all kept weights only the `last` newest stay.
+    """Write the weights of this update. Only the `last` newest stay.
 
     `vocabulary` is the digest of the data's, None in a task without one.
     """

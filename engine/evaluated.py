@@ -174,24 +174,8 @@ def update_average(run: Run) -> None:
             run.average.update_parameters(run.model)
 
 
-def keep_for_average(run: Run) -> bool:
-    """Keep the weights, if they are to be averaged after this update; returns whether they are.
-
-    Raises UserError where the training loss or a weight is not finite.
-    """
-    if not _is_kept(run):
-        return False
-    update = run.progress.update
-    require_finite(run.window.reduce(run.world)["loss"], update)
-    with eval_mode(run):
-        require_finite_weights(run.model, run.world, update)
-        if run.world.is_main:
-            keep_weights(run.record.folder, update, run.model, run.vocabulary, run.config.average.last)
-    return True
-
-
-def _is_kept(run: Run) -> bool:
-    """The last weights are kept also where there would be none else."""
+def is_kept(run: Run) -> bool:
+    """Whether the weights after this update are to be averaged; the last ones are where there would be none else."""
     average, progress = run.config.average, run.progress
     if not average or average.decay:
         return False
@@ -199,6 +183,16 @@ def _is_kept(run: Run) -> bool:
     if average.every:
         return is_end or progress.update % average.every == 0
     return progress.update_in_epoch == run.updates_per_epoch or (is_end and progress.epoch == 0)
+
+
+def keep_for_average(run: Run) -> None:
+    """Keep the weights for averaging, unless the training loss or a weight is not finite."""
+    update = run.progress.update
+    require_finite(run.window.reduce(run.world)["loss"], update)
+    with eval_mode(run):
+        require_finite_weights(run.model, run.world, update)
+        if run.world.is_main:
+            keep_weights(run.record.folder, update, run.model, run.vocabulary, run.config.average.last)
 
 
 def _write(run: Run, updates: Sequence[int] = ()) -> None:

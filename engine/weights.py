@@ -1,7 +1,7 @@
-"""The weights of a trained model: those of its run folder, or of the bundle that `scripts.report --bundle` made of it.
+"""The weights of a trained model: those of its run folder, or of a bundle.
 
-A bundle holds the model's state_dict in weights.safetensors, and beside it the run's config.yaml. So does the folder of
-a run whose evaluated weights are not those of its checkpoint (engine/evaluated.py).
+A bundle holds the model's state_dict in weights.safetensors. So does the folder of a run whose evaluated weights are
+not those of its checkpoint (engine/evaluated.py).
 """
 
 import os
@@ -23,7 +23,7 @@ class Weights(NamedTuple):
     state: dict[str, torch.Tensor]  # the model's state_dict, on the CPU
     update: int  # updates that the run had taken
     vocabulary: str | None = None  # digest of the data's; None in a task without one
-    averaged: tuple[int, ...] = ()  # updates whose weights they are the mean of; none where they are those of `update`
+    averaged: tuple[int, ...] = ()  # updates whose weights they are the mean of
 
 
 def read_weights(folder: Path, say: Callable[[str], None]) -> Weights:

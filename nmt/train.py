@@ -12,37 +12,23 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from engine import evaluated
 from engine import run as runs
 from engine.clipping import COUNTS, ClippingWatch
-from engine.config import AverageConfig, RunConfig
 from engine.distributed import World, setup
 from engine.errors import run_main
 from engine.interrupt import Wish
 from engine.run_record import RunRecord
 from engine.seed import seed_step
-from nmt.beam_search import DecodingConfig
-from nmt.data import DataConfig, ParallelData, Split, load_data, train_batches, updates_per_epoch
-from nmt.model import ModelConfig, Transformer, create_model
+from nmt.config import Config
+from nmt.data import ParallelData, Split, load_data, train_batches, updates_per_epoch
+from nmt.model import Transformer, create_model
 from nmt.scoring import all_scores, loss_sums, sacre_bleu, translate_split
 
 USAGE = "usage: python -m nmt.train CONFIG [key=value ...]     e.g. configs/wmt14_en_de/apollo.yaml"
 METRIC = "fairseq_bleu"  # the score that is `final`
-
-
-class Config(RunConfig):
-    updates: PositiveInt
-    data: DataConfig
-    model: ModelConfig = ModelConfig()
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-    gradient_clip: PositiveFloat = 1.0  # greatest norm of all gradients together
-    validate_every: PositiveInt  # updates
-    average: AverageConfig
-    decoding: DecodingConfig = DecodingConfig()
-    eval_batch: PositiveInt = 4096  # tokens per rank, in validation and in decoding
 
 
 @dataclass(kw_only=True)
@@ -88,9 +74,6 @@ def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
     for passes in batches:
         run.network.train()
         run.optimizer.zero_grad()
-        tokens = torch.full((), float(sum(batch.tokens for _, batch in passes)), device=world.device)
-        # The gradients are averaged over ranks after each has divided by the tokens of all.
-        share = world.world_size / world.sum(tokens)
         for index, batch in passes:
             is_last = index + world.world_size >= config.passes
             seed_step(config.seed, "step", progress.update, index)  # dropout is the same whichever rank takes the pass
@@ -98,7 +81,8 @@ def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
             with runs.averaged_over_ranks(run, is_last):
                 with run.precision.autocast():
                     loss, nll = run.network(source, target_in, target_out, batch.tokens, config.label_smoothing)
-                run.precision.backward(loss * share, is_last)
+                # The gradients are averaged over ranks after each has divided by the tokens of all.
+                run.precision.backward(loss * (world.world_size / batch.update_tokens), is_last)
             run.window.add(loss=loss, nll=nll, tokens=batch.tokens)
         run.gradient_norm = run.precision.clip(run.optimizer, run.model.parameters(), config.gradient_clip)
         run.window.add(clipped=run.gradient_norm > config.gradient_clip, updates=1)
