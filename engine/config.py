@@ -1,21 +1,25 @@
 """Strict configuration: YAML files over a `base:`, `key=value` on top, checked by a pydantic model.
 
-Files merge key by key, except `optimizer` and `schedule`: each is a name and its settings, taken whole from the last
-file that gives it, so that nothing is inherited from another method. Every error is one line that names where the value
-came from (a file or the command line), the key, and what would be right.
+Files merge key by key, except `optimizer`, `schedule` and `average`: each is a choice and its settings, taken whole
+from the last file that gives it, so that nothing is inherited from another method. Every error is one line that names
+where the value came from (a file or the command line), the key, and what would be right.
 """
 
 import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+<<<<<<< HEAD
 from types import UnionType
+=======
+>>>>>>> modes
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
@@ -27,7 +31,7 @@ from yaml.constructor import ConstructorError
 from engine.errors import UserError, nearest
 from engine.files import write_atomically
 
-TAKEN_WHOLE = ("optimizer", "schedule")
+TAKEN_WHOLE = ("optimizer", "schedule", "average")
 COMMAND_LINE = "command line"
 FORMER_KEYS = {  # and what stands for them now
     "global_batch": "an update is passes x batch: batch is what one pass sees, and the ranks divide the passes",
@@ -70,6 +74,24 @@ class CheckpointConfig(Strict):
     keep: PositiveInt = 2  # files kept
 
 
+class AverageConfig(Strict):
+    """The average of weights that is evaluated: an exponential one (`decay`), or the mean of some that are kept.
+
+    The exponential average is a <- decay * a + (1 - decay) * w after every update, and begins as the weights after the
+    first one. The mean is that of the `last` weights kept; it is formed at the end of the run.
+    """
+
+    decay: float | None = Field(None, gt=0, lt=1)
+    every: PositiveInt | None = None  # keep weights every so many updates; None: at each epoch's end
+    last: PositiveInt = 10  # how many are kept and averaged
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "AverageConfig":
+        if self.decay and (self.every or self.last != 10):
+            raise ValueError("decay, or every and last: an exponential average keeps no weights")
+        return self
+
+
 class RunConfig(Strict):
     """The keys that every task's config has; a task adds its own (data, model, epochs or updates, ...)."""
 
@@ -88,6 +110,7 @@ class RunConfig(Strict):
     log_every: PositiveInt = 50  # updates
     tensorboard: bool = False
     checkpoint: CheckpointConfig = CheckpointConfig()
+    average: AverageConfig | None = None
 
     @property
     def folder(self) -> Path:
@@ -362,6 +385,7 @@ def _source_of(dotted: str, sources: dict[str, str]) -> str | None:
     return sources.get(dotted)
 
 
+<<<<<<< HEAD
 def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
     """The keys that lead to a problem, and the model that has, or lacks, the last of them.
 
@@ -379,6 +403,13 @@ def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str],
         else:
             kind = None
     return keys, holder
+=======
+def _model_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        model = next(kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields"))
+    return model
+>>>>>>> modes
 
 
 def _flat(error: object) -> str:
