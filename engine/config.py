@@ -9,10 +9,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-<<<<<<< HEAD
 from types import UnionType
-=======
->>>>>>> modes
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
@@ -354,18 +351,11 @@ def _explain(error: ValidationError, model: type[BaseModel], sources: dict[str, 
     dotted = ".".join(keys)
     source = _source_of(dotted, sources) or path
     if problem["type"] == "extra_forbidden":
-<<<<<<< HEAD
+        if dotted in FORMER_KEYS:
+            return f"{source}: unknown key '{dotted}': {FORMER_KEYS[dotted]}"
         valid = list(holder.model_fields)
         return f"{source}: unknown key '{dotted}'{nearest(keys[-1], valid)}; valid keys: {', '.join(valid)}"
     if problem["type"] in ("missing", "union_tag_not_found"):
-=======
-        *parents, last = (str(part) for part in problem["loc"])
-        if dotted in FORMER_KEYS:
-            return f"{source}: unknown key '{dotted}': {FORMER_KEYS[dotted]}"
-        valid = list(_model_at(model, parents).model_fields)
-        return f"{source}: unknown key '{dotted}'{nearest(last, valid)}; valid keys: {', '.join(valid)}"
-    if problem["type"] == "missing":
->>>>>>> robust
         return f"{source}: the key '{dotted}' is missing"
     if problem["type"] == "union_tag_invalid":
         about = problem["ctx"]
@@ -385,7 +375,6 @@ def _source_of(dotted: str, sources: dict[str, str]) -> str | None:
     return sources.get(dotted)
 
 
-<<<<<<< HEAD
 def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
     """The keys that lead to a problem, and the model that has, or lacks, the last of them.
 
@@ -393,9 +382,11 @@ def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str],
     """
     keys, holder, kind = [], model, model
     for part in loc:
-        if isinstance(kind, UnionType):
-            kind = next(one for one in get_args(kind) if part in get_args(one.model_fields["name"].annotation))
+        models = [one for one in get_args(kind) if hasattr(one, "model_fields")] if isinstance(kind, UnionType) else []
+        if len(models) > 1:
+            kind = next(one for one in models if part in get_args(one.model_fields["name"].annotation))
             continue
+        kind = models[0] if models else kind  # a model or None
         keys.append(str(part))
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             holder = kind
@@ -403,13 +394,6 @@ def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str],
         else:
             kind = None
     return keys, holder
-=======
-def _model_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
-    for part in path:
-        annotation = model.model_fields[part].annotation
-        model = next(kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields"))
-    return model
->>>>>>> modes
 
 
 def _flat(error: object) -> str:

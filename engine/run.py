@@ -172,13 +172,10 @@ def assemble(
         ),
         stop=stop,
         agreement=Agreement(world, stop),
-<<<<<<< HEAD
         take_step=partial(precision.step, optimizer),
-=======
         updates=total * updates_per_unit,
         updates_per_epoch=updates_per_epoch or updates_per_unit,
         average=average,
->>>>>>> modes
         **own,
     )
 
@@ -243,15 +240,10 @@ def end_update(run: Run, bar: tqdm) -> Wish:
     # The step is timed now and then, not every time: a clock has to wait for the device. The first one builds kernels.
     is_timed = progress.update > 0 and (progress.update - 1) % run.config.log_every == 0
     step = _timed_step if is_timed else _step
-<<<<<<< HEAD
     if step(run):  # an update that the scaler skips advances nothing
         with settings_of("schedule"):  # it may be anyone's
             run.schedule.step()
-=======
-    if step(run):
-        run.schedule.step()  # an update that the scaler skips advances nothing
         evaluated.update_average(run)
->>>>>>> modes
     progress.update += 1
     progress.update_in_epoch += 1
     bar.update()
