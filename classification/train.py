@@ -8,6 +8,7 @@ it ends with bit-identical weights.
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from pydantic import PositiveInt, model_validator
@@ -31,6 +32,7 @@ USAGE = "usage: python -m classification.train CONFIG [key=value ...]     e.g. c
 
 
 class Config(RunConfig):
+    DIFFERENTIABLE_TWICE = True
     epochs: PositiveInt
     data: DataConfig
     model: ModelConfig
@@ -90,21 +92,8 @@ def train_epoch(run: ImageRun, bar: tqdm) -> bool:
     )
     runs.start_clock(run)
     for passes in batches:
-        run.optimizer.zero_grad()
-        for index, (images, labels) in passes:
-            is_last = index + world.world_size >= config.passes
-            seed_step(config.seed, "step", progress.update, index)  # dropout is the same whichever rank takes the pass
-            if config.passes > 1:
-                track_statistics(run.model, index == 0)
-            with runs.averaged_over_ranks(run, is_last):
-                with run.precision.autocast():
-                    logits = run.network(images)
-                    loss = cross_entropy(logits.float(), labels)
-                run.precision.backward(loss / len(passes), is_last)
-            correct = (logits.argmax(1) == labels).sum()
-            damaged = run.data.take_damaged()
-            run.window.add(loss=loss * len(labels), correct=correct, examples=len(labels), damaged=damaged)
-        wish = runs.end_update(run, bar)
+        forward_backward(run, passes)
+        wish = runs.end_update(run, bar, partial(forward_backward, run, passes, again=True))
 
         if progress.update % config.log_every == 0:
             log(run, bar)
@@ -114,6 +103,28 @@ def train_epoch(run: ImageRun, bar: tqdm) -> bool:
             return False
     log(run, bar)
     return True
+
+
+def forward_backward(run: ImageRun, passes: list[tuple[int, Batch]], again: bool = False) -> torch.Tensor:
+    """Take the gradients of one update; returns this rank's mean loss. `again`: for a closure, counting nothing."""
+    config, world, total = run.config, run.world, 0.0
+    run.optimizer.zero_grad()
+    for index, (images, labels) in passes:
+        is_last = index + world.world_size >= config.passes
+        seed_step(config.seed, "step", run.progress.update, index)  # dropout is the same whichever rank takes the pass
+        if config.passes > 1 or run.needs == "closure":
+            track_statistics(run.model, index == 0 and not again)
+        with runs.averaged_over_ranks(run, is_last):
+            with run.precision.autocast():
+                logits = run.network(images)
+                loss = cross_entropy(logits.float(), labels)
+            share = loss / len(passes)
+            run.precision.backward(share, is_last)
+        total += share.detach()
+        if not again:
+            correct, damaged = (logits.argmax(1) == labels).sum(), run.data.take_damaged()
+            run.window.add(loss=loss * len(labels), correct=correct, examples=len(labels), damaged=damaged)
+    return total
 
 
 def log(run: ImageRun, bar: tqdm) -> None:

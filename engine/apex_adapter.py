@@ -74,7 +74,7 @@ class ApexPrecision(Precision):
         return torch.nn.utils.clip_grad_norm_(list(self.amp.master_params(optimizer)), max_norm)
 
     @override
-    def step(self, optimizer: torch.optim.Optimizer) -> bool:
+    def step(self, optimizer: torch.optim.Optimizer, closure: None = None) -> bool:
         optimizer.step()  # amp skips it after an overflow
         return not self.overflowed
 

@@ -8,7 +8,7 @@ apex-O1 and apex-O2 leave these steps to NVIDIA's apex, if a suitable one is ins
 engine/run.py chooses among them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -33,6 +33,7 @@ class Precision:
             torch.backends.cudnn.allow_tf32 = name == "tf32"
         self.device_type = device.type
         self.dtype = AUTOCAST_DTYPES[name]
+        self.create_graph = False  # whether gradients can be differentiated again (engine/needs.py)
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     def prepare(
@@ -51,7 +52,7 @@ class Precision:
 
     def backward(self, loss: torch.Tensor, is_last: bool = True) -> None:
         """Add the gradients of `loss`. `is_last` is False if more gradients follow before the step."""
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward(create_graph=self.create_graph)
 
     def clip(
         self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], max_norm: float
@@ -60,10 +61,13 @@ class Precision:
         self.scaler.unscale_(optimizer)
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
-    def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Take the optimizer step. Returns False if the scaler skipped it because a gradient overflowed."""
+    def step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor] | None = None) -> bool:
+        """Take the optimizer step. Returns False if the scaler skipped it because a gradient overflowed.
+
+        `closure` takes the gradients again, for an optimizer that asks for them; with a scaler there must be none.
+        """
         if not self.scaler.is_enabled():
-            optimizer.step()
+            optimizer.step() if closure is None else optimizer.step(closure)
             return True
         scale = self.scaler.get_scale()
         self.scaler.step(optimizer)

@@ -10,6 +10,7 @@ bit-identical weights.
 import math
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -26,7 +27,7 @@ from engine.run_record import RunRecord
 from engine.seed import seed_step
 from nmt.averaging import AverageConfig, average_weights, keep_weights
 from nmt.beam_search import DecodingConfig
-from nmt.data import DataConfig, ParallelData, Split, load_data, train_batches, updates_per_epoch
+from nmt.data import Batch, DataConfig, ParallelData, Split, load_data, train_batches, updates_per_epoch
 from nmt.model import ModelConfig, Transformer, create_model
 from nmt.scoring import all_scores, loss_sums, sacre_bleu, translate_split
 
@@ -89,22 +90,8 @@ def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
     runs.start_clock(run)
     for passes in batches:
         run.network.train()
-        run.optimizer.zero_grad()
-        tokens = torch.full((), float(sum(batch.tokens for _, batch in passes)), device=world.device)
-        # The gradients are averaged over ranks after each has divided by the tokens of all.
-        share = world.world_size / world.sum(tokens)
-        for index, batch in passes:
-            is_last = index + world.world_size >= config.passes
-            seed_step(config.seed, "step", progress.update, index)  # dropout is the same whichever rank takes the pass
-            source, target_in, target_out = batch.to(world.device)[:3]
-            with runs.averaged_over_ranks(run, is_last):
-                with run.precision.autocast():
-                    loss, nll = run.network(source, target_in, target_out, batch.tokens, config.label_smoothing)
-                run.precision.backward(loss * share, is_last)
-            run.window.add(loss=loss, nll=nll, tokens=batch.tokens)
-        run.gradient_norm = run.precision.clip(run.optimizer, run.model.parameters(), config.gradient_clip)
-        run.window.add(clipped=run.gradient_norm > config.gradient_clip, updates=1)
-        wish = runs.end_update(run, bar)
+        forward_backward(run, passes)
+        wish = runs.end_update(run, bar, partial(forward_backward, run, passes, again=True))
 
         is_end = progress.update == config.updates
         validates, keeps = is_end or progress.update % config.validate_every == 0, is_kept(run)
@@ -120,6 +107,31 @@ def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
             return is_end
     runs.end_epoch(run)
     return True
+
+
+def forward_backward(run: TranslationRun, passes: list[tuple[int, Batch]], again: bool = False) -> torch.Tensor:
+    """Take the gradients of one update; returns this rank's mean loss. `again`: for a closure, counting nothing."""
+    config, world, total = run.config, run.world, 0.0
+    run.optimizer.zero_grad()
+    tokens = torch.full((), float(sum(batch.tokens for _, batch in passes)), device=world.device)
+    # The gradients are averaged over ranks after each has divided by the tokens of all.
+    share = world.world_size / world.sum(tokens)
+    for index, batch in passes:
+        is_last = index + world.world_size >= config.passes
+        seed_step(config.seed, "step", run.progress.update, index)  # dropout is the same whichever rank takes the pass
+        source, target_in, target_out = batch.to(world.device)[:3]
+        with runs.averaged_over_ranks(run, is_last):
+            with run.precision.autocast():
+                loss, nll = run.network(source, target_in, target_out, batch.tokens, config.label_smoothing)
+            run.precision.backward(loss * share, is_last)
+        total += loss.detach() * share
+        if not again:
+            run.window.add(loss=loss, nll=nll, tokens=batch.tokens)
+    norm = run.precision.clip(run.optimizer, run.model.parameters(), config.gradient_clip)
+    if not again:
+        run.gradient_norm = norm
+        run.window.add(clipped=norm > config.gradient_clip, updates=1)
+    return total
 
 
 def log(run: TranslationRun, bar: tqdm) -> None:
