@@ -5,7 +5,7 @@ the same (docs/apex.md has the mapping). Only apex's documented functions are ca
 master_params, state_dict and load_state_dict, and enable_allreduce and disable_allreduce of its DDP.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -74,8 +74,8 @@ class ApexPrecision(Precision):
         return torch.nn.utils.clip_grad_norm_(list(self.amp.master_params(optimizer)), max_norm)
 
     @override
-    def step(self, optimizer: torch.optim.Optimizer, closure: None = None) -> bool:
-        optimizer.step()  # amp skips it after an overflow
+    def step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor] | None = None) -> bool:
+        optimizer.step()  # amp skips it after an overflow; engine/needs.py lets no closure come here
         return not self.overflowed
 
     def _scale(self) -> float:

@@ -20,7 +20,11 @@ from engine.errors import UserError, raised_at
 from engine.parameter_groups import SeveralOptimizers
 from engine.seed import seed_step
 
-HINTS = {"closure": "closure", "does not have a grad_fn": "create_graph"}  # words of an error, and the need behind it
+HINTS = {  # words of an error, and the setting that its optimizer probably lacks
+    "closure": "optimizer.needs=closure",
+    "does not have a grad_fn": "optimizer.needs=create_graph",
+    "view size is not compatible": "channels_last=false",  # torch's L-BFGS reads gradients as if they were contiguous
+}
 
 
 def needs_of(config: RunConfig, optimizer: torch.optim.Optimizer, world: World) -> str | None:
@@ -68,6 +72,6 @@ def closure_of(
 
 
 def explain_failure(error: Exception, needs: str | None) -> str:
-    """What an optimizer raised in its step, in one line, with the setting that it seems to lack."""
-    lacking = None if needs else next((need for words, need in HINTS.items() if words in str(error)), None)
-    return raised_at(error) + (f"; set optimizer.needs={lacking}" if lacking else "")
+    """What an optimizer raised in its step, in one line, and the setting that helps where that is known."""
+    hint = next((setting for words, setting in HINTS.items() if words in str(error)), None)
+    return raised_at(error) + (f"; set {hint}" if hint and hint != f"optimizer.needs={needs}" else "")
