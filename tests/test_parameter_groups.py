@@ -172,7 +172,7 @@ def test_what_the_config_says_of_them(tmp_path):
     (tmp_path / "again.yaml").write_text(dump_config(grouped))
     assert load_config(RunConfig, tmp_path / "again.yaml") == grouped
     for wrong in ("[{lr: 1}]", "[{match: '('}]", "[{match: -1}]", "[{match: 1, lr: .nan}]", "[1]"):
-        with pytest.raises(UserError, match="^command line: optimizer.groups"):
+        with pytest.raises(UserError, match="^command line: .*optimizer.groups"):
             load_config(RunConfig, tmp_path / "c.yaml", [f"optimizer.groups={wrong}"])
 
 
@@ -206,7 +206,7 @@ def test_stopped_and_resumed_it_ends_the_same(cells, name, tmp_path):
     cell.complete(moved, *ours)
     shapes = [shapes_of(one) for one in (at_two, saved(moved)["optimizer"], saved(whole)["optimizer"])]
     assert shapes[0] == shapes[1] == shapes[2]
-    close = [directions(run_dir, whole) for run_dir in (moved,)][0]
+    close = directions(moved, whole)
     assert min(close) > 0.9, close
 
 
