@@ -2,6 +2,7 @@
 
 import copy
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,15 +224,16 @@ def shapes_of(state: dict) -> list:
     ]  # fmt: skip
 
 
-def directions(run_dir, other) -> list[float]:
-    """The cosines between the averages of squared or plain gradients that two runs hold of each tensor."""
+def directions(run_dir: Path, other: Path) -> list[float]:
+    """The cosines between the averages of gradients, or of their squares, that two runs hold of each tensor.
+
+    Left out are those of rounding errors alone: an attention's bias of keys has no gradient.
+    """
     cosines = []
-    for mine, theirs in zip(
-        saved(run_dir)["optimizer"]["optimizers"], saved(other)["optimizer"]["optimizers"], strict=True
-    ):
+    for mine, theirs in zip(*(saved(folder)["optimizer"]["optimizers"] for folder in (run_dir, other)), strict=True):
         for number, held in mine["state"].items():
-            for key in ("exp_avg_sq", "momentum_buffer"):
-                if key in held:
-                    pair = held[key].flatten(), theirs["state"][number][key].flatten()
-                    cosines.append(float(torch.cosine_similarity(*pair, dim=0)))
+            for key in held.keys() & {"exp_avg_sq", "momentum_buffer"}:
+                pair = held[key].flatten().double(), theirs["state"][number][key].flatten().double()
+                if pair[1].norm() > 1e-12:
+                    cosines.append(float(torch.cosine_similarity(*pair, dim=0, eps=0)))
     return cosines
