@@ -92,8 +92,8 @@ def train_epoch(run: ImageRun, bar: tqdm) -> bool:
     )
     runs.start_clock(run)
     for passes in batches:
-        forward_backward(run, passes)
-        wish = runs.end_update(run, bar, partial(forward_backward, run, passes, again=True))
+        take_gradients(run, passes)
+        wish = runs.end_update(run, bar, partial(take_gradients, run, passes, again=True))
 
         if progress.update % config.log_every == 0:
             log(run, bar)
@@ -105,7 +105,7 @@ def train_epoch(run: ImageRun, bar: tqdm) -> bool:
     return True
 
 
-def forward_backward(run: ImageRun, passes: list[tuple[int, Batch]], again: bool = False) -> torch.Tensor:
+def take_gradients(run: ImageRun, passes: list[tuple[int, Batch]], again: bool = False) -> torch.Tensor:
     """Take the gradients of one update; returns this rank's mean loss. `again`: for a closure, counting nothing."""
     config, world, total = run.config, run.world, 0.0
     run.optimizer.zero_grad()

@@ -43,9 +43,7 @@ def needs_of(config: RunConfig, optimizer: torch.optim.Optimizer, world: World) 
         obstacles |= {
             "compile=true": config.compile,
             f"{world.world_size} ranks, whose averaging of gradients cannot be differentiated": world.world_size > 1,
-            f"the models of {type(config).__module__}, whose own loss has no second derivative": (
-                not config.DIFFERENTIABLE_TWICE
-            ),
+            "this task's models, whose own loss has no second derivative": not config.DIFFERENTIABLE_TWICE,
         }
     if needs and (found := next((name for name, is_there in obstacles.items() if is_there), None)):
         raise UserError(f"optimizer {config.optimizer.name} needs {needs}, which does not go together with {found}")

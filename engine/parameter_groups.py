@@ -13,6 +13,7 @@ optimizers stand behind one object, so that the loops, the schedule, the scaler 
 import inspect
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class SeveralOptimizers(Optimizer):
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = optimizers
         super().__init__([group for one in optimizers for group in one.param_groups], {})
+        if modal := [one for one in optimizers if hasattr(one, "train") and hasattr(one, "eval")]:
+            self.train, self.eval = partial(_all, modal, "train"), partial(_all, modal, "eval")  # schedule-free ones
 
     def step(self) -> None:
         for optimizer in self.optimizers:
@@ -50,6 +53,11 @@ class SeveralOptimizers(Optimizer):
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(own)
         self.param_groups = [group for one in self.optimizers for group in one.param_groups]  # they are new ones
+
+
+def _all(optimizers: Sequence[Optimizer], mode: str) -> None:
+    for optimizer in optimizers:
+        getattr(optimizer, mode)()
 
 
 def create_grouped_optimizer(model: Module, config: OptimizerConfig) -> Optimizer:

@@ -84,8 +84,8 @@ def train_epoch(run: TextRun, bar: tqdm) -> bool:
     runs.start_clock(run)
     for passes in batches:
         before = dict(run.states)
-        forward_backward(run, passes, before)
-        wish = runs.end_update(run, bar, partial(forward_backward, run, passes, before, again=True))
+        take_gradients(run, passes, before)
+        wish = runs.end_update(run, bar, partial(take_gradients, run, passes, before, again=True))
 
         if progress.update % config.log_every == 0:
             log(run, bar)
@@ -97,7 +97,7 @@ def train_epoch(run: TextRun, bar: tqdm) -> bool:
     return True
 
 
-def forward_backward(
+def take_gradients(
     run: TextRun, passes: list[tuple[int, TrainBatch]], before: dict[int, torch.Tensor], again: bool = False
 ) -> torch.Tensor:
     """Take one update's gradients from states `before`; returns the mean loss. `again`: for a closure, uncounted."""

@@ -90,8 +90,8 @@ def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
     runs.start_clock(run)
     for passes in batches:
         run.network.train()
-        forward_backward(run, passes)
-        wish = runs.end_update(run, bar, partial(forward_backward, run, passes, again=True))
+        take_gradients(run, passes)
+        wish = runs.end_update(run, bar, partial(take_gradients, run, passes, again=True))
 
         is_end = progress.update == config.updates
         validates, keeps = is_end or progress.update % config.validate_every == 0, is_kept(run)
@@ -109,7 +109,7 @@ def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
     return True
 
 
-def forward_backward(run: TranslationRun, passes: list[tuple[int, Batch]], again: bool = False) -> torch.Tensor:
+def take_gradients(run: TranslationRun, passes: list[tuple[int, Batch]], again: bool = False) -> torch.Tensor:
     """Take the gradients of one update; returns this rank's mean loss. `again`: for a closure, counting nothing."""
     config, world, total = run.config, run.world, 0.0
     run.optimizer.zero_grad()
