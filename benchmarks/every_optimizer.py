@@ -23,7 +23,8 @@ import torch
 from pytorch_optimizer import optimizer as others
 from tqdm import tqdm
 
-from classification.train import Config, train
+from classification.config import Config
+from classification.train import train
 from engine.config import load_config
 from engine.distributed import setup
 from engine.errors import UserError

@@ -7,11 +7,11 @@
     train       three loops in turn over the last updates of the cell's first epoch, in target tokens per second:
                 train.py        its `train_epoch`: batches cut from the data, metrics summed and written
                 bare loop       forward, backward, clipping and optimizer of the same model, on the same batches, which
-                                are in memory. Only the training is left
+                                are in memory
                 torch's own     torch.nn.Transformer of the same size on these batches, cross entropy over all positions
                 then the share of padding among the tokens of both sides in the cell's first epoch
     decode      beam search for a forced number of steps, with caches and without (then every step decodes the whole
-                hypotheses). The model is random, so hypotheses hardly ever end by themselves
+                hypotheses)
     full-size   updates of Transformer-base with the published vocabulary and batch: seconds, tokens per second, memory
 
 All take turns, and every other round reverses the order. For a GPU: device=cuda (train) or --device cuda.
@@ -41,7 +41,7 @@ from nmt.train import Config, TranslationRun, prepare, train_epoch
 from optim import create_optimizer
 
 WORDS = 40_624  # the types of the author's log, which is the vocabulary of the published runs
-Contender = Callable[[], float]  # does one round; returns the number of tokens or sentences
+Contender = Callable[[], float]  # returns the number of tokens or sentences
 
 
 def main(arguments: list[str]) -> None:
@@ -101,7 +101,7 @@ def measure_training(options: argparse.Namespace) -> None:
 
 
 def train_py(run: TranslationRun, start: int, tokens: int) -> float:
-    """The first epoch's updates from `start` on, with `tokens` tokens, without validation and checkpoints."""
+    """The first epoch's updates from `start` on, with `tokens` tokens."""
     run.progress.update = run.progress.epoch = 0
     run.progress.update_in_epoch = start
     if not train_epoch(run, tqdm(disable=True)):
@@ -179,7 +179,7 @@ def plain_updates(
 
 
 class WithoutCaches:
-    """Acts as a Transformer for beam_search. Every step decodes the whole hypotheses. Sources are encoded once."""
+    """Acts as a Transformer for beam_search. Every step decodes the whole hypotheses."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model

@@ -5,13 +5,12 @@
 The contenders are Apollo single-tensor, foreach and fused; the published algorithm written literally
 (optim/apollo_reference.py); torch's SGD with momentum, AdamW and RAdam in the forms they have. Only the step is timed,
 with random gradients that do not change. In the language model's embedding only the words of one batch have a gradient,
-and only words of earlier batches have a state that is not zero, as in training. --dense gives a gradient to all words.
+as in training. --dense gives a gradient to all words.
 
-All run in one process, one turn each in a round, and every other round reverses the order. A turn lasts at least
---seconds. The table gives medians over the rounds. `/ AdamW` is the ratio to fused AdamW's median. `/ floor` compares
-the step with the least transfers of a tensor that it needs (Apollo: 9, SGD: 5), at the speed of fused AdamW's 7
-transfers. So it is 1 if only memory counts, and can be less if caches or zeros help. `GB/s` is these transfers over the
-time.
+All run in one process, one turn each in a round, and every other round reverses the order. The table gives medians over
+the rounds. `/ AdamW` is the ratio to fused AdamW's median. `/ floor` compares the step with the least transfers of a
+tensor that it needs (Apollo: 9, SGD: 5), at the speed of fused AdamW's 7 transfers. It can be below 1 if caches or
+zeros help. `GB/s` is these transfers over the time.
 """
 
 import argparse
@@ -200,7 +199,6 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def launches(optimizer: torch.optim.Optimizer) -> int:
-    """The number of kernels and copies that one step starts on the GPU."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
@@ -210,7 +208,7 @@ def launches(optimizer: torch.optim.Optimizer) -> int:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the state tensors that have a parameter's shape. Step counts and other scalars are left out."""
+    """Bytes of the state tensors that have a parameter's shape."""
     states = ((param, x) for param, state in optimizer.state.items() for x in state.values())
     return sum(x.nbytes for param, x in states if isinstance(x, Tensor) and x.shape == param.shape)
 

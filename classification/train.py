@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from pydantic import PositiveInt, model_validator
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from classification.augment import Batch
 from classification.batch_norm import normalise_in_groups, track_statistics
-from classification.data import DataConfig, ImageData, load_data
-from classification.models import ModelConfig, create_model
+from classification.config import Config
+from classification.data import ImageData, load_data
+from classification.models import create_model
 from engine import run as runs
-from engine.config import RunConfig
 from engine.distributed import World, setup
 from engine.errors import run_main, settings_of
 from engine.interrupt import Wish
@@ -29,22 +28,6 @@ from engine.run_record import RunRecord
 from engine.seed import seed_step
 
 USAGE = "usage: python -m classification.train CONFIG [key=value ...]     e.g. configs/cifar10/apollo_milestone.yaml"
-
-
-class Config(RunConfig):
-    DIFFERENTIABLE_TWICE = True
-    epochs: PositiveInt
-    data: DataConfig
-    model: ModelConfig
-    channels_last: bool = True
-    batchnorm_group: PositiveInt | None = None  # images behind one BatchNorm statistic; default: those of a pass
-    eval_batch: PositiveInt = 1000  # per rank
-
-    @model_validator(mode="after")
-    def _whole_groups(self) -> "Config":
-        if self.batchnorm_group and self.batch % self.batchnorm_group:
-            raise ValueError(f"batchnorm_group={self.batchnorm_group} does not divide batch={self.batch}")
-        return self
 
 
 @dataclass(kw_only=True)

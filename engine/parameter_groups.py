@@ -24,6 +24,8 @@ from engine.config import GroupConfig, OptimizerConfig
 from engine.errors import UserError, nearest, settings_of
 from optim import create_optimizer, optimizer_class
 
+TORCH_FUSED = ("adam", "adamw", "sgd")  # the optimizers of torch that have a fused step
+
 
 class SeveralOptimizers(Optimizer):
     """Optimizers over parameters of their own, which take their steps one after the other.
@@ -60,27 +62,38 @@ def _all(optimizers: Sequence[Optimizer], mode: str) -> None:
         getattr(optimizer, mode)()
 
 
-def create_grouped_optimizer(model: Module, config: OptimizerConfig) -> Optimizer:
-    """The optimizer of `config` over the parameters of `model`.
+def create_grouped_optimizer(model: Module, config: OptimizerConfig, device_type: str) -> Optimizer:
+    """The optimizer of `config` over the parameters of `model`, which are on a device of `device_type`.
+
+    On CUDA torch's own take their fused step, as Apollo does, unless the config names another: of itself, torch takes
+    the foreach step, which reads and writes memory about three times as often.
 
     Raises UserError for a group without parameters and for settings that do not fit.
     """
+    settings = _with_fused(config.name, config.settings, device_type)
     if not config.groups:
         with settings_of("optimizer"):
-            return create_optimizer(config.name, model.parameters(), **config.settings)
+            return create_optimizer(config.name, model.parameters(), **settings)
     rest, *parts = divide_parameters(model, config.groups)
-    own, others = ([] if not rest else [_one_group(config.name, config.settings, rest)]), []
+    own, others = ([] if not rest else [_one_group(config.name, settings, rest)]), []
     for group, parameters in zip(config.groups, parts, strict=True):
         with settings_of(f"optimizer.groups: {group.match!r}"):
             if group.name:
-                others.append(_over_one_group(group.name, group.settings, parameters))
+                others.append(
+                    _over_one_group(group.name, _with_fused(group.name, group.settings, device_type), parameters)
+                )
             else:
-                own.append(_one_group(config.name, config.settings | group.settings, parameters, group.settings))
+                own.append(_one_group(config.name, settings | group.settings, parameters, group.settings))
     if not own:
         raise UserError(f"optimizer.groups: the groups leave no parameter for {config.name}: let it be one of theirs")
     with settings_of("optimizer"):
-        first = create_optimizer(config.name, own, **config.settings)
+        first = create_optimizer(config.name, own, **settings)
     return SeveralOptimizers([first, *others]) if others else first
+
+
+def _with_fused(name: str, settings: dict[str, Any], device_type: str) -> dict[str, Any]:
+    chooses = device_type == "cuda" and name in TORCH_FUSED and not settings.keys() & {"foreach", "fused"}
+    return settings | {"fused": True} if chooses else settings
 
 
 def divide_parameters(model: Module, groups: Sequence[GroupConfig]) -> list[list[Parameter]]:

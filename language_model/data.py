@@ -1,42 +1,32 @@
 """Batches of token ids: contiguous rows of a shard for training, rows of whole sentences for testing.
 
 Training follows the published batching. In every epoch the shards come in a new order, and the sentences of a shard in
-a new order within it, both a function of (seed, epoch). A shard's tokens, sentence after sentence, are laid out as
-batch x passes contiguous rows, and an update takes the next sequence_length columns of all rows: the network's state
-goes on from update to update in each row, and starts from zero at a new shard. What does not fill a last update is
-dropped: fewer than batch x passes x sequence_length tokens of a shard, other ones in every epoch. Pass k of every
-update has the rows from k x batch on, and the ranks divide the passes.
+a new order within it, both a function of (seed, epoch). A shard's tokens are laid out as batch x passes contiguous
+rows, and an update takes the next sequence_length columns of all rows. The network's state goes on in each row, and
+starts from zero at a new shard. What does not fill a last update is dropped. Pass k of every update has the rows from k
+x batch on, and the ranks divide the passes.
 
-Testing predicts every token exactly once. The stream of all test sentences is cut, where sentences start, into rows of
-about the same length, whose state starts from zero; a row's first <S> is predicted from the </S> that went before it.
+Testing predicts every token exactly once. The test text is cut, where sentences start, into rows of about the same
+length, whose state starts from zero; a row's first <S> is predicted from the </S> that went before it.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from engine.config import Strict
 from engine.errors import UserError
 from engine.seed import generator
+from language_model.config import DataConfig
 from language_model.prepared import Arrays, Corpus, Shard, open_corpus
 from language_model.toy_text import pydoc_corpus
 
-TEST_STEPS = 64  # columns of a test batch; the state goes on, so they change no result
-
-
-class DataConfig(Strict):
-    """The settings under `data:` in a config."""
-
-    name: Literal["prepared", "pydoc_topics"]  # a folder that language_model.prepare wrote, or Python's own topics
-    root: str = "data/one_billion_words"  # of prepared
-    validation: float = Field(0.0, ge=0, lt=1)  # share of the training sentences that are held out and evaluated
+TEST_STEPS = 64  # columns of a test batch
 
 
 class TrainBatch(NamedTuple):
@@ -45,6 +35,7 @@ class TrainBatch(NamedTuple):
     tokens: Tensor
     targets: Tensor
     starts_shard: bool  # the state must start from zero
+    on_host: Tensor  # the targets in the host's memory, to be counted there
 
 
 class ScoredBatch(NamedTuple):
@@ -56,15 +47,14 @@ class ScoredBatch(NamedTuple):
 
 
 def load_corpus(config: DataConfig) -> Corpus:
-    """The corpus `config.name`: one that language_model.prepare made in `config.root`, or Python's own topics."""
+    """The corpus that language_model.prepare made in `config.root`, or Python's own topics."""
     return open_corpus(Path(config.root)) if config.name == "prepared" else pydoc_corpus()
 
 
 def hold_out(corpus: Corpus, share: float) -> Corpus:
     """`corpus` with the nearest number to `share` of the sentences of each shard moved from `train` to `valid`.
 
-    The draw is the same for every seed of training, so that runs can be compared. Reads all shards, to count tokens.
-    UserError where a part is empty.
+    The draw is the same for every seed of training, so that runs can be compared. UserError where a part is empty.
     """
     train, valid = [], []
     for index, shard in enumerate(corpus.train):
@@ -139,16 +129,18 @@ class TextData:
             columns = self._columns(epoch, index, updates * self.sequence_length, own)
             for update in range(skip, updates):
                 first, last = update * self.sequence_length, (update + 1) * self.sequence_length
+                now, following = slice(first, last), slice(first + 1, last + 1)
                 yield [
-                    (number, TrainBatch(of_pass[first:last], of_pass[first + 1 : last + 1], starts_shard=update == 0))
-                    for number, of_pass in zip(own, columns, strict=True)
+                    (number, TrainBatch(of_pass[now], of_pass[following], update == 0, on_host[following]))
+                    for number, (of_pass, on_host) in zip(own, columns, strict=True)
                 ]
             skip = 0
 
-    def _columns(self, epoch: int, index: int, length: int, own: range) -> list[Tensor]:
+    def _columns(self, epoch: int, index: int, length: int, own: range) -> list[tuple[Tensor, Tensor]]:
         """The rows of each pass of `own` in shard `index`, `length` tokens of each and the token after them.
 
-        Each is [length + 1, batch]: tokens and targets lie in it one after the other, and batches are views of it.
+        Each is [length + 1, batch]: tokens and targets lie in it one after the other, and batches are views of it. It
+        is there twice, on the device and on the host; if the device is the CPU, both are the same tensor.
         """
         shard = self.corpus.train[index]
         order = torch.randperm(shard.sentences, generator=generator(self.seed, "sentences", epoch, index)).numpy()
@@ -158,7 +150,9 @@ class TextData:
             stream = sentences_in_order(arrays, order, number * area, (number + 1) * area + 1)
             columns = np.empty((length + 1, self.batch), np.int64)
             columns[:-1], columns[-1] = stream[:-1].reshape(self.batch, length).T, stream[length::length]
-            found.append(torch.from_numpy(columns).to(self.device))
+            on_host = torch.from_numpy(columns)
+            pinned = on_host.pin_memory() if torch.device(self.device).type == "cuda" else on_host
+            found.append((pinned.to(self.device, non_blocking=True), on_host))
         return found
 
     def test_batches(
@@ -178,7 +172,7 @@ def sentences_in_order(shard: Arrays, order: np.ndarray, start: int, stop: int) 
     lengths = np.diff(starts)[order]
     ends = np.cumsum(lengths)
     first, last = np.searchsorted(ends, start, "right"), np.searchsorted(ends, stop, "left") + 1
-    begin = ends[first] - lengths[first]  # of the first sentence that is needed
+    begin = ends[first] - lengths[first]
     lengths, before = lengths[first:last], ends[first:last] - lengths[first:last] - begin
     places = np.repeat(starts[order[first:last]] - before, lengths)
     places += np.arange(len(places))

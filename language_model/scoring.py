@@ -1,4 +1,4 @@
-"""Loss and perplexity of texts. Perplexity has three denominators in use, so each has a name."""
+"""Loss and perplexity of texts."""
 
 import math
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ def final_perplexities(
     data: TextData, model: LanguageModel, rows: int, precision: Precision, world: World, test_loss: float
 ) -> dict[str, float]:
     """By each denominator: of the test set, whose mean loss is `test_loss`; and of all held-out files (all_...),
-    if they were prepared. `rows` is the number of rows that a text is cut into.
+    if they were prepared.
     """
     corpus = data.corpus
     sentences = sum(shard.sentences for shard in corpus.test)
@@ -50,14 +50,13 @@ def perplexity(loss: float) -> float:
 
 
 def perplexities(loss: float, tokens: int, sentences: int) -> dict[str, float]:
-    """Perplexity by each of the denominators in use, for the total `loss` (nats) of a text's `tokens`, marks included.
+    """Perplexity by each denominator, for the total `loss` (nats) of a text's `tokens`, marks included.
 
     ppl                words, and the <S> and </S> of each sentence: as the published code counts, and as in training
     ppl_with_end_mark  words, and the </S> of each sentence: what the benchmark's literature reports
     ppl_per_word       words alone
 
-    The numerator of all three is the loss of the whole text. That of <S>, which always follows </S>, is next to nothing
-    in a trained model.
+    The numerator of all three is the loss of the whole text.
     """
     return {
         "ppl": perplexity(loss / tokens),

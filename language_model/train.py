@@ -9,36 +9,24 @@ import math
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from engine import run as runs
 from engine.clipping import COUNTS, ClippingWatch
-from engine.config import RunConfig
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main, settings_of
 from engine.interrupt import Wish
 from engine.metrics import require_finite
 from engine.run_record import RunRecord
 from engine.seed import seed_step
-from language_model.data import DataConfig, TextData, TrainBatch, hold_out, load_corpus
-from language_model.model import LanguageModel, ModelConfig
+from language_model.config import Config
+from language_model.data import TextData, TrainBatch, hold_out, load_corpus
+from language_model.model import LanguageModel, cluster_sizes
 from language_model.scoring import final_perplexities, perplexity, score
 
 USAGE = "usage: python -m language_model.train CONFIG [key=value ...]     e.g. configs/one_billion_words/apollo.yaml"
-
-
-class Config(RunConfig):
-    epochs: PositiveInt
-    data: DataConfig
-    model: ModelConfig
-    sequence_length: PositiveInt = 20  # tokens of each row in an update
-    gradient_clip: PositiveFloat | None = None
-    gradient_clip_norm: Literal["total", "tensor"] = "total"  # of all gradients together, or of each tensor's own
-    eval_rows: PositiveInt = 32  # that the test text is cut into; the state starts from zero in each
 
 
 @dataclass(kw_only=True)
@@ -103,13 +91,14 @@ def take_gradients(
     """Take one update's gradients from states `before`; returns the mean loss. `again`: for a closure, uncounted."""
     config, world, total = run.config, run.world, 0.0
     run.optimizer.zero_grad()
-    for index, (tokens, targets, starts_shard) in passes:
+    for index, (tokens, targets, starts_shard, on_host) in passes:
         is_last = index + world.world_size >= config.passes
         seed_step(config.seed, "step", run.progress.update, index)  # dropout is the same whichever rank takes the pass
         state = torch.zeros_like(before[index]) if starts_shard else before[index]
         with runs.averaged_over_ranks(run, is_last):
             with run.precision.autocast():
-                log_prob, state = run.network(tokens, targets, state)
+                sizes = cluster_sizes(run.model.softmax, on_host)
+                log_prob, state = run.network(tokens, targets, state, sizes)
             loss = -log_prob.mean()
             share = loss / len(passes)
             run.precision.backward(share, is_last)

@@ -13,38 +13,24 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from engine import run as runs
 from engine.clipping import COUNTS, ClippingWatch
-from engine.config import RunConfig
 from engine.distributed import World, setup
 from engine.errors import run_main
 from engine.interrupt import Wish
 from engine.metrics import require_finite, require_finite_weights
 from engine.run_record import RunRecord
 from engine.seed import seed_step
-from nmt.averaging import AverageConfig, average_weights, keep_weights
-from nmt.beam_search import DecodingConfig
-from nmt.data import Batch, DataConfig, ParallelData, Split, load_data, train_batches, updates_per_epoch
-from nmt.model import ModelConfig, Transformer, create_model
+from nmt.averaging import average_weights, keep_weights
+from nmt.config import Config
+from nmt.data import Batch, ParallelData, Split, load_data, train_batches, updates_per_epoch
+from nmt.model import Transformer, create_model
 from nmt.scoring import all_scores, loss_sums, sacre_bleu, translate_split
 
 USAGE = "usage: python -m nmt.train CONFIG [key=value ...]     e.g. configs/wmt14_en_de/apollo.yaml"
 METRIC = "fairseq_bleu"  # the score that is `final`
-
-
-class Config(RunConfig):
-    updates: PositiveInt
-    data: DataConfig
-    model: ModelConfig = ModelConfig()
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-    gradient_clip: PositiveFloat = 1.0  # greatest norm of all gradients together
-    validate_every: PositiveInt  # updates
-    average: AverageConfig
-    decoding: DecodingConfig = DecodingConfig()
-    eval_batch: PositiveInt = 4096  # tokens per rank, in validation and in decoding
 
 
 @dataclass(kw_only=True)
@@ -113,9 +99,6 @@ def take_gradients(run: TranslationRun, passes: list[tuple[int, Batch]], again: 
     """Take the gradients of one update; returns this rank's mean loss. `again`: for a closure, counting nothing."""
     config, world, total = run.config, run.world, 0.0
     run.optimizer.zero_grad()
-    tokens = torch.full((), float(sum(batch.tokens for _, batch in passes)), device=world.device)
-    # The gradients are averaged over ranks after each has divided by the tokens of all.
-    share = world.world_size / world.sum(tokens)
     for index, batch in passes:
         is_last = index + world.world_size >= config.passes
         seed_step(config.seed, "step", run.progress.update, index)  # dropout is the same whichever rank takes the pass
@@ -123,8 +106,10 @@ def take_gradients(run: TranslationRun, passes: list[tuple[int, Batch]], again: 
         with runs.averaged_over_ranks(run, is_last):
             with run.precision.autocast():
                 loss, nll = run.network(source, target_in, target_out, batch.tokens, config.label_smoothing)
-            run.precision.backward(loss * share, is_last)
-        total += loss.detach() * share
+            # The gradients are averaged over ranks after each has divided by the tokens of all.
+            share = loss * (world.world_size / batch.update_tokens)
+            run.precision.backward(share, is_last)
+        total += share.detach()
         if not again:
             run.window.add(loss=loss, nll=nll, tokens=batch.tokens)
     norm = run.precision.clip(run.optimizer, run.model.parameters(), config.gradient_clip)
@@ -183,11 +168,13 @@ def is_kept(run: TranslationRun) -> bool:
 
 def keep_for_average(run: TranslationRun) -> None:
     """Keep the weights for averaging, unless the training loss or a weight is not finite."""
+    runs.wait_for_device(run)
     require_finite(run.window.reduce(run.world)["loss"], run.progress.update)
     require_finite_weights(run.model, run.world, run.progress.update)
     if run.world.is_main:
         digest, last = run.data.codec.digest, run.config.average.last
         keep_weights(run.record.folder, run.progress.update, run.model, digest, last)
+    runs.start_clock(run)
 
 
 def score_test_set(run: TranslationRun) -> dict[str, object]:

@@ -1,7 +1,7 @@
-"""Learning-rate schedules in closed form: the learning rate is a function of the update's index alone.
+"""Learning-rate schedules in closed form, as functions of the update's index.
 
-After a linear warmup one of four rules follows. A schedule is stepped once per update. A rule counts in "units": a unit
-is an epoch if the published learning rate changes once per epoch, and an update if it changes with every update.
+After a linear warmup one of four rules follows. A rule counts in "units": a unit is an epoch if the published learning
+rate changes once per epoch, and an update if it changes with every update.
 """
 
 import math
@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from .settings import suggest
 
-# The settings of each schedule and their defaults. A setting with the default None must be given.
+# A setting with the default None must be given.
 SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {},
     "milestone": {"milestones": None, "decay_rate": 0.1},
@@ -37,8 +37,7 @@ def create_schedule(
 ) -> LRScheduler:
     """Makes the schedule `name` for `optimizer`, to be stepped once per update.
 
-    The schedule of a group starts from the group's `initial_lr`, or if there is none from its learning rate at this
-    moment. `learning_rate` gives the formulas.
+    The schedule of a group starts from the group's `initial_lr`, or else from its learning rate now.
 
     Args:
         optimizer: any torch optimizer.
@@ -94,7 +93,7 @@ def learning_rate(
 
 
 class UpdateSchedule(LRScheduler):
-    """A schedule with torch's interface. Its state is plain values; its `last_epoch` is the index of the update."""
+    """A schedule with torch's interface. `last_epoch` is the index of the update."""
 
     @override
     def __init__(self, optimizer: Optimizer, name: str, settings: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The program of each rank of tests/test_optim_distributed.py: `python optim_ranks.py FOLDER RANK WORLD_SIZE`.
 
-Every task trains the same small model on the same gradients. Rank 0 writes the parameters of all tasks to the folder.
+Every task trains the same small model on the same gradients.
 """
 
 import sys
@@ -13,7 +13,7 @@ from torch import nn
 from optim import Apollo, create_optimizer
 
 STEPS = 6
-TASKS = [
+ALL_TASKS = [
     "fsdp single",
     "fsdp single belief stable",
     "fsdp foreach",
@@ -25,6 +25,9 @@ TASKS = [
     "zero single",
     "zero fused decoupled",
 ]
+# torch 2.6's FSDP2 fails on the CPU: 'Stream' object has no attribute 'record_event'.
+FSDP_WORKS = not torch.__version__.startswith("2.6.")
+TASKS = [task for task in ALL_TASKS if FSDP_WORKS or not task.startswith("fsdp")]
 
 
 def model() -> nn.Module:
@@ -47,7 +50,6 @@ def train(network: nn.Module, optimizer: torch.optim.Optimizer, steps: range = r
 
 
 def settings(task: str) -> dict:
-    """Apollo's settings from the words of a task."""
     words = task.split()
     decay = next((word for word in words if word in ("L2", "decoupled", "stable")), "L2")
     path = {"single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}[words[1]]

@@ -55,7 +55,6 @@ def uninterrupted(cell, tmp_path_factory) -> Path:
 
 
 def printed_scores(capsys, *arguments: object) -> list[str]:
-    """What `python -m classification.evaluate` prints."""
     capsys.readouterr()
     assert evaluate.main([str(argument) for argument in arguments]) == 0
     return capsys.readouterr().out.splitlines()
@@ -117,7 +116,7 @@ def test_killed_again_and_again_it_ends_the_same(cell, uninterrupted, tmp_path):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_asked_to_stop_it_saves_first(cell, uninterrupted, tmp_path, number, status):
-    """There are no timed checkpoints, so the signal alone causes the checkpoint in mid-epoch."""
+    """Without timed checkpoints, the signal alone causes one."""
     run_dir = tmp_path / "run"
     stopped = cell.interrupt(run_dir, "checkpoint.minutes=60", at_update=3, number=number)
     assert stopped.status == status and "saved" in stopped.stderr
@@ -167,7 +166,7 @@ def test_two_ranks_stopped_and_resumed_by_the_real_torchrun(cell, tmp_path):
     with process(cell.command_line(stopped, *ours, ranks=2), stderr=subprocess.DEVNULL) as torchrun:
         wait_until(lambda: logged_updates(stopped) >= 12 or torchrun.poll() is not None)
         torchrun.send_signal(signal.SIGTERM)
-    assert saved(stopped)["progress"]["update"] % 10 == 0
+    assert saved(stopped)["progress"]["update"] % 5 == 0
     assert not (stopped / "result.json").exists()
     assert_same_end(cell.complete(stopped, *ours, ranks=2), cell.complete(whole, *ours, ranks=2))
 

@@ -76,20 +76,18 @@ def test_row_has_the_published_settings(table, row):
 
 
 def assert_published_update(config: dict[str, Any], batch: dict[str, Any]) -> None:
-    """What a pass sees, and how many passes make an update."""
     assert (config["batch"], config["passes"]) == (batch["is"], batch["gpus"])
     assert config.get("batchnorm_group") is None  # BatchNorm sees a pass
 
 
 def looked_up(config: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key."""
     for part in key.split("."):
         config = config[part]
     return config
 
 
 def numbers(value: Any) -> Any:
-    """The same value, with text that is a number made a number: YAML reads 5e-4 as text."""
+    """Numbers in texts too: YAML reads 5e-4 as text."""
     if isinstance(value, dict):
         return {key: numbers(item) for key, item in value.items()}
     try:
@@ -108,7 +106,7 @@ def test_published_settings_agree_with_what_was_printed():
             wanted = value if isinstance(value, list) else [value]
             assert isinstance(value, bool | str) or set(wanted) <= set(found), key
         for of_row in facts["rows"].values():
-            assert {*of_row} - {"optimizer"} <= {*facts["in"]}  # each setting has a place
+            assert {*of_row} - {"optimizer"} <= {*facts["in"]}
 
 
 @pytest.mark.parametrize(("table", "row"), ROWS)

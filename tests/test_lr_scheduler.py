@@ -15,7 +15,6 @@ def sgd(lr: float = 1.0, **settings) -> torch.optim.Optimizer:
 
 
 def rates(optimizer: torch.optim.Optimizer, schedule, updates: int) -> list[float]:
-    """The learning rate of each update."""
     taken = []
     for _ in range(updates):
         taken.append(float(optimizer.param_groups[0]["lr"]))

@@ -239,8 +239,12 @@ def test_gradient_scaler(path, unscale):
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-def test_compiles_whole(foreach):
-    """With capturable=True torch.compile makes one graph of the step. It does not compile again at the next step."""
+def test_compiles_whole(monkeypatch, foreach):
+    """With capturable=True torch.compile makes one graph of the step. It does not compile again at the next step.
+
+    Whether CUDA is capturing is not asked then. The compiler could not follow that question.
+    """
+    monkeypatch.setattr("optim.apollo._is_capturing", torch._dynamo.graph_break)
     graphs = []
 
     def backend(graph, _):
@@ -260,7 +264,6 @@ def test_compiles_whole(foreach):
 
 
 def published(optimizer: LiteralApollo, params) -> dict:
-    """The literal optimizer's state under the published names."""
     names = {"exp_avg": "exp_avg_grad", "hessian": "approx_hessian", "direction": "update", "step": "step"}
     state_dict = copy.deepcopy(optimizer.state_dict())
     state = {i: {names[key]: value for key, value in x.items()} for i, x in state_dict["state"].items()}
@@ -335,3 +338,23 @@ def test_own_warmup(warmup, capturable):
         optimizer.step()
         taken.append(before - param.item())
     assert taken == pytest.approx([0.1 + 0.4 * t / warmup if t < warmup else 0.5 for t in range(8)])
+
+
+@pytest.mark.parametrize("rebound", ["constant", "belief"])
+def test_the_share_of_clamped_entries(rebound):
+    params = random_parameters()
+    torch.manual_seed(0)
+    optimizer = Apollo(params, lr=0.1, sigma=1e-3, rebound=rebound)
+    assert optimizer.clamped() is None
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    below = total = 0
+    for param in params:
+        state = optimizer.state[param]
+        bound = float(state["sigma"]) if rebound == "belief" else 1e-3
+        below += sum(abs(b) < bound for b in state["hessian"].flatten().tolist())
+        total += param.numel()
+    assert 0 < below < total
+    assert optimizer.clamped() == pytest.approx(below / total)

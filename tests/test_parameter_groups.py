@@ -81,7 +81,7 @@ def test_it_steps_as_the_optimizers_by_themselves(model):
             {"match": 1, "weight_decay": 0, "lr": 0.001},
         ],
     )
-    optimizer = create_grouped_optimizer(model, config)
+    optimizer = create_grouped_optimizer(model, config, "cpu")
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.001, 0.02]
     small = [parameter for parameter in twin.parameters() if parameter.dim() == 1]
     alone = [
@@ -100,7 +100,7 @@ def test_it_steps_as_the_optimizers_by_themselves(model):
 
 def test_a_schedule_scales_each_groups_own_rate(model):
     muon = {"match": "hidden.weight", "name": "torch.optim.Muon", "lr": 0.1}
-    optimizer = create_grouped_optimizer(model, optimizer_config(groups=[muon]))
+    optimizer = create_grouped_optimizer(model, optimizer_config(groups=[muon]), "cpu")
     schedule = create_schedule(optimizer, "cosine", total=4, warmup_updates=2, init_lr=0.002, last_lr=0.001)
     for expected in (0.002, 0.006, None, None, 0.001):
         first, other = (group["lr"] for group in optimizer.param_groups)
@@ -112,11 +112,11 @@ def test_a_schedule_scales_each_groups_own_rate(model):
 def test_loaded_it_goes_on_alike(model):
     """The schedule still reaches the groups, which loading replaces."""
     config = optimizer_config(groups=[{"match": "hidden.weight", "name": "torch.optim.Muon", "lr": 0.1}])
-    optimizer = create_grouped_optimizer(model, config)
+    optimizer = create_grouped_optimizer(model, config, "cpu")
     give_gradients(model)
     optimizer.step()
     twin = copy.deepcopy(model)
-    loaded = create_grouped_optimizer(twin, config)
+    loaded = create_grouped_optimizer(twin, config, "cpu")
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for one in (optimizer, loaded):
         for group in one.param_groups:
@@ -131,7 +131,7 @@ def test_loaded_it_goes_on_alike(model):
 
 def test_the_scaler_unscales_and_skips_all_of_them(model):
     config = optimizer_config(groups=[{"match": "hidden.weight", "name": "sgd", "lr": 1.0}], name="sgd", lr=1.0)
-    optimizer, precision = create_grouped_optimizer(model, config), Precision("fp16", torch.device("cpu"))
+    optimizer, precision = create_grouped_optimizer(model, config, "cpu"), Precision("fp16", torch.device("cpu"))
     before = [parameter.detach().clone() for parameter in model.parameters()]
     precision.backward(sum(parameter.sum() for parameter in model.parameters()))
     precision.clip(optimizer, model.parameters(), 1e9)
@@ -161,7 +161,7 @@ def test_the_scaler_unscales_and_skips_all_of_them(model):
 )
 def test_groups_that_cannot_be_are_refused(model, groups, words):
     with pytest.raises(UserError) as refused:
-        create_grouped_optimizer(model, optimizer_config(groups=groups))
+        create_grouped_optimizer(model, optimizer_config(groups=groups), "cpu")
     assert words in str(refused.value)
 
 

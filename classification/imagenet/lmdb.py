@@ -263,6 +263,8 @@ def open_splits(folder: Path) -> tuple[LmdbSplit, LmdbSplit]:
     """The training and validation splits of a finished build. Raises UserError if it is unfinished or not whole."""
     manifest = read_manifest(folder, MANIFEST_KEYS, FORMAT)
     if manifest is None:
+        if not any((folder / f"{name}.lmdb").exists() for name in SPLITS):
+            raise UserError(f"{folder} holds no train.lmdb and val.lmdb: make them with `{BUILD_COMMAND}`")
         raise UserError(
             f"{folder} holds an unfinished build ({MANIFEST} is missing): run `{BUILD_COMMAND}` to finish it"
         )

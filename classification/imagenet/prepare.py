@@ -154,7 +154,9 @@ def verify_archives(source: Path) -> list[str]:
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror})") from None
         if digest.hexdigest() != MD5[path.name]:
-            bad.append(f"{path}: its MD5 is {digest.hexdigest()}, and the published file's {MD5[path.name]}")
+            bad.append(
+                f"{path}: its MD5 is {digest.hexdigest()}, and the published file's {MD5[path.name]}: download it again"
+            )
         else:
             logging.info("%s is the published file", path)
     return bad
@@ -201,6 +203,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     how = command.add_mutually_exclusive_group()
     how.add_argument("--decode", action="store_true", help="also decode every image")
     how.add_argument(
-        "--archives", action="store_true", help="OUT is a download: compare the official tar files instead"
+        "--archives", action="store_true", help="FOLDER is a download: compare the official tar files instead"
     )
     return parser.parse_args(arguments)

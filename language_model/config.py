@@ -1,0 +1,37 @@
+"""The settings of a language model's run. torch is not imported here: commands that only read configs start fast."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from engine.config import RunConfig, Strict
+
+
+class DataConfig(Strict):
+    """The settings under `data:` in a config."""
+
+    name: Literal["prepared", "pydoc_topics"]  # a folder that language_model.prepare wrote, or Python's own topics
+    root: str = "data/one_billion_words"  # of prepared
+    validation: float = Field(0.0, ge=0, lt=1)  # share of the training sentences that are held out and evaluated
+
+
+class ModelConfig(Strict):
+    """The settings under `model:` in a config. LanguageModel explains them."""
+
+    name: Literal["lstm", "gru", "rnn"]
+    cutoffs: list[PositiveInt]
+    embedding: PositiveInt = 300
+    hidden: PositiveInt = 2048
+    layers: PositiveInt = 2
+    dropout: float = Field(0.1, ge=0, lt=1)
+    div_value: float = Field(4.0, ge=1)
+
+
+class Config(RunConfig):
+    epochs: PositiveInt
+    data: DataConfig
+    model: ModelConfig
+    sequence_length: PositiveInt = 20  # tokens of each row in an update
+    gradient_clip: PositiveFloat | None = None
+    gradient_clip_norm: Literal["total", "tensor"] = "total"  # of all gradients together, or of each tensor's own
+    eval_rows: PositiveInt = 32  # that the test text is cut into; the state starts from zero in each
