@@ -40,6 +40,8 @@ class ModelConfig(Strict):
 
 
 class Config(RunConfig):
+    DIFFERENTIABLE_TWICE = True
+
     epochs: PositiveInt
     data: DataConfig
     model: ModelConfig

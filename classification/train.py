@@ -8,6 +8,7 @@ it ends with bit-identical weights.
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -77,17 +78,8 @@ def train_epoch(run: ImageRun, bar: tqdm) -> bool:
     )
     runs.start_clock(run)
     for passes in batches:
-        run.optimizer.zero_grad()
-        for index, (images, labels) in passes:
-            is_last = index + world.world_size >= config.passes
-            seed_step(config.seed, "step", progress.update, index)  # dropout is the same whichever rank takes the pass
-            if config.passes > 1:
-                track_statistics(run.model, index == 0)
-            with runs.averaged_over_ranks(run, is_last):
-                loss, correct = run.forward_backward(run, images, labels, len(passes), is_last)
-            damaged = run.data.take_damaged()
-            run.window.add(loss=loss * len(labels), correct=correct, examples=len(labels), damaged=damaged)
-        wish = runs.end_update(run, bar)
+        take_gradients(run, passes)
+        wish = runs.end_update(run, bar, partial(take_gradients, run, passes, again=True))
 
         if progress.update % config.log_every == 0:
             log(run, bar)
@@ -108,6 +100,24 @@ def forward_backward(
         loss = cross_entropy(logits.float(), labels)
     run.precision.backward(loss / passes, is_last)
     return loss.detach(), (logits.argmax(1) == labels).sum()
+
+
+def take_gradients(run: ImageRun, passes: list[tuple[int, Batch]], again: bool = False) -> torch.Tensor:
+    """Take the gradients of one update; returns this rank's mean loss. `again`: for a closure, counting nothing."""
+    config, world, total = run.config, run.world, 0.0
+    run.optimizer.zero_grad()
+    for index, (images, labels) in passes:
+        is_last = index + world.world_size >= config.passes
+        seed_step(config.seed, "step", run.progress.update, index)  # dropout is the same whichever rank takes the pass
+        if config.passes > 1 or run.needs == "closure":
+            track_statistics(run.model, index == 0 and not again)
+        with runs.averaged_over_ranks(run, is_last):
+            loss, correct = run.forward_backward(run, images, labels, len(passes), is_last)
+        total += loss / len(passes)
+        if not again:
+            damaged = run.data.take_damaged()
+            run.window.add(loss=loss * len(labels), correct=correct, examples=len(labels), damaged=damaged)
+    return total
 
 
 def log(run: ImageRun, bar: tqdm) -> None:

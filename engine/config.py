@@ -20,7 +20,10 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
+    model_serializer,
     model_validator,
 )
 from yaml.constructor import ConstructorError
@@ -48,14 +51,13 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Named(BaseModel):
-    """A name and its settings, e.g. `{name: apollo, lr: 0.5}`; whoever is named checks the settings."""
+class WithSettings(BaseModel):
+    """Keys of our own and, as `settings`, all others, which whoever takes them checks."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-    name: str
 
     @model_validator(mode="after")
-    def _finite(self) -> "Named":
+    def _finite(self) -> "WithSettings":
         for key, value in self.settings.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{key} must be a finite number, not {value}")
@@ -64,6 +66,38 @@ class Named(BaseModel):
     @property
     def settings(self) -> dict[str, Any]:
         return dict(self.__pydantic_extra__ or {})
+
+
+class Named(WithSettings):
+    """A name and its settings, e.g. `{name: apollo, lr: 0.5}`; whoever is named checks the settings."""
+
+    name: str
+
+
+class GroupConfig(WithSettings):
+    """Parameters with settings of their own; those of another optimizer, where `name` is given."""
+
+    match: str | NonNegativeInt  # a regular expression found in a parameter's name, or its number of dimensions
+    name: str | None = None
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, match: str | int) -> str | int:
+        try:
+            re.compile(str(match))
+        except re.error as error:
+            raise ValueError(f"{match!r} is no regular expression: {error}") from None
+        return match
+
+
+class OptimizerConfig(Named):
+    needs: Literal["closure", "create_graph"] | None = None  # what its step needs besides gradients (engine/needs.py)
+    groups: list[GroupConfig] = []  # the first that matches a parameter has it (engine/parameter_groups.py)
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = [key for key in ("needs", "groups") if not getattr(self, key)]
+        return {key: value for key, value in write(self).items() if key not in unused}
 
 
 class CheckpointConfig(Strict):
@@ -92,9 +126,11 @@ class AverageConfig(Strict):
 class RunConfig(Strict):
     """The keys that every task's config has; a task adds its own (data, model, epochs or updates, ...)."""
 
+    DIFFERENTIABLE_TWICE: ClassVar[bool] = False  # whether all functions of the task's models are
+
     table: str  # the table of the paper, or any name for runs of one's own
     row: str  # the method's name in that table
-    optimizer: Named
+    optimizer: OptimizerConfig
     schedule: Named = Named(name="constant")
     seed: NonNegativeInt = 1
     run_dir: str | None = None  # default: runs/<table>/<row>_<schedule>/seed<seed>

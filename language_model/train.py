@@ -8,6 +8,7 @@ state included, and on the CPU it ends with bit-identical weights.
 import math
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from engine.metrics import require_finite
 from engine.run_record import RunRecord
 from engine.seed import seed_step
 from language_model.config import Config
-from language_model.data import TextData, hold_out, load_corpus
+from language_model.data import TextData, TrainBatch, hold_out, load_corpus
 from language_model.model import Network, create_model
 from language_model.scoring import final_perplexities, perplexity, score
 from language_model.softmax import cluster_sizes
@@ -72,22 +73,9 @@ def train_epoch(run: TextRun, bar: tqdm) -> bool:
     )
     runs.start_clock(run)
     for passes in batches:
-        run.optimizer.zero_grad()
-        for index, (tokens, targets, starts_shard, on_host) in passes:
-            is_last = index + world.world_size >= config.passes
-            seed_step(config.seed, "step", progress.update, index)  # dropout is the same whichever rank takes the pass
-            state = torch.zeros_like(run.states[index]) if starts_shard else run.states[index]
-            with runs.averaged_over_ranks(run, is_last):
-                with run.precision.autocast():
-                    sizes = cluster_sizes(run.model.softmax, on_host)
-                    log_prob, run.states[index] = run.network(tokens, targets, state, sizes)
-                loss = -log_prob.mean()
-                run.precision.backward(loss / len(passes), is_last)
-            run.window.add(loss=loss * targets.numel(), tokens=targets.numel())
-        norm = clip_gradients(run)
-        if norm is not None:
-            run.window.add(clipped=norm > config.gradient_clip, updates=1)
-        wish = runs.end_update(run, bar)
+        before = dict(run.states)
+        take_gradients(run, passes, before)
+        wish = runs.end_update(run, bar, partial(take_gradients, run, passes, before, again=True))
 
         if progress.update % config.log_every == 0:
             log(run, bar)
@@ -97,6 +85,33 @@ def train_epoch(run: TextRun, bar: tqdm) -> bool:
             return False
     log(run, bar)
     return True
+
+
+def take_gradients(
+    run: TextRun, passes: list[tuple[int, TrainBatch]], before: dict[int, torch.Tensor], again: bool = False
+) -> torch.Tensor:
+    """Take one update's gradients from states `before`; returns the mean loss. `again`: for a closure, uncounted."""
+    config, world, total = run.config, run.world, 0.0
+    run.optimizer.zero_grad()
+    for index, (tokens, targets, starts_shard, on_host) in passes:
+        is_last = index + world.world_size >= config.passes
+        seed_step(config.seed, "step", run.progress.update, index)  # dropout is the same whichever rank takes the pass
+        state = torch.zeros_like(before[index]) if starts_shard else before[index]
+        with runs.averaged_over_ranks(run, is_last):
+            with run.precision.autocast():
+                sizes = cluster_sizes(run.model.softmax, on_host)
+                log_prob, state = run.network(tokens, targets, state, sizes)
+            loss = -log_prob.mean()
+            share = loss / len(passes)
+            run.precision.backward(share, is_last)
+        total += share.detach()
+        if not again:
+            run.states[index] = state
+            run.window.add(loss=loss * targets.numel(), tokens=targets.numel())
+    norm = clip_gradients(run)
+    if norm is not None and not again:
+        run.window.add(clipped=norm > config.gradient_clip, updates=1)
+    return total
 
 
 def clip_gradients(run: TextRun) -> torch.Tensor | None:

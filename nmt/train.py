@@ -10,6 +10,7 @@ bit-identical weights.
 import math
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -23,7 +24,7 @@ from engine.interrupt import Wish
 from engine.run_record import RunRecord
 from engine.seed import seed_step
 from nmt.config import Config
-from nmt.data import ParallelData, Split, load_data, train_batches, updates_per_epoch
+from nmt.data import Batch, ParallelData, Split, load_data, train_batches, updates_per_epoch
 from nmt.model import Transformer, create_model
 from nmt.scoring import all_scores, loss_sums, sacre_bleu, translate_split
 
@@ -73,20 +74,8 @@ def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
     runs.start_clock(run)
     for passes in batches:
         run.network.train()
-        run.optimizer.zero_grad()
-        for index, batch in passes:
-            is_last = index + world.world_size >= config.passes
-            seed_step(config.seed, "step", progress.update, index)  # dropout is the same whichever rank takes the pass
-            source, target_in, target_out = batch.to(world.device)[:3]
-            with runs.averaged_over_ranks(run, is_last):
-                with run.precision.autocast():
-                    loss, nll = run.network(source, target_in, target_out, batch.tokens, config.label_smoothing)
-                # The gradients are averaged over ranks after each has divided by the tokens of all.
-                run.precision.backward(loss * (world.world_size / batch.update_tokens), is_last)
-            run.window.add(loss=loss, nll=nll, tokens=batch.tokens)
-        run.gradient_norm = run.precision.clip(run.optimizer, run.model.parameters(), config.gradient_clip)
-        run.window.add(clipped=run.gradient_norm > config.gradient_clip, updates=1)
-        wish = runs.end_update(run, bar)
+        take_gradients(run, passes)
+        wish = runs.end_update(run, bar, partial(take_gradients, run, passes, again=True))
 
         is_end = progress.update == config.updates
         validates = is_end or progress.update % config.validate_every == 0
@@ -100,6 +89,30 @@ def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
             return is_end
     runs.end_epoch(run)
     return True
+
+
+def take_gradients(run: TranslationRun, passes: list[tuple[int, Batch]], again: bool = False) -> torch.Tensor:
+    """Take the gradients of one update; returns this rank's mean loss. `again`: for a closure, counting nothing."""
+    config, world, total = run.config, run.world, 0.0
+    run.optimizer.zero_grad()
+    for index, batch in passes:
+        is_last = index + world.world_size >= config.passes
+        seed_step(config.seed, "step", run.progress.update, index)  # dropout is the same whichever rank takes the pass
+        source, target_in, target_out = batch.to(world.device)[:3]
+        with runs.averaged_over_ranks(run, is_last):
+            with run.precision.autocast():
+                loss, nll = run.network(source, target_in, target_out, batch.tokens, config.label_smoothing)
+            # The gradients are averaged over ranks after each has divided by the tokens of all.
+            share = loss * (world.world_size / batch.update_tokens)
+            run.precision.backward(share, is_last)
+        total += share.detach()
+        if not again:
+            run.window.add(loss=loss, nll=nll, tokens=batch.tokens)
+    norm = run.precision.clip(run.optimizer, run.model.parameters(), config.gradient_clip)
+    if not again:
+        run.gradient_norm = norm
+        run.window.add(clipped=norm > config.gradient_clip, updates=1)
+    return total
 
 
 def log(run: TranslationRun, bar: tqdm) -> None:

@@ -49,7 +49,8 @@ def create_schedule(
         name: a key of SCHEDULES, or the dotted path of a class with the interface of torch.optim.lr_scheduler.
         updates_per_unit: number of updates in a unit: the updates of an epoch, or 1.
         total: length of the training in units; only "cosine", "linear" and "wsd" need it.
-        settings: warmup_updates (default 0) and init_lr (0.0). "milestone" also takes milestones, an increasing list
+        settings: warmup_updates (default 0) and init_lr (0.0, of the first group; others have it in proportion to their
+            learning rates, and last_lr too). "milestone" also takes milestones, an increasing list
             of units, and decay_rate (0.1). "cosine", "linear" and "wsd" also take last_lr (0.0). "wsd" also takes
             decay_share (0.2), the share of the training's updates, at its end, in which the rate falls. A dotted path
             also takes what its class takes, and counts updates from the end of the warmup.
@@ -131,7 +132,17 @@ class UpdateSchedule(LRScheduler):
 
     @override
     def get_lr(self) -> list[float | Tensor]:
-        return [learning_rate(self.name, self.last_epoch, lr, **self.settings) for lr in self.base_lrs]
+        return [
+            learning_rate(self.name, self.last_epoch, lr, **self.settings | self._in_proportion(lr))
+            for lr in self.base_lrs
+        ]
+
+    def _in_proportion(self, lr: float | Tensor) -> dict[str, float | Tensor]:
+        """init_lr and last_lr of a group that starts from `lr`: the settings are those of the first group."""
+        first = self.base_lrs[0]
+        if lr == first or first == 0:
+            return {}
+        return {key: self.settings[key] * lr / first for key in ("init_lr", "last_lr") if key in self.settings}
 
 
 def _check(name: str, settings: dict[str, Any]) -> None:
