@@ -282,7 +282,7 @@ def bare_loop(method: str, precision: str, corpus: Path, options: argparse.Names
     model = LanguageModel(options.words, hidden=options.hidden, cutoffs=options.cutoffs).to(world.device)
     optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
     data = TextData(open_corpus(corpus), options.batch, 20, device=world.device, seed=1)
-    ((_, (tokens, targets, _)),) = next(data.train_batches(0))
+    ((_, (tokens, targets, *_)),) = next(data.train_batches(0))
     state, cast = model.zero_state(options.batch), Precision(precision, world.device)
 
     def updates(count: int) -> None:

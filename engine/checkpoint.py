@@ -41,8 +41,8 @@ class Progress:
     epoch: int = 0  # epochs completed
     update: int = 0  # optimizer updates taken, over all epochs
     update_in_epoch: int = 0
-    lr: float = 0.0  # of the last update
-    since_evaluation: dict[str, float] = field(default_factory=dict)
+    lr: float = 0.0  # of the last update; a tensor of an optimizer's stays one until the host waits for the device
+    since_evaluation: dict[str, float] = field(default_factory=dict)  # sums of training metrics, as far as logged
     since_evaluation_s: float = 0.0  # seconds of training alone
     trained_on: float = 0.0  # examples or tokens up to the last evaluation
     train_s: float = 0.0  # seconds of training alone up to the last evaluation

@@ -5,12 +5,17 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from math import lcm
 
 import torch
 import torch.distributed as dist
 
 from engine.errors import UserError
+
+# How long a rank waits for another one's host. Rank 0 may be downloading, or writing a large checkpoint. If a rank
+# dies, its connections close, and the others learn it at once.
+PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class World:
     world_size: int
     local_rank: int
     device: torch.device
+    hosts: dist.ProcessGroup | None = None  # of several ranks: gloo, so that hosts agree without their devices
 
     @property
     def is_main(self) -> bool:
@@ -33,16 +39,24 @@ class World:
         return tensor
 
     def max(self, value: int) -> int:
-        """The largest `value` of any rank, on every rank: how they agree to stop or to save."""
+        """The largest `value` of any rank, on every rank."""
+        box = torch.tensor(value)
+        if work := self.begin_max(box):
+            work.wait()
+        return int(box)
+
+    def begin_max(self, box: torch.Tensor) -> dist.Work | None:
+        """Begin to put the largest value of any rank into `box`, on the CPU; it is there after the result's `wait()`.
+
+        None with one process, where it is there already.
+        """
         if self.world_size == 1:
-            return value
-        box = torch.tensor(value, device=self.device)
-        dist.all_reduce(box, dist.ReduceOp.MAX)
-        return int(box.item())
+            return None
+        return dist.all_reduce(box, dist.ReduceOp.MAX, group=self.hosts, async_op=True)
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+            dist.barrier(group=self.hosts)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -110,7 +124,8 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
             place = ":".join(os.environ[name] for name in _ADDRESS)
             raise UserError(f"rank {rank} of {world_size} cannot join the others at {place}: {error}") from error
     place = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
-    return World(rank, world_size, local_rank, place)
+    hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if world_size > 1 else None
+    return World(rank, world_size, local_rank, place, hosts)
 
 
 def _join(backend: str) -> None:

@@ -7,11 +7,12 @@ import signal
 from enum import IntEnum
 from types import FrameType
 
+import torch
 import torch.distributed as dist
 
 from engine.distributed import World
 
-AGREE_EVERY = 10  # updates, with several ranks: agreeing waits for the device
+AGREE_EVERY = 5  # updates, with several ranks
 
 
 class StopRequest:
@@ -55,9 +56,34 @@ class Wish(IntEnum):
     STOP = 2
 
 
-def agree(world: World, stop: StopRequest, save_due: bool, update: int) -> Wish:
-    """Go on, save (rank 0's `save_due`), or save and stop (a signal reached one of the ranks)."""
-    if world.world_size > 1 and update % AGREE_EVERY:
-        return Wish.GO_ON
-    wish = Wish.SAVE if save_due and world.is_main else Wish.GO_ON
-    return Wish(world.max(Wish.STOP if stop.requested else wish))
+class Agreement:
+    """What the ranks do next: go on, save (rank 0 wants to), or save and stop (a signal has reached one of them).
+
+    Several ranks ask one another after an update, and read the answer AGREE_EVERY updates later. By then it is there,
+    so nobody waits. It passes between the hosts, and no device takes part.
+    """
+
+    def __init__(self, world: World, stop: StopRequest) -> None:
+        self.world, self.stop = world, stop
+        self._asked: tuple[dist.Work, torch.Tensor] | None = None
+
+    def after(self, update: int, save_due: bool) -> Wish:
+        """What all ranks do after `update`. Every rank calls this after every update."""
+        wish = Wish.SAVE if save_due and self.world.is_main else Wish.GO_ON
+        wish = Wish.STOP if self.stop.requested else wish
+        if self.world.world_size == 1:
+            return wish
+        if update % AGREE_EVERY:
+            return Wish.GO_ON
+        agreed = self._answer()
+        if agreed == Wish.GO_ON:  # else the wish is about to be fulfilled
+            box = torch.tensor(int(wish))
+            self._asked = self.world.begin_max(box), box
+        return agreed
+
+    def _answer(self) -> Wish:
+        if self._asked is None:
+            return Wish.GO_ON
+        (work, box), self._asked = self._asked, None
+        work.wait()
+        return Wish(int(box))

@@ -1,8 +1,9 @@
 """Mixed precision in one path: autocast and a gradient scaler, which can be disabled.
 
 fp32 is full precision everywhere. tf32 lets CUDA matrix products round their inputs to 10 mantissa bits. bf16 and fp16
-use autocast, and fp16 also dynamic loss scaling. Parameters, gradients and optimizer state stay float32. apex-O1 and
-apex-O2 leave these steps to NVIDIA's apex (engine/apex_adapter.py).
+use autocast, and fp16 also dynamic loss scaling. With bf16, the products that autocast leaves in float32 may round as
+with tf32. Parameters, gradients and optimizer state stay float32. apex-O1 and apex-O2 leave these steps to NVIDIA's
+apex (engine/apex_adapter.py).
 """
 
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.errors import UserError
+from optim import OPTIMIZERS
 
 AUTOCAST_DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,8 +28,9 @@ class Precision:
         if name == "tf32" and device.type != "cuda":
             raise UserError(f"precision=tf32 exists on CUDA devices only, not on {device.type}; use precision=fp32")
         if device.type == "cuda":
-            torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-            torch.backends.cudnn.allow_tf32 = name == "tf32"
+            tf32 = name in ("tf32", "bf16")  # bf16 keeps 7 mantissa bits, so that 10 lose nothing that matters
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = tf32
         self.device_type = device.type
         self.dtype = AUTOCAST_DTYPES[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
@@ -39,8 +42,17 @@ class Precision:
         return model, optimizer
 
     def data_parallel(self, network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-        """`network`, with gradients averaged over all ranks, except in passes inside its `no_sync()`."""
-        return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+        """`network`, with gradients averaged over all ranks, except in passes inside its `no_sync()`.
+
+        Gradients are views of what is sent. Buffers are not sent in training: each rank normalises by its own batch,
+        and for an evaluation the ranks take rank 0's (World.copy_buffers).
+        """
+        return DistributedDataParallel(
+            network,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
@@ -52,14 +64,24 @@ class Precision:
     def clip(
         self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], max_norm: float
     ) -> torch.Tensor:
-        """Clip the true (unscaled) gradients to a total norm of `max_norm`. Returns the norm before clipping."""
+        """Clip the true (unscaled) gradients to a total norm of `max_norm`. Returns the norm before clipping.
+
+        On CUDA an optimizer that can divide gradients in its step, where it reads them anyway, is left to do so: that
+        spares two transfers of all gradients.
+        """
         self.scaler.unscale_(optimizer)
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        if not (self.device_type == "cuda" and not self.scaler.is_enabled() and _divides_in_step(optimizer)):
+            return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        norm = torch.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
+        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # as clip_grad_norm_, but for its reciprocal
+        return norm
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Take the optimizer step. Returns False if the scaler skipped it because a gradient overflowed."""
         if not self.scaler.is_enabled():
             optimizer.step()
+            if _divides_in_step(optimizer):
+                optimizer.grad_scale = None  # of this update's gradients alone
             return True
         scale = self.scaler.get_scale()
         self.scaler.step(optimizer)
@@ -71,3 +93,8 @@ class Precision:
 
     def load_state_dict(self, state: dict) -> None:
         self.scaler.load_state_dict(state)
+
+
+def _divides_in_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step divides gradients by the attribute `grad_scale`: Apollo's does, and torch's fused ones."""
+    return type(optimizer) in OPTIMIZERS.values() and getattr(optimizer, "_step_supports_amp_scaling", False)

@@ -5,6 +5,7 @@ A train.py calls these functions in the order in which they stand here:
     read_arguments                                                       in `main`
     create_precision, with_optimizer, assemble, restore, write_environment        in `prepare`
     start_clock, averaged_over_ranks, end_update, close_window, log_window, save        in `train_epoch`
+    start_clock, wait_for_device                                         around what is not training
     record_evaluation, end_epoch                                         after an evaluation
     say_stopped, write_result                                                      at the end
 """
@@ -25,13 +26,15 @@ from engine.checkpoint import Checkpoints, Progress
 from engine.config import RunConfig, load_config
 from engine.distributed import World
 from engine.errors import UserError, raised_at, settings_of
-from engine.interrupt import StopRequest, Wish, agree
+from engine.interrupt import Agreement, StopRequest, Wish
 from engine.machine import cpu_has_bf16
 from engine.metrics import Sums, require_finite, require_finite_weights
 from engine.precision import Precision
 from engine.run_record import RunRecord, peak_memory_mb
 from optim import Apollo, create_optimizer
 from optim.lr_scheduler import create_schedule
+
+TORCH_FUSED = ("adam", "adamw", "sgd")  # the optimizers of torch that have a fused step
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 RunT = TypeVar("RunT", bound="Run")
@@ -56,6 +59,7 @@ class Run:
     progress: Progress
     checkpoints: Checkpoints
     stop: StopRequest
+    agreement: Agreement
     vocabulary: str | None = None  # digest of the data's; a checkpoint made with another is refused
     clock: float = 0.0  # when the training that is being timed began
     optimizer_ms: list[float] = field(default_factory=list)  # a sample, one an interval of log_every
@@ -93,9 +97,16 @@ def create_precision(name: str, device: torch.device, say: Callable[[str], None]
 def with_optimizer(
     model: torch.nn.Module, config: RunConfig, precision: Precision
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """The model as `precision` wants it, and the config's optimizer over its parameters."""
+    """The model as `precision` wants it, and the config's optimizer over its parameters.
+
+    On CUDA torch's own take their fused step, as Apollo does, unless the config names another: of itself, torch takes
+    the foreach step, which reads and writes memory about three times as often.
+    """
+    name, settings = config.optimizer.name, config.optimizer.settings
+    if precision.device_type == "cuda" and name in TORCH_FUSED and not settings.keys() & {"foreach", "fused"}:
+        settings["fused"] = True
     with settings_of("optimizer"):
-        optimizer = create_optimizer(config.optimizer.name, model.parameters(), **config.optimizer.settings)
+        optimizer = create_optimizer(name, model.parameters(), **settings)
     return precision.prepare(model, optimizer)
 
 
@@ -129,6 +140,7 @@ def assemble(
     if world.device.type == "cpu":
         keep_freed_memory()
     network = model if network is None else network
+    stop = StopRequest()
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
     return kind(
         config=config,
@@ -144,7 +156,8 @@ def assemble(
         checkpoints=Checkpoints(
             record.folder, parts, world, config.checkpoint.keep, config.checkpoint.minutes, say=record.say
         ),
-        stop=StopRequest(),
+        stop=stop,
+        agreement=Agreement(world, stop),
         **own,
     )
 
@@ -180,8 +193,17 @@ def progress_bar(run: Run, updates: int) -> tqdm:
 
 
 def start_clock(run: Run) -> None:
-    """Training begins, or goes on: what was done since the last update is not counted as training time."""
+    """Training begins, or goes on: what was done since the last wait is not counted as training time."""
     run.clock = time.perf_counter()
+
+
+def wait_for_device(run: Run) -> None:
+    """The host may be many updates ahead of the device. Here it waits, and counts the training time up to here."""
+    run.world.synchronize()
+    now = time.perf_counter()
+    run.progress.since_evaluation_s += now - run.clock
+    run.progress.lr = float(run.progress.lr)
+    run.clock = now
 
 
 def averaged_over_ranks(run: Run, is_last: bool) -> AbstractContextManager:
@@ -192,7 +214,8 @@ def averaged_over_ranks(run: Run, is_last: bool) -> AbstractContextManager:
 def end_update(run: Run, bar: tqdm) -> Wish:
     """Take the optimizer's and the schedule's step, and count the update; returns what the ranks agree to do next."""
     progress = run.progress
-    progress.lr = float(run.optimizer.param_groups[0]["lr"])
+    rate = run.optimizer.param_groups[0]["lr"]
+    progress.lr = rate.clone() if isinstance(rate, torch.Tensor) else rate  # float() would wait for the device
     # The step is timed now and then, not every time: a clock has to wait for the device. The first one builds kernels.
     is_timed = progress.update > 0 and (progress.update - 1) % run.config.log_every == 0
     step = _timed_step if is_timed else _step
@@ -201,11 +224,8 @@ def end_update(run: Run, bar: tqdm) -> Wish:
             run.schedule.step()
     progress.update += 1
     progress.update_in_epoch += 1
-    now = time.perf_counter()
-    progress.since_evaluation_s += now - run.clock
-    run.clock = now
     bar.update()
-    return agree(run.world, run.stop, run.checkpoints.due(), progress.update)
+    return run.agreement.after(progress.update, run.checkpoints.due())
 
 
 def _step(run: Run) -> bool:
@@ -230,6 +250,7 @@ def close_window(run: Run) -> dict[str, float] | None:
 
     They are added to those since the last evaluation. Raises UserError where the loss is not finite.
     """
+    wait_for_device(run)
     sums = run.window.reduce(run.world)
     run.window.zero()
     totals = run.progress.since_evaluation
@@ -255,6 +276,7 @@ def save(run: Run, **own: torch.Tensor) -> None:
 
     `own` is what the task saves besides; `restore` returns it. Every rank calls this, with the same values.
     """
+    wait_for_device(run)
     window = run.window.gather(run.world)
     require_finite(float(window[:, 0].sum()), run.progress.update)
     require_finite_weights(run.model, run.world, run.progress.update)

@@ -35,6 +35,7 @@ class TrainBatch(NamedTuple):
     tokens: Tensor
     targets: Tensor
     starts_shard: bool  # the state must start from zero
+    on_host: Tensor  # the targets in the host's memory, to be counted there
 
 
 class ScoredBatch(NamedTuple):
@@ -128,15 +129,19 @@ class TextData:
             columns = self._columns(epoch, index, updates * self.sequence_length, own)
             for update in range(skip, updates):
                 first, last = update * self.sequence_length, (update + 1) * self.sequence_length
+                now, following = slice(first, last), slice(first + 1, last + 1)
                 yield [
-                    (number, TrainBatch(of_pass[first:last], of_pass[first + 1 : last + 1], starts_shard=update == 0))
-                    for number, of_pass in zip(own, columns, strict=True)
+                    (number, TrainBatch(of_pass[now], of_pass[following], update == 0, on_host[following]))
+                    for number, (of_pass, on_host) in zip(own, columns, strict=True)
                 ]
             skip = 0
 
-    def _columns(self, epoch: int, index: int, length: int, own: range) -> list[Tensor]:
-        """The rows of each pass of `own` in shard `index`, `length` tokens of each and the token after them, [length +
-        1, batch]."""
+    def _columns(self, epoch: int, index: int, length: int, own: range) -> list[tuple[Tensor, Tensor]]:
+        """The rows of each pass of `own` in shard `index`, `length` tokens of each and the token after them.
+
+        Each is [length + 1, batch]: tokens and targets lie in it one after the other, and batches are views of it. It
+        is there twice, on the device and on the host; if the device is the CPU, both are the same tensor.
+        """
         shard = self.corpus.train[index]
         order = torch.randperm(shard.sentences, generator=generator(self.seed, "sentences", epoch, index)).numpy()
         arrays, area = shard.read(), self.batch * length
@@ -145,7 +150,9 @@ class TextData:
             stream = sentences_in_order(arrays, order, number * area, (number + 1) * area + 1)
             columns = np.empty((length + 1, self.batch), np.int64)
             columns[:-1], columns[-1] = stream[:-1].reshape(self.batch, length).T, stream[length::length]
-            found.append(torch.from_numpy(columns).to(self.device))
+            on_host = torch.from_numpy(columns)
+            pinned = on_host.pin_memory() if torch.device(self.device).type == "cuda" else on_host
+            found.append((pinned.to(self.device, non_blocking=True), on_host))
         return found
 
     def test_batches(

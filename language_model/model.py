@@ -54,8 +54,11 @@ class LanguageModel(nn.Module):
         if cell not in CELLS:
             raise ValueError(f"unknown cell '{cell}'; valid: {', '.join(CELLS)}")
         self.parts = 2 if cell == "lstm" else 1
+        self.hidden = hidden
         self.embedding = nn.Embedding(words, embedding)
-        self.rnn = CELLS[cell](embedding, hidden, layers, dropout=dropout if layers > 1 else 0.0)
+        # One module for each layer, and dropout between them by torch. cuDNN's dropout keeps random numbers of its own:
+        # to seed them, as we do in every pass, makes the host wait for the device.
+        self.rnn = nn.ModuleList(CELLS[cell](hidden if layer else embedding, hidden) for layer in range(layers))
         self.softmax = create_softmax(hidden, words, cutoffs, div_value)
         self.dropout = nn.Dropout(dropout)
         self._initialise()
@@ -71,32 +74,47 @@ class LanguageModel(nn.Module):
                 nn.init.xavier_uniform_(parameter)
             else:
                 nn.init.zeros_(parameter)
-                if isinstance(self.rnn, nn.LSTM):
+                if self.parts == 2:
                     nn.init.ones_(parameter.data.chunk(4)[1])  # the gates' order is input, forget, cell, output
 
     def zero_state(self, rows: int) -> Tensor:
         """The state at the start of a text."""
-        shape = self.parts, self.rnn.num_layers, rows, self.rnn.hidden_size
+        shape = self.parts, len(self.rnn), rows, self.hidden
         return self.embedding.weight.new_zeros(shape, dtype=torch.float32)
 
     @override(check_signature=False)  # torch declares that forward returns None
-    def forward(self, tokens: Tensor, targets: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, targets: Tensor, state: Tensor, sizes: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of `targets`, float32 [steps, rows], and the state after the last step.
 
-        `tokens` and `targets`: int64 [steps, rows]. A target is the token that follows.
+        `tokens` and `targets`: int64 [steps, rows]. A target is the token that follows. `sizes` are cluster_sizes of
+        the targets; without them they are counted here, and on a GPU the host waits for that.
         """
-        embedded = self.dropout(self.embedding(tokens))
-        if self.parts == 2:
-            lacking = embedded.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not cpu_has_bf16_lstm()
-            with torch.autocast("cpu", enabled=False) if lacking else nullcontext():
-                output, (h, c) = self.rnn(embedded, (state[0].contiguous(), state[1].contiguous()))
-            state = torch.stack([h, c])
-        else:
-            output, h = self.rnn(embedded, state[0].contiguous())
-            state = h[None]
+        output, after = self.dropout(self.embedding(tokens)), []
+        with torch.autocast(output.device.type, enabled=False) if self._needs_float32(output) else nullcontext():
+            for layer, (rnn, before) in enumerate(zip(self.rnn, state.unbind(1), strict=True)):
+                output = self.dropout(output) if layer else output
+                if self.parts == 2:
+                    output, ended = rnn(output, (before[0, None].contiguous(), before[1, None].contiguous()))
+                    after.append(torch.stack(ended))
+                else:
+                    output, ended = rnn(output, before.contiguous())
+                    after.append(ended[None])
         output = self.dropout(output).flatten(0, 1)
-        log_prob = adaptive_log_prob(self.softmax, output, targets.flatten())
-        return log_prob.view_as(targets), state.detach().float()
+        log_prob = adaptive_log_prob(self.softmax, output, targets.flatten(), sizes)
+        return log_prob.view_as(targets), torch.cat(after, 1).detach().float()
+
+    def _needs_float32(self, x: Tensor) -> bool:
+        """Whether the recurrent layers must not run under the autocast that is on.
+
+        On CUDA, autocast to bfloat16 also gives cuDNN float16 (torch's aten/src/ATen/cudnn/AutocastRNN.cpp), in which
+        small gradients underflow without a loss scale. On the CPU, the processor may lack an LSTM in bfloat16.
+        """
+        device = x.device.type
+        if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != torch.bfloat16:
+            return False
+        return device == "cuda" or (device == "cpu" and self.parts == 2 and not cpu_has_bf16_lstm())
 
 
 Network = LanguageModel | Transformer

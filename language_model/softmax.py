@@ -28,18 +28,29 @@ def create_softmax(hidden: int, words: int, cutoffs: Sequence[int], div_value: f
     return nn.AdaptiveLogSoftmaxWithLoss(hidden, words, cutoffs, div_value)
 
 
-def adaptive_log_prob(softmax: nn.AdaptiveLogSoftmaxWithLoss, hidden: Tensor, targets: Tensor) -> Tensor:
+def cluster_sizes(softmax: nn.AdaptiveLogSoftmaxWithLoss, targets: Tensor) -> list[int]:
+    """How many of `targets`, int64, each cluster has. Where they are on a GPU, the host waits for it."""
+    return torch.bincount(_clusters(softmax, targets.flatten()), minlength=len(softmax.cutoffs)).tolist()
+
+
+def _clusters(softmax: nn.AdaptiveLogSoftmaxWithLoss, targets: Tensor) -> Tensor:
+    return sum((targets >= cutoff).long() for cutoff in softmax.cutoffs[:-1])
+
+
+def adaptive_log_prob(
+    softmax: nn.AdaptiveLogSoftmaxWithLoss, hidden: Tensor, targets: Tensor, sizes: Sequence[int] | None = None
+) -> Tensor:
     """The `output` of softmax(hidden, targets), float32 [N], for `hidden` [N, features] and `targets` int64 [N].
 
     It differs from the module's own forward in four ways:
     - Under autocast only the matrix products are in half precision. Log-probabilities are float32.
-    - It waits for the device once, not once per cluster.
+    - The host does not wait for the device if it is given `sizes`, the targets' cluster_sizes.
     - A cluster without targets gets a gradient of zeros. The module gives it none, and ranks could then disagree.
     - Each cluster takes a multiple of ROWS rows. On CPUs, oneDNN compiles a kernel for each new shape, and blocks of
       many sizes fragment the memory. Padding saves a fifth of an update's time there, and memory stays flat.
     """
-    cluster = sum((targets >= cutoff).long() for cutoff in softmax.cutoffs[:-1])
-    sizes = torch.bincount(cluster, minlength=len(softmax.cutoffs)).tolist()
+    sizes = cluster_sizes(softmax, targets) if sizes is None else sizes
+    cluster = _clusters(softmax, targets)
     order = cluster.argsort(stable=True)
     hidden, targets, cluster = hidden[order], targets[order], cluster[order]
 

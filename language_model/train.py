@@ -24,6 +24,7 @@ from language_model.config import Config
 from language_model.data import TextData, hold_out, load_corpus
 from language_model.model import Network, create_model
 from language_model.scoring import final_perplexities, perplexity, score
+from language_model.softmax import cluster_sizes
 
 USAGE = "usage: python -m language_model.train CONFIG [key=value ...]     e.g. configs/one_billion_words/apollo.yaml"
 
@@ -71,13 +72,14 @@ def train_epoch(run: TextRun, bar: tqdm) -> bool:
     runs.start_clock(run)
     for passes in batches:
         run.optimizer.zero_grad()
-        for index, (tokens, targets, starts_shard) in passes:
+        for index, (tokens, targets, starts_shard, on_host) in passes:
             is_last = index + world.world_size >= config.passes
             seed_step(config.seed, "step", progress.update, index)  # dropout is the same whichever rank takes the pass
             state = torch.zeros_like(run.states[index]) if starts_shard else run.states[index]
             with runs.averaged_over_ranks(run, is_last):
                 with run.precision.autocast():
-                    log_prob, run.states[index] = run.network(tokens, targets, state)
+                    sizes = cluster_sizes(run.model.softmax, on_host)
+                    log_prob, run.states[index] = run.network(tokens, targets, state, sizes)
                 loss = -log_prob.mean()
                 run.precision.backward(loss / len(passes), is_last)
             run.window.add(loss=loss * targets.numel(), tokens=targets.numel())

@@ -12,6 +12,8 @@ before it, where the text has them.
 All matrices are single parameters of their own, without biases, because some optimizers (Muon) treat each by itself.
 """
 
+from collections.abc import Sequence
+
 import torch
 from overrides import override
 from torch import Tensor, nn
@@ -65,11 +67,14 @@ class Transformer(nn.Module):
         return torch.zeros(1, 1, rows, 0, dtype=torch.int64, device=self.softmax.head.weight.device)
 
     @override(check_signature=False)  # torch declares that forward returns None
-    def forward(self, tokens: Tensor, targets: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, targets: Tensor, state: Tensor, sizes: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of `targets`, float32 [steps, rows], and the state after the last step.
 
         `tokens` and `targets`: int64 [steps, rows]. A target is the token that follows. Those in the state and the
-        steps are at most `window` together.
+        steps are at most `window` together. `sizes` are cluster_sizes of the targets; without them they are counted
+        here, and on a GPU the host waits for that.
         """
         seen = torch.cat([state[0, 0], tokens.T], 1)  # [rows, tokens]
         x = self.dropout(word_vectors(self.softmax, seen))
@@ -77,7 +82,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x = layer(x, angles)
         new = self.norm(x[:, state.shape[-1] :])
-        log_prob = adaptive_log_prob(self.softmax, new.flatten(0, 1), targets.T.flatten()).view_as(targets.T).T
+        log_prob = adaptive_log_prob(self.softmax, new.flatten(0, 1), targets.T.flatten(), sizes).view_as(targets.T).T
         kept = 0 if self.training else self.window - self.test_steps
         return log_prob, seen[None, None, :, max(0, seen.shape[1] - kept) :]
 

@@ -34,10 +34,11 @@ class Batch(NamedTuple):
     target_out: Tensor  # [B, T]: ids, EOS
     tokens: int  # of the target, with EOS, without padding
     sentences: int  # B; 0 for a pass without work
+    update_tokens: int = 0  # as `tokens`, of all passes of the update, on all ranks; 0 in evaluation
 
     def to(self, device: torch.device) -> "Batch":
-        """The host does not wait for a copy to a GPU."""
-        if device.type != "cuda":
+        """The batch on `device`. The host does not wait for a copy to a GPU."""
+        if device.type == "cpu":
             return self
         tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in self[:3]]
         return Batch(*tensors, *self[3:])
@@ -189,12 +190,13 @@ def train_batches(
     order = _by_length(split, _random(seed, "pairs", epoch).uniform(-JITTER, JITTER, len(split)))
     cuts = _cuts(split.longest[order], max_tokens)
     shuffled = _random(seed, "batches", epoch).permutation(len(cuts) - 1)
+    tokens = np.add.reduceat(split.target_side.lengths[order], cuts[:-1], dtype=np.int64)[shuffled]
     for first in range(start_update * passes, len(shuffled), passes):
-        update = []
+        update, total = [], int(tokens[first : first + passes].sum())
         for index in range(rank, passes, world_size):
             number = shuffled[first + index] if first + index < len(shuffled) else None
             rows = order[:0] if number is None else order[cuts[number] : cuts[number + 1]]
-            update.append((index, split.batch(rows)))
+            update.append((index, split.batch(rows)._replace(update_tokens=total)))
         yield update
 
 

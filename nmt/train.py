@@ -76,9 +76,6 @@ def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
     for passes in batches:
         run.network.train()
         run.optimizer.zero_grad()
-        tokens = torch.full((), float(sum(batch.tokens for _, batch in passes)), device=world.device)
-        # The gradients are averaged over ranks after each has divided by the tokens of all.
-        share = world.world_size / world.sum(tokens)
         for index, batch in passes:
             is_last = index + world.world_size >= config.passes
             seed_step(config.seed, "step", progress.update, index)  # dropout is the same whichever rank takes the pass
@@ -86,7 +83,8 @@ def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
             with runs.averaged_over_ranks(run, is_last):
                 with run.precision.autocast():
                     loss, nll = run.network(source, target_in, target_out, batch.tokens, config.label_smoothing)
-                run.precision.backward(loss * share, is_last)
+                # The gradients are averaged over ranks after each has divided by the tokens of all.
+                run.precision.backward(loss * (world.world_size / batch.update_tokens), is_last)
             run.window.add(loss=loss, nll=nll, tokens=batch.tokens)
         run.gradient_norm = run.precision.clip(run.optimizer, run.model.parameters(), config.gradient_clip)
         run.window.add(clipped=run.gradient_norm > config.gradient_clip, updates=1)
@@ -157,11 +155,13 @@ def is_kept(run: TranslationRun) -> bool:
 
 def keep_for_average(run: TranslationRun) -> None:
     """Keep the weights for averaging, unless the training loss or a weight is not finite."""
+    runs.wait_for_device(run)
     require_finite(run.window.reduce(run.world)["loss"], run.progress.update)
     require_finite_weights(run.model, run.world, run.progress.update)
     if run.world.is_main:
         digest, last = run.data.codec.digest, run.config.average.last
         keep_weights(run.record.folder, run.progress.update, run.model, digest, last)
+    runs.start_clock(run)
 
 
 def score_test_set(run: TranslationRun) -> dict[str, object]:

@@ -13,7 +13,7 @@ from torch import nn
 from optim import Apollo, create_optimizer
 
 STEPS = 6
-TASKS = [
+ALL_TASKS = [
     "fsdp single",
     "fsdp single belief stable",
     "fsdp foreach",
@@ -25,6 +25,9 @@ TASKS = [
     "zero single",
     "zero fused decoupled",
 ]
+# torch 2.6's FSDP2 fails on the CPU: 'Stream' object has no attribute 'record_event'.
+FSDP_WORKS = not torch.__version__.startswith("2.6.")
+TASKS = [task for task in ALL_TASKS if FSDP_WORKS or not task.startswith("fsdp")]
 
 
 def model() -> nn.Module:

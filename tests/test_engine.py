@@ -5,10 +5,12 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import engine.run as engine_run
 from engine.allocator import populate
 from engine.checkpoint import Checkpoints, Progress, read_checkpoint, write_checkpoint
 from engine.clipping import ClippingWatch
@@ -20,6 +22,7 @@ from engine.metrics import Sums, require_finite, require_finite_weights
 from engine.precision import Precision
 from engine.run import create_precision, read_arguments
 from engine.seed import derive, generator, seed_step
+from optim import create_optimizer
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
@@ -378,3 +381,59 @@ def test_populate_provides_the_pages_at_once():
     storage.fill_(1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100  # of 4,096 pages
     assert not populate(0, 4096)
+
+
+@pytest.mark.parametrize("name", ["apollo", "adamw", "sgd"])
+@pytest.mark.parametrize("max_norm", [0.5, 1000.0])
+def test_on_cuda_the_step_clips(name, max_norm):
+    """It divides what it reads. A Precision that takes the CPU for CUDA shows it; the next step divides no more."""
+    layers, norms = [torch.nn.Linear(4, 3) for _ in range(2)], []
+    layers[1].load_state_dict(layers[0].state_dict())
+    for layer, device_type in zip(layers, ("cpu", "cuda"), strict=True):
+        settings = {"lr": 0.1, "fused": True}
+        optimizer = create_optimizer(name, layer.parameters(), **settings)
+        precision = Precision("fp32", CPU)
+        precision.device_type = device_type
+        for factor in (1.0, 3.0):
+            for parameter in layer.parameters():
+                parameter.grad = factor * torch.linspace(-1, 2, parameter.numel()).view_as(parameter)
+            norms.append(float(precision.clip(optimizer, layer.parameters(), max_norm)))
+            clipped = device_type == "cuda" and layer.weight.grad[0, 0] == -factor
+            assert clipped or device_type == "cpu"
+            assert precision.step(optimizer)
+            assert getattr(optimizer, "grad_scale", None) is None
+        layer.weight.grad, layer.bias.grad = torch.ones(3, 4), None  # a step without clipping
+        precision.step(optimizer)
+    assert norms[:2] == pytest.approx(norms[2:])
+    for ours, expected in zip(*(layer.parameters() for layer in reversed(layers)), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_baselines_are_fused_on_cuda_unless_told_otherwise():
+    def fused(device_type: str, **optimizer) -> bool | None:
+        precision = SimpleNamespace(device_type=device_type, prepare=lambda *pair: pair)
+        config = SimpleNamespace(optimizer=Named(lr=0.1, **optimizer))
+        _, made = engine_run.with_optimizer(torch.nn.Linear(2, 2), config, precision)
+        return made.param_groups[0].get("fused")
+
+    for name in ("adam", "adamw", "sgd"):
+        assert fused("cuda", name=name) is True
+        assert not fused("cpu", name=name) and not fused("cuda", name=name, foreach=True)
+    assert fused("cuda", name="radam") is None  # torch has no fused one
+    assert fused("cuda", name="apollo") is None  # of itself it is fused where it can be
+
+
+def test_training_time_ends_when_the_device_is_done(monkeypatch):
+    """A made-up device needs three seconds more than the host. What follows `start_clock` is counted anew."""
+    now = [10.0]
+    monkeypatch.setattr(engine_run, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    late = SimpleNamespace(synchronize=lambda: now.__setitem__(0, now[0] + 3.0))
+    run = SimpleNamespace(world=late, progress=Progress(lr=torch.tensor(0.5)), clock=0.0)
+    engine_run.start_clock(run)
+    now[0] += 1.0  # the host has given the device all its work
+    engine_run.wait_for_device(run)
+    assert run.progress.since_evaluation_s == 4.0 and run.progress.lr == 0.5 and isinstance(run.progress.lr, float)
+    now[0] += 100.0  # a checkpoint is written
+    engine_run.start_clock(run)
+    engine_run.wait_for_device(run)
+    assert run.progress.since_evaluation_s == 7.0

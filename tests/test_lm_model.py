@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from language_model.model import LanguageModel, cpu_has_bf16_lstm
 from language_model.softmax import adaptive_log_prob
@@ -130,3 +131,45 @@ def test_asking_for_a_bf16_lstm_draws_no_random_numbers():
     before = torch.get_rng_state()
     cpu_has_bf16_lstm()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def autocast_on_cuda():
+    """bf16 autocast of CUDA tensors. torch.autocast refuses to turn it on without a GPU."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    yield
+    torch.set_autocast_enabled("cuda", before[0])
+    torch.set_autocast_dtype("cuda", before[1])
+
+
+@pytest.mark.parametrize(("cell", "kind"), [("lstm", nn.LSTM), ("gru", nn.GRU)])
+def test_on_a_gpu_bf16_is_for_the_softmax_and_nothing_waits(autocast_on_cuda, monkeypatch, cell, kind):
+    """The tensors claim to be on a GPU and hold no data: whatever looks at data, and would wait for it, raises."""
+    recurrent, head = [], []
+
+    def stand_in(self, x, before):
+        recurrent.append((x.dtype, torch.is_autocast_enabled("cuda")))
+        return x.new_zeros(*x.shape[:2], self.hidden_size), before
+
+    monkeypatch.setattr(kind, "forward", stand_in)  # cuDNN's needs a GPU
+    with FakeTensorMode(), torch.device("cuda"):
+        model = LanguageModel(WORDS, cell, **SMALL | {"dropout": 0.1})
+        model.softmax.head.register_forward_hook(lambda _, __, output: head.append((output.device, output.dtype)))
+        tokens = torch.zeros(5, 3, dtype=torch.int64)
+        log_prob, state = model(tokens, tokens, model.zero_state(3), sizes=[5, 6, 4])
+    assert recurrent == [(torch.float32, False)] * 2
+    assert head == [(torch.device("cuda", 0), torch.bfloat16)]
+    assert log_prob.dtype == state.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
+
+
+def test_dropout_between_layers_is_a_function_of_the_seed():
+    """Also on a GPU, where cuDNN's own would not be: each layer is a module without dropout."""
+    assert all(layer.dropout == 0 for layer in LanguageModel(WORDS, **SMALL | {"dropout": 0.5}).rnn)
+    model = LanguageModel(WORDS, **SMALL | {"dropout": 0.5})
+    tokens, found = torch.randint(WORDS, (5, 3)), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(model(tokens, tokens, model.zero_state(3))[0])
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])

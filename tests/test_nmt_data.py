@@ -120,6 +120,7 @@ def test_a_pass_is_the_same_on_any_number_of_ranks(data, world_size):
     for update, *shares in zip(one, *ranks, strict=True):
         together = dict(sorted(chain(*shares)))
         assert list(together) == [index for index, _ in update] == list(range(8))
+        assert {batch.update_tokens for _, batch in update} == {sum(batch.tokens for _, batch in update)}
         for index, batch in update:
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch[:3], together[index][:3], strict=True))
             assert batch[3:] == together[index][3:]

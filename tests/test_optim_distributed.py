@@ -31,8 +31,10 @@ def results(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
     return torch.load(folder / "results.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("task", optim_ranks.TASKS)
+@pytest.mark.parametrize("task", optim_ranks.ALL_TASKS)
 def test_two_ranks_take_the_step_of_one(results, task):
+    if task not in optim_ranks.TASKS:
+        pytest.skip("torch 2.6's own FSDP2 fails on the CPU")
     alone = optim_ranks.alone(task)
     assert results[task].keys() == alone.keys()
     for name, param in alone.items():

@@ -170,6 +170,7 @@ def test_compiles_for_gpus(monkeypatch, tmp_path, capability, dtype, case):
     constants = {name: getattr(fused_cuda, name) for name in ("CHUNK", "BLOCK", "JOIN")}
     constants |= {"P": getattr(tl, dtype), "L2": case in ("L2", "belief"), "STORED": case in ("decoupled", "stable")}
     constants |= {"STABLE": stable, "BELIEF": belief, "CARRIED": not scaled, "CARRY": not scaled, "ALIGNED": True}
+    constants |= {"GRAD_ALIGNED": True}
     constants |= {"SCALED": scaled, "FOUND_INF": scaled, "LR_TENSOR": scaled, "SHARDED": scaled}
     for name in ("sum_chunks", "join_chunks", "make_scalars", "update_chunks", "make_stable_decay", "direct_chunks"):
         asm = compiled(getattr(triton_kernels, name), capability, types, constants)
@@ -178,3 +179,23 @@ def test_compiles_for_gpus(monkeypatch, tmp_path, capability, dtype, case):
             read = 4 if name == "update_chunks" else 2  # tensors, at least
             assert asm["ptx"].count("ld.global.v4") >= read
             assert name == "sum_chunks" or asm["ptx"].count("st.global.v4") >= 2
+
+
+def test_gradients_that_are_not_aligned_leave_the_others_their_wide_loads(monkeypatch, tmp_path):
+    pytest.importorskip("triton", minversion="3.4")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton.language as tl
+
+    from optim.fused import triton_kernels
+
+    constants = {"P": tl.float32, "CHUNK": 16384, "BLOCK": 1024, "ALIGNED": True}
+    constants |= dict.fromkeys(("L2", "STORED", "STABLE", "BELIEF", "CARRIED", "CARRY", "SCALED", "FOUND_INF"), False)
+    pointers = {"grad_scale": None, "found_inf": None}
+    for kernel, tensors in (("sum_chunks", 3), ("update_chunks", 4)):  # read: g, B, d, and in the update p
+        wide = [
+            compiled(getattr(triton_kernels, kernel), 90, pointers, constants | {"GRAD_ALIGNED": aligned})["ptx"].count(
+                "ld.global.v4"
+            )
+            for aligned in (True, False)
+        ]
+        assert wide[0] >= tensors and wide[1] == wide[0] * (tensors - 1) // tensors

@@ -43,8 +43,7 @@ class Running:
     def __init__(self, module: str, arguments: list[str], ranks: int) -> None:
         self._stderr = tempfile.NamedTemporaryFile("r", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self._ranks = [
-            SERVER.Process(target=_train, args=(module, arguments, self._stderr.name, place))
-            for place in _places(ranks)
+            SERVER.Process(target=_train, args=(module, arguments, self._stderr.name, place)) for place in places(ranks)
         ]
         for process in self._ranks:
             process.start()
@@ -114,7 +113,7 @@ class Cell:
         return [str(self.config), f"run_dir={run_dir}", "device=cpu", *overrides]
 
 
-def _places(ranks: int) -> list[dict[str, str]]:
+def places(ranks: int) -> list[dict[str, str]]:
     """The environment variables by which torchrun tells each rank its place."""
     if ranks == 1:
         return [{}]

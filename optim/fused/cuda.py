@@ -74,7 +74,10 @@ def _fused_cuda_apollo(
         _addresses(tensors.sigmas) if s.belief else nothing,
         _addresses(tensors.steps),
     ]
-    aligned = all(address % 16 == 0 for column in addresses[:5] for address in column)
+    # Gradients by themselves: in DistributedDataParallel's buckets they follow one another without gaps, and one short
+    # bias would also cost the other tensors their loads of 16 bytes.
+    grad_aligned = all(address % 16 == 0 for address in addresses[1])
+    aligned = all(address % 16 == 0 for column in (addresses[0], *addresses[2:5]) for address in column)
     columns = [*addresses, here, tensors.numels, first_chunks, counts]
     table = _on_device(tuple(chain.from_iterable(zip(*columns, strict=True))), device)
     if _is_capturing(device):
@@ -95,7 +98,8 @@ def _fused_cuda_apollo(
         lr = lr.to(device, torch.float32, non_blocking=True)
     factor = -1.0 if s.maximize else 1.0
     log_beta, one_minus_beta = math.log(s.beta) if s.beta > 0 else -1e30, 1 - s.beta
-    flags = {"SCALED": grad_scale is not None, "ALIGNED": aligned, "CHUNK": CHUNK, "BLOCK": BLOCK}
+    flags = {"SCALED": grad_scale is not None, "ALIGNED": aligned, "GRAD_ALIGNED": grad_aligned}
+    flags |= {"CHUNK": CHUNK, "BLOCK": BLOCK}
     # Without fused multiply-adds, carried sums and sums that are computed anew have the same bits.
     flags |= {"P": DTYPES[params[0].dtype], "L2": s.l2 != 0, "STORED": stored, "enable_fp_fusion": False}
     skipping = {"FOUND_INF": found_inf is not None}

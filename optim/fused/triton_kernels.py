@@ -84,13 +84,14 @@ def _sum_block(
 def sum_chunks(
     table, chunks, partials, l2, factor, sigma, eps, log_beta, one_minus_beta, grad_scale,
     P: tl.constexpr, L2: tl.constexpr, STORED: tl.constexpr, BELIEF: tl.constexpr, CARRIED: tl.constexpr,
-    SCALED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, ALIGNED: tl.constexpr, GRAD_ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     row = table + tl.load(chunks + 2 * chunk) * COLUMNS
     begin = tl.load(chunks + 2 * chunk + 1) * CHUNK
     p = _address(row, PARAM, P, ALIGNED)
-    g = _address(row, GRAD, P, ALIGNED)
+    g = _address(row, GRAD, P, GRAD_ALIGNED)
     m = _address(row, EXP_AVG, tl.float32, ALIGNED)
     h = _address(row, HESSIAN, tl.float32, ALIGNED)
     d = _address(row, DIRECTION, tl.float32, ALIGNED)
@@ -265,7 +266,8 @@ def _update_block(
 def update_chunks(
     table, chunks, partials, scalars, l2, factor, grad_scale, found_inf,
     P: tl.constexpr, L2: tl.constexpr, STORED: tl.constexpr, STABLE: tl.constexpr, CARRY: tl.constexpr,
-    SCALED: tl.constexpr, FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, GRAD_ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Begins with the last chunks: sum_chunks read their g and d last, so these may still be in the L2 cache."""
     chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
@@ -273,7 +275,7 @@ def update_chunks(
     row = table + tensor * COLUMNS
     begin = tl.load(chunks + 2 * chunk + 1) * CHUNK
     p = _address(row, PARAM, P, ALIGNED)
-    g = _address(row, GRAD, P, ALIGNED)
+    g = _address(row, GRAD, P, GRAD_ALIGNED)
     m = _address(row, EXP_AVG, tl.float32, ALIGNED)
     h = _address(row, HESSIAN, tl.float32, ALIGNED)
     d = _address(row, DIRECTION, tl.float32, ALIGNED)
