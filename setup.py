@@ -24,7 +24,9 @@ EXPERIMENTS = [
     "sacrebleu",
     "tokenizers",
 ]
+OTHERS = ["pytorch_optimizer>=4"]  # optimizers to compare with: AdaBelief, AdaHessian, SAM and some hundred more
 DEVELOPMENT = [
+    *OTHERS,
     "pytest",
     "pytest-timeout",
     "pytest-xdist>=3.2",  # --dist worksteal
@@ -37,6 +39,7 @@ DEVELOPMENT = [
     "setuptools>=70.1",  # the first that builds a wheel without the package `wheel`
     "packaging",
     "plotly",  # the report's page
+    "schedulefree",  # an optimizer with modes, for the tests
 ]
 
 if __name__ == "__main__":
@@ -52,5 +55,5 @@ if __name__ == "__main__":
         package_data={"apollo_optim": ["*.h"], "apollo_optim.fused": ["*.cpp", "*.h"]},
         python_requires=">=3.10",
         install_requires=OPTIMIZER,
-        extras_require={"experiments": EXPERIMENTS, "slurm": ["submitit"], "dev": DEVELOPMENT},
+        extras_require={"experiments": EXPERIMENTS, "slurm": ["submitit"], "optimizers": OTHERS, "dev": DEVELOPMENT},
     )

@@ -8,17 +8,19 @@ it ends with bit-identical weights.
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from classification.augment import Batch
-from classification.batch_norm import normalise_in_groups, track_statistics
+from classification.batch_norm import normalise_in_groups, renew_statistics, track_statistics
 from classification.config import Config
 from classification.cuda_graph import use_graphs, uses_graph
 from classification.data import ImageData, load_data
 from classification.models import create_model
+from engine import evaluated
 from engine import run as runs
 from engine.distributed import World, setup
 from engine.errors import run_main, settings_of
@@ -56,7 +58,7 @@ def train(config: Config, world: World) -> int:
         while run.progress.epoch < config.epochs:
             if not train_epoch(run, bar):
                 return runs.say_stopped(run)
-            finish_epoch(run, evaluate(run))
+            finish_epoch(run, evaluated.scores(run, evaluate, renew_statistics))
     finish(run)
     return 0
 
@@ -76,17 +78,8 @@ def train_epoch(run: ImageRun, bar: tqdm) -> bool:
     )
     runs.start_clock(run)
     for passes in batches:
-        run.optimizer.zero_grad()
-        for index, (images, labels) in passes:
-            is_last = index + world.world_size >= config.passes
-            seed_step(config.seed, "step", progress.update, index)  # dropout is the same whichever rank takes the pass
-            if config.passes > 1:
-                track_statistics(run.model, index == 0)
-            with runs.averaged_over_ranks(run, is_last):
-                loss, correct = run.forward_backward(run, images, labels, len(passes), is_last)
-            damaged = run.data.take_damaged()
-            run.window.add(loss=loss * len(labels), correct=correct, examples=len(labels), damaged=damaged)
-        wish = runs.end_update(run, bar)
+        take_gradients(run, passes)
+        wish = runs.end_update(run, bar, partial(take_gradients, run, passes, again=True))
 
         if progress.update % config.log_every == 0:
             log(run, bar)
@@ -107,6 +100,24 @@ def forward_backward(
         loss = cross_entropy(logits.float(), labels)
     run.precision.backward(loss / passes, is_last)
     return loss.detach(), (logits.argmax(1) == labels).sum()
+
+
+def take_gradients(run: ImageRun, passes: list[tuple[int, Batch]], again: bool = False) -> torch.Tensor:
+    """Take the gradients of one update; returns this rank's mean loss. `again`: for a closure, counting nothing."""
+    config, world, total = run.config, run.world, 0.0
+    run.optimizer.zero_grad()
+    for index, (images, labels) in passes:
+        is_last = index + world.world_size >= config.passes
+        seed_step(config.seed, "step", run.progress.update, index)  # dropout is the same whichever rank takes the pass
+        if config.passes > 1 or run.needs == "closure":
+            track_statistics(run.model, index == 0 and not again)
+        with runs.averaged_over_ranks(run, is_last):
+            loss, correct = run.forward_backward(run, images, labels, len(passes), is_last)
+        total += loss / len(passes)
+        if not again:
+            damaged = run.data.take_damaged()
+            run.window.add(loss=loss * len(labels), correct=correct, examples=len(labels), damaged=damaged)
+    return total
 
 
 def log(run: ImageRun, bar: tqdm) -> None:
@@ -154,7 +165,7 @@ def finish_epoch(run: ImageRun, tested: dict[str, float]) -> None:
     """Record the epoch, and save: the next one starts from here."""
     progress, sums = run.progress, run.progress.since_evaluation
     damaged = {"damaged": int(sums["damaged"])} if sums["damaged"] else {}
-    progress.best = max(tested["test_top1"], progress.best or 0.0)
+    progress.best = max(evaluated.of_result(tested, "test_top1"), progress.best or 0.0)
     runs.record_evaluation(run, "epoch", damaged | means(sums, "train_"), tested)
     runs.end_epoch(run)
     last = progress.last
@@ -168,10 +179,11 @@ def finish_epoch(run: ImageRun, tested: dict[str, float]) -> None:
 
 def finish(run: ImageRun) -> None:
     """Write result.json, and say what came out."""
-    last, best = run.progress.last, run.progress.best
-    final, validation = last["test_top1"], {"validation": last["valid_top1"]} if run.data.valid_size else {}
-    runs.write_result(run, metric="top1", final=final, **validation, evaluated=run.data.test_size)
-    run.record.say(f"done: top-1 {final:.2f} at the end, {best:.2f} at best; {run.record.folder}/result.json")
+    last = evaluated.last_scores(run, evaluate, renew_statistics)
+    found = evaluated.results(last, final="test_top1", validation="valid_top1")
+    run.progress.best = best = max(found["final"], run.progress.best)
+    runs.write_result(run, metric="top1", **found, evaluated=run.data.test_size)
+    run.record.say(f"done: top-1 {found['final']:.2f} at the end, {best:.2f} at best; {run.record.folder}/result.json")
 
 
 def prepare(config: Config, world: World, record: RunRecord) -> ImageRun:

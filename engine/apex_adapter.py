@@ -3,7 +3,7 @@
 docs/apex.md says which apex this needs. Only apex's documented functions are called.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -72,8 +72,8 @@ class ApexPrecision(Precision):
         return torch.nn.utils.clip_grad_norm_(list(self.amp.master_params(optimizer)), max_norm)
 
     @override
-    def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        optimizer.step()  # amp skips it after an overflow
+    def step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor] | None = None) -> bool:
+        optimizer.step()  # amp skips it after an overflow; engine/needs.py lets no closure come here
         return not self.overflowed
 
     def _scale(self) -> float:

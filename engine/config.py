@@ -1,24 +1,29 @@
 """Strict configuration: YAML files over a `base:`, `key=value` on top, checked by a pydantic model.
 
-Files merge key by key, except `optimizer` and `schedule`: each is a name and its settings, taken whole from the last
-file that gives it, so that nothing is inherited from another method. Every error is one line that names where the value
-came from (a file or the command line), the key, and what would be right.
+Files merge key by key, except `optimizer`, `schedule` and `average`: each is a choice and its settings, taken whole
+from the last file that gives it, so that nothing is inherited from another method. Every error is one line that names
+where the value came from (a file or the command line), the key, and what would be right.
 """
 
 import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
+    model_serializer,
     model_validator,
 )
 from yaml.constructor import ConstructorError
@@ -26,8 +31,13 @@ from yaml.constructor import ConstructorError
 from engine.errors import UserError, nearest
 from engine.files import write_atomically
 
-TAKEN_WHOLE = ("optimizer", "schedule")
+TAKEN_WHOLE = ("optimizer", "schedule", "average")
 COMMAND_LINE = "command line"
+FORMER_KEYS = {  # and what stands for them now
+    "global_batch": "an update is passes x batch: batch is what one pass sees, and the ranks divide the passes",
+    "accumulation": "passes is the number of passes that make an update, over all ranks",
+    "sync_batchnorm": "batchnorm_group is the number of images behind one statistic",
+}
 MOST_VALUES = 10_000  # that a YAML text may stand for: aliases of aliases could stand for more than memory holds
 
 
@@ -41,14 +51,13 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Named(BaseModel):
-    """A name and its settings, e.g. `{name: apollo, lr: 0.5}`; whoever is named checks the settings."""
+class WithSettings(BaseModel):
+    """Keys of our own and, as `settings`, all others, which whoever takes them checks."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-    name: str
 
     @model_validator(mode="after")
-    def _finite(self) -> "Named":
+    def _finite(self) -> "WithSettings":
         for key, value in self.settings.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{key} must be a finite number, not {value}")
@@ -59,17 +68,69 @@ class Named(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+class Named(WithSettings):
+    """A name and its settings, e.g. `{name: apollo, lr: 0.5}`; whoever is named checks the settings."""
+
+    name: str
+
+
+class GroupConfig(WithSettings):
+    """Parameters with settings of their own; those of another optimizer, where `name` is given."""
+
+    match: str | NonNegativeInt  # a regular expression found in a parameter's name, or its number of dimensions
+    name: str | None = None
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, match: str | int) -> str | int:
+        try:
+            re.compile(str(match))
+        except re.error as error:
+            raise ValueError(f"{match!r} is no regular expression: {error}") from None
+        return match
+
+
+class OptimizerConfig(Named):
+    needs: Literal["closure", "create_graph"] | None = None  # what its step needs besides gradients (engine/needs.py)
+    groups: list[GroupConfig] = []  # the first that matches a parameter has it (engine/parameter_groups.py)
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = [key for key in ("needs", "groups") if not getattr(self, key)]
+        return {key: value for key, value in write(self).items() if key not in unused}
+
+
 class CheckpointConfig(Strict):
     minutes: NonNegativeFloat = 10.0  # between saves in mid-epoch; the end of every epoch saves too
     keep: PositiveInt = 2  # files kept
 
 
+class AverageConfig(Strict):
+    """The average of weights that is evaluated: an exponential one (`decay`), or the mean of some that are kept.
+
+    The exponential average is a <- decay * a + (1 - decay) * w after every update, and begins as the weights after the
+    first one. The mean is that of the `last` weights kept; it is formed at the end of the run.
+    """
+
+    decay: float | None = Field(None, gt=0, lt=1)
+    every: PositiveInt | None = None  # keep weights every so many updates; None: at each epoch's end
+    last: PositiveInt = 10  # how many are kept and averaged
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "AverageConfig":
+        if self.decay and (self.every or self.last != 10):
+            raise ValueError("decay, or every and last: an exponential average keeps no weights")
+        return self
+
+
 class RunConfig(Strict):
     """The keys that every task's config has; a task adds its own (data, model, epochs or updates, ...)."""
 
+    DIFFERENTIABLE_TWICE: ClassVar[bool] = False  # whether all functions of the task's models are
+
     table: str  # the table of the paper, or any name for runs of one's own
     row: str  # the method's name in that table
-    optimizer: Named
+    optimizer: OptimizerConfig
     schedule: Named = Named(name="constant")
     seed: NonNegativeInt = 1
     run_dir: str | None = None  # default: runs/<table>/<row>_<schedule>/seed<seed>
@@ -82,6 +143,7 @@ class RunConfig(Strict):
     log_every: PositiveInt = 50  # updates
     tensorboard: bool = False
     checkpoint: CheckpointConfig = CheckpointConfig()
+    average: AverageConfig | None = None
 
     @property
     def folder(self) -> Path:
@@ -158,7 +220,10 @@ def read_yaml(text: str) -> Any:
 
 
 def _checked_size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values `node` stands for once every alias is written out. Refuses a key that is given twice."""
+    """How many values `node` stands for once every alias is written out.
+
+    Raises ConstructorError for a key that is no text, or that is given twice.
+    """
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = 1  # for a node that holds itself, which PyYAML refuses later
@@ -166,6 +231,8 @@ def _checked_size(node: yaml.Node, known: dict[int, int]) -> int:
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in children]
         for index, (key, _) in enumerate(children):
+            if isinstance(key, yaml.ScalarNode) and key.tag not in (f"{_TAG}str", f"{_TAG}merge"):
+                raise ConstructorError(None, None, f"the key {key.value} is not text: quote it", key.start_mark)
             if isinstance(key, yaml.ScalarNode) and key.value in keys[:index]:
                 raise ConstructorError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
         children = [child for pair in children for child in pair]
@@ -314,14 +381,21 @@ def _set_dotted(values: dict, key: str, value: Any, sources: dict[str, str]) -> 
 def _explain(error: ValidationError, model: type[BaseModel], sources: dict[str, str], path: str) -> str:
     """The first problem that pydantic found, in one line."""
     problem = error.errors()[0]
-    dotted = ".".join(str(part) for part in problem["loc"])
+    keys, holder = _place(model, problem["loc"])
+    if problem["type"].startswith("union_tag"):
+        keys += ["name"]
+    dotted = ".".join(keys)
     source = _source_of(dotted, sources) or path
     if problem["type"] == "extra_forbidden":
-        *parents, last = (str(part) for part in problem["loc"])
-        valid = list(_model_at(model, parents).model_fields)
-        return f"{source}: unknown key '{dotted}'{nearest(last, valid)}; valid keys: {', '.join(valid)}"
-    if problem["type"] == "missing":
+        if dotted in FORMER_KEYS:
+            return f"{source}: unknown key '{dotted}': {FORMER_KEYS[dotted]}"
+        valid = list(holder.model_fields)
+        return f"{source}: unknown key '{dotted}'{nearest(keys[-1], valid)}; valid keys: {', '.join(valid)}"
+    if problem["type"] in ("missing", "union_tag_not_found"):
         return f"{source}: the key '{dotted}' is missing"
+    if problem["type"] == "union_tag_invalid":
+        about = problem["ctx"]
+        return f"{source}: {dotted} should be one of {about['expected_tags']}, not '{about['tag']}'"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] == "value_error":  # one of our own validators: its words say it all
         if COMMAND_LINE in (place for key, place in sources.items() if key.startswith(f"{dotted}.")):
@@ -337,10 +411,25 @@ def _source_of(dotted: str, sources: dict[str, str]) -> str | None:
     return sources.get(dotted)
 
 
-def _model_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
-    for part in path:
-        model = model.model_fields[part].annotation
-    return model
+def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
+    """The keys that lead to a problem, and the model that has, or lacks, the last of them.
+
+    Where a key has one of several models, by its `name`, pydantic puts that name into `loc` as if it were a key.
+    """
+    keys, holder, kind = [], model, model
+    for part in loc:
+        models = [one for one in get_args(kind) if hasattr(one, "model_fields")] if isinstance(kind, UnionType) else []
+        if len(models) > 1:
+            kind = next(one for one in models if part in get_args(one.model_fields["name"].annotation))
+            continue
+        kind = models[0] if models else kind  # a model or None
+        keys.append(str(part))
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            holder = kind
+            kind = kind.model_fields[part].annotation if part in kind.model_fields else None
+        else:
+            kind = None
+    return keys, holder
 
 
 def _flat(error: object) -> str:

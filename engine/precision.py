@@ -6,7 +6,7 @@ with tf32. Parameters, gradients and optimizer state stay float32. apex-O1 and a
 apex (engine/apex_adapter.py).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -33,6 +33,7 @@ class Precision:
             torch.backends.cudnn.allow_tf32 = tf32
         self.device_type = device.type
         self.dtype = AUTOCAST_DTYPES[name]
+        self.create_graph = False  # whether gradients can be differentiated again (engine/needs.py)
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     def prepare(
@@ -59,7 +60,7 @@ class Precision:
 
     def backward(self, loss: torch.Tensor, is_last: bool = True) -> None:
         """Add the gradients of `loss`. `is_last` is False if more gradients follow before the step."""
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward(create_graph=self.create_graph)
 
     def clip(
         self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], max_norm: float
@@ -76,10 +77,13 @@ class Precision:
         optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # as clip_grad_norm_, but for its reciprocal
         return norm
 
-    def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Take the optimizer step. Returns False if the scaler skipped it because a gradient overflowed."""
+    def step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor] | None = None) -> bool:
+        """Take the optimizer step. Returns False if the scaler skipped it because a gradient overflowed.
+
+        `closure` takes the gradients again, for an optimizer that asks for them; with a scaler there must be none.
+        """
         if not self.scaler.is_enabled():
-            optimizer.step()
+            optimizer.step() if closure is None else optimizer.step(closure)
             if _divides_in_step(optimizer):
                 optimizer.grad_scale = None  # of this update's gradients alone
             return True

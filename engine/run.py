@@ -8,6 +8,8 @@ A train.py calls these functions in the order in which they stand here:
     start_clock, wait_for_device                                         around what is not training
     record_evaluation, end_epoch                                         after an evaluation
     say_stopped, write_result                                                      at the end
+
+Which weights an evaluation is of, engine/evaluated.py says.
 """
 
 import time
@@ -19,23 +21,26 @@ from statistics import median
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from engine import evaluated
 from engine.allocator import keep_freed_memory
 from engine.apex_adapter import ApexPrecision, require_apex
 from engine.checkpoint import Checkpoints, Progress
 from engine.config import RunConfig, load_config
 from engine.distributed import World
-from engine.errors import UserError, raised_at, settings_of
+from engine.errors import UserError, settings_of
 from engine.interrupt import Agreement, StopRequest, Wish
 from engine.machine import cpu_has_bf16
 from engine.metrics import Sums, require_finite, require_finite_weights
+from engine.needs import closure_of, explain_failure, needs_of
+from engine.parameter_groups import create_grouped_optimizer, describe_groups
 from engine.precision import Precision
 from engine.run_record import RunRecord, peak_memory_mb
-from optim import Apollo, create_optimizer
+from engine.seed import seed_step
+from optim import Apollo
 from optim.lr_scheduler import create_schedule
-
-TORCH_FUSED = ("adam", "adamw", "sgd")  # the optimizers of torch that have a fused step
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 RunT = TypeVar("RunT", bound="Run")
@@ -56,11 +61,15 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     precision: Precision
+    needs: str | None  # what the optimizer's step needs besides gradients: closure, create_graph
     window: Sums  # training metrics since the last log line
     progress: Progress
     checkpoints: Checkpoints
     stop: StopRequest
     agreement: Agreement
+    updates: int  # of the whole run
+    updates_per_epoch: int
+    average: AveragedModel | None  # the exponential one of the weights, where the config asks for it
     vocabulary: str | None = None  # digest of the data's; a checkpoint made with another is refused
     take_step: Callable[[], bool]  # the optimizer's; False where the scaler skipped it
     clock: float = 0.0  # when the training that is being timed began
@@ -99,16 +108,10 @@ def create_precision(name: str, device: torch.device, say: Callable[[str], None]
 def with_optimizer(
     model: torch.nn.Module, config: RunConfig, precision: Precision
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """The model as `precision` wants it, and the config's optimizer over its parameters.
-
-    On CUDA torch's own take their fused step, as Apollo does, unless the config names another: of itself, torch takes
-    the foreach step, which reads and writes memory about three times as often.
-    """
-    name, settings = config.optimizer.name, config.optimizer.settings
-    if precision.device_type == "cuda" and name in TORCH_FUSED and not settings.keys() & {"foreach", "fused"}:
-        settings["fused"] = True
-    with settings_of("optimizer"):
-        optimizer = create_optimizer(name, model.parameters(), **settings)
+    """The model as `precision` wants it, and the config's optimizer over its parameters."""
+    optimizer = create_grouped_optimizer(model, config.optimizer, precision.device_type)
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise UserError(f"optimizer {config.optimizer.name} has no learning rate, lr, that a schedule could set")
     return precision.prepare(model, optimizer)
 
 
@@ -123,14 +126,18 @@ def assemble(
     *,
     total: int,
     updates_per_unit: int = 1,
+    updates_per_epoch: int | None = None,
     network: torch.nn.Module | None = None,
     **own: Any,
 ) -> RunT:
     """A Run of class `kind` at its beginning, with its schedule, metrics and checkpoints; `own` are the fields it adds.
 
-    The schedule counts in units of `updates_per_unit` updates, and the run has `total` of them. `network` is the model
-    as it is called in training, e.g. compiled; by default the model itself.
+    The schedule counts in units of `updates_per_unit` updates, and the run has `total` of them; by default a unit is an
+    epoch. `network` is the model as it is called in training, e.g. compiled; by default the model itself.
     """
+    evaluated.begin_training(optimizer)
+    needs = needs_of(config, optimizer, world)
+    precision.create_graph = needs == "create_graph"
     with settings_of("schedule"):
         schedule = create_schedule(
             optimizer,
@@ -142,8 +149,11 @@ def assemble(
     if world.device.type == "cpu":
         keep_freed_memory()
     network = model if network is None else network
+    average = evaluated.exponential_average(model, config)
     stop = StopRequest()
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
+    if average:
+        parts["average"] = average
     return kind(
         config=config,
         world=world,
@@ -153,6 +163,7 @@ def assemble(
         optimizer=optimizer,
         schedule=schedule,
         precision=precision,
+        needs=needs,
         window=Sums(kind.METRICS, world.device),
         progress=Progress(),
         checkpoints=Checkpoints(
@@ -161,6 +172,9 @@ def assemble(
         stop=stop,
         agreement=Agreement(world, stop),
         take_step=partial(precision.step, optimizer),
+        updates=total * updates_per_unit,
+        updates_per_epoch=updates_per_epoch or updates_per_unit,
+        average=average,
         **own,
     )
 
@@ -184,8 +198,16 @@ def restore(run: Run) -> dict[str, Any] | None:
 
 
 def write_environment(run: Run, **own: Any) -> None:
-    """Write environment.json: the machine, the recipe, and how many ranks carry it out; `own` are the task's facts."""
+    """Write environment.json: the machine, the recipe, and how many ranks carry it out; `own` are the task's facts.
+
+    Where the optimizer has groups, they are recorded too, and said.
+    """
     config = run.config
+    if config.optimizer.groups:
+        own["groups"] = describe_groups(run.model, config.optimizer)
+        for group in own["groups"]:
+            what = "the rest" if group["match"] is None else f"match {group['match']!r}"
+            run.record.say(f"{group['name']}, {what}: {group['tensors']} tensors, {group['parameters']:,} parameters")
     run.record.environment(world_size=run.world.world_size, batch=config.batch, passes=config.passes, **own)
 
 
@@ -214,34 +236,55 @@ def averaged_over_ranks(run: Run, is_last: bool) -> AbstractContextManager:
     return nullcontext() if is_last or run.world.world_size == 1 else run.network.no_sync()
 
 
-def end_update(run: Run, bar: tqdm) -> Wish:
-    """Take the optimizer's and the schedule's step, and count the update; returns what the ranks agree to do next."""
+def end_update(run: Run, bar: tqdm, again: Callable[[], torch.Tensor]) -> Wish:
+    """Take the optimizer's and the schedule's step, and count the update; returns what the ranks agree to do next.
+
+    `again` takes the gradients of this update once more, counts nothing, and returns this rank's loss: for an optimizer
+    that needs a closure. The ranks save after an update whose weights are kept for averaging.
+    """
     progress = run.progress
     rate = run.optimizer.param_groups[0]["lr"]
     progress.lr = rate.clone() if isinstance(rate, torch.Tensor) else rate  # float() would wait for the device
     # The step is timed now and then, not every time: a clock has to wait for the device. The first one builds kernels.
     is_timed = progress.update > 0 and (progress.update - 1) % run.config.log_every == 0
     step = _timed_step if is_timed else _step
-    if step(run):
-        run.schedule.step()  # an update that the scaler skips advances nothing
+    if step(run, again):  # an update that the scaler skips advances nothing
+        with settings_of("schedule"):  # it may be anyone's
+            run.schedule.step()
+        evaluated.update_average(run)
     progress.update += 1
     progress.update_in_epoch += 1
     bar.update()
-    return run.agreement.after(progress.update, run.checkpoints.due())
+    wish = run.agreement.after(progress.update, run.checkpoints.due())
+    if not evaluated.is_kept(run):
+        return wish
+    wait_for_device(run)
+    evaluated.keep_for_average(run)
+    start_clock(run)
+    return max(wish, Wish.SAVE)
 
 
-def _step(run: Run) -> bool:
+def _step(run: Run, again: Callable[[], torch.Tensor]) -> bool:
+    seed, place = run.config.seed, ("optimizer", run.progress.update)
+    seed_step(seed, *place)  # what an optimizer draws is the same on every rank
+    closure = closure_of(again, run.world, seed, *place) if run.needs == "closure" else None
     try:
-        return run.take_step()
+        return run.take_step() if closure is None else run.precision.step(run.optimizer, closure)
+    except UserError:
+        raise
     except Exception as error:  # the optimizer may be anyone's
+        if run.progress.update == 0:
+            run.record.remove_if_new()
         name, update = run.config.optimizer.name, run.progress.update + 1
-        raise UserError(f"the optimizer {name} failed in update {update}: {raised_at(error)}") from error
+        raise UserError(
+            f"the optimizer {name} failed in update {update}: {explain_failure(error, run.needs)}"
+        ) from error
 
 
-def _timed_step(run: Run) -> bool:
+def _timed_step(run: Run, again: Callable[[], torch.Tensor]) -> bool:
     run.world.synchronize()
     started = time.perf_counter()
-    taken = _step(run)
+    taken = _step(run, again)
     run.world.synchronize()
     run.optimizer_ms.append(1000 * (time.perf_counter() - started))
     return taken
@@ -283,6 +326,7 @@ def save(run: Run, **own: torch.Tensor) -> None:
     require_finite(float(window[:, 0].sum()), run.progress.update)
     require_finite_weights(run.model, run.world, run.progress.update)
     extra = {"window": window, "record": run.record.position(), "vocabulary": run.vocabulary}
+    extra["train_mode"] = evaluated.has_modes(run.optimizer)
     run.checkpoints.save(run.progress, extra | own)
     start_clock(run)
 

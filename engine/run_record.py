@@ -83,12 +83,16 @@ class RunRecord:
         try:
             yield
         except BaseException:
-            if self.world.is_main and self.folder in self._made:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                for parent in self._made[1:]:
-                    with suppress(OSError):
-                        parent.rmdir()
+            self.remove_if_new()
             raise
+
+    def remove_if_new(self) -> None:
+        """Remove the run's folder, and what was made above it, where it was made for this run."""
+        if self.world.is_main and self.folder in self._made:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for parent in self._made[1:]:
+                with suppress(OSError):  # somebody else uses it too
+                    parent.rmdir()
 
     @property
     def complete(self) -> bool:

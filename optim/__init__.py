@@ -28,6 +28,7 @@ __all__ = [
     "create_optimizer",
     "create_schedule",
     "lr_scheduler",
+    "optimizer_class",
 ]
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"apollo": Apollo, "sgd": SGD, "adam": Adam, "adamw": AdamW, "radam": RAdam}
@@ -37,16 +38,19 @@ def create_optimizer(name: str, params: ParamsT, **settings: Any) -> Optimizer:
     """Makes the optimizer `name`, a key of OPTIMIZERS or the dotted path of any class.
 
     Apollo's `warmup` is 0 here unless it is given: in training scripts the warmup belongs to the schedule.
+    `base_optimizer`, which SAM and its kin take, may be a name too; they then get the class of that name.
 
     Raises:
-        ValueError: an unknown name, a path that does not import, or a setting that is unknown, missing or refused.
+        ValueError: an unknown name, a path that does not import, a setting that is unknown, missing or refused, or a
+            class that is not made from parameters, or makes no optimizer of torch's kind.
     """
-    cls = _import(name) if "." in name else OPTIMIZERS.get(name)
-    if cls is None:
-        raise ValueError(
-            f"unknown optimizer {name!r}{suggest(name, OPTIMIZERS)}, or a dotted path, package.module.Class"
-        )
+    cls = optimizer_class(name)
     accepted = inspect.signature(cls).parameters
+    if (first := next(iter(accepted), None)) in ("model", "optimizer", "optimizers"):
+        raise ValueError(
+            f"optimizer {name!r} is made from the {first}, not from parameters: give the name of a function that takes "
+            "parameters and makes it"
+        )
     names = [key for key in list(accepted)[1:] if accepted[key].kind is not inspect.Parameter.VAR_KEYWORD]
     takes_any = len(names) + 1 < len(accepted)
     for key in settings:
@@ -61,12 +65,27 @@ def create_optimizer(name: str, params: ParamsT, **settings: Any) -> Optimizer:
                 raise ValueError(f"optimizer {name!r}: {key} must be {rule}, got {value!r}")
     if cls is Apollo:
         settings = {"warmup": 0, **settings}
+    if isinstance(base := settings.get("base_optimizer"), str):
+        settings = {**settings, "base_optimizer": optimizer_class(base)}
     try:
-        return cls(params, **settings)
+        optimizer = cls(params, **settings)
     except ValueError as error:
         raise ValueError(f"optimizer {name!r}: {error}") from error
     except Exception as error:  # foreign classes may check their settings in any way, or not at all
         raise ValueError(f"optimizer {name!r}: {error or type(error).__name__}; its settings: {settings}") from error
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"optimizer {name!r} makes a {type(optimizer).__name__}, which is no torch.optim.Optimizer")
+    return optimizer
+
+
+def optimizer_class(name: str) -> Callable[..., Optimizer]:
+    """The class, or the function that makes an optimizer, called `name`. Raises ValueError where there is none."""
+    cls = _import(name) if "." in name else OPTIMIZERS.get(name)
+    if cls is None:
+        raise ValueError(
+            f"unknown optimizer {name!r}{suggest(name, OPTIMIZERS)}, or a dotted path, package.module.Class"
+        )
+    return cls
 
 
 def _broken_rule(default: Any, value: Any) -> str | None:

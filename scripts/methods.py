@@ -56,7 +56,7 @@ def method_of(name: str, lines: dict[str, Any], path: Path) -> Method:
 
 def group_of(optimizer: dict[str, Any]) -> dict[str, Any]:
     """All settings of an optimizer. Raises UserError where it cannot be made."""
-    settings = {key: value for key, value in optimizer.items() if key != "name"}
+    settings = {key: value for key, value in optimizer.items() if key not in ("name", "needs", "groups")}
     with settings_of("optimizer"):
         made = create_optimizer(optimizer["name"], [torch.nn.Parameter(torch.zeros(2, 2))], **settings)
     decouples = {FLAGS[0]: True} if isinstance(made, torch.optim.AdamW) else {}

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from overrides import override
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from optim.native import load_library
@@ -77,14 +76,15 @@ class _NormRelu(torch.autograd.Function):
         library().norm_relu_forward(arguments)
         torch.autograd.graph.increment_version(running.values())
         ctx.save_for_backward(x, y, weight, mean, inverse_std)
-        ctx.has_shortcut = shortcut is not None
+        ctx.has_shortcut, ctx.eps = shortcut is not None, norm.eps
         return y
 
     @staticmethod
-    @once_differentiable
     @override(check_signature=False)
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight, mean, inverse_std = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated, by torch's own operators
+            return _differentiable_backward(x, weight, torch.where(y > 0, grad_y, 0), ctx.eps, ctx.has_shortcut)
         # Whoever writes to `.data` between the passes may have changed what was saved.
         rows = all(_is_of_rows(tensor, like=y) for tensor in (x, grad_y))
         if not (rows and _is_of_channels(weight, y) and x.is_contiguous(memory_format=torch.channels_last)):
@@ -96,6 +96,16 @@ class _NormRelu(torch.autograd.Function):
         grads = {"grad_x": grad_x, "grad_shortcut": grad_shortcut, "grad_weight": grad_weight, "grad_bias": grad_bias}
         library().norm_relu_backward(_arguments(values | grads))
         return grad_x, grad_weight, grad_bias, grad_shortcut, None
+
+
+def _differentiable_backward(
+    x: Tensor, weight: Tensor, grad_sum: Tensor, eps: float, has_shortcut: bool
+) -> tuple[Tensor | None, ...]:
+    """What `_NormRelu.backward` returns, as functions of x, weight and `grad_sum`, the gradient before the ReLU."""
+    normalised = F.batch_norm(x, None, None, weight, training=True, eps=eps)
+    grad_x, grad_weight = torch.autograd.grad(normalised, (x, weight), grad_sum, create_graph=True)
+    grad_bias = grad_sum.sum((0, 2, 3), dtype=weight.dtype)
+    return grad_x, grad_weight, grad_bias, grad_sum if has_shortcut else None, None
 
 
 ADDRESSES = (
