@@ -30,9 +30,10 @@ def run(*arguments: object, **environment: str) -> tuple[int, str, str]:
     return running.returncode, output, errors
 
 
+@pytest.mark.timeout(3600)
 def test_the_dry_run_goes_through_all_of_it(tmp_path):
-    """On an idle machine it takes about a minute. The limit of 9 minutes is for busy ones."""
-    status, output, errors = run("--dry-run", tmp_path)
+    """It takes some 80 seconds of processor time. The limits are for machines that others keep busy."""
+    status, output, errors = run("--dry-run", "--minutes", 50, tmp_path)
     record = json.loads((tmp_path / "record.json").read_text())
     assert status == 0, (output, errors, (tmp_path / "log.txt").read_text()[-3000:])
     assert list(record["parts"]) == list(gpu.SHARES) and record["dry_run"] and record["machine"]["torch"]

@@ -70,7 +70,7 @@ def kill_all(part: Part, place: Place) -> None:
 
 def settings(task: str, place: Place, kind: str) -> list[str]:
     _, config, own = TASKS[task]
-    data = [f"data.root={place.scratch / kind / 'grammar'}"] if task == "sentences" else []
+    data = [f"data.root={place.scratch / 'grammar'}"] if task == "sentences" else []
     places = [f"run_dir={place.scratch / kind / task}", f"device={place.device.type}"]
     return [str(CONFIGS / config), *COMMON, *own, *data, *places]
 
