@@ -2,16 +2,16 @@
 
     python -m benchmarks.cifar_throughput [--depth 110] [--batch 128] [--precision fp32,bf16] [--device cuda] ...
 
-    train.py    `train_epoch` of classification/train.py on the Apollo cell of configs/cifar10: batches drawn, cropped,
-                mirrored and normalised, metrics summed and written, Apollo with the cell's settings
+    train.py    `train_epoch` of classification/train.py on the Apollo cell of configs/cifar10, batches and metrics
+                included
     bare loop   forward, backward and torch's fused SGD on one fixed batch, at the same precision and memory format.
-                It is the ceiling: only the network is left
+                It is the ceiling
     plain way   what most scripts do: NCHW, fp32, torchvision's transforms on PIL images in a DataLoader with 2 workers,
-                and a single-tensor Apollo. It has its own process, because train.py changes the settings of its
-                process (on the CPU, glibc's allocator: engine/allocator.py)
+                and a single-tensor Apollo. It has its own process, because train.py changes its process's settings
+                (glibc's allocator)
 
-All take turns of `--updates` updates, and every other round reverses the order. So a busy moment of the machine does
-not slow down only one of them. The images are noise of CIFAR's size, or those of `--data ROOT` (train/<class>/*).
+All take turns of `--updates` updates, and every other round reverses the order. The images are noise, or those of
+`--data ROOT` (train/<class>/*).
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
 
 
 def train_loop(images: Path, precision: str, options: argparse.Namespace, world: World, scratch: Path) -> Contender:
-    """The real loop: `prepare` makes everything, and a round is one `train_epoch` of the given images."""
+    """The real loop: a round is one `train_epoch`."""
     config = load_config(
         Config,
         CELL,
@@ -94,7 +94,7 @@ def train_loop(images: Path, precision: str, options: argparse.Namespace, world:
         run.progress.update_in_epoch = options.updates - count
         if not train_epoch(run, bar):
             raise KeyboardInterrupt  # the loop has caught a signal: stop
-        end_epoch(run)  # no evaluation and no checkpoint: they are not training
+        end_epoch(run)  # no evaluation and no checkpoint
 
     return updates
 
@@ -118,7 +118,7 @@ def bare_loop(precision: str, options: argparse.Namespace, world: World) -> Cont
 
 
 class ImagesInMemory(Dataset):
-    """Transformed PIL images and their labels, as torchvision's CIFAR10 gives them."""
+    """Transformed PIL images and their labels."""
 
     def __init__(self, folder: Path, transform: Callable) -> None:
         files = [(file, label) for label, name in enumerate(sorted(folder.iterdir())) for file in name.iterdir()]
@@ -165,7 +165,7 @@ def plain_way(images: Path, options: argparse.Namespace, world: World) -> Conten
 
 
 def in_a_process_of_its_own(make: Callable[..., Contender], images: Path, options: argparse.Namespace) -> Contender:
-    """`make(images, options, world)` in a child process, which is idle between rounds."""
+    """`make(images, options, world)` in a child process."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     spawn.Process(target=_serve, args=(theirs, make, images, options)).start()

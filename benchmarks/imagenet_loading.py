@@ -2,17 +2,16 @@
 
     python -m benchmarks.imagenet_loading DATA [--workers 1] [--batch 64] [--rounds 7] [--device cuda]
 
-DATA holds real images, train/<class>/*. A hundred are enough: they are repeated up to --images in a temporary folder,
-as a tree of files and as an LMDB.
+DATA holds real images, train/<class>/*. A hundred are enough: they are repeated up to --images, as files and as an
+LMDB.
 
     torchvision    ImageFolder with RandomResizedCrop(224), RandomHorizontalFlip, ToTensor and Normalize on PIL images
     exact, fast    ImageNetData on the LMDB, up to the normalised batch on the device
     bare decode    the same bytes, from memory, decoded whole in one process: by simplejpeg, as exact and fast do, and
                    for comparison by Pillow
 
-All take turns, and every other round reverses the order. There are two measures: the clock, and the CPU time of the
-workers alone, which a busy machine disturbs less. The main process does the device's part of ImageNetData, which is
-printed separately. Last comes the mean absolute difference between the pixels of fast and exact, in levels of 255.
+All take turns, and every other round reverses the order. Measures are the clock and the workers' CPU time, which a busy
+machine disturbs less. Last comes the mean absolute difference between the pixels of fast and exact, in levels of 255.
 """
 
 import argparse
@@ -163,7 +162,7 @@ def workers_cpu_s(loader: DataLoader) -> float:
 
 
 def report(times: dict[str, list[tuple[float, float]]], images: int, workers: int) -> None:
-    """Print medians over the rounds. A ratio is the median of the rounds' ratios."""
+    """Print medians over the rounds."""
     rounds = len(times["torchvision"])
     print(f"{images} images a round, {rounds} rounds, in turn; median (lowest to highest round)")
     print(f"{'by the clock':20} {'images/s a process':>22} {'x torchvision':>20} {'x bare decode':>20}")
@@ -173,7 +172,7 @@ def report(times: dict[str, list[tuple[float, float]]], images: int, workers: in
 
 
 def print_table(times: dict[str, list[tuple[float, float]]], workers: int, measure: int) -> None:
-    """One line for each contender. Ratios are taken round by round, for equal numbers of processes."""
+    """Ratios are taken round by round, for equal numbers of processes."""
     for name, measured in times.items():
         is_bare = name.startswith("bare")
         processes = 1 if is_bare else workers

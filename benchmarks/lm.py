@@ -5,8 +5,8 @@
     python -m benchmarks.lm train --full-size --updates 5
 
 prepare   `python -m language_model.prepare` with one and with two processes against the published way: one process that
-          encodes line by line and pickles a list of lists for each file (benchmarks/lm_literal.py). All are commands,
-          timed from start to end, in turn. Then the command's peak memory, with its workers, for longer texts.
+          encodes line by line and pickles a list of lists for each file (benchmarks/lm_literal.py). Then the command's
+          peak memory, with its workers, for longer texts.
 train     `train_epoch` of language_model/train.py against a bare loop: forward, backward and torch's fused AdamW on one
           fixed batch, without clipping. Both take turns, and every other round reverses the order.
 --full-size  the published model, 793,470 words and 2 x 2048: each contender in its own process, and its memory.
@@ -49,7 +49,7 @@ from language_model.vocabulary import count_words, counted_vocabulary, load_voca
 from optim import AdamW
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "one_billion_words"
-FILE_BYTES = 8_200_000  # a fifth of a training file of the benchmark, so that a short text has several files too
+FILE_BYTES = 8_200_000  # a fifth of a training file of the benchmark
 EXPONENT = 1.1  # of the word frequencies
 
 
@@ -151,7 +151,7 @@ def text_lines(files: list[Path] | None) -> list[str]:
 
 
 def write_source(root: Path, lines: list[str], tokens: int) -> Path:
-    """A source of at least `tokens` tokens, with <S> and </S>, in files of up to about FILE_BYTES."""
+    """A source of at least `tokens` tokens in files of up to about FILE_BYTES."""
     for folder in FOLDERS.values():
         (root / folder).mkdir(parents=True)
     (root / FOLDERS["test"] / preparation.TEST_FILE).write_text("\n".join(lines[:100]) + "\n", encoding="utf-8")
@@ -172,7 +172,7 @@ def source_tokens(source: Path) -> int:
 
 
 def cpu_of_children() -> float:
-    """CPU seconds of all processes that were started and have ended. A busy machine changes them little."""
+    """CPU seconds of all processes that were started and have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -250,7 +250,7 @@ def contender(name: str, corpus: Path, options: argparse.Namespace) -> Contender
 
 
 def train_loop(row: str, precision: str, corpus: Path, options: argparse.Namespace, world: World) -> Contender:
-    """The real loop: `prepare` makes everything, and a round is the end of a `train_epoch`."""
+    """The real loop: a round is the end of a `train_epoch`."""
     config = load_config(
         Config,
         CONFIGS / f"{row}.yaml",
@@ -300,7 +300,7 @@ Found = tuple[list[float], float | None, float | None]  # seconds an update in e
 
 
 def in_turn(contenders: dict[str, Contender], options: argparse.Namespace, warmup: bool = True) -> dict[str, Found]:
-    """Measure all in this process. With `warmup`, one round of each runs before and does not count."""
+    """Measure all in this process. With `warmup`, the first round does not count."""
     world = setup(options.device)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for each in contenders.values() if warmup else ():
@@ -320,7 +320,7 @@ def in_turn(contenders: dict[str, Contender], options: argparse.Namespace, warmu
 
 
 def alone(name: str, corpus: Path, options: argparse.Namespace) -> Found:
-    """Measure one contender in its own process, to know the memory of this one alone."""
+    """Measure one contender in its own process."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=serve, args=(theirs, name, corpus, options))

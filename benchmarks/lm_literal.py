@@ -1,7 +1,6 @@
 """The published way to encode a corpus, as a baseline: python -m benchmarks.lm_literal SOURCE OUT VOCABULARY
 
-One process splits each line and looks up its words in a dictionary. It writes a pickle of a list of lists for each
-training file.
+One process splits each line and looks up its words in a dictionary.
 """
 
 import pickle

@@ -1,4 +1,4 @@
-"""The parameter shapes of the published experiments' models. An optimizer sees nothing else of a model."""
+"""The parameter shapes of the published experiments' models."""
 
 import math
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def resnext50() -> list[Shape]:
 
 
 def transformer_base() -> list[Shape]:
-    """Transformer-base as in fairseq: separate q, k, v; one embedding of 40,000 words for source, target, output."""
+    """Transformer-base as in fairseq."""
     linear = lambda inputs, outputs: [(outputs, inputs), (outputs,)]  # noqa: E731
     attention, norm = linear(512, 512) * 4, [(512,), (512,)]
     feed_forward = linear(512, 2048) + linear(2048, 512)
@@ -79,8 +79,8 @@ def gradients(name: str, device: torch.device, dense: bool = False) -> tuple[lis
     """Random gradients with a set's shapes: for the steps so far, and for the next step.
 
     Both lists hold the same tensors, except for the One Billion Words embedding. Without `dense` most of its rows are
-    zero, as in training: only words of the last SEEN batches, or of the next batch, have a gradient. Words are in the
-    order of their frequency. They are drawn by Zipf's law, which gives more rare words than the corpus has.
+    zero, as in training: only words of the last SEEN batches, or of the next batch, have a gradient. Words are drawn by
+    Zipf's law, which gives more rare words than the corpus has.
     """
     so_far = [torch.randn(shape, device=device) for shape in shapes(name)]
     following = list(so_far)

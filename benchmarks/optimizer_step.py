@@ -5,13 +5,12 @@
 The contenders are Apollo single-tensor, foreach and fused; the published algorithm written literally
 (optim/apollo_reference.py); torch's SGD with momentum, AdamW and RAdam in the forms they have. Only the step is timed,
 with random gradients that do not change. In the language model's embedding only the words of one batch have a gradient,
-and only words of earlier batches have a state that is not zero, as in training. --dense gives a gradient to all words.
+as in training. --dense gives a gradient to all words.
 
-All run in one process, one turn each in a round, and every other round reverses the order. A turn lasts at least
---seconds. The table gives medians over the rounds. `/ AdamW` is the ratio to fused AdamW's median. `/ floor` compares
-the step with the least transfers of a tensor that it needs (Apollo: 9, SGD: 5), at the speed of fused AdamW's 7
-transfers. So it is 1 if only memory counts, and can be less if caches or zeros help. `GB/s` is these transfers over the
-time.
+All run in one process, one turn each in a round, and every other round reverses the order. The table gives medians over
+the rounds. `/ AdamW` is the ratio to fused AdamW's median. `/ floor` compares the step with the least transfers of a
+tensor that it needs (Apollo: 9, SGD: 5), at the speed of fused AdamW's 7 transfers. It can be below 1 if caches or
+zeros help. `GB/s` is these transfers over the time.
 """
 
 import argparse
@@ -148,8 +147,7 @@ def measure(
                 if contender.transfers:
                     result["transfers"] = contender.transfers
                     result["gb_per_step"] = 4 * count * result["transfers"] / 1e9
-                if device.type == "cuda":
-                    result["launches"] = launches(optimizer)
+                result["launches"] = launches(optimizer, device)
             if not together:
                 made.clear()
                 del optimizer
@@ -199,18 +197,18 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / best / 1e9
 
 
-def launches(optimizer: torch.optim.Optimizer) -> int:
-    """The number of kernels and copies that one step starts on the GPU."""
+def launches(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as profiled:
         optimizer.step()
-        torch.cuda.synchronize()
+        synchronize(device)
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the state tensors that have a parameter's shape. Step counts and other scalars are left out."""
+    """Bytes of the state tensors that have a parameter's shape."""
     states = ((param, x) for param, state in optimizer.state.items() for x in state.values())
     return sum(x.nbytes for param, x in states if isinstance(x, Tensor) and x.shape == param.shape)
 
@@ -247,7 +245,7 @@ def table(name: str, results: dict[str, dict[str, Any]]) -> str:
                 *(f"{result[key]:.2f}" if key in result else "" for key in ("ratio", "ratio_to_floor")),
                 f"{result['gb_per_s']:.1f}" if "gb_per_s" in result else "",
                 f"{result['bytes_per_parameter']:.1f}",
-                str(result.get("launches", "")),
+                str(result["launches"] or ""),
             ]
         )
     full = [row for row in rows if len(row) == len(rows[0])]

@@ -1,9 +1,7 @@
-"""From images at rest to training batches: the whole set is one uint8 tensor on the device, and is augmented there.
+"""Training batches of images: the whole set is one uint8 tensor on the device, and is augmented there.
 
-Each training image is stored with its black border, so that pad, random crop and random flip are one gather: every
-pixel of a batch is fetched once, from where crop and flip would have taken it. Then ToTensor and Normalize follow in
-float32, in torchvision's order of operations; the result equals torchvision's bit for bit. Nothing here waits for the
-device, except for one copy of the draws at the start of an epoch.
+Each training image is stored with its black border, so that pad, random crop and random flip are one gather. ToTensor
+and Normalize follow in float32; the result equals torchvision's bit for bit.
 
 What happens to sample i in epoch e is a function of (seed, e, i) alone: all draws of an epoch are made at once, on the
 CPU, so that neither the device nor the number of ranks nor a resumed run changes them.
@@ -29,7 +27,7 @@ class Images(NamedTuple):
 
 
 class Augmentation(NamedTuple):
-    """What training images go through: a black border of `padding` pixels, a random crop, and a mirror at random."""
+    """A black border of `padding` pixels, a random crop, and a mirror at random."""
 
     padding: int
     flip: bool
@@ -47,8 +45,8 @@ class Draws(NamedTuple):
 class ImageData:
     """A training and a test set on one device, and perhaps a validation set, `valid`.
 
-    `mean` and `std` are per channel, of pixels in 0..1; where they are None, they are those of the training images.
-    `image_size` is (height, width).
+    `mean` and `std` are per channel, of pixels in 0..1; None: those of the training images. `image_size` is (height,
+    width).
     """
 
     def __init__(
@@ -90,7 +88,7 @@ class ImageData:
         self._columns = torch.arange(width, device=device)
 
     def updates_per_epoch(self, batch: int, passes: int = 1) -> int:
-        """Whole updates in the training set; the rest of an epoch's order is left out, as in the published runs."""
+        """Whole updates in the training set; the rest is left out, as in the published runs."""
         return whole_updates(self.train_size, batch, passes)
 
     def draws(self, epoch: int) -> Draws:
@@ -114,8 +112,8 @@ class ImageData:
     ) -> Iterator[list[tuple[int, Batch]]]:
         """The epoch's updates from `start_update` on: for each, this rank's passes, as (index in the update, batch).
 
-        Pass k of update u is order[first : first + batch] with first = (u * passes + k) * batch, whatever the number of
-        ranks; a rank takes those numbered rank, rank + world_size, ... UserError if an update exceeds the set.
+        Pass k of update u is order[first : first + batch] with first = (u * passes + k) * batch; a rank takes those
+        numbered rank, rank + world_size, ... UserError if an update exceeds the set.
         """
         order, top, left, mirror = self.draws(epoch)
         # A crop is read from the stored pixel `start` in steps of `step` along its rows: from the right if mirrored.
@@ -137,13 +135,12 @@ class ImageData:
     def test_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
     ) -> Iterator[Batch]:
-        """This rank's part of the test set in order, the last batch as small as it comes: every image once in all."""
+        """This rank's part of the test set in order: every image once in all."""
         return self._in_order(self._test, batch_size, rank, world_size, channels_last)
 
     def valid_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
     ) -> Iterator[Batch]:
-        """As `test_batches`, of the validation set."""
         return self._in_order(self._valid, batch_size, rank, world_size, channels_last)
 
     def _in_order(
@@ -155,7 +152,7 @@ class ImageData:
             yield self._normalise(images.pixels[part], channels_last), images.labels[part]
 
     def take_damaged(self) -> int:
-        """Damaged images that others stood in for: none, as images that cannot be read never come this far."""
+        """Damaged images that others stood in for: none, as such images never come this far."""
         return 0
 
 
@@ -179,8 +176,8 @@ class Normalise:
                 "data.mean and data.std need three values each, for pixels in 0..1: mean 0 to 1, std above 0 and up to "
                 f"1; not {list(mean)} and {list(std)}"
             )
-        # Constants of the arithmetic, one value for each number in a row of pixels: an inner loop of 3 would be slow.
-        # 255 is a tensor because CUDA divides by a plain number inexactly, by way of its reciprocal.
+        # Constants of the arithmetic, one value for each number in a row of pixels. 255 is a tensor because CUDA
+        # divides by a plain number inexactly.
         self._white = torch.tensor(255.0, device=device)
         self._row_mean = torch.tensor(mean, device=device).repeat(width)
         self._row_std = torch.tensor(std, device=device).repeat(width)
@@ -194,7 +191,7 @@ class Normalise:
 def pixel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel over all pixels of uint8 [N, H, W, 3], scaled to 0..1.
 
-    They come from histograms, so that the sums are exact whatever the size of the set.
+    Histograms make the sums exact.
     """
     counts = torch.zeros(3, 256, dtype=torch.int64)
     for chunk in pixels.split(1024):

@@ -1,7 +1,6 @@
 """BatchNorm as several GPUs have it: statistics of each pass of an update, running ones from the first pass alone.
 
-In the published runs a GPU normalises the images of its own pass, and the model that is evaluated has the running
-statistics of rank 0, which takes the first pass. An update of several passes does so on any number of ranks. A GPU that
+In the published runs the evaluated model has the running statistics of rank 0, which takes the first pass. A GPU that
 has room for more images than a pass has can take several passes as one, normalised in groups of a pass's size.
 """
 
@@ -14,8 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class GroupedBatchNorm2d(nn.BatchNorm2d):
     """A BatchNorm2d that in training takes `group` images at a time: running statistics are those of the first group.
 
-    Equal to passes of `group` images one after the other, of which the first alone counts. Images are [N, C, H, W];
-    ValueError where N is no multiple of `group`.
+    Images are [N, C, H, W]; ValueError where N is no multiple of `group`.
     """
 
     def __init__(self, group: int, channels: int, eps: float, momentum: float | None) -> None:
@@ -38,7 +36,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
 
 def normalise_in_groups(model: nn.Module, group: int) -> None:
-    """Put GroupedBatchNorm2d in the place of each BatchNorm2d of `model`, with the same parameters and buffers."""
+    """Put GroupedBatchNorm2d in the place of each BatchNorm2d of `model`."""
     for parent in list(model.modules()):
         for name, norm in parent.named_children():
             if type(norm) is nn.BatchNorm2d:
@@ -48,7 +46,7 @@ def normalise_in_groups(model: nn.Module, group: int) -> None:
 
 
 def track_statistics(model: nn.Module, tracked: bool) -> None:
-    """Whether the forward passes in training that follow change the running statistics of BatchNorm."""
+    """Whether later training passes change the running statistics of BatchNorm."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.track_running_stats = tracked

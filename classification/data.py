@@ -1,6 +1,6 @@
 """The data sets of the classification tasks, read into memory by name.
 
-    cifar10, cifar100   through torchvision, which downloads them once and checks every file against its MD5 before use
+    cifar10, cifar100   downloaded once; torchvision reads them, after it has compared every file with its MD5
     folder              any tree of small images, train/<class>/* and test/<class>/*
     digits              scikit-learn's 8x8 digits as 32x32 RGB: ships with the package, needs no download
 
@@ -11,40 +11,36 @@ A reader returns the images as they are, with the set's augmentation and its pub
 """
 
 import logging
-import socket
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
+from classification import cifar
 from classification.augment import Augmentation, ImageData, Images
+from classification.config import IMAGENET_ALONE, DataConfig
 from classification.held_out import held_out
-from classification.image_files import is_image, list_files, list_folders, printable, to_rgb
-from engine.config import Strict
+from classification.image_files import IMG_EXTENSIONS, is_image, list_files, list_folders, printable, to_rgb
 from engine.errors import UserError, nearest
 from engine.machine import core_count
 
 if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
+
     from classification.imagenet.data import ImageNetData
 
-__all__ = ["DATASETS", "DataConfig", "ImageData", "load_data"]
+__all__ = ["DATASETS", "ImageData", "load_data"]
 
 log = logging.getLogger(__name__)
 
 NATURAL_IMAGES = Augmentation(padding=4, flip=True)
-IMAGENET_ALONE = ("size", "resize", "decoder", "on_damaged", "workers")  # settings that the other sets do not have
-DOWNLOAD_TIMEOUT = 15.0  # seconds of silence after which a download is given up
 
 
 class Dataset(NamedTuple):
@@ -56,29 +52,6 @@ class Dataset(NamedTuple):
     augmentation: Augmentation
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
-
-
-class DataConfig(Strict):
-    """The settings under `data:` in a config."""
-
-    name: Literal["cifar10", "cifar100", "folder", "digits", "imagenet"]
-    root: str = "data"
-    validation: float = Field(0.0, ge=0, lt=1)  # share of the training images that are held out and evaluated
-    mean: list[float] | None = None  # per channel, of images in 0..1; default: the data set's own
-    std: list[float] | None = None
-    # imagenet alone; ImageNetData says what they mean, and has the defaults
-    size: PositiveInt | None = None
-    resize: PositiveInt | None = None
-    decoder: Literal["exact", "fast"] | None = None
-    on_damaged: Literal["error", "skip"] | None = None
-    workers: NonNegativeInt | None = None
-
-    @model_validator(mode="after")
-    def _imagenet_alone(self) -> "DataConfig":
-        for key in IMAGENET_ALONE:
-            if self.name != "imagenet" and getattr(self, key) is not None:
-                raise ValueError(f"data.{key} is a setting of data.name=imagenet alone")
-        return self
 
 
 def load_data(config: DataConfig, device: torch.device | str, seed: int) -> "ImageData | ImageNetData":
@@ -116,40 +89,36 @@ def load_data(config: DataConfig, device: torch.device | str, seed: int) -> "Ima
 
 def read_cifar10(root: Path) -> Dataset:
     """50,000 training and 10,000 test images of 32x32 in 10 classes; normalised with the published constants."""
-    return _read_cifar(CIFAR10, root, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+    return _read_cifar("cifar10", root, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 
 
 def read_cifar100(root: Path) -> Dataset:
     """50,000 training and 10,000 test images of 32x32 in 100 classes; normalised with the customary constants."""
-    return _read_cifar(CIFAR100, root, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
+    return _read_cifar("cifar100", root, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
 
 
-def _read_cifar(source: type[CIFAR10], root: Path, mean: Sequence[float], std: Sequence[float]) -> Dataset:
+def _read_cifar(name: str, root: Path, mean: Sequence[float], std: Sequence[float]) -> Dataset:
     """Read torchvision's files. They are pickles: torchvision opens none whose MD5 is not that of the original."""
-    test = _provide_cifar(source, root)
+    cifar.provide(name, root)
+    from torchvision.datasets import CIFAR10, CIFAR100  # here, because importing torchvision takes seconds
+
+    source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    test = _unpacked_cifar(source, name, root)
     train = source(root, train=True)
     splits = (Images(torch.from_numpy(split.data), torch.tensor(split.targets)) for split in (train, test))
     return Dataset(*splits, test.classes, NATURAL_IMAGES, mean, std)
 
 
-def _provide_cifar(source: type[CIFAR10], root: Path) -> CIFAR10:
-    """The test split, after seeing to it that the files of both are there: unpacked, or else downloaded."""
+def _unpacked_cifar(source: "type[CIFAR10]", name: str, root: Path) -> "CIFAR10":
+    """The test split, after seeing to it that the files of both are unpacked and whole."""
     try:
         return source(root, train=False)
     except (RuntimeError, OSError):  # something is missing, damaged, or not to be read
-        pass
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+        cifar.fetch(name, root)
     try:
-        return source(root, train=False, download=True)
-    except (OSError, RuntimeError, HTTPException, tarfile.TarError) as error:
-        raise UserError(
-            f"{source.__name__} is not complete in {root} and cannot be downloaded ({error}): get {source.url} "
-            f"on a machine with network, and put {source.filename}, as it is, into {root} (of CIFAR-10 also: "
-            f"bash scripts/prepare.sh cifar10 SOURCE {root})"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+        return source(root, train=False, download=True)  # unpacks the archive, which is there
+    except (RuntimeError, OSError, tarfile.TarError) as error:
+        raise cifar.not_complete(name, root, error) from error
 
 
 def read_digits(root: Path) -> Dataset:

@@ -1,8 +1,7 @@
 """Score an image classifier on its test set: python -m classification.evaluate RUN|BUNDLE [key=value ...]
 
 RUN is a run folder, whose newest checkpoint is used; BUNDLE is what `python -m scripts.report --bundle RUN` made of it.
-key=value changes the run's config, e.g. data.root=FOLDER where the data have moved, or precision, device, eval_batch.
-torchrun starts it as well.
+key=value changes the run's config, e.g. data.root=FOLDER where the data have moved. torchrun starts it as well.
 """
 
 import sys
@@ -12,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 
+from classification.config import Config
 from classification.data import ImageData, load_data
 from classification.models import create_model
-from classification.train import Config, evaluate
+from classification.train import evaluate
 from engine.checkpoint import require_same_shapes
 from engine.config import load_config
 from engine.distributed import World, setup
@@ -27,8 +27,6 @@ USAGE = "usage: python -m classification.evaluate RUN|BUNDLE [key=value ...]   e
 
 
 class Trained(NamedTuple):
-    """The parts of a run that its evaluation needs."""
-
     config: Config
     world: World
     precision: Precision
@@ -54,7 +52,7 @@ def main(arguments: list[str]) -> int:
 
 
 def open_trained(folder: Path, config: Config, world: World) -> Trained:
-    """The model of a run folder or a bundle, and its data. Raises UserError where they cannot be used or do not fit."""
+    """Raises UserError where model and data cannot be used or do not fit."""
     weights = read_weights(folder, say=lambda line: print(line, file=sys.stderr))
     with world.main_first():  # it may have to download
         data = load_data(config.data, world.device, config.seed)

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from engine.errors import UserError
 
+# The files that torchvision's ImageFolder takes (torchvision/datasets/folder.py). Importing it takes seconds.
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
 
 def list_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Every file below `folder`, to any depth, except hidden ones. Links are followed.
+    """Every file below `folder`, to any depth, except hidden ones.
 
-    Raises UserError for a folder that cannot be read, because its images would be missing silently. Raises it also for
-    a link that leads back to one of the folders `above`, because the search would never end.
+    Raises UserError for a folder that cannot be read, and for a link that leads back to one of the folders `above`.
     """
     here = os.path.realpath(folder)
     if here in above:
@@ -23,7 +24,7 @@ def list_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]
     for entry in scan(folder):
         if entry.is_dir():
             yield from list_files(entry.path, (*above, here))
-        elif entry.is_file() or entry.is_symlink():  # a broken link causes an error when it is read
+        elif entry.is_file() or entry.is_symlink():
             yield entry.path
 
 
@@ -42,7 +43,6 @@ def scan(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def is_image(path: str) -> bool:
-    """Whether a file's name ends like an image's name and is not hidden."""
     name = os.path.basename(path)
     return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
 
@@ -55,8 +55,8 @@ def printable(path: str | Path) -> str:
 def to_rgb(picture: Image.Image) -> Image.Image:
     """`picture` as RGB with 8 bits per channel. Transparency is dropped.
 
-    This keeps the upper 8 of 16 bits. Pillow does the same for colours, but it clips 16-bit grey, so that nearly all
-    pixels become white. Raises ValueError for pixels whose white value is unknown: 32-bit integers and floating point.
+    This keeps the upper 8 of 16 bits, where Pillow clips 16-bit grey to white. Raises ValueError for pixels whose white
+    value is unknown: 32-bit integers and floating point.
     """
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")

@@ -2,35 +2,25 @@
 
 `resnet` is the CIFAR ResNet family of He et al. (2016, section 4.2): a 3x3 convolution, three stages of n basic blocks
 with 16, 32 and 64 channels, average pooling and one linear layer: 6n+2 weighted layers. If a block changes the shape,
-its shortcut is a 1x1 convolution with batch norm, as in the published Apollo runs. The original's shortcut has no
-parameters; this one adds 2,752. The input needs at least 4x4 pixels.
+its shortcut is a 1x1 convolution with batch norm, as in the published Apollo runs (2,752 parameters more than in the
+original). The input needs at least 4x4 pixels.
 
-The networks of the ImageNet table come from torchvision, without pretrained weights.
+The networks of the ImageNet table are torchvision's, without pretrained weights.
 """
 
 from collections.abc import Callable
 
-import torchvision
 from overrides import override
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from classification.native.norm_relu import norm_relu
-from engine.config import Strict
 from engine.errors import nearest
 
 DEPTHS = (20, 32, 44, 56, 110)  # the usual depths; every depth 6n+2 works
 
 
-class ModelConfig(Strict):
-    """The settings under `model:` in a config."""
-
-    name: str  # of MODELS
-    depth: PositiveInt | None = None
-
-
 class BasicBlock(nn.Module):
-    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)). The first convolution has the `stride`."""
+    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x))."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -93,8 +83,11 @@ def from_torchvision(name: str) -> Callable[..., nn.Module]:
     """A function that builds torchvision's model `name` for float images [N, 3, H, W] of at least 32x32 pixels."""
 
     def build(num_classes: int, depth: int | None = None) -> nn.Module:
+        import torchvision  # here, as its import takes seconds, and the CIFAR ResNet does without
+
         if depth is not None:
             raise ValueError(f"model '{name}' comes in one depth: leave model.depth out")
+
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
 
     return build
@@ -110,8 +103,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 def create_model(name: str, num_classes: int, depth: int | None = None) -> nn.Module:
     """Build MODELS[name], initialised from torch's global generator.
 
-    `depth` is for models with several depths. Raises ValueError (one line) for an unknown name, with the nearest valid
-    one, and for a depth that the model does not have.
+    Raises ValueError (one line) for an unknown name, with the nearest valid one, and for a depth that the model does
+    not have.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model '{name}'{nearest(name, MODELS)}; valid: {', '.join(MODELS)}")

@@ -5,21 +5,21 @@ that they work with. Interrupt it at any moment and run the same command again: 
 it ends with bit-identical weights.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-from pydantic import PositiveInt, model_validator
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from classification.augment import Batch
 from classification.batch_norm import normalise_in_groups, track_statistics
-from classification.data import DataConfig, ImageData, load_data
-from classification.models import ModelConfig, create_model
+from classification.config import Config
+from classification.cuda_graph import use_graphs, uses_graph
+from classification.data import ImageData, load_data
+from classification.models import create_model
 from engine import run as runs
-from engine.config import RunConfig
 from engine.distributed import World, setup
 from engine.errors import run_main, settings_of
 from engine.interrupt import Wish
@@ -30,27 +30,13 @@ from engine.seed import seed_step
 USAGE = "usage: python -m classification.train CONFIG [key=value ...]     e.g. configs/cifar10/apollo_milestone.yaml"
 
 
-class Config(RunConfig):
-    epochs: PositiveInt
-    data: DataConfig
-    model: ModelConfig
-    channels_last: bool = True
-    batchnorm_group: PositiveInt | None = None  # images behind one BatchNorm statistic; default: those of a pass
-    eval_batch: PositiveInt = 1000  # per rank
-
-    @model_validator(mode="after")
-    def _whole_groups(self) -> "Config":
-        if self.batchnorm_group and self.batch % self.batchnorm_group:
-            raise ValueError(f"batchnorm_group={self.batchnorm_group} does not divide batch={self.batch}")
-        return self
-
-
 @dataclass(kw_only=True)
 class ImageRun(runs.Run):
     METRICS, COUNTED = ("loss", "correct", "examples", "damaged"), "examples"
 
     config: Config
     data: ImageData
+    forward_backward: Callable[..., tuple[torch.Tensor, ...]]  # the function below, or a CUDA graph of it
 
 
 def main(arguments: list[str]) -> int:
@@ -97,11 +83,7 @@ def train_epoch(run: ImageRun, bar: tqdm) -> bool:
             if config.passes > 1:
                 track_statistics(run.model, index == 0)
             with runs.averaged_over_ranks(run, is_last):
-                with run.precision.autocast():
-                    logits = run.network(images)
-                    loss = cross_entropy(logits.float(), labels)
-                run.precision.backward(loss / len(passes), is_last)
-            correct = (logits.argmax(1) == labels).sum()
+                loss, correct = run.forward_backward(run, images, labels, len(passes), is_last)
             damaged = run.data.take_damaged()
             run.window.add(loss=loss * len(labels), correct=correct, examples=len(labels), damaged=damaged)
         wish = runs.end_update(run, bar)
@@ -114,6 +96,17 @@ def train_epoch(run: ImageRun, bar: tqdm) -> bool:
             return False
     log(run, bar)
     return True
+
+
+def forward_backward(
+    run: ImageRun, images: torch.Tensor, labels: torch.Tensor, passes: int = 1, is_last: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add one of the update's `passes` to its gradients; returns the mean loss, and how many images are right."""
+    with run.precision.autocast():
+        logits = run.network(images)
+        loss = cross_entropy(logits.float(), labels)
+    run.precision.backward(loss / passes, is_last)
+    return loss.detach(), (logits.argmax(1) == labels).sum()
 
 
 def log(run: ImageRun, bar: tqdm) -> None:
@@ -196,6 +189,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> ImageRun:
         normalise_in_groups(model, config.batchnorm_group)
     model.to(world.device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     model, optimizer = runs.with_optimizer(model, config, precision)
+    graph = uses_graph(config, optimizer, world.device, world.world_size)
 
     run = runs.assemble(
         ImageRun,
@@ -209,10 +203,14 @@ def prepare(config: Config, world: World, record: RunRecord) -> ImageRun:
         total=config.epochs,
         updates_per_unit=data.updates_per_epoch(config.batch, config.passes),
         data=data,
+        forward_backward=forward_backward,
     )
     runs.restore(run)
+    if graph:
+        use_graphs(run)
     runs.write_environment(
         run,
+        graph=graph,
         batchnorm_batch=config.batchnorm_group or config.batch,
         train_examples=data.train_size,
         valid_examples=data.valid_size,

@@ -1,7 +1,7 @@
 """On the CPU, the process keeps the memory that a training step frees, and reuses it in the next step.
 
-Otherwise glibc returns large free blocks to the system at once, and the system clears each page again when the next
-step asks for it. For the activations of a ResNet-110 these are tens of thousands of page faults per step.
+Otherwise glibc returns large free blocks to the system at once, and the system clears each page again. For a ResNet-110
+this costs tens of thousands of page faults per step.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ MADV_POPULATE_WRITE = 23  # of madvise(2), since Linux 5.14
 def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory. Returns False, and does nothing, with another C library.
 
-    The process's size then stays at its peak. Each training step reaches that peak anyway.
+    The process's size then stays at its peak, which each training step reaches anyway.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -27,7 +27,7 @@ def keep_freed_memory() -> bool:
 def populate(address: int, size: int) -> bool:
     """Ask the system for all pages of a new memory mapping at once. Otherwise each page comes at its first write.
 
-    `size` is in bytes. Returns False if the system does not support this; that does no harm.
+    `size` is in bytes. Returns False if the system does not support this.
     """
     try:
         madvise = ctypes.CDLL("libc.so.6").madvise

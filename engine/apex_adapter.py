@@ -1,8 +1,6 @@
 """NVIDIA's apex as a precision: amp at opt_level O1 or O2, and apex's DistributedDataParallel.
 
-This serves to repeat a run that was made with apex. apex removed amp and parallel in April 2025; the native settings do
-the same (docs/apex.md has the mapping). Only apex's documented functions are called: amp.initialize, scale_loss,
-master_params, state_dict and load_state_dict, and enable_allreduce and disable_allreduce of its DDP.
+docs/apex.md says which apex this needs. Only apex's documented functions are called.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,9 +1,8 @@
 """Checkpoints that survive being killed: written beside, synced, renamed; the last few kept; never unpickled.
 
-`checkpoint.pt` is the newest, `checkpoint.1.pt` the one before, and so on. At every instant at least one of them is
-whole. Each is a file of torch.save, a zip archive, whose comment is a checksum of all bytes before it: one bit that
-has changed is noticed, also where torch.load and the zip format's own checksums do not look. A file that turns out to
-be damaged is named, and the next older one is used.
+`checkpoint.pt` is the newest, `checkpoint.1.pt` the one before. At every instant at least one of them is whole. Each is
+a zip archive of torch.save whose comment is a checksum of all bytes before it, because torch.load and the zip format's
+checksums do not look at every bit. If a file is damaged, it is named, and the next older one is used.
 """
 
 import os
@@ -37,14 +36,14 @@ class Stateful(Protocol):
 
 @dataclass
 class Progress:
-    """Where a run is: plain values, saved with every checkpoint."""
+    """Where a run is."""
 
     epoch: int = 0  # epochs completed
     update: int = 0  # optimizer updates taken, over all epochs
     update_in_epoch: int = 0
     lr: float = 0.0  # of the last update; a tensor of an optimizer's stays one until the host waits for the device
     since_evaluation: dict[str, float] = field(default_factory=dict)  # sums of training metrics, as far as logged
-    since_evaluation_s: float = 0.0  # seconds of training alone, without evaluating and saving
+    since_evaluation_s: float = 0.0  # seconds of training alone
     trained_on: float = 0.0  # examples or tokens up to the last evaluation
     train_s: float = 0.0  # seconds of training alone up to the last evaluation
     best: float | None = None  # best evaluation so far
@@ -55,7 +54,7 @@ class Checkpoints:
     """Saves and restores `parts` (anything with state_dict and load_state_dict) together with a Progress.
 
     Rank 0 writes; every rank calls every method. `minutes` is the time between saves that `due` asks for, longer where
-    saving takes more than 1 % of it (0: each time); `keep` is the number of files kept. `say` takes one line of text.
+    saving takes more than 1 % of it (0: each time); `keep` is the number of files kept.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class Checkpoints:
         return time.monotonic() - self.saved_at >= seconds
 
     def save(self, progress: Progress, extra: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint; on any failure the older ones are untouched and a UserError says so."""
+        """Write a checkpoint; UserError on any failure, and the older ones are untouched."""
         started = time.monotonic()
         if self.world.is_main:
             state = {name: part.state_dict() for name, part in self.parts.items()}
@@ -146,8 +145,7 @@ def write_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
 def read_checkpoint(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
     """The newest whole checkpoint of `folder` on the CPU, or None where there is none.
 
-    Damaged ones are named through `say`. Raises UserError where there are some and all are damaged, or one cannot be
-    read.
+    Damaged ones are named through `say`. Raises UserError where all are damaged, or one cannot be read.
     """
     return _newest_whole(folder, say)[0]
 
@@ -193,7 +191,7 @@ def _existing(folder: Path) -> list[Path]:
 
 
 class _Hashed:
-    """The file that torch.save writes to, which it does from beginning to end."""
+    """The file that torch.save writes to."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.hash = file, xxh3_128()

@@ -1,7 +1,7 @@
-"""How many updates clip their gradients. A share near 1 after the warmup means that the learning rate may be too high.
+"""How many updates clip their gradients.
 
 The loops count on the device, in the Sums of a log line's interval, so that nothing waits for the device. They add
-COUNTS, `clipped=norm > limit, updates=1`, once per update. docs/apollo.md explains the share.
+COUNTS once per update. docs/apollo.md explains the share.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ NEARLY_ALL = 0.9
 
 
 class ClippingWatch:
-    """Warns once if nearly all updates since the warmup were clipped. A resumed run counts from where it resumes."""
+    """Warns once if nearly all updates since the warmup were clipped."""
 
     def __init__(self, optimizer: Named, schedule: Named, say: Callable[[str], None]) -> None:
         warmups = (optimizer.settings.get("warmup", 0), schedule.settings.get("warmup_updates", 0))

@@ -9,7 +9,8 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -28,6 +29,11 @@ from engine.files import write_atomically
 
 TAKEN_WHOLE = ("optimizer", "schedule")
 COMMAND_LINE = "command line"
+FORMER_KEYS = {  # and what stands for them now
+    "global_batch": "an update is passes x batch: batch is what one pass sees, and the ranks divide the passes",
+    "accumulation": "passes is the number of passes that make an update, over all ranks",
+    "sync_batchnorm": "batchnorm_group is the number of images behind one statistic",
+}
 MOST_VALUES = 10_000  # that a YAML text may stand for: aliases of aliases could stand for more than memory holds
 
 
@@ -158,7 +164,10 @@ def read_yaml(text: str) -> Any:
 
 
 def _checked_size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values `node` stands for once every alias is written out. Refuses a key that is given twice."""
+    """How many values `node` stands for once every alias is written out.
+
+    Raises ConstructorError for a key that is no text, or that is given twice.
+    """
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = 1  # for a node that holds itself, which PyYAML refuses later
@@ -166,6 +175,8 @@ def _checked_size(node: yaml.Node, known: dict[int, int]) -> int:
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in children]
         for index, (key, _) in enumerate(children):
+            if isinstance(key, yaml.ScalarNode) and key.tag not in (f"{_TAG}str", f"{_TAG}merge"):
+                raise ConstructorError(None, None, f"the key {key.value} is not text: quote it", key.start_mark)
             if isinstance(key, yaml.ScalarNode) and key.value in keys[:index]:
                 raise ConstructorError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
         children = [child for pair in children for child in pair]
@@ -314,14 +325,28 @@ def _set_dotted(values: dict, key: str, value: Any, sources: dict[str, str]) -> 
 def _explain(error: ValidationError, model: type[BaseModel], sources: dict[str, str], path: str) -> str:
     """The first problem that pydantic found, in one line."""
     problem = error.errors()[0]
-    dotted = ".".join(str(part) for part in problem["loc"])
+    keys, holder = _place(model, problem["loc"])
+    if problem["type"].startswith("union_tag"):
+        keys += ["name"]
+    dotted = ".".join(keys)
     source = _source_of(dotted, sources) or path
     if problem["type"] == "extra_forbidden":
+<<<<<<< HEAD
+        valid = list(holder.model_fields)
+        return f"{source}: unknown key '{dotted}'{nearest(keys[-1], valid)}; valid keys: {', '.join(valid)}"
+    if problem["type"] in ("missing", "union_tag_not_found"):
+=======
         *parents, last = (str(part) for part in problem["loc"])
+        if dotted in FORMER_KEYS:
+            return f"{source}: unknown key '{dotted}': {FORMER_KEYS[dotted]}"
         valid = list(_model_at(model, parents).model_fields)
         return f"{source}: unknown key '{dotted}'{nearest(last, valid)}; valid keys: {', '.join(valid)}"
     if problem["type"] == "missing":
+>>>>>>> robust
         return f"{source}: the key '{dotted}' is missing"
+    if problem["type"] == "union_tag_invalid":
+        about = problem["ctx"]
+        return f"{source}: {dotted} should be one of {about['expected_tags']}, not '{about['tag']}'"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] == "value_error":  # one of our own validators: its words say it all
         if COMMAND_LINE in (place for key, place in sources.items() if key.startswith(f"{dotted}.")):
@@ -337,10 +362,23 @@ def _source_of(dotted: str, sources: dict[str, str]) -> str | None:
     return sources.get(dotted)
 
 
-def _model_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
-    for part in path:
-        model = model.model_fields[part].annotation
-    return model
+def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
+    """The keys that lead to a problem, and the model that has, or lacks, the last of them.
+
+    Where a key has one of several models, by its `name`, pydantic puts that name into `loc` as if it were a key.
+    """
+    keys, holder, kind = [], model, model
+    for part in loc:
+        if isinstance(kind, UnionType):
+            kind = next(one for one in get_args(kind) if part in get_args(one.model_fields["name"].annotation))
+            continue
+        keys.append(str(part))
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            holder = kind
+            kind = kind.model_fields[part].annotation if part in kind.model_fields else None
+        else:
+            kind = None
+    return keys, holder
 
 
 def _flat(error: object) -> str:

@@ -1,4 +1,4 @@
-"""Errors meant for the person at the keyboard: one line that says what is wrong and what to do."""
+"""Errors for the user: one line that says what is wrong and what to do."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 @contextmanager
 def settings_of(what: str) -> Iterator[None]:
-    """Turn a ValueError, TypeError or ImportError about the settings of `what` into a UserError that names it."""
+    """Turn a ValueError, TypeError or ImportError into a UserError that names `what`."""
     try:
         yield
     except (ValueError, TypeError, ImportError) as error:
@@ -30,18 +30,18 @@ def settings_of(what: str) -> Iterator[None]:
 
 
 def raised_at(error: BaseException) -> str:
-    """An error of somebody else's code in one line: its kind, its words, and the line of code that raised it."""
+    """An error of foreign code in one line, with the line of code that raised it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:
-    """Run a command's `main(argv)` and exit with its status; a UserError becomes one line on stderr and status 2."""
+    """Run `main(argv)` and exit with its status; a UserError becomes one line on stderr and status 2."""
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         _print_error(error)
-    except OSError as error:  # a full disk, or one that has gone, can strike at any read or write
+    except OSError as error:  # a full disk can strike at any read or write
         if not error.strerror:
             raise
         _print_error(f"{error.filename or 'reading or writing'}: {explain(error)}")
@@ -49,7 +49,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
 
 
 def explain(error: OSError) -> str:
-    """What the system says happened, and what helps where that is certain."""
+    """What the system says happened, and what helps."""
     advice = {
         errno.ENOSPC: "free some space, then run the same command again",
         errno.EDQUOT: "free some space, then run the same command again",

@@ -13,7 +13,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` (UTF-8): a kill at any moment leaves the file that was there before, or the new one."""
+    """Write `text` (UTF-8): a kill leaves the old file or the new one."""
     temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -23,11 +23,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def hold(folder: Path, doing: str, wait: bool = False) -> IO[str]:
-    """Hold `folder` until the file returned is closed, or the process ends; `doing` says for what, e.g. "training".
+    """Hold `folder` until the file returned is closed; `doing` says for what, e.g. "training".
 
-    Two processes would destroy each other's files: where another one holds it, `wait`, or raise UserError; also for a
-    folder that cannot be written to, and for a file system without locks. lockf's lock belongs to the process, where
-    flock's would be inherited by its workers and live on with them for the moment by which they outlive a kill.
+    Where another process holds it, `wait`, or raise UserError; also for a folder that cannot be written to, and for a
+    file system without locks. lockf's lock belongs to the process; flock's would be inherited by its workers, which
+    outlive a kill for a moment.
     """
     try:
         file = open(folder / ".lock", "w")  # noqa: SIM115 - the lock lives as long as the file is open

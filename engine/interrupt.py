@@ -1,7 +1,6 @@
 """Signals ask the loop to stop after the current update. A second Ctrl-C stops at once.
 
-The signals are SIGTERM, Ctrl-C, SIGHUP (a terminal closes), and SIGUSR1 and SIGUSR2, which schedulers send before the
-time is up. torchrun passes on only SIGTERM, SIGINT, SIGHUP and SIGQUIT, unless its --signals-to-handle names more.
+They are SIGTERM, Ctrl-C, SIGHUP (a terminal closes), and SIGUSR1 and SIGUSR2 of schedulers.
 """
 
 import signal
@@ -17,7 +16,7 @@ AGREE_EVERY = 5  # updates, with several ranks
 
 
 class StopRequest:
-    """Create it once, in the main thread. The loop checks `requested` and saves before it ends."""
+    """Create it once, in the main thread."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -30,7 +29,7 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """128 + the signal's number: the shell's convention for a process that a signal ended."""
+        """128 + the signal's number."""
         return 128 + (self.signal or signal.SIGTERM)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""What this machine is: its cores, its processor's name, and whether the processor computes in bfloat16."""
+"""The machine's cores, its processor's name, and whether it computes in bfloat16."""
 
 import os
 import platform
@@ -10,12 +10,12 @@ BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def core_count() -> int:
-    """The number of cores that this process may use. A scheduler or taskset can make it smaller than the machine's."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:
-    """The processor's name and number of cores, as far as the system reports them."""
+    """The processor's name and number of cores."""
     names = _cpu_info("model name")
     return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
 
@@ -33,7 +33,7 @@ def cpu_flags() -> list[str]:
 
 
 def _cpu_info(key: str) -> list[str]:
-    """The values of `key` in Linux's description of the processor, one per core."""
+    """The values of `key` in Linux's description of the processor."""
     try:
         lines = CPU_INFO.read_text().splitlines()
     except OSError:

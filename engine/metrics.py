@@ -11,18 +11,14 @@ DIVERGED = "the run has diverged"  # in the error that ends such a run, by which
 
 
 class Sums:
-    """Named running sums in float64 on one device: `add` never waits for the device, `reduce` does.
-
-    Used for training metrics (checkpointed in mid-epoch by `state_dict`) and for evaluation, where the `count`
-    summed over all ranks is compared with the size of the data set.
-    """
+    """Named running sums in float64 on one device: `add` never waits for the device, `reduce` does."""
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
         self.names = names
         self.values = torch.zeros(len(names), dtype=torch.float64, device=device)
 
     def add(self, **amounts: torch.Tensor | float) -> None:
-        """Add amounts (0-d tensors or numbers) to some of the names. KeyError for a name that is none of them."""
+        """Add amounts (0-d tensors or numbers). KeyError for an unknown name."""
         if unknown := amounts.keys() - set(self.names):
             raise KeyError(f"no sums of {', '.join(sorted(unknown))}")
         self.values += torch.stack([self._scalar(amounts.get(name, 0.0)) for name in self.names])
@@ -33,7 +29,7 @@ class Sums:
         return self.values.new_full((), amount)  # filled on the device: no copy from the host to wait for
 
     def reduce(self, world: World) -> dict[str, float]:
-        """The sums over all ranks; this rank's own sums stay as they are."""
+        """The sums over all ranks."""
         return dict(zip(self.names, world.sum(self.values.clone()).tolist(), strict=True))
 
     def zero(self) -> None:
@@ -46,7 +42,7 @@ class Sums:
         return world.sum(rows)
 
     def scatter(self, rows: torch.Tensor, world: World) -> None:
-        """Take this rank's row of a checkpoint's rows; where the number of ranks has changed, rank 0 takes all."""
+        """Take this rank's row; where the number of ranks has changed, rank 0 takes all."""
         if len(rows) == world.world_size:
             self.values.copy_(rows[world.rank])
         elif world.is_main:
@@ -60,10 +56,7 @@ def require_finite(value: float, update: int, name: str = "training loss") -> No
 
 
 def require_finite_weights(model: torch.nn.Module, world: World, update: int) -> None:
-    """Raise UserError, on every rank, where a weight or buffer of any rank's `model` is NaN or infinite.
-
-    Reads all weights once, and waits for the device once.
-    """
+    """Raise UserError, on every rank, where a weight or buffer of any rank's `model` is NaN or infinite."""
     tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     flags = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]) if tensors else torch.ones(1)
     if world.max(int(not flags.all())):

@@ -1,12 +1,9 @@
-"""Mixed precision in one path: autocast and a gradient scaler, which can be disabled. The loops have no branch for it.
-
-    optimizer.zero_grad() ... with precision.autocast(): loss = ...; precision.backward(loss); precision.step(optimizer)
+"""Mixed precision in one path: autocast and a gradient scaler, which can be disabled.
 
 fp32 is full precision everywhere. tf32 lets CUDA matrix products round their inputs to 10 mantissa bits. bf16 and fp16
 use autocast, and fp16 also dynamic loss scaling. With bf16, the products that autocast leaves in float32 may round as
-with tf32. Parameters, gradients and optimizer state stay float32 in all of them.
-apex-O1 and apex-O2 leave these steps to NVIDIA's apex, if a suitable one is installed (engine/apex_adapter.py).
-engine/run.py chooses among them.
+with tf32. Parameters, gradients and optimizer state stay float32. apex-O1 and apex-O2 leave these steps to NVIDIA's
+apex (engine/apex_adapter.py).
 """
 
 from collections.abc import Iterable
@@ -48,7 +45,7 @@ class Precision:
     def prepare(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        """The model and optimizer to train instead of these. Called once, before compiling and data_parallel."""
+        """The model and optimizer to train instead of these. Called before compiling and data_parallel."""
         return model, optimizer
 
     def data_parallel(self, network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -65,7 +62,6 @@ class Precision:
         )
 
     def autocast(self) -> AbstractContextManager:
-        """Context for the forward pass and the loss, in training and in evaluation."""
         return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
 
     def backward(self, loss: torch.Tensor, is_last: bool = True) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any, ClassVar, TypeVar
 
@@ -61,6 +62,7 @@ class Run:
     stop: StopRequest
     agreement: Agreement
     vocabulary: str | None = None  # digest of the data's; a checkpoint made with another is refused
+    take_step: Callable[[], bool]  # the optimizer's; False where the scaler skipped it
     clock: float = 0.0  # when the training that is being timed began
     optimizer_ms: list[float] = field(default_factory=list)  # a sample, one an interval of log_every
 
@@ -158,6 +160,7 @@ def assemble(
         ),
         stop=stop,
         agreement=Agreement(world, stop),
+        take_step=partial(precision.step, optimizer),
         **own,
     )
 
@@ -219,8 +222,9 @@ def end_update(run: Run, bar: tqdm) -> Wish:
     # The step is timed now and then, not every time: a clock has to wait for the device. The first one builds kernels.
     is_timed = progress.update > 0 and (progress.update - 1) % run.config.log_every == 0
     step = _timed_step if is_timed else _step
-    if step(run):
-        run.schedule.step()  # an update that the scaler skips advances nothing
+    if step(run):  # an update that the scaler skips advances nothing
+        with settings_of("schedule"):  # it may be anyone's
+            run.schedule.step()
     progress.update += 1
     progress.update_in_epoch += 1
     bar.update()
@@ -229,7 +233,7 @@ def end_update(run: Run, bar: tqdm) -> Wish:
 
 def _step(run: Run) -> bool:
     try:
-        return run.precision.step(run.optimizer)
+        return run.take_step()
     except Exception as error:  # the optimizer may be anyone's
         name, update = run.config.optimizer.name, run.progress.update + 1
         raise UserError(f"the optimizer {name} failed in update {update}: {raised_at(error)}") from error

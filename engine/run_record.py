@@ -1,7 +1,7 @@
 """The run folder: what ran (config.yaml, environment.json), how it went (metrics.jsonl, log.txt), what came out.
 
-`result.json` is written last, so its presence with `"complete": true` means that the run is whole. Only rank 0 writes.
-torch is imported where it is used: the scripts that look at run folders do without it, and start in a moment.
+`result.json` is written last, so a run that has it is whole. Only rank 0 writes. torch is imported where it is used, so
+that scripts that look at run folders start fast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from importlib.metadata import distributions, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from engine.distributed import World
 
-# Keys that do not change what a run computes: a run may be resumed with other values of these.
+# Keys that do not change what a run computes: a resumed run may have other values.
 NEUTRAL_KEYS = (
     "run_dir",
     "checkpoint",
@@ -86,7 +86,7 @@ class RunRecord:
             if self.world.is_main and self.folder in self._made:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 for parent in self._made[1:]:
-                    with suppress(OSError):  # somebody else uses it too
+                    with suppress(OSError):
                         parent.rmdir()
             raise
 
@@ -96,7 +96,7 @@ class RunRecord:
 
     @property
     def wall_s(self) -> float:
-        """Seconds of running time so far, earlier sessions of a resumed run included."""
+        """Seconds of running time so far."""
         return self.wall_s_before + time.monotonic() - self.started
 
     def say(self, text: str) -> None:
@@ -106,12 +106,12 @@ class RunRecord:
             self._log.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}  {text}\n")
 
     def say_complete(self) -> int:
-        """Say that the run is whole; returns the exit status of a command that has nothing to do."""
+        """Returns the exit status of a command that has nothing to do."""
         self.say(f"{self.folder} is complete: nothing to do")
         return 0
 
     def environment(self, **recipe: Any) -> None:
-        """Write environment.json; `recipe` is the effective recipe (world size, batch, passes, ...)."""
+        """Write environment.json; `recipe` has world size, batch, passes, ..."""
         if self.world.is_main:
             path = self.folder / "environment.json"
             now = describe_environment(self.world) | {"recipe": recipe}
@@ -123,7 +123,7 @@ class RunRecord:
             write_atomically(path, json.dumps(now, indent=1) + "\n")
 
     def metrics(self, kind: str, update: int, **values: Any) -> None:
-        """Append one line to metrics.jsonl (and to TensorBoard, where asked for)."""
+        """Append one line to metrics.jsonl (and to TensorBoard)."""
         if self.world.is_main:
             line = {"kind": kind, "update": update, **{name: _finite(value) for name, value in values.items()}}
             self._metrics.write((json.dumps(line, allow_nan=False) + "\n").encode())
@@ -136,7 +136,7 @@ class RunRecord:
                 self._board.add_scalar(f"{line['kind']}/{name}", value, line["update"])
 
     def position(self) -> dict[str, Any]:
-        """What a checkpoint must remember of this record: a resumed run continues the file from there."""
+        """What a checkpoint must remember of this record."""
         if not self.world.is_main:
             return {}
         os.fsync(self._metrics.fileno())
@@ -164,7 +164,7 @@ class RunRecord:
                     self._show(line)
 
     def finish(self, **result: Any) -> None:
-        """Write result.json: the last file of a run."""
+        """Write result.json."""
         if self.world.is_main:
             finite = {name: _finite(value) for name, value in result.items()}
             self.result = finite | {"wall_s": round(self.wall_s, 1), "complete": True}
@@ -174,12 +174,12 @@ class RunRecord:
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """The run's result.json, or None where the run is unfinished. Raises UserError where the file is damaged."""
+    """result.json, or None where the run is unfinished. Raises UserError where it is damaged."""
     return read_json(run_dir / "result.json")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The mapping in a JSON file of a run folder, or None without a file. Raises UserError where it is damaged."""
+    """The mapping in a JSON file, or None without a file. Raises UserError where it is damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
@@ -199,17 +199,18 @@ def _finite(value: Any) -> Any:
 
 
 def describe_environment(world: World) -> dict[str, Any]:
-    """Versions, device, threads, git revision and the command: what somebody needs to repeat a measurement."""
+    """Versions, device, threads, git revision and the command."""
     import numpy
     import torch
 
     cuda = world.device.type == "cuda"
+    packages = {found.name: found.version for found in sorted(distributions(), key=lambda one: one.name.lower())}
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": version("torchvision"),
+        "torchvision": packages.get("torchvision"),
         "numpy": numpy.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
@@ -221,7 +222,7 @@ def describe_environment(world: World) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "platform": platform.platform(),
         "git": _git_revision(),
-        "packages": {found.name: found.version for found in sorted(distributions(), key=lambda one: one.name.lower())},
+        "packages": packages,
     }
 
 
@@ -238,7 +239,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def holds_training(run_dir: Path) -> bool:
-    """Whether a run in `run_dir` got as far as a checkpoint or a result; else its folder is free to be used anew."""
+    """Whether a run in `run_dir` got as far as a checkpoint or a result."""
     return (run_dir / "result.json").exists() or any(run_dir.glob("checkpoint*.pt"))
 
 
@@ -266,7 +267,7 @@ def _at(values: Any, dotted: str) -> Any:
 
 
 def _tensorboard(run_dir: Path, update: int) -> Any:
-    """A writer of events; those that are there of `update` and later are not shown any longer."""
+    """A writer of events; those of `update` and later are not shown any longer."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,7 +1,6 @@
 """Randomness as a function of the place in the run (seed, epoch, step or sample index), never of earlier draws.
 
-Therefore a resumed run repeats the uninterrupted one without a saved generator state. The number of data workers and of
-ranks does not change what is drawn for a sample.
+So a resumed run repeats the uninterrupted one, whatever the number of workers and ranks.
 """
 
 import random
@@ -23,7 +22,7 @@ def generator(seed: int, *path: int | str, device: str | torch.device = "cpu") -
 
 
 def seed_step(seed: int, *path: int | str) -> None:
-    """Seed Python, NumPy and torch (all devices) for one step, so that e.g. dropout can be repeated."""
+    """Seed Python, NumPy and torch (all devices) for one step."""
     value = derive(seed, *path)
     random.seed(value)
     np.random.seed(value % 2**32)

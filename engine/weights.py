@@ -1,6 +1,6 @@
-"""The weights of a trained model: those of its run folder, or of the bundle that `scripts.report --bundle` made of it.
+"""The weights of a trained model: those of its run folder, or of a bundle.
 
-A bundle holds the model's state_dict in a file of the safetensors format, and beside it the run's config.yaml.
+A bundle holds the model's state_dict in a file of the safetensors format.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Weights(NamedTuple):
     state: dict[str, torch.Tensor]  # the model's state_dict, on the CPU
     update: int  # updates that the run had taken
     vocabulary: str | None = None  # digest of the data's; None in a task without one
-    averaged: tuple[int, ...] = ()  # updates whose weights they are the mean of; none where they are those of `update`
+    averaged: tuple[int, ...] = ()  # updates whose weights they are the mean of
 
 
 def read_weights(folder: Path, say: Callable[[str], None]) -> Weights:
@@ -53,7 +53,7 @@ def read_bundled(folder: Path) -> Weights | None:
 
 
 def write_bundled(folder: Path, weights: Weights, about: dict[str, str]) -> None:
-    """Write `weights` to a bundle. `about` goes to the file's metadata, beside what `read_weights` reads there."""
+    """Write `weights` to a bundle. `about` goes to the file's metadata."""
     about = about | {"update": str(weights.update)}
     if weights.vocabulary:
         about["vocabulary"] = weights.vocabulary

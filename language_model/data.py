@@ -1,42 +1,32 @@
 """Batches of token ids: contiguous rows of a shard for training, rows of whole sentences for testing.
 
 Training follows the published batching. In every epoch the shards come in a new order, and the sentences of a shard in
-a new order within it, both a function of (seed, epoch). A shard's tokens, sentence after sentence, are laid out as
-batch x passes contiguous rows, and an update takes the next sequence_length columns of all rows: the network's state
-goes on from update to update in each row, and starts from zero at a new shard. What does not fill a last update is
-dropped: fewer than batch x passes x sequence_length tokens of a shard, other ones in every epoch. Pass k of every
-update has the rows from k x batch on, and the ranks divide the passes.
+a new order within it, both a function of (seed, epoch). A shard's tokens are laid out as batch x passes contiguous
+rows, and an update takes the next sequence_length columns of all rows. The network's state goes on in each row, and
+starts from zero at a new shard. What does not fill a last update is dropped. Pass k of every update has the rows from k
+x batch on, and the ranks divide the passes.
 
-Testing predicts every token exactly once. The stream of all test sentences is cut, where sentences start, into rows of
-about the same length, whose state starts from zero; a row's first <S> is predicted from the </S> that went before it.
+Testing predicts every token exactly once. The test text is cut, where sentences start, into rows of about the same
+length, whose state starts from zero; a row's first <S> is predicted from the </S> that went before it.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from engine.config import Strict
 from engine.errors import UserError
 from engine.seed import generator
+from language_model.config import DataConfig
 from language_model.prepared import Arrays, Corpus, Shard, open_corpus
 from language_model.toy_text import pydoc_corpus
 
-TEST_STEPS = 64  # columns of a test batch; the state goes on, so they change no result
-
-
-class DataConfig(Strict):
-    """The settings under `data:` in a config."""
-
-    name: Literal["prepared", "pydoc_topics"]  # a folder that language_model.prepare wrote, or Python's own topics
-    root: str = "data/one_billion_words"  # of prepared
-    validation: float = Field(0.0, ge=0, lt=1)  # share of the training sentences that are held out and evaluated
+TEST_STEPS = 64  # columns of a test batch
 
 
 class TrainBatch(NamedTuple):
@@ -57,15 +47,14 @@ class ScoredBatch(NamedTuple):
 
 
 def load_corpus(config: DataConfig) -> Corpus:
-    """The corpus `config.name`: one that language_model.prepare made in `config.root`, or Python's own topics."""
+    """The corpus that language_model.prepare made in `config.root`, or Python's own topics."""
     return open_corpus(Path(config.root)) if config.name == "prepared" else pydoc_corpus()
 
 
 def hold_out(corpus: Corpus, share: float) -> Corpus:
     """`corpus` with the nearest number to `share` of the sentences of each shard moved from `train` to `valid`.
 
-    The draw is the same for every seed of training, so that runs can be compared. Reads all shards, to count tokens.
-    UserError where a part is empty.
+    The draw is the same for every seed of training, so that runs can be compared. UserError where a part is empty.
     """
     train, valid = [], []
     for index, shard in enumerate(corpus.train):
@@ -167,13 +156,22 @@ class TextData:
         return found
 
     def test_batches(
-        self, rows: int, rank: int = 0, world_size: int = 1, *, shards: Sequence[Shard] | None = None
+        self,
+        rows: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        steps: int = TEST_STEPS,
+        shards: Sequence[Shard] | None = None,
     ) -> Iterator[ScoredBatch]:
-        """The sentences of `shards` (the test set) in `rows` rows, of which `rank` takes every world_size-th."""
+        """The sentences of `shards` (the test set) in `rows` rows, of which `rank` takes every world_size-th.
+
+        A batch has `steps` columns.
+        """
         arrays = [shard.read() for shard in (self.corpus.test if shards is None else shards)]
         tokens = np.concatenate([tokens for tokens, _ in arrays])
         lengths = np.concatenate([np.diff(offsets) for _, offsets in arrays])
-        return scored_batches(tokens, lengths, rows, rank, world_size, device=self.device)
+        return scored_batches(tokens, lengths, rows, rank, world_size, steps=steps, device=self.device)
 
 
 def sentences_in_order(shard: Arrays, order: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -183,7 +181,7 @@ def sentences_in_order(shard: Arrays, order: np.ndarray, start: int, stop: int) 
     lengths = np.diff(starts)[order]
     ends = np.cumsum(lengths)
     first, last = np.searchsorted(ends, start, "right"), np.searchsorted(ends, stop, "left") + 1
-    begin = ends[first] - lengths[first]  # of the first sentence that is needed
+    begin = ends[first] - lengths[first]
     lengths, before = lengths[first:last], ends[first:last] - lengths[first:last] - begin
     places = np.repeat(starts[order[first:last]] - before, lengths)
     places += np.arange(len(places))
@@ -197,6 +195,7 @@ def scored_batches(
     rank: int = 0,
     world_size: int = 1,
     *,
+    steps: int = TEST_STEPS,
     device: torch.device | str,
 ) -> Iterator[ScoredBatch]:
     """Every token of a text as a target exactly once: `tokens` of sentences of these `lengths`, one after the other."""
@@ -213,6 +212,6 @@ def scored_batches(
         columns[1 : stop - start + 1, row] = torch.from_numpy(tokens[start:stop].astype(np.int64))
         counted[: stop - start, row] = True
     columns, counted = columns.to(device), counted.to(device)
-    for first in range(0, longest, TEST_STEPS):
-        last = min(first + TEST_STEPS, longest)
+    for first in range(0, longest, steps):
+        last = min(first + steps, longest)
         yield ScoredBatch(columns[first:last], columns[first + 1 : last + 1], counted[first:last])

@@ -1,13 +1,8 @@
 """Score a text with a trained model: python -m language_model.evaluate RUN|BUNDLE FILE [key=value ...]
 
 RUN is a run folder, whose newest checkpoint is used; BUNDLE is what `python -m scripts.report --bundle RUN` made of it.
-FILE holds tokenized text, one sentence a line, as the training text was. Each sentence is read between <S> and </S>,
-and a word that is not in the vocabulary as <UNK>. Three perplexities, the log-probability of the whole text over three
-denominators (language_model/scoring.py):
-
-    both marks    the words, and each sentence's <S> and </S>: as in training and in the published code
-    end mark      the words, and each sentence's </S>: what the benchmark's literature reports
-    words         only the words of the file, including those outside the vocabulary
+FILE holds tokenized text, one sentence a line, as the training text was. The three perplexities are those of
+`language_model.scoring.perplexities`.
 
 key=value changes the run's config, e.g. data.root=FOLDER if the data has moved, or precision, device, eval_rows.
 """
@@ -24,11 +19,11 @@ from engine.distributed import World, setup
 from engine.errors import UserError, run_main, settings_of
 from engine.run import create_precision
 from engine.weights import read_weights
+from language_model.config import Config
 from language_model.data import load_corpus, scored_batches
-from language_model.model import LanguageModel
+from language_model.model import create_model
 from language_model.raw_text import Part
 from language_model.scoring import perplexities, score
-from language_model.train import Config
 
 PERPLEXITIES = ("perplexity, both marks", "perplexity, end mark", "perplexity, words")
 USAGE = "usage: python -m language_model.evaluate RUN|BUNDLE FILE [key=value ...]"
@@ -59,12 +54,14 @@ def evaluate_file(config: Config, run: Path, file: Path, world: World) -> dict[s
     tokens, lengths, unknown = _read(file, corpus.load_vocabulary())
 
     with settings_of("model"):
-        model = LanguageModel(corpus.words, config.model.name, **config.model.model_dump(exclude={"name"}))
+        model = create_model(config.model, corpus.words, config.sequence_length)
     require_same_shapes(model, weights.state, run)
     model.load_state_dict(weights.state)
     model.to(world.device)
-    rows = scored_batches(tokens, lengths, config.eval_rows, world.rank, world.world_size, device=world.device)
-    total = score(model, rows, create_precision(config.precision, world.device, _say), world)
+    batches = scored_batches(
+        tokens, lengths, config.eval_rows, world.rank, world.world_size, steps=model.test_steps, device=world.device
+    )
+    total = score(model, batches, create_precision(config.precision, world.device, _say), world)
     words = len(tokens) - 2 * len(lengths)
     return {
         "sentences": len(lengths),

@@ -1,11 +1,9 @@
 """Encode a text corpus for training: python -m language_model.prepare SOURCE OUT [--vocabulary FILE]
 
-SOURCE is the One Billion Word benchmark, unpacked or as its .tar.gz (language_model/raw_text.py lists what is read), or
-any text in the same layout: tokenized, one sentence per line, UTF-8. language_model/prepared.py describes the output.
-docs/data.md says where to get the benchmark and its vocabulary, and how long this takes.
+SOURCE is the One Billion Word benchmark, unpacked or as its .tar.gz (raw_text.py lists what is read), or any text in
+the same layout: tokenized, one sentence per line, UTF-8. language_model/prepared.py describes the output.
 
-You can interrupt it at any moment and run the same command again: finished shards are kept. Memory does not grow with
-the corpus. Each process holds the vocabulary and a block of text; a few parts of 64 MiB of an archive wait for them.
+After any interruption the same command continues: finished shards are kept. Memory does not grow with the corpus.
 """
 
 import argparse
@@ -119,7 +117,7 @@ def build(
 def _resume(out: Path, made_from: dict[str, str]) -> tuple[str | None, dict[str, dict[str, Any]]]:
     """The vocabulary's digest and the entries of the whole shards that an earlier preparation left in `out`.
 
-    A finished preparation without damage keeps its manifest. Otherwise there is afterwards a journal and no manifest.
+    Afterwards there is a journal and no manifest, except for a finished preparation without damage.
     """
     for leftover in (*out.glob("*.tmp"), *out.glob("*/*.tmp")):
         leftover.unlink()
@@ -213,9 +211,6 @@ def _finish(out: Path, made_from: dict[str, str], vocabulary: str, entries: list
 def _with_bar(text: Source, what: str) -> Iterator[Part]:
     with tqdm(total=text.total, desc=what, unit="B", unit_scale=True, disable=None) as bar:
         yield from text.parts(bar.update)
-
-
-# The worker processes call these.
 
 
 @lru_cache(1)

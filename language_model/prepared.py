@@ -1,4 +1,4 @@
-"""A prepared corpus: one shard for each part of the text, and a manifest that marks a finished preparation.
+"""A prepared corpus: one shard for each part of the text, and a manifest.
 
     train/NAME.tokens, test/NAME.tokens      ids of all sentences in a row, with <S> and </S>; uint16 if the vocabulary
                                              has up to 65,536 words, else uint32; little-endian
@@ -6,7 +6,7 @@
     vocabulary.txt                           one `word count` per line, in the order of the ids
     manifest.json                            written last; training reads nothing without it
 
-Files are mapped into memory, read-only. Training compares a shard's checksum each time it opens the shard.
+Training compares a shard's checksum each time it opens the shard.
 """
 
 import json
@@ -43,8 +43,6 @@ Arrays = tuple[np.ndarray, np.ndarray]  # a shard: ids [tokens], offsets [senten
 
 @dataclass(frozen=True)
 class Shard:
-    """The size of a shard, and a function that reads it."""
-
     tokens: int
     sentences: int
     read: Callable[[], Arrays]
@@ -54,8 +52,8 @@ class Shard:
 class Corpus:
     """Text for training and testing, as token ids.
 
-    `test` is the benchmark's own test file if that was prepared. If more held-out files were prepared, `all_test` then
-    holds all of them. Without the benchmark's test file, `test` holds all test files.
+    `test` is the benchmark's own test file, or all test files if that was not prepared. If more held-out files were
+    prepared, `all_test` holds all of them.
     """
 
     train: Sequence[Shard]
@@ -75,7 +73,7 @@ def token_dtype(words: int) -> np.dtype:
 def write_shard(part: Part, vocabulary: Vocabulary, out: Path) -> dict[str, Any]:
     """Encode `part` to its two files in `out`. Returns its entry in the manifest.
 
-    Memory holds a block of the text and the offsets. Raises UserError, e.g. if the disk is full.
+    Raises UserError, e.g. if the disk is full.
     """
     path = out / part.name
     dtype = token_dtype(len(vocabulary))
@@ -113,7 +111,6 @@ def write_shard(part: Part, vocabulary: Vocabulary, out: Path) -> dict[str, Any]
 
 
 def wait_for_disk(entry: dict[str, Any], out: Path) -> None:
-    """Wait until a shard's files are physically on the disk."""
     for suffix in SUFFIXES:
         path = _with(out / entry["name"], suffix)
         with disk_errors(path), open(path, "rb") as file:
@@ -121,7 +118,7 @@ def wait_for_disk(entry: dict[str, Any], out: Path) -> None:
 
 
 def damage(entry: dict[str, Any], out: Path) -> str | None:
-    """What is wrong with a shard's files, judged by their sizes; None if they are whole."""
+    """What is wrong with a shard's files, by their sizes; None if they are whole."""
     for suffix, size in _sizes(entry).items():
         path = _with(out / entry["name"], suffix)
         try:
@@ -140,7 +137,7 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError while `path` is written, such as a full disk, into a UserError that says how to continue."""
+    """Turn an OSError while `path` is written into a UserError that says how to continue."""
     try:
         yield
     except OSError as error:
@@ -151,7 +148,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def open_corpus(root: Path) -> Corpus:
-    """The corpus prepared in `root`. Raises UserError, in one line, if something is missing or does not fit."""
+    """The corpus prepared in `root`. Raises UserError if something is missing or does not fit."""
     manifest = read_manifest(root, MANIFEST_KEYS, FORMAT)
     if manifest is None:
         raise UserError(
@@ -201,7 +198,7 @@ def open_corpus(root: Path) -> Corpus:
 
 
 def summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Files, tokens, sentences and the share of words outside the vocabulary, over several shards of the manifest."""
+    """Files, tokens, sentences and the share of words outside the vocabulary."""
     tokens, sentences, words, unknown = (
         sum(entry[key] for entry in entries) for key in ("tokens", "sentences", "words", "unknown")
     )

@@ -1,10 +1,10 @@
-"""The text behind a prepared corpus: the unpacked benchmark, or its .tar.gz read as a stream, in parts of bounded size.
+"""The unpacked benchmark, or its .tar.gz read as a stream, in parts of bounded size.
 
     training-monolingual.tokenized.shuffled/news.en-*           the training text, without news.en-00000-of-00100
     heldout-monolingual.tokenized.shuffled/news.en.heldout-*    the named files, or all of them, are the test set
 
-A part becomes a shard. A file of up to PART_BYTES is one part; all files of the benchmark are that small. A larger file
-is cut into parts of PART_BYTES, each continued to the end of its last line.
+A part becomes a shard. A file larger than PART_BYTES is cut into parts of PART_BYTES, each continued to the end of its
+last line.
 """
 
 import io
@@ -22,10 +22,11 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from engine.errors import UserError
+from engine.nearest_folder import nearest_folder
 from language_model.benchmark import ARCHIVE, ARCHIVE_CHECKSUM, NOT_FOR_TRAINING
 
 FOLDERS = {"train": "training-monolingual.tokenized.shuffled", "test": "heldout-monolingual.tokenized.shuffled"}
-PART_BYTES = 64 << 20  # a training file of the benchmark has 41 MB
+PART_BYTES = 64 << 20  # a training file of the benchmark has 42 MB
 BLOCK_BYTES = 1 << 18  # read and encoded at once
 LINE_BYTES = 16 << 20  # the longest line accepted
 ALL = "all"  # may stand in place of the test files' names
@@ -68,15 +69,16 @@ class Part:
 
 
 class FolderSource:
-    """The unpacked benchmark."""
-
     def __init__(self, folder: Path, tests: Sequence[str]) -> None:
         train, held_out = (self._list(folder / name) for name in FOLDERS.values())
         train.pop(NOT_FOR_TRAINING, None)
         for name in tests if ALL not in tests else ():
             if name not in held_out:
-                known = f"{next(iter(held_out))} ... ({len(held_out)} files)" if held_out else "nothing"
-                raise UserError(f"{folder / FOLDERS['test'] / name} is not there: --test names files of {known}")
+                known = ", ".join(list(held_out)[:4]) or "nothing"
+                raise UserError(
+                    f"{folder / FOLDERS['test'] / name} is not there: name the held-out files with --test, or give "
+                    f"--test all; what is there: {known}{' ...' if len(held_out) > 4 else ''}"
+                )
         self.files = [("train", path) for path in train.values()] + [
             ("test", path) for name, path in held_out.items() if name in tests or ALL in tests
         ]
@@ -95,12 +97,12 @@ class FolderSource:
             there = ", ".join(sorted(path.name for path in folder.parent.glob("[!.]*"))[:4]) or "nothing"
             raise UserError(
                 f"{folder} is not there: SOURCE is the .tar.gz, the folder that holds {folder.name}, or the one above; "
-                f"what {folder.parent} holds: {there}"
+                f"what {folder.parent} holds: {there}{_or_nearest(folder.parent)}"
             )
         return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
 
     def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
-        """All parts, training first. `advance` receives each part's bytes, of `total`."""
+        """All parts, training first. `advance` receives each part's bytes."""
         for split, path in self.files:
             start, index, size = 0, 0, path.stat().st_size
             with open(path, "rb") as file:
@@ -114,7 +116,7 @@ class FolderSource:
 
 
 class ArchiveSource:
-    """The benchmark's archive, .tar or .tar.gz. It is read from beginning to end and never unpacked."""
+    """The benchmark's archive, .tar or .tar.gz, which is never unpacked."""
 
     def __init__(self, archive: Path, tests: Sequence[str]) -> None:
         self.place, self.tests = archive, tests
@@ -130,7 +132,7 @@ class ArchiveSource:
         return [["archive", digest], *(["test", name] for name in sorted(self.tests))]
 
     def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
-        """All parts in the archive's order. `advance` receives the bytes read since its last call, of `total`."""
+        """All parts in the archive's order. `advance` receives the bytes read since its last call."""
         found: set[tuple[str, str]] = set()
         told = 0
         try:
@@ -150,7 +152,9 @@ class ArchiveSource:
         except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
-            raise UserError(f"{self.place}: not a whole .tar or .tar.gz ({error}): download it again") from None
+            raise UserError(
+                f"{self.place}: not a whole .tar or .tar.gz ({error}): download it again, or give a folder of text"
+            ) from None
         named = [name for name in self.tests if name != ALL]
         missing = [f"{FOLDERS['test']}/{name}" for name in named if ("test", name) not in found]
         missing += [folder for split, folder in FOLDERS.items() if split not in dict(found)]
@@ -183,7 +187,15 @@ def find_source(path: Path, tests: Sequence[str]) -> FolderSource | ArchiveSourc
         return FolderSource(below[0] if below else path, tests)
     if path.is_file():
         return ArchiveSource(path, tests)
-    raise UserError(f"{path} is not there: SOURCE is the unpacked benchmark's folder, or its .tar.gz")
+    raise UserError(
+        f"{path} is not there: SOURCE is the unpacked benchmark's folder, or its .tar.gz{_or_nearest(path)}"
+    )
+
+
+def _or_nearest(path: Path) -> str:
+    """The end of a message: the nearest folder to a wrong SOURCE that would be a right one, if there is one."""
+    near = nearest_folder(path, lambda folder: (folder / FOLDERS["train"]).is_dir() or (folder / ARCHIVE).is_file())
+    return f"; the nearest folder that can be SOURCE: {near}" if near else ""
 
 
 def _bar(total: int, what: str) -> tqdm:
@@ -200,7 +212,7 @@ def _sha256(path: Path, bar: tqdm) -> str:
 
 
 def _read_lines(file: BinaryIO, size: int, name: str) -> bytes:
-    """The next `size` bytes, continued to the end of the line."""
+    """The next `size` bytes and the rest of the line."""
     block = file.read(size)
     if not block or block.endswith(b"\n"):
         return block

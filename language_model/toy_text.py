@@ -1,7 +1,7 @@
-"""English text that comes with every Python: its reference manual, as `help()` shows it. For runs without a download.
+"""English text that comes with every Python: its reference manual, as `help()` shows it.
 
-It has about 90,000 tokens. The text differs a little between versions of Python, so a run records its hash. It is cut
-into paragraphs at empty lines, repeated paragraphs are dropped, and every tenth paragraph is test text.
+It has about 90,000 tokens, and differs a little between versions of Python, so a run records its hash. It is cut into
+paragraphs at empty lines, repeated paragraphs are dropped, and every tenth paragraph is test text.
 """
 
 import platform
@@ -17,12 +17,12 @@ from language_model.vocabulary import Vocabulary, count_words, counted_vocabular
 THRESHOLD = 2  # a word with fewer occurrences in the training text is <UNK>
 SHARDS = 4
 TEST_EVERY = 10  # paragraphs
-TOKEN = re.compile(r"\w+|([^\w\s])\1*")  # a word, or a sign; a sign may be repeated, as in the lines under headings
+TOKEN = re.compile(r"\w+|([^\w\s])\1*")  # a word, or a sign
 
 
 @cache
 def pydoc_corpus() -> Corpus:
-    """The corpus. Each process makes it again, because that is so fast that files are not worth it."""
+    """The corpus. Each process makes it again, because that is fast."""
     text = paragraphs()
     train = [line for number, line in enumerate(text) if number % TEST_EVERY != TEST_EVERY - 1]
     test = text[TEST_EVERY - 1 :: TEST_EVERY]
@@ -41,7 +41,7 @@ def pydoc_corpus() -> Corpus:
 
 
 def paragraphs() -> list[str]:
-    """Every paragraph once, in the order of the topics' names. Blanks separate its words and signs."""
+    """Every paragraph once, in the order of the topics' names."""
     from pydoc_data.topics import topics
 
     parts = (part for name in sorted(topics) for part in re.split(r"\n\s*\n", topics[name]))

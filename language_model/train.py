@@ -8,36 +8,25 @@ state included, and on the CPU it ends with bit-identical weights.
 import math
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from engine import run as runs
 from engine.clipping import COUNTS, ClippingWatch
-from engine.config import RunConfig
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main, settings_of
 from engine.interrupt import Wish
 from engine.metrics import require_finite
 from engine.run_record import RunRecord
 from engine.seed import seed_step
-from language_model.data import DataConfig, TextData, hold_out, load_corpus
-from language_model.model import LanguageModel, ModelConfig, cluster_sizes
+from language_model.config import Config
+from language_model.data import TextData, hold_out, load_corpus
+from language_model.model import Network, create_model
 from language_model.scoring import final_perplexities, perplexity, score
+from language_model.softmax import cluster_sizes
 
 USAGE = "usage: python -m language_model.train CONFIG [key=value ...]     e.g. configs/one_billion_words/apollo.yaml"
-
-
-class Config(RunConfig):
-    epochs: PositiveInt
-    data: DataConfig
-    model: ModelConfig
-    sequence_length: PositiveInt = 20  # tokens of each row in an update
-    gradient_clip: PositiveFloat | None = None
-    gradient_clip_norm: Literal["total", "tensor"] = "total"  # of all gradients together, or of each tensor's own
-    eval_rows: PositiveInt = 32  # that the test text is cut into; the state starts from zero in each
 
 
 @dataclass(kw_only=True)
@@ -45,10 +34,10 @@ class TextRun(runs.Run):
     METRICS, COUNTED = ("loss", "tokens", *COUNTS), "tokens"
 
     config: Config
-    model: LanguageModel
+    model: Network
     data: TextData
     clipping: ClippingWatch
-    states: dict[int, torch.Tensor]  # of the rows of each of this rank's passes, [parts, layers, batch, hidden]
+    states: dict[int, torch.Tensor]  # of the rows of each of this rank's passes, in dimension 2
 
 
 def main(arguments: list[str]) -> int:
@@ -150,7 +139,8 @@ def evaluate(run: TextRun) -> dict[str, float]:
     for split, shards in (("test_", run.data.corpus.test), ("valid_", run.data.corpus.valid)):
         if shards:
             rows, world, tokens = run.config.eval_rows, run.world, sum(shard.tokens for shard in shards)
-            batches = run.data.test_batches(rows, world.rank, world.world_size, shards=shards)
+            steps = run.model.test_steps
+            batches = run.data.test_batches(rows, world.rank, world.world_size, steps=steps, shards=shards)
             total = score(run.model, batches, run.precision, world)
             if total["tokens"] != tokens:
                 raise RuntimeError(f"evaluated {total['tokens']:.0f} tokens of a text of {tokens}")
@@ -226,8 +216,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> TextRun:
 
     seed_step(config.seed, "initialisation")
     with settings_of("model"):
-        sizes = config.model.model_dump(exclude={"name"})
-        model = LanguageModel(corpus.words, config.model.name, **sizes).to(world.device)
+        model = create_model(config.model, corpus.words, config.sequence_length).to(world.device)
     model, optimizer = runs.with_optimizer(model, config, precision)
 
     run = runs.assemble(

@@ -1,4 +1,4 @@
-"""The words that a model knows, most frequent first, and the conversion of text to their ids.
+"""The words that a model knows, most frequent first, and their ids.
 
 Every sentence is wrapped in <S> and </S>, and a word outside the vocabulary becomes <UNK>. A file holds one
 `word count` line per word. The standard vocabulary of One Billion Words has no line for </S>. It then gets the count of
@@ -19,7 +19,7 @@ import numpy as np
 from engine.errors import UserError
 
 MARKS = START, END, UNKNOWN = "<S>", "</S>", "<UNK>"
-BREAK = "\0"  # marks the end of a line among the words of a text; it is no word of a text file
+BREAK = "\0"  # marks the end of a line among the words of a text
 COUNTED_AT_ONCE = 4_000_000  # different words in memory while counting, about 600 MB
 
 
@@ -39,11 +39,11 @@ class Vocabulary:
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """The sentences of `text`, one per line: ids, uint32 [tokens], and sentence lengths, int64 [sentences].
 
-        str.split() gives the words and str.splitlines() the lines. The published code does the same: its codecs.open
-        also breaks lines at U+0085 and U+2028. Lines without a word are left out.
+        Lines are those of str.splitlines(), as in the published code: its codecs.open also breaks lines at U+0085 and
+        U+2028. Lines without a word are left out.
         """
         lines = text.replace(BREAK, "\N{REPLACEMENT CHARACTER}").splitlines() or [""]
-        # All words of all lines at once. A line's end gives two places: its </S> and the next line's <S>.
+        # A line's end gives two places: its </S> and the next line's <S>.
         words = f" {BREAK} {BREAK} ".join([*lines, ""]).split()
         tokens = np.fromiter(map(self._ids.__getitem__, words), np.uint32, len(words))
         tokens = np.roll(tokens, 1)
@@ -75,8 +75,8 @@ def digest(content: bytes) -> str:
 def read_vocabulary(path: Path) -> Vocabulary:
     """The vocabulary in a file of `word count` lines, sorted by falling counts. Raises UserError for other content.
 
-    As in the published code, words with equal counts keep the file's order. If a word occurs twice, its first line
-    gives this order and its last line the count. Words with count 0 are left out.
+    As in the published code, words with equal counts keep the file's order, and the last line of a word gives its
+    count. Words with count 0 are left out.
     """
     counts: dict[str, int] = {}
     twice = []
@@ -100,7 +100,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
 
 
 def load_vocabulary(path: Path) -> Vocabulary:
-    """A vocabulary that `dump` wrote. The lines are in the order of the ids."""
+    """A vocabulary that `dump` wrote."""
     words, counts = zip(*_read_pairs(path), strict=True)
     return Vocabulary(words, counts)
 
@@ -120,7 +120,7 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
-    """How often each word occurs in all `texts` together. The count of <S> is the number of lines with words."""
+    """The count of each word; that of <S> is the number of lines with words."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text.split())
@@ -132,8 +132,7 @@ def counted_vocabulary(counts: Iterable[Counter[str]], threshold: int, scratch: 
     """The words that occur at least `threshold` times in all `counts` together. The others count as <UNK>.
 
     The most frequent word comes first; words with equal counts are in sorted order. While counting, memory holds at
-    most COUNTED_AT_ONCE words and one of the `counts`. More words go to sorted files in the folder `scratch`, which are
-    merged at the end.
+    most COUNTED_AT_ONCE words and one of the `counts`. More words go to sorted files in `scratch`, which are merged.
     """
     total: Counter[str] = Counter()
     spilled: list[Path] = []

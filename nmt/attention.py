@@ -1,9 +1,9 @@
 """Multi-head attention: projections, then torch's scaled_dot_product_attention.
 
 Queries, keys and values have one matrix each, as published. Apollo's sums go over a whole tensor, so one matrix for all
-three would be another method. (One product with the three stacked was measured. It is not faster.)
+three would be another method.
 
-Hidden states are rows (nmt/rows.py). The batch's size tells which row is which word.
+Hidden states are rows (nmt/rows.py).
 """
 
 import torch
@@ -18,7 +18,7 @@ Size = tuple[int, int]  # of a batch: sentences and words, or sentences and hypo
 
 
 class Attention(torch.nn.Module):
-    """The part common to both kinds of attention: the parameters, and all that follows the projections."""
+    """The part common to both kinds of attention."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -65,8 +65,7 @@ class Attention(torch.nn.Module):
     ) -> torch.Tensor:
         """The same in plain operations, for training on the CPU.
 
-        There the fused kernel has no dropout, and its backward pass is slow on sentences. torch's other kernel converts
-        everything to float32 and back.
+        There the fused kernel has no dropout, and its backward pass is slow on sentences.
         """
         scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
         if causal:
@@ -93,10 +92,8 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Attention of target words to the source."""
-
     def keys_values(self, memory: torch.Tensor, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the source words, [B, heads, S, width / heads] each. All target words use them."""
+        """Keys and values of the source words, [B, heads, S, width / heads] each."""
         return self.split(self.key(memory), size), self.split(self.value(memory), size)
 
     @override(check_signature=False)

@@ -1,29 +1,20 @@
 """The average of the last checkpoints' weights. The published scores belong to such an average.
 
-The weights are kept in RUN/averaging/<update>/, apart from the checkpoint that a run resumes from. An interrupted run
-writes the same files as an uninterrupted one, because the update names them.
+The weights are kept in RUN/averaging/<update>/. An interrupted run writes the same files as an uninterrupted one,
+because the update names them.
 """
 
 import shutil
 from pathlib import Path
 
 import torch
-from pydantic import PositiveInt
 
 from engine.checkpoint import read_checkpoint, write_checkpoint
-from engine.config import Strict
 from engine.errors import UserError
 
 
-class AverageConfig(Strict):
-    """The settings under `average:` in a config."""
-
-    every: PositiveInt | None = None  # keep weights every so many updates; None: at each epoch's end
-    last: PositiveInt = 10  # how many are kept and averaged
-
-
 def keep_weights(run_dir: Path, update: int, model: torch.nn.Module, codec_digest: str, last: int) -> None:
-    """Write the weights after `update` updates. Of all kept weights only the `last` newest stay."""
+    """Write the weights of this update. Only the `last` newest stay."""
     folder = run_dir / "averaging" / f"{update:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     write_checkpoint(folder, {"model": model.state_dict(), "codec": codec_digest}, keep=1)

@@ -1,11 +1,10 @@
 """Batched beam search: a few tensor operations a word for all sentences of a batch and all their hypotheses.
 
-A hypothesis's score is log p(words) / length ** length_penalty, as in fairseq's generation. The length counts the
-closing EOS. ("Attention Is All You Need" divides by ((5 + length) / 6) ** length_penalty instead.)
+A hypothesis's score is log p(words) / length ** length_penalty, as in fairseq's generation. The length counts EOS.
 
 Each step looks at the K best continuations of a sentence and at the K ways to end one of its hypotheses. An end counts
 if it is among the K best of both. A sentence is finished when K ends have counted, when no continuation can beat the
-best end any more, or at its longest allowed length. There every hypothesis ends.
+best end any more, or at its longest allowed length.
 """
 
 from collections.abc import Sequence
@@ -13,23 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from engine.config import Strict
 from nmt.codec import BOS, EOS, PAD
 from nmt.model import Transformer
 
 LONGER = 50  # a translation may have this many words more than its source, as in "Attention Is All You Need"
 DROP_SHARE = 0.8  # finished sentences leave the batch when at most this share of it is unfinished
-
-
-class DecodingConfig(Strict):
-    """The settings under `decoding:` in a config."""
-
-    beam: PositiveInt = 5
-    length_penalty: NonNegativeFloat = 0.6
 
 
 class Hypothesis(NamedTuple):
@@ -48,8 +38,8 @@ def translate(
 ) -> list[Hypothesis]:
     """The best translation of each source (ids without EOS), in the order of the sources.
 
-    Sentences of similar length share a batch of at most `max_tokens` padded source words (or of one sentence). The rest
-    of a batch does not change a translation. The model is put into evaluation mode. The caller's autocast applies.
+    Sentences of similar length share a batch of at most `max_tokens` padded source words (or of one sentence). The
+    model is put into evaluation mode. The caller's autocast applies.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -107,7 +97,7 @@ def beam_search(
     found: dict[int, Hypothesis] = {}
 
     while len(number):
-        length = history.shape[2] + 1  # of a hypothesis that ends now
+        length = history.shape[2] + 1
         logits = model.step(words, state).float()
         log_p = scores[..., None] - logits.logsumexp(2, keepdim=True)
         ended = (logits[..., EOS : EOS + 1] + log_p).squeeze(2)
@@ -115,7 +105,7 @@ def beam_search(
         top, top_words = logits.topk(min(k, logits.shape[2]), dim=2)
         continued, index = (top + log_p).flatten(1).topk(k, dim=1)
 
-        # An end counts if it is among the K best of both kinds. At the last step all ends count.
+        # An end counts if it is among the K best of both kinds.
         least = torch.cat((continued, ended), 1).topk(k, dim=1).values[:, -1:]
         last = longest == length
         counts = ((ended >= least) | last[:, None]) & ended.isfinite() & ~done[:, None]

@@ -1,9 +1,8 @@
 """Joint byte-pair encoding of Moses tokens: one vocabulary for both languages, because all embeddings are shared.
 
 A piece that begins a token carries the mark U+2581. So decoding gives back the exact tokens, and no text can spell a
-special token: `</s>` in a sentence is plain tokens. The library tokenizers learns and applies the merges. They are kept
-in a plain `codec.json` (languages, pieces in the order of their ids, merges). Prepared data, checkpoints and
-translations belong together if its digest is the same.
+special token. The library tokenizers learns and applies the merges. They are kept in a plain `codec.json`. Prepared
+data, checkpoints and translations belong together if its digest is the same.
 """
 
 import json
@@ -30,7 +29,7 @@ MIN_PAIR_COUNT = 2  # as in subword-nmt: a pair that occurs once gets no merge
 
 
 class Codec:
-    """Text to ids and back. `size` includes the special tokens. `digest` is a SHA-256 in hex."""
+    """`size` includes the special tokens. `digest` is a SHA-256 in hex."""
 
     def __init__(self, source: str, target: str, pieces: Sequence[str], merges: Sequence[str]) -> None:
         self.source, self.target = source, target
@@ -59,7 +58,6 @@ class Codec:
         return codec
 
     def save(self, folder: str | Path) -> None:
-        """Write `folder`/codec.json, whole or not at all."""
         write_atomically(Path(folder) / FILE, self._serialised())
 
     def encode(self, line: str, language: str | None = None) -> list[int]:
@@ -67,11 +65,9 @@ class Codec:
         return self.encode_tokens([self.tokenize(line, language or self.source)])[0]
 
     def encode_lines(self, lines: Iterable[str], language: str | None = None) -> list[list[int]]:
-        """`encode` for many lines at once. This is much faster."""
         return self.encode_tokens([self.tokenize(line, language or self.source) for line in lines])
 
     def encode_tokens(self, lines: Sequence[str]) -> list[list[int]]:
-        """Ids of lines that are Moses tokens already."""
         return [found.ids for found in self._bpe.encode_batch_fast(lines, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], language: str | None = None) -> str:
@@ -80,7 +76,7 @@ class Codec:
         return moses(language).detokenize(self.decode_tokens(ids))
 
     def decode_tokens(self, ids: Iterable[int]) -> str:
-        """The Moses tokens of `ids`, separated by spaces. Tokenized BLEU counts them."""
+        """The Moses tokens of `ids`, separated by spaces."""
         pieces = []
         for index in map(int, ids):
             if index == EOS:
@@ -104,7 +100,7 @@ def learn(
     """Learn at most `merges` merges from `files` (Moses tokens, UTF-8) of both languages together.
 
     `characters` counts all characters in these files. The MAX_CHARACTERS most frequent ones get a piece each. The
-    result depends on the files' content alone, not on the number of threads or the order of the files.
+    result depends on the files' content alone.
     """
     ranked = sorted(characters.keys() - {" ", "\n"}, key=lambda character: (-characters[character], character))
     alphabet = [WORD_START, *ranked[:MAX_CHARACTERS]]
@@ -125,5 +121,4 @@ def learn(
 
 
 def _splitter() -> Steps:
-    """Split at spaces, then mark the beginning of each token."""
     return Steps([WhitespaceSplit(), Metaspace(WORD_START, prepend_scheme="always", split=False)])

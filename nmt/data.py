@@ -2,10 +2,7 @@
 
 An epoch is cut into batches of sentences of about one length, and the batches are shuffled. An update takes the next
 `passes` batches, so it sees several lengths, as published (fairseq's EpochBatchIterator gives each GPU one batch).
-The batches of an update are a function of the seed and the epoch alone, and the ranks divide them. There is no state to
-save: a resumed run asks for the epoch's updates from a given number on.
-
-Python never loops over sentences here. One index cuts a batch from the flat, memory-mapped array of ids.
+The batches of an update are a function of the seed and the epoch alone, and the ranks divide them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import Strict
 from engine.errors import UserError
 from engine.manifest import read_manifest
 from engine.seed import derive
@@ -28,13 +24,6 @@ from nmt.prepared import EVALUATED, MANIFEST_KEYS
 
 JITTER = 1.0  # tokens; measured on Multi30k at 4,096 tokens a batch: 3.9 % padding instead of 3.1 %
 ROWS_MULTIPLE = 8  # a batch has a multiple of this many sentences if so many fit, as in fairseq
-
-
-class DataConfig(Strict):
-    """The settings under `data:` in a config."""
-
-    name: str  # of the recipe that prepared the data
-    root: str
 
 
 class Batch(NamedTuple):
@@ -132,7 +121,7 @@ class Split:
 
     @cached_property
     def longest(self) -> np.ndarray:
-        """The length of each pair's longer side, with EOS. This is what the pair costs in a batch."""
+        """The length of each pair's longer side, with EOS."""
         return np.maximum(self.source_side.lengths, self.target_side.lengths)
 
     def _sentence(self, side: Side, index: int) -> np.ndarray:
@@ -163,7 +152,7 @@ class ParallelData:
 def load_data(name: str, root: str | Path) -> ParallelData:
     """The data prepared in `root` by the recipe `name`. "grammar" is prepared here if it is missing.
 
-    Raises UserError, in one line, if the data is missing, damaged or of another recipe.
+    Raises UserError if the data is missing, damaged or of another recipe.
     """
     root = Path(root)
     manifest = read_manifest(root, MANIFEST_KEYS)
@@ -212,7 +201,7 @@ def train_batches(
 
 
 def updates_per_epoch(split: Split, max_tokens: int, passes: int) -> int:
-    """How many updates `train_batches` yields. The number is the same in every epoch and for every seed."""
+    """How many updates `train_batches` yields, the same in every epoch."""
     batches = len(_cuts(np.sort(split.longest), max_tokens)) - 1
     return -(-batches // passes)
 
@@ -229,7 +218,6 @@ def eval_batches(
 
 
 def padding_share(batches: Iterable[Batch]) -> float:
-    """The share of padding among the tokens of both sides, over all `batches`."""
     padding = total = 0
     for batch in (batch for batch in batches if batch.sentences):
         for side in (batch.source, batch.target_out):
@@ -242,7 +230,7 @@ def _by_length(split: Split, noise: np.ndarray | float) -> np.ndarray:
     """All pairs, sorted by their longer side, then by the difference of the sides.
 
     The difference rises at one length and falls at the next, so that neighbours never differ much. `noise` is added to
-    it. So other pairs come together in each epoch, which costs a little more padding.
+    it, so that other pairs come together in each epoch.
     """
     source, target = split.source_side.lengths, split.target_side.lengths
     difference = np.where(split.longest % 2, source - target, target - source)
@@ -252,8 +240,7 @@ def _by_length(split: Split, noise: np.ndarray | float) -> np.ndarray:
 def _cuts(longest: np.ndarray, budget: int, multiple: int = ROWS_MULTIPLE) -> np.ndarray:
     """Where to cut pairs of ascending length so that pairs x longest <= budget in each part. The last cut is the end.
 
-    A part has a multiple of `multiple` pairs if so many fit. The cuts depend on the lengths alone, so they are the same
-    in every epoch.
+    A part has a multiple of `multiple` pairs if so many fit.
     """
     if longest[-1] > budget:
         raise UserError(
@@ -261,7 +248,7 @@ def _cuts(longest: np.ndarray, budget: int, multiple: int = ROWS_MULTIPLE) -> np
         )
     cuts, total = [0], len(longest)
     while (begin := cuts[-1]) < total:
-        # The last of n pairs is the longest. Take the largest n with n * longest[begin + n - 1] <= budget.
+        # Take the largest n with n * longest[begin + n - 1] <= budget.
         most = min(total - begin, budget // int(longest[begin]))
         costs = np.arange(1, most + 1) * longest[begin : begin + most]
         count = int(np.searchsorted(costs, budget, side="right"))

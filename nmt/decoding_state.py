@@ -1,22 +1,21 @@
-"""What decoding remembers between two words: keys and values. They are written once and never moved.
+"""What decoding remembers between two words: keys and values.
 
-Beam search makes hypotheses children of others at every step. Copying the ancestors' keys and values to each child
-would be slow. So the K hypotheses of a sentence share one cache with a slot for every hypothesis and step. A mask says
-which slots hold a hypothesis's own ancestors, and only the mask is reordered.
+Copying the keys and values of a hypothesis to its children would be slow. So the K hypotheses of a sentence share one
+cache with a slot for every hypothesis and step. Only the mask of a hypothesis's own ancestors is reordered.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 
-FIRST_STEPS = 32  # words that the first cache has room for; the room is doubled whenever it is full
+FIRST_STEPS = 32  # words that the first cache has room for
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
 class DecodingState:
-    """Caches of all decoder layers for K hypotheses of each of B sentences. `Transformer.start` makes it."""
+    """Caches of all decoder layers for K hypotheses of each of B sentences."""
 
     hypotheses: int  # K
     cross: list[Pair]  # of each layer: keys and values of the source words, [B, heads, S, width / heads]
@@ -31,7 +30,6 @@ class DecodingState:
         return None if self.hypotheses == 1 else self.slots[..., : self.length * self.hypotheses]
 
     def next_word(self) -> None:
-        """Make room for one more word of every hypothesis."""
         start, k = self.length * self.hypotheses, self.hypotheses
         if k > 1:
             if self.slots is None:
@@ -69,5 +67,5 @@ class DecodingState:
 
 
 def _doubled(cache: torch.Tensor, dim: int) -> torch.Tensor:
-    """The cache with twice the room along `dim`. The new half has no meaning yet."""
+    """The cache with twice the room along `dim`."""
     return torch.cat((cache, torch.zeros_like(cache)), dim)

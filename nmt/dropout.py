@@ -1,8 +1,7 @@
 """Dropout with cheap random numbers on the CPU. torch's Bernoulli draws take a sixth of a training step there.
 
 These draws take a sixth of that time. One 64-bit random number decides about four elements, 16 bits each. So the
-probability is rounded to a multiple of 2**-16, and the scale 1 / (1 - p) is that of the rounded probability. On other
-devices this is torch.nn.functional.dropout.
+probability is rounded to a multiple of 2**-16, and the scale 1 / (1 - p) is that of the rounded probability.
 """
 
 import torch
@@ -13,8 +12,6 @@ LEVELS = 2**16
 
 
 class Dropout(torch.nn.Module):
-    """Zeroes elements with probability `p` while training, and scales the others by 1 / (1 - p)."""
-
     def __init__(self, p: float) -> None:
         super().__init__()
         if not 0 <= p < 1:
@@ -33,7 +30,7 @@ class Dropout(torch.nn.Module):
     def mask(self, x: torch.Tensor) -> torch.Tensor:
         """0 or 1 / (1 - p) for each element of `x`, in its shape and dtype."""
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        levels = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform on -2**15 ... 2**15 - 1
+        levels = words.view(torch.int16)[: x.numel()].view(x.shape)
         kept = levels.ge_(self.dropped_levels - LEVELS // 2)
         return kept.to(x.dtype).mul_(LEVELS / (LEVELS - self.dropped_levels))
 

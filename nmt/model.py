@@ -1,50 +1,26 @@
-"""The Transformer of "Attention Is All You Need", for training on whole sentences and for decoding word by word.
+"""The Transformer of "Attention Is All You Need".
 
-One matrix serves as source, target and output embedding. Inputs are scaled by sqrt(width). Post-norm is the published
-order. Pre-norm trains without warmup. `forward` sees whole target sentences. `step` sees one more word of each
-hypothesis, and the keys and values of the words before it are cached.
+One matrix serves as source, target and output embedding. Inputs are scaled by sqrt(width). `forward` sees whole target
+sentences. `step` sees one more word of each hypothesis.
 """
 
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from overrides import override
-from pydantic import Field, PositiveInt, model_validator
 from torch.nn.functional import linear
 
-from engine.config import Strict
 from nmt.attention import Attention, CrossAttention, SelfAttention, Size
 from nmt.codec import PAD
+from nmt.config import ModelConfig
 from nmt.decoding_state import DecodingState
 from nmt.dropout import Dropout
 from nmt.loss import smoothed_cross_entropy
 from nmt.rows import to_rows
 
 FIRST_POSITION = 2  # as in fairseq: one more than the padding's index, 1
-
-
-class ModelConfig(Strict):
-    """The defaults are Transformer-base: 44,138,496 parameters, and 512 more for each word of the joint vocabulary."""
-
-    name: Literal["transformer"] = "transformer"
-    width: PositiveInt = 512
-    inner_width: PositiveInt = 2048  # of the feed-forward sublayers
-    heads: PositiveInt = 8
-    encoder_layers: PositiveInt = 6
-    decoder_layers: PositiveInt = 6
-    norm: Literal["post", "pre"] = "post"
-    dropout: float = Field(0.1, ge=0, lt=1)  # of embeddings and of every sublayer's output
-    attention_dropout: float = Field(0.1, ge=0, lt=1)  # of attention weights
-    activation_dropout: float = Field(0.1, ge=0, lt=1)  # after the feed-forward sublayers' ReLU
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "ModelConfig":
-        if self.width % self.heads or self.width % 2:
-            raise ValueError(f"width must be even and divisible by heads, not {self.width} and {self.heads}")
-        return self
 
 
 def create_model(config: ModelConfig, vocabulary_size: int) -> "Transformer":
@@ -55,7 +31,7 @@ def create_model(config: ModelConfig, vocabulary_size: int) -> "Transformer":
 
 
 class Transformer(torch.nn.Module):
-    """Encoder and decoder with one joint vocabulary. Word ids are int64. Sentences are padded at their end with PAD."""
+    """Word ids are int64. Sentences are padded at their end with PAD."""
 
     def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
         super().__init__()
@@ -64,7 +40,7 @@ class Transformer(torch.nn.Module):
         self.dropout = Dropout(config.dropout)
         self.encoder = torch.nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.decoder = torch.nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
-        # The output of a stack of pre-norm layers is not normalised yet. Post-norm layers end with a normalisation.
+        # Unlike pre-norm layers, post-norm layers end with a normalisation.
         last_norm = torch.nn.LayerNorm if config.norm == "pre" else torch.nn.Identity
         self.encoder_norm, self.decoder_norm = last_norm(config.width), last_norm(config.width)
 
@@ -72,7 +48,7 @@ class Transformer(torch.nn.Module):
     def initialise(self) -> None:
         """Embeddings with std width**-0.5, attention by its `initialise`. Feed-forward layers stay as Linear made them.
 
-        This is as in fairseq's transformer of September 2020, on which the published code was built.
+        As in fairseq's transformer of September 2020, on which the published code was built.
         """
         torch.nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5)
         self.embedding.weight[PAD].zero_()
@@ -96,7 +72,7 @@ class Transformer(torch.nn.Module):
             target_in: [B, T], beginning with BOS.
             target_out: [B, T], ending with EOS: the words to predict. Padded positions are then not projected, and the
                 result is (loss, nll) of nmt/loss.py, summed over the `tokens` words.
-            tokens: the number of words in target_out without padding. It is given so that the host need not wait.
+            tokens: the number of words in target_out without padding, given so that the host need not wait.
         """
         hidden = self.decode(target_in, *self.encode(source))
         if target_out is None:
@@ -173,7 +149,7 @@ class DecoderLayer(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, size: Size, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Whole target sentences of `size` [B, T]. Keys and values are the source's, from cross_attention."""
+        """Whole target sentences of `size` [B, T]."""
         x = self.self_residual(x, lambda y: self.self_attention(y, size, causal=True))
         return self._rest(x, size, keys, values, mask)
 

@@ -20,7 +20,6 @@ MANIFEST_KEYS = ("recipe", "source", "target", "codec", "splits")
 
 
 def paths_of(folder: Path, split: str, languages: Sequence[str]) -> list[Path]:
-    """The files of one split."""
     kinds = ("bin", "offsets", "txt") if split in EVALUATED else ("bin", "offsets")
     return [folder / f"{split}.{language}.{kind}" for language in languages for kind in kinds]
 

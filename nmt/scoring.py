@@ -1,17 +1,7 @@
 """The loss of a split, its translations, and their BLEU in the four ways that are reported for English-German.
 
-The four ways differ by up to 0.7 points, so each has a name.
-
-fairseq_bleu         Moses tokens with hyphens split (`rich @-@ text` is three tokens). In the references' punctuation
-                     only the typographic apostrophe is normalised. fairseq's generation prints this score for data
-                     that its prepare-wmt14en2de.sh made. It stands beside the published number
-sacrebleu            sacreBLEU of the detokenized text, with its signature: the number to compare with other work
-compound_split_bleu  Moses tokens, both sides normalised, compounds split as `rich ##AT##-##AT## text`. Most papers on
-                     Transformers report this score
-tokenized_bleu       the same with whole compounds, as multi-bleu.perl computes it
-
-sacreBLEU's implementation computes all four. Only the score called sacrebleu is smoothed, and only if no four words in
-a row are right in the whole test set.
+docs/reproduction.md describes the four: fairseq_bleu, sacrebleu, compound_split_bleu, tokenized_bleu.
+Only the score called sacrebleu is smoothed, and only if no four words in a row are right in the whole test set.
 """
 
 import re
@@ -24,8 +14,9 @@ from sacrebleu.metrics import BLEU
 from engine.distributed import World
 from engine.metrics import Sums
 from engine.precision import Precision
-from nmt.beam_search import DecodingConfig, translate
+from nmt.beam_search import translate
 from nmt.codec import EOS, Codec
+from nmt.config import DecodingConfig
 from nmt.data import Split, eval_batches
 from nmt.model import Transformer
 
@@ -71,7 +62,7 @@ def sacre_bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[
 
 
 def all_scores(hypotheses: Sequence[Sequence[int]], references: Sequence[str], codec: Codec) -> dict[str, Any]:
-    """The four scores of `hypotheses` (ids) against raw reference text, by the names above, and the signature."""
+    """The four scores of `hypotheses` (ids) against raw reference text, by the names above."""
     sacrebleu, signature = sacre_bleu([codec.decode(ids) for ids in hypotheses], references)
     tokens = [codec.decode_tokens(ids) for ids in hypotheses]
     as_they_are = [codec.tokenize(line, normalize=False) for line in references]

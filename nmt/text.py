@@ -1,9 +1,8 @@
-"""From a line of raw text to Moses tokens, and back. The BPE sees these tokens, and tokenized BLEU counts them.
+"""From a line of raw text to Moses tokens, and back.
 
 The steps are those of the usual WMT recipes, in their order: normalize-punctuation.perl, remove-non-printing-char.perl
 (a character that does not print becomes a blank, so a soft hyphen splits a word), tokenizer.perl with aggressive hyphen
-splitting. sacremoses' port does the first and the last, with each language's settings. docs/data.md lists all
-differences from the Perl scripts.
+splitting. sacremoses' port does the first and the last. docs/data.md lists all differences from the Perl scripts.
 """
 
 import re
@@ -24,14 +23,12 @@ WORD_START = "\u2581"  # the BPE's mark of a new token; no text holds it
 
 @dataclass(frozen=True)
 class Moses:
-    """Moses' rules for one language."""
-
     normalizer: MosesPunctNormalizer
     tokenizer: MosesTokenizer
     detokenizer: MosesDetokenizer
 
     def tokenize(self, line: str, normalize: bool = True) -> str:
-        """The tokens of a raw line, separated by single spaces. An empty line gives "".
+        """The tokens of a raw line, separated by single spaces.
 
         Without `normalize` only the typographic apostrophe is replaced, as fairseq's recipe does in test sets.
         """
@@ -44,7 +41,6 @@ class Moses:
         return FINAL_DOT.sub(" .", " ".join(tokens.split()))
 
     def detokenize(self, tokens: str) -> str:
-        """The text that such tokens stand for."""
         return self.detokenizer.detokenize(tokens.split(), unescape=False)
 
 

@@ -12,38 +12,24 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from engine import run as runs
 from engine.clipping import COUNTS, ClippingWatch
-from engine.config import RunConfig
 from engine.distributed import World, setup
 from engine.errors import run_main
 from engine.interrupt import Wish
 from engine.metrics import require_finite, require_finite_weights
 from engine.run_record import RunRecord
 from engine.seed import seed_step
-from nmt.averaging import AverageConfig, average_weights, keep_weights
-from nmt.beam_search import DecodingConfig
-from nmt.data import DataConfig, ParallelData, Split, load_data, train_batches, updates_per_epoch
-from nmt.model import ModelConfig, Transformer, create_model
+from nmt.averaging import average_weights, keep_weights
+from nmt.config import Config
+from nmt.data import ParallelData, Split, load_data, train_batches, updates_per_epoch
+from nmt.model import Transformer, create_model
 from nmt.scoring import all_scores, loss_sums, sacre_bleu, translate_split
 
 USAGE = "usage: python -m nmt.train CONFIG [key=value ...]     e.g. configs/wmt14_en_de/apollo.yaml"
 METRIC = "fairseq_bleu"  # the score that is `final`
-
-
-class Config(RunConfig):
-    updates: PositiveInt
-    data: DataConfig
-    model: ModelConfig = ModelConfig()
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-    gradient_clip: PositiveFloat = 1.0  # greatest norm of all gradients together
-    validate_every: PositiveInt  # updates
-    average: AverageConfig
-    decoding: DecodingConfig = DecodingConfig()
-    eval_batch: PositiveInt = 4096  # tokens per rank, in validation and in decoding
 
 
 @dataclass(kw_only=True)

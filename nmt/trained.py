@@ -12,8 +12,8 @@ from engine.errors import UserError
 from engine.weights import BUNDLED, read_bundled
 from nmt.averaging import average_weights
 from nmt.codec import Codec
+from nmt.config import Config
 from nmt.model import Transformer
-from nmt.train import Config
 
 
 class Trained(NamedTuple):
@@ -25,7 +25,7 @@ class Trained(NamedTuple):
 
 
 def open_run(run_dir: Path, overrides: Sequence[str]) -> Trained:
-    """Read the run folder, finished or not, or the bundle that scripts.report made of one.
+    """Read a run folder, finished or not, or a bundle.
 
     `overrides` (`key=value`) go on top of its config. Raises UserError where something does not fit.
     """

@@ -1,8 +1,8 @@
 """Translate standard input, line by line: echo "A dog runs." | python -m nmt.translate RUN|BUNDLE [key=value ...]
 
-RUN is a run folder, BUNDLE what `python -m scripts.report --bundle RUN` made of it. Both carry their vocabulary, and
-the data are not needed. An empty line stays empty. Overrides go on top of the run's config: decoding.beam=4
-average.last=1 eval_batch=8192 device=cpu.
+RUN is a run folder, BUNDLE what `python -m scripts.report --bundle RUN` made of it. Both carry their vocabulary. An
+empty line stays empty. Overrides go on top of the run's config: decoding.beam=4 average.last=1 eval_batch=8192
+device=cpu.
 """
 
 import sys
@@ -14,7 +14,7 @@ from nmt.codec import Codec
 from nmt.trained import open_run
 
 USAGE = "usage: python -m nmt.translate RUN|BUNDLE [key=value ...] < TEXT     e.g. runs/grammar/apollo_milestone/seed1"
-LONGEST = 1024  # words of the vocabulary in a line: far beyond what a model has seen in training
+LONGEST = 1024  # words of the vocabulary in a line
 
 
 def main(arguments: list[str]) -> int:

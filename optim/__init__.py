@@ -34,10 +34,9 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"apollo": Apollo, "sgd": SGD, "adam": 
 
 
 def create_optimizer(name: str, params: ParamsT, **settings: Any) -> Optimizer:
-    """Makes the optimizer `name` with its `settings`. `name` is a key of OPTIMIZERS or the dotted path of any class.
+    """Makes the optimizer `name`, a key of OPTIMIZERS or the dotted path of any class.
 
-    A setting that is not given has the default of its class. The one exception is Apollo's `warmup`, which is 0 here:
-    in training scripts the warmup belongs to the schedule.
+    Apollo's `warmup` is 0 here unless it is given: in training scripts the warmup belongs to the schedule.
 
     Raises:
         ValueError: an unknown name, a path that does not import, or a setting that is unknown, missing or refused.
@@ -71,7 +70,7 @@ def create_optimizer(name: str, params: ParamsT, **settings: Any) -> Optimizer:
 
 
 def _broken_rule(default: Any, value: Any) -> str | None:
-    """The rule that `value` breaks, by the type of the setting's default; None where it breaks no rule."""
+    """The rule that `value` breaks, by the type of the setting's default; None if there is none."""
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "true or false"
     if isinstance(default, (int, float)):

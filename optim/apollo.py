@@ -1,14 +1,11 @@
 """Apollo, an adaptive parameter-wise diagonal quasi-Newton method (Ma, arXiv 2009.13586).
 
-Read apollo_reference.py first: it is the published algorithm, written literally. This file holds the class and its
-state. dispatch.py chooses the implementation of a step. The single-tensor step (apollo_single.py) works tensor by
-tensor. The foreach step (apollo_foreach.py) and the fused steps (fused/cpu.py, fused/cuda.py) do the same over lists of
-tensors. Tests compare all of them with the reference.
+Read apollo_reference.py first: it is the published algorithm, written literally. dispatch.py chooses the implementation
+of a step: single-tensor, foreach or fused.
 
-The average of the gradient, m = d * D, is not stored where it can be computed again from d and B. The state then has
-two tensors, like Adam's. The published code has three. Only decoupled and stable weight decay need the third, because
-they add to d. (We could store m and compute d = m / D instead. But the sums of a step are over d, and a stored d saves
-reading memory.)
+The average of the gradient, m = d * D, is not stored where it can be computed again from d and B. So the state has two
+tensors, like Adam's. Only decoupled and stable weight decay need a third, because they add to d. d is stored and not m,
+because the sums of a step are over d.
 """
 
 from collections.abc import Callable
@@ -31,8 +28,7 @@ from .step_tensors import StepTensors
 class Apollo(Optimizer):
     r"""Apollo, an adaptive parameter-wise diagonal quasi-Newton method.
 
-    The step of each parameter tensor is as follows. Its state is t, m, B (`hessian`) and d, the direction of the last
-    step. All of them are zero at first.
+    The state of each parameter tensor is t, m, B (`hessian`) and d, the direction of the last step, all zero at first.
 
         g      <-  gradient  (+ weight_decay * p  if weight_decay_type is "L2")
         t      <-  t + 1,   alpha = (1 - beta) / (1 - beta^t)
@@ -49,12 +45,11 @@ class Apollo(Optimizer):
     If lr is 0, no parameter moves, also during the warmup. `load_state_dict` takes all settings from the checkpoint,
     with two exceptions: the optimizer keeps its own `capturable`, and its lr stays a tensor or a float as it was.
 
-    The published results come from two eras. Their settings are good starting points: sigma=1.0 with lr 0.5 (image
-    classification) to 10 (language modelling, translation) and warmup 100 to 1000 from init_lr 0.01; or sigma=0.01 with
-    lr 0.01 to 0.1 and warmup 500 from init_lr 1e-5. A learning rate for one sigma does not suit another sigma.
+    The published settings are sigma=1.0 with lr 0.5 (image classification) to 10 (language modelling, translation) and
+    warmup 100 to 1000 from init_lr 0.01; or sigma=0.01 with lr 0.01 to 0.1 and warmup 500 from init_lr 1e-5.
 
     Args:
-        params: parameters, named parameters or groups of them, as any torch optimizer takes them.
+        params: parameters, named parameters or groups of them.
         lr: learning rate; a float or a 1-element tensor.
         beta: decay of the average of the gradient, in [0, 1).
         eps: keeps the 4-norm's division finite, > 0.
@@ -71,10 +66,9 @@ class Apollo(Optimizer):
             are float32, bfloat16, float16, and on the CPU float64; other dtypes take the foreach step.
             If foreach and fused are both None, the step is fused where it can be.
         capturable: keep every scalar on the device, so that the step can be captured in a CUDA graph or compiled whole.
-        carry_sums: let a fused step keep sums for the next one, which saves reading memory. A write to a parameter or
-            its state under `torch.no_grad()` is noticed, and the sums are computed anew. A write through `.data` or a
-            numpy view is not noticed: with L2 decay one step would use an old parameter in a sum. Pass False if your
-            code writes in these ways.
+        carry_sums: let a fused step keep sums for the next one, which saves reading memory. Pass False if your code
+            writes to parameters through `.data` or a numpy view: such a write is not noticed, and with L2 decay one sum
+            would be one step old.
 
     State, per parameter: `step`, `hessian`, `direction`; where needed also `exp_avg` (m, where it is not d * D) and
     `sigma`. State and arithmetic are float32 for half-precision parameters, and of the parameter's dtype otherwise.
@@ -86,8 +80,8 @@ class Apollo(Optimizer):
     Source: arXiv 2009.13586, Algorithm 1; rebound "constant" with sigma 0.01 and "belief" from the later revisions.
     """
 
-    # With this, torch.amp.GradScaler leaves two things to the step: division by the scale (grad_scale) and skipping
-    # the step (found_inf).
+    # With this, torch.amp.GradScaler leaves to the step the division by the scale (grad_scale) and skipping
+    # (found_inf).
     _step_supports_amp_scaling = True
 
     @override
@@ -139,7 +133,7 @@ class Apollo(Optimizer):
             check_settings({**self.defaults, **group})
         own = [(group["capturable"], group["lr"]) for group in self.param_groups]
         # torch casts loaded state to the parameter's dtype, but ours stays float32 for half-precision parameters. So we
-        # take the tensors once more from the loaded state, as the user's own hooks have left it.
+        # take the tensors once more from the loaded state, as the user's hooks have left it.
         loaded: dict[str, Any] = {}
         handle = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
         try:
@@ -147,7 +141,7 @@ class Apollo(Optimizer):
         finally:
             handle.remove()
         for group, (capturable, lr) in zip(self.param_groups, own, strict=True):
-            # These two belong to the process and not to the run: a CUDA graph needs its own.
+            # A CUDA graph needs its own `capturable` and `lr`.
             group["capturable"] = capturable
             if isinstance(lr, Tensor):
                 group["lr"] = torch.as_tensor(group["lr"]).to(lr.device, lr.dtype, copy=True)
@@ -207,7 +201,7 @@ class Apollo(Optimizer):
             raise RuntimeError(f"Apollo: the state of {name} has no {missing}; is it another optimizer's?") from None
 
     def _init_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
-        """Adds to a parameter's state what the settings of its group need and what is missing."""
+        """Adds the missing state that the group's settings need."""
         belief, dtype = group["rebound"] == "belief", state_dtype(param)
         if not state:
             device = param.device if _counts_on_device(group, param) else "cpu"
@@ -215,10 +209,10 @@ class Apollo(Optimizer):
             state["hessian"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["direction"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         if belief and "sigma" not in state:
-            # The bound of the last step; m is computed from it. Before the first step d is 0, and any bound is right.
+            # The bound of the last step; m is computed from it. While d is 0, any bound is right.
             state["sigma"] = torch.full((), group["sigma"], dtype=dtype, device=param.device)
         if group["weight_decay"] != 0 and group["weight_decay_type"] != "L2" and "exp_avg" not in state:
-            # The parameter is new, or the weight decay was zero until now. From here on d is more than m / D.
+            # With weight decay, d is more than m / D.
             bound = float(state["sigma"]) if belief else group["sigma"]
             offset = curvature_offset(group["eps"], group["beta"], float(state["step"]), group["rebound"])
             state["exp_avg"] = state["direction"] * (state["hessian"].abs().clamp_(min=bound) + offset)
@@ -226,7 +220,7 @@ class Apollo(Optimizer):
     @torch.no_grad()
     @override
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Performs one step. `closure`, if given, reevaluates the model and returns the loss, which is returned."""
+        """Performs one step. `closure` reevaluates the model and returns the loss, which is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -274,7 +268,7 @@ def _is_capturing() -> bool:
 
 
 def _counts_on_device(group: dict[str, Any], param: Tensor) -> bool:
-    """Whether the count of steps is on the parameter's device, for a graph or a fused step, and not on the CPU."""
+    """Whether the count of steps is on the parameter's device, for a graph or a fused step."""
     wants_fused = group["fused"] or (group["fused"] is None and group["foreach"] is None)
     return group["capturable"] or bool(
         param.device.type == "cuda" and wants_fused and fused_step(param.device, param.dtype)

@@ -1,7 +1,6 @@
 """Apollo's step over lists of tensors, with torch's foreach operations: few launches, and no extension to build.
 
-foreach has no operation for the sum over a tensor, so these sums are computed one by one. All scalars of the update are
-then one vector over the list.
+foreach has no operation for the sum over a tensor, so these sums are computed one by one.
 """
 
 from collections.abc import Iterator
@@ -14,13 +13,11 @@ from .settings import Settings
 from .sharded import join_sums
 from .step_tensors import StepTensors
 
-# On the CPU a launch is cheap and memory access is not. So a long list is cut into parts whose temporaries stay in
-# cache.
+# On the CPU a long list is cut into parts whose temporaries stay in cache.
 CPU_PART = 2**17  # elements
 
 
 def _multi_tensor_apollo(tensors: StepTensors, settings: Settings, grad_scale: Tensor | None) -> None:
-    """The step for parameters of one device and dtype."""
     for part in _parts(tensors):
         _step(tensors.part(part), settings, grad_scale)
 
@@ -41,7 +38,6 @@ def _parts(tensors: StepTensors) -> Iterator[range]:
 
 
 def _step(tensors: StepTensors, settings: Settings, grad_scale: Tensor | None) -> None:
-    """The step for one part."""
     s, params, grads, exp_avgs, hessians = settings, tensors.params, tensors.grads, tensors.exp_avgs, tensors.hessians
     directions, sigmas, shards = tensors.directions, tensors.sigmas, tensors.shards
     dtype = directions[0].dtype
@@ -100,7 +96,7 @@ def _step(tensors: StepTensors, settings: Settings, grad_scale: Tensor | None) -
 
 
 def _rectify(hessians: list[Tensor], bounds: list, offsets: list) -> list[Tensor]:
-    """D = max(|B|, bound) + offset, tensor by tensor."""
+    """D = max(|B|, bound) + offset."""
     curvature = torch._foreach_abs(hessians)
     if isinstance(bounds[0], Tensor):
         for x, bound, offset in zip(curvature, bounds, offsets, strict=True):

@@ -1,7 +1,4 @@
-"""The few scalar rules of Apollo that its single-tensor and foreach steps share.
-
-Every function takes plain numbers, or 0-d tensors where the step count lives on the device (capturable).
-"""
+"""Scalar rules of Apollo's single-tensor and foreach steps, for numbers or (capturable) for 0-d tensors."""
 
 import torch
 from torch import Tensor
@@ -15,7 +12,7 @@ def averaging_weight(beta: float, step: float | Tensor) -> float | Tensor:
 def warmed_up_lr(lr: float | Tensor, init_lr: float, warmup: int, steps_before: float | Tensor) -> float | Tensor:
     """lr of the step after `steps_before` steps: linear from `init_lr` over the first `warmup` steps, then `lr`.
 
-    An lr of 0 stays 0: a user who sets it wants that nothing moves.
+    An lr of 0 stays 0.
     """
     if warmup == 0:
         return lr
@@ -33,6 +30,6 @@ def norm_eps(eps: float, sigma: float, rebound: str) -> float:
 def curvature_offset(eps: float, beta: float, step: float | Tensor, rebound: str) -> float | Tensor:
     """What rebound "belief" adds to the rectified curvature D: eps / alpha_t. It is 0 with "constant".
 
-    The formula is a product, so that it gives 0 before the first step and does not divide by zero.
+    The product form gives 0 before the first step.
     """
     return eps * (1 - beta**step) / (1 - beta) if rebound == "belief" else 0.0

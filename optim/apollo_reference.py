@@ -1,9 +1,8 @@
-"""The published algorithm written literally. Read this file first.
+"""The published algorithm, written literally. Read this file first.
 
 This is a loop over parameter tensors with three state tensors each, as in the published code: `exp_avg` (m), `hessian`
-(B) and `direction` (d), which is scaled in place before use. docs/apollo.md derives the formulas. Tests compare every
-form of `optim.Apollo` with this one, and this one with trajectories of the published implementations. It is slow, takes
-only dense real gradients, and is not meant for training.
+(B) and `direction` (d), which is scaled in place before use. Tests compare every form of `optim.Apollo` with this one,
+and this one with trajectories of the published implementations. It is slow, and takes only dense real gradients.
 
 Source: arXiv 2009.13586, Algorithm 1.
 """
@@ -15,7 +14,7 @@ from torch import Tensor
 
 
 class LiteralApollo(torch.optim.Optimizer):
-    """Apollo of both eras, for dense real gradients, in the parameters' dtype. Its settings are `optim.Apollo`'s."""
+    """The settings are `optim.Apollo`'s. State has the parameters' dtype."""
 
     def __init__(
         self,

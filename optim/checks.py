@@ -1,9 +1,8 @@
 """Checks the tensors of a step before the step, so that no step reads or writes outside a tensor.
 
-Between two steps any Python code may give a tensor another shape, dtype, order or memory, or load state that belongs to
-another parameter. torch's own operators check their tensors, but the fused steps work with addresses. So every form of
-the step takes only lists that have passed `check_tensors`. This check is too slow for every step. It is repeated only
-when `facts` have changed, which are cheap to compare.
+Between two steps any Python code may give a tensor another shape, dtype, order or memory, or load the state of another
+parameter. The fused steps work with addresses. So every form of the step takes only lists that have passed
+`check_tensors`. This check is slow, so it is repeated only when `facts` have changed.
 """
 
 from bisect import bisect_left
@@ -28,7 +27,7 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 
 def facts(tensors: StepTensors) -> tuple[list[Any], ...]:
-    """What `check_tensors` depends on: addresses and form of parameters and state, and the form of gradients."""
+    """What `check_tensors` depends on."""
     large, small = list(_of_shape(tensors)), list(_scalars(tensors))
     return (
         *(list(map(fact, large)) for fact in (SHAPE, DTYPE, Tensor.stride, Tensor.data_ptr)),
@@ -71,10 +70,10 @@ def written_ranges(tensors: StepTensors) -> Ranges:
 
 
 def apart_from(ranges: Ranges, grads: list[Tensor], known: list[int]) -> list[Tensor]:
-    """The gradients as a kernel may read them. A gradient that shares memory with what the step writes is copied.
+    """The gradients as a kernel may read them. A gradient with a pending sign, or that shares memory with what the step
+    writes, is copied.
 
-    A gradient with a pending sign (`is_neg`) is copied too. `known` keeps, for the next step, the addresses of
-    gradients that needed no copy.
+    `known` keeps, for the next step, the addresses of gradients that needed no copy.
     """
     addresses = list(map(Tensor.data_ptr, grads))
     if addresses == known:
@@ -96,13 +95,11 @@ def apart_from(ranges: Ranges, grads: list[Tensor], known: list[int]) -> list[Te
 
 
 def _of_shape(tensors: StepTensors) -> Iterable[Tensor]:
-    """The tensors of the parameters' shapes that the step writes to."""
     averages = (x for x in tensors.exp_avgs if x is not None)
     return chain(tensors.params, tensors.hessians, tensors.directions, averages)
 
 
 def _scalars(tensors: StepTensors) -> Iterable[Tensor]:
-    """The other tensors that the step writes to."""
     return chain(tensors.steps, (x for x in tensors.sigmas if x is not None))
 
 
@@ -117,7 +114,6 @@ def _form(x: Tensor) -> str:
 
 
 def _range_of(x: Tensor) -> tuple[int, int]:
-    """The range of memory between the first and the last byte of a tensor; an empty one for an empty tensor."""
     begin = x.data_ptr()
     if x.is_contiguous():
         return begin, begin + x.nbytes
@@ -126,7 +122,6 @@ def _range_of(x: Tensor) -> tuple[int, int]:
 
 
 def _check_overlap(tensors: StepTensors, name_of: NameOf) -> None:
-    """Raises RuntimeError if two elements that a step writes have the same memory."""
     named = []  # a range of memory, a tensor, and its name
     for i, param in enumerate(tensors.params):
         for key, x in [("", param), *_state(tensors, i).items()]:
@@ -143,7 +138,7 @@ def _check_overlap(tensors: StepTensors, name_of: NameOf) -> None:
 
 
 def _check_cluster(cluster: list[tuple]) -> None:
-    """Compares the addresses of elements: ranges can interleave, as two views of every other column of a matrix do."""
+    """Compares the addresses of elements, because ranges can interleave, as two views of every other column do."""
     start = cluster[0][0]
     seen: list[Tensor] = []
     for k, (begin, _, x, name) in enumerate(cluster):

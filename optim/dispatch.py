@@ -1,8 +1,4 @@
-"""Chooses between the implementations of Apollo's step: single-tensor, foreach, fused.
-
-The results of two checks are kept until a tensor of the group changes: that the tensors fit each other, and which
-tensors form a list.
-"""
+"""Chooses between the implementations of Apollo's step: single-tensor, foreach, fused."""
 
 import warnings
 from collections.abc import Callable
@@ -34,9 +30,8 @@ def apollo(
 ) -> None:
     """Functional form of `Apollo`'s step, in place.
 
-    Sorts the parameters into lists of one kind, and gives each list to the implementation that suits it. Gradients are
-    divided by `grad_scale`. Nothing changes if `found_inf` is not 0. Both are 1-element tensors. `name_of(i)` is the
-    name of parameter i in an error.
+    Gradients are divided by `grad_scale`, and nothing changes if `found_inf` is not 0 (both 1-element tensors).
+    `name_of(i)` is the name of parameter i in an error.
 
     Raises:
         RuntimeError: a tensor's shape, dtype or device does not fit its parameter, or tensors share memory.
@@ -63,7 +58,7 @@ UNFUSED = (_single_tensor_apollo, _multi_tensor_apollo)  # these take their scal
 
 
 class _List(NamedTuple):
-    """A list of one kind: its step function, its device, the indices of its parameters, and what the step keeps."""
+    """Parameters of one kind, by index, with their step function and what it keeps."""
 
     step: Callable[..., None]
     device: torch.device
@@ -72,7 +67,7 @@ class _List(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What is known about the tensors of a group. It is valid as long as `key` is the same."""
+    """The lists of a group, valid as long as `key` is the same."""
 
     key: tuple
     lists: list[_List]
@@ -97,7 +92,6 @@ def _plan(owner: Tensor, tensors: StepTensors, settings: Settings, name_of: Name
 
 
 def _lists(tensors: StepTensors, settings: Settings) -> list[_List]:
-    """The lists of one kind."""
     kinds: dict[tuple, list[int]] = {}
     for i, (param, grad) in enumerate(zip(tensors.params, tensors.grads, strict=True)):
         plain = grad.dtype is param.dtype and not is_compiling() and _has_plain_memory(tensors, i)
@@ -127,14 +121,13 @@ def _has_plain_memory(tensors: StepTensors, i: int) -> bool:
 
 
 def _implementation(device: torch.device, dtype: torch.dtype, s: Settings, plain: bool) -> Callable[..., None]:
-    """The step function for a list. `plain`: memory without gaps, and gradients of the parameters' dtype."""
+    """`plain`: memory without gaps, and gradients of the parameters' dtype."""
     if s.fused or (s.fused is None and s.foreach is None):
         return (plain and fused_step(device, dtype)) or _multi_tensor_apollo
     return _multi_tensor_apollo if s.foreach else _single_tensor_apollo
 
 
 def fused_step(device: torch.device, dtype: torch.dtype) -> Callable[..., None] | None:
-    """The fused step for parameters of this device and dtype, if there is one."""
     if device.type == "cpu":
         return fused_cpu._fused_cpu_apollo if dtype in fused_cpu.DTYPES and fused_cpu.library() else None
     if device.type == "cuda" and _triton_works():
@@ -146,14 +139,14 @@ def fused_step(device: torch.device, dtype: torch.dtype) -> Callable[..., None] 
 
 @cache
 def _triton_works() -> bool:
-    """Whether Triton can launch kernels. It is tried once, since Triton then compiles its driver. Warns on failure."""
+    """Whether Triton can launch kernels; a warning if not. It is tried once, since Triton then compiles its driver."""
     if not find_spec("triton"):
         return False
     try:
         from .fused import cuda as fused_cuda
 
         fused_cuda.launch_one()
-    except Exception as error:  # compiler, headers or driver are missing: Triton has an error for each
+    except Exception as error:  # compiler, headers or driver are missing
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(f"Triton cannot launch kernels, Apollo takes the slower foreach step: {reason}", stacklevel=2)
         return False

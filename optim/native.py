@@ -1,8 +1,8 @@
 """Compiles a C++ file of this repository for this processor at first use, and keeps the result in a cache.
 
-The C++ has a plain C interface and includes nothing of torch. So it compiles in seconds, works with any version of
-torch, and is called through ctypes. The cache is in $TORCH_EXTENSIONS_DIR, or else in $XDG_CACHE_HOME or ~/.cache. Its
-key is made of the sources, the compiler with its flags, and the processor.
+The C++ has a plain C interface and includes nothing of torch, so that it compiles in seconds and works with any version
+of torch. The cache is in $TORCH_EXTENSIONS_DIR, or else in $XDG_CACHE_HOME or ~/.cache. Its key is made of the sources,
+the compiler with its flags, and the processor.
 """
 
 import ctypes
@@ -31,8 +31,7 @@ def load_library(
 ) -> ctypes.CDLL | None:
     """The library of one C++ file. If there is none: None, after a warning that says what is used `instead`.
 
-    `instead` is a clause, such as "the slower foreach step is used". Callers keep the result (functools.cache), so that
-    they warn only once.
+    Callers keep the result (functools.cache), so that they warn only once.
     """
     try:
         library = ctypes.CDLL(str(compile_library(source)))
@@ -46,7 +45,7 @@ def load_library(
 
 
 def compile_library(source: Path) -> Path:
-    """The path of the shared library of one C++ file; compiled if it is not in the cache. Raises NotCompiled."""
+    """The path of the shared library, compiled if it is not in the cache. Raises NotCompiled."""
     try:
         return _compile(source)
     except (OSError, subprocess.SubprocessError) as error:

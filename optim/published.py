@@ -2,7 +2,7 @@
 
 The published implementation keeps three tensors for each parameter: `exp_avg_grad` (m), `approx_hessian` (B) and
 `update` (the direction d of the last step). It counts steps in a Python int. There sigma is a constant of the era and
-not a setting. `optim.Apollo` stores m only where it cannot be computed again from d and B.
+not a setting.
 """
 
 from typing import Any
@@ -21,9 +21,8 @@ def from_published(state_dict: dict[str, Any], **settings: Any) -> dict[str, Any
 
     Args:
         state_dict: the published optimizer's, over the same parameters in the same order.
-        settings: settings for every group. They override those in `state_dict`. `sigma` is always needed (1.0 or
-            0.01), and `weight_decay_type` if the published version fixed it. Settings that only `Apollo` has are
-            optional.
+        settings: for every group. They override those in `state_dict`. `sigma` is always needed (1.0 or 0.01), and
+            `weight_decay_type` if the published version fixed it.
 
     Raises:
         ValueError: the state is not the published optimizer's, or sigma is missing.

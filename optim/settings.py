@@ -15,7 +15,7 @@ REBOUNDS = ("constant", "belief")
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one group, as every implementation of the step takes them. See `Apollo` for their meaning."""
+    """The settings of one group. See `Apollo` for their meaning."""
 
     lr: float | Tensor
     beta: float
@@ -56,7 +56,7 @@ class Settings:
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Raises ValueError with one line if a setting of an Apollo group is not valid."""
+    """Raises ValueError if a setting of an Apollo group is not valid."""
     lr = settings["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr as a tensor must have 1 element, not shape {tuple(lr.shape)}")
@@ -82,7 +82,7 @@ def check_settings(settings: dict[str, Any]) -> None:
 
 
 def suggest(name: object, valid: Iterable[str]) -> str:
-    """'; did you mean X? valid: X, Y' for an unknown `name`. Without the question if no valid name is similar."""
+    """'; did you mean X? valid: X, Y' for an unknown `name`."""
     valid = list(valid)
     near = difflib.get_close_matches(str(name).lower(), [v.lower() for v in valid], n=1)
     hint = f" did you mean {next(v for v in valid if v.lower() == near[0])!r}?" if near else ""

@@ -1,7 +1,7 @@
 """Apollo's sums over parameters that are sharded (FSDP2, tensor parallelism: torch's DTensor).
 
-Each rank steps over its local shard. Only the sums over a tensor need all shards. They are joined by all-reduces of one
-small array for the whole list, so that any number of ranks takes the same step as one rank.
+Each rank steps over its local shard. The sums over a tensor are joined by all-reduces of one small array for the whole
+list, so that any number of ranks takes the same step.
 """
 
 import sys
@@ -11,18 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# The groups of ranks over which a tensor is sharded: one for each sharded dimension of the mesh, none if it is whole.
+# One group of ranks for each sharded dimension of the mesh, none if a tensor is whole.
 ProcessGroups = tuple[Any, ...]
 
 
 def any_sharded(tensors: list[Tensor]) -> bool:
-    """Whether a DTensor is among `tensors`. This does not import DTensor, because the import is slow."""
+    """Whether a DTensor is among `tensors`. DTensor is not imported, because the import is slow."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
 
 
 def local_shard(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """This rank's part of x, in x's memory. A gradient is first brought to the placement of its parameter `like`."""
+    """This rank's part of x, in x's memory."""
     if not any_sharded([x]):
         return x
     if like is not None and x.placements != like.placements:
@@ -31,7 +31,6 @@ def local_shard(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def process_groups(param: Tensor) -> ProcessGroups:
-    """The groups over which the sums of `param` must be joined."""
     if not any_sharded([param]):
         return ()
     mesh = param.device_mesh

@@ -1,4 +1,4 @@
-"""The tensors of one step as parallel lists. Every implementation of Apollo's step takes them."""
+"""The tensors of one step as parallel lists."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ class StepTensors:
     numels: list[int] = field(default_factory=list)  # elements of the whole parameter, over all ranks
     shards: list[ProcessGroups] = field(default_factory=list)  # the ranks that share a parameter, () for a whole one
 
-    kept: dict[str, Any] = field(default_factory=dict)  # what a step keeps as long as only gradients change
+    kept: dict[str, Any] = field(default_factory=dict)  # what a step keeps while only gradients change
 
     def part(self, indices: Sequence[int]) -> "StepTensors":
         columns = (
@@ -42,11 +42,10 @@ class StepTensors:
 
     @property
     def states(self) -> list[list[Tensor]]:
-        """The lists of state tensors that have the shapes of the parameters."""
         return [self.hessians, self.directions, *([self.exp_avgs] if self.stores_average else [])]
 
     def local(self) -> "StepTensors":
-        """The same with numels and shards. If parameters are sharded, it holds this rank's part of each tensor."""
+        """This rank's part of each tensor, with numels and shards."""
         numels = list(map(Tensor.numel, self.params))
         if not any_sharded(self.params):
             return replace(self, numels=numels, shards=[()] * len(numels))

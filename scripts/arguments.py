@@ -1,5 +1,3 @@
-"""What the commands in scripts/ share in reading their command lines."""
-
 import argparse
 from typing import NoReturn
 

@@ -4,9 +4,8 @@
         [--seeds "1 101"] [--rates N] [--jobs N] [--gpus N] [--executor local|slurm] [--nodes N] [--slurm OPTIONS]
         [--dry-run] [--runs FOLDER] [key=value ...]
 
-Trials are ordinary runs in <runs>/<table>/search/<row>/<setting>/. The final runs are where the runs of any table are.
-The next step is a function of the complete run folders (scripts/protocol.py). Nothing else is remembered, so the same
-command continues after a kill at any moment, and gives the same table.
+Trials are ordinary runs in <runs>/<table>/search/<row>/<setting>/. The next step is a function of the complete run
+folders (scripts/protocol.py), so the same command continues after a kill and gives the same table.
 """
 
 import argparse
@@ -50,13 +49,11 @@ REFUSED = {
 
 
 class Stopped(Exception):
-    """Some runs of a stage have failed, or a signal came. The only argument is the exit status."""
+    """Some runs have failed, or a signal came. The argument is the exit status."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The methods to compare, and the task and config to compare them on."""
-
     task: str  # the package that trains
     config: Path
     table: str
@@ -199,7 +196,7 @@ def carry_out(jobs: Sequence[Job], comparison: Comparison, stage: str, options: 
 
 
 def accept_diverged(turns: Sequence[Turn], metric: str) -> None:
-    """Give a run that ended because its loss was not finite a result, the worst one. It is then complete."""
+    """Give a run whose loss was not finite the worst result, so that it is complete."""
     for turn in turns:
         if turn.state is State.FAILED and DIVERGED in turn.error:
             result = {"metric": metric, "diverged": True, "error": turn.error, "complete": True}
@@ -240,7 +237,7 @@ def table(
 
 
 def dry_run(comparison: Comparison, steps: range, final_seeds: Sequence[int], options: argparse.Namespace) -> str:
-    """The runs and an estimate of their cost. The learning rate of a run does not change its time."""
+    """The runs and an estimate of their cost."""
     from scripts.estimate import estimate
 
     jobs = []
@@ -263,7 +260,7 @@ def places(options: argparse.Namespace) -> Places:
 
 
 def read_comparison(options: argparse.Namespace) -> Comparison:
-    """The comparison that the command line asks for. Raises UserError for any mistake in it, before any run."""
+    """Raises UserError for any mistake, before any run."""
     for key in (override.partition("=")[0] for override in options.overrides):
         if (first := key.partition(".")[0]) in REFUSED:
             raise UserError(
@@ -280,7 +277,6 @@ def read_comparison(options: argparse.Namespace) -> Comparison:
 
 
 def config_of(task: str) -> Path:
-    """The config of a comparison that is part of the repository."""
     stem = EXPERIMENTS[task][0] if task in EXPERIMENTS else task
     path = COMPARISONS / f"{stem}.yaml"
     if not path.is_file():

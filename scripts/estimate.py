@@ -1,7 +1,7 @@
 """Estimates the cost of runs before any starts. It times some updates of each distinct cell with the command itself.
 
-A cell is timed as it will run (model, batch, optimizer, precision, number of processes). It logs every update and is
-stopped by a signal. The hours are those of training alone; evaluations are not included.
+A cell is timed as it will run (model, batch, optimizer, precision, number of processes). The hours are those of
+training alone, without evaluations.
 """
 
 import json
@@ -26,7 +26,7 @@ from scripts.synthetic import MAKERS, SIZES, make_data
 from scripts.tables import load_settings
 
 UPDATES = 30
-WARM_UP = 5  # of UPDATES; the first updates allocate, choose kernels, compile
+WARM_UP = 5  # the first updates allocate, choose kernels, compile
 START_S, TRAIN_S, SAVE_S = 300, 60, 120  # limits: until the first update, for the other updates, to save
 POLL_S = 0.01
 # Settings that change neither the time nor the memory of an update.
@@ -35,8 +35,6 @@ SAME_COST = ("table", "row", "seed", "run_dir", "schedule", "epochs", "updates")
 
 @dataclass(frozen=True)
 class Measured:
-    """The measured cost of one update and one run."""
-
     update_s: float
     updates: int  # timed
     updates_in_all: int
@@ -101,13 +99,12 @@ HEADER = ("cell", "runs", "ms/update", "updates", "hours a run", "hours", "memor
 
 
 def settings_of_cost(job: Job) -> dict[str, Any]:
-    """The settings of `job` that determine the cost of an update."""
     settings = load_settings(job.task, job.config, job.overrides).model_dump(mode="json")
     return {"task": job.task} | {key: value for key, value in settings.items() if key not in SAME_COST}
 
 
 def cell_name(job: Job) -> str:
-    """Table and row. The schedule does not change the cost of an update."""
+    """Table and row."""
     settings = load_settings(job.task, job.config, job.overrides)
     return f"{settings.table}/{settings.row}"
 
@@ -124,7 +121,7 @@ def measure(job: Job, places: Places, temporary: Path) -> Measured:
 
 
 def _measure(job: Job, overrides: list[str], places: Places, temporary: Path, size: int | None) -> Measured:
-    """As `measure`. If `overrides` replace the real data, `size` is the size of an epoch of the real data."""
+    """As `measure`; `size` is that of an epoch of the real data."""
     folder = Path(tempfile.mkdtemp(dir=temporary))
     run = folder / "run"
     trial = replace(
@@ -169,7 +166,7 @@ def _measure(job: Job, overrides: list[str], places: Places, temporary: Path, si
 
 
 def whole_length(job: Job, run: Path, settings: Any, size: int | None) -> int:
-    """Updates of the whole run, computed from the data in its environment.json, or from the real data's `size`."""
+    """Updates of the whole run, from its environment.json or the real data's `size`."""
     if job.unit == "update":
         return job.length
     recipe = json.loads((run / "environment.json").read_text())["recipe"]
@@ -201,7 +198,7 @@ def gpu_memory_mb(devices: str) -> float:
 
 
 def resident_mb(pid: int) -> float:
-    """Peak resident memory, in MiB, of a process and its descendants; 0 if the system does not tell (Linux does)."""
+    """Peak resident memory, in MiB, of a process and its descendants; 0 if the system does not tell."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -212,13 +209,12 @@ def resident_mb(pid: int) -> float:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Kill `process` and its session, and so its workers, at once."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def disk_mb(run: Path, settings: Any) -> float:
-    """MiB that the run folder will hold: checkpoints as large as the present one, and weights for averaging."""
+    """MiB that the run folder will hold."""
     sizes = {path: path.stat().st_size / 2**20 for path in run.rglob("*") if path.is_file()}
     checkpoint = sizes.pop(run / "checkpoint.pt", 0.0)
     weights = [size for path, size in sizes.items() if path.suffix == ".pt"]

@@ -1,6 +1,6 @@
-"""Single runs, one process each. All are planned and checked before the first one starts, and written to a list.
+"""Single runs, one process each. All are checked before the first one starts.
 
-A list is a file of JSON lines, one line per run. It says what to run; the run folders say what is done.
+A list is a file of JSON lines, one line per run. The run folders say what is done.
 """
 
 import hashlib
@@ -31,10 +31,8 @@ REFUSED = {
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Job:
-    """One run to make."""
-
     task: str  # the package whose train.py trains it
-    config: str  # path of the config
+    config: str
     overrides: tuple[str, ...]  # settings on top of the config, including the run folder
     folder: str  # the run folder
     length: PositiveInt
@@ -48,7 +46,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """The file for the output of the run's process. It lies beside the run folder."""
+        """The process's output, in a file beside the run folder."""
         return Path(f"{self.folder}.log")
 
     def command(self, launcher: Sequence[str] = ()) -> list[str]:
@@ -68,12 +66,12 @@ def divided(table: str, config: Path, overrides: Sequence[str], gpus: int) -> li
 
     Raises UserError for a config or an override that is wrong, and where no division is possible.
     """
-    from engine.distributed import divide  # here, as it needs torch, which a command that looks at runs does without
-
     settings = load_cell(table, config, overrides)
     batch, passes = settings.batch, settings.passes
     if passes % gpus == 0:
         return list(overrides)
+    from engine.distributed import divide  # here, because importing torch takes seconds
+
     found = divide(batch, passes, gpus)
     if found is None:
         raise UserError(f"--gpus {gpus}: an update of batch={batch} passes={passes} cannot be divided among so many")
@@ -104,7 +102,6 @@ def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[st
 
 
 def refuse_other_settings(task: str, folder: Path, settings: RunConfig) -> None:
-    """Raise UserError where `folder` holds a run with settings other than these."""
     if (folder / "config.yaml").exists() and holds_training(folder):
         there = load_settings(task, folder / "config.yaml")
         if changed := differences(there.model_dump(mode="json"), settings.model_dump(mode="json"), NEUTRAL_KEYS):
@@ -115,7 +112,7 @@ def refuse_other_settings(task: str, folder: Path, settings: RunConfig) -> None:
 
 
 def job_of(task: str, config: Path, overrides: Sequence[str], folder: Path, settings: RunConfig) -> Job:
-    """The run of `config` with `overrides` in `folder`. `settings` is the config with the overrides applied."""
+    """The run of `config` with `overrides` in `folder`."""
     path = str(folder) if yaml.safe_load(str(folder)) == str(folder) else json.dumps(str(folder))  # an override is YAML
     unit = next(unit for unit in ("epoch", "update") if hasattr(settings, f"{unit}s"))
     return Job(task, str(config), (*overrides, f"run_dir={path}"), str(folder), getattr(settings, f"{unit}s"), unit)

@@ -15,7 +15,7 @@ from scripts.jobs import Job
 from scripts.pool import State, Turn
 
 METRICS = {"classification": "test_top1", "language_model": "test_ppl", "nmt": "valid_bleu"}
-TAIL_BYTES = 65_536  # read from the end of metrics.jsonl: many lines
+TAIL_BYTES = 65_536  # read from the end of metrics.jsonl
 REDRAW_S = 0.5
 LINES_S = 600  # without a terminal: between two reports on the running jobs
 SHOWN_FIRST = (State.RUNNING, State.HELD, State.FAILED, State.STOPPED, State.WAITING, State.COMPLETE)
@@ -23,7 +23,7 @@ SHOWN_FIRST = (State.RUNNING, State.HELD, State.FAILED, State.STOPPED, State.WAI
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress in a run folder: the last values in its metrics.jsonl."""
+    """The last values in a run's metrics.jsonl."""
 
     update: int = 0
     epoch: int = 0  # epochs begun
@@ -48,7 +48,7 @@ class Progress:
 
 
 def read_progress(job: Job) -> Progress:
-    """The progress of `job`. An unfinished or unreadable line is left out."""
+    """The progress of `job`."""
     try:
         with open(Path(job.folder) / "metrics.jsonl", "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
@@ -71,7 +71,7 @@ def read_progress(job: Job) -> Progress:
 
 @dataclass
 class Display:
-    """Shows the turns on stderr. It is called with them several times a second."""
+    """Shows the turns on stderr."""
 
     started: float = field(default_factory=time.monotonic)
     first_seen: dict[str, tuple[float, int]] = field(default_factory=dict)  # folder: when, and the update then
@@ -99,7 +99,7 @@ class Display:
         self.drawn = len(lines)
 
     def _tell(self, turns: Sequence[Turn]) -> None:
-        """Print one line for each change of state, and every LINES_S seconds one for each running job."""
+        """Print each change of state, and every LINES_S seconds each running job."""
         remind = time.monotonic() - self.shown_at >= LINES_S
         if remind:
             self.shown_at = time.monotonic()
@@ -115,7 +115,6 @@ class Display:
             print(f"[{number}/{len(turns)}] {turn.job.folder}: {state}  {detail}".rstrip(), file=sys.stderr, flush=True)
 
     def line(self, turn: Turn) -> tuple[str, ...]:
-        """The cells of a turn's line, as in HEADER."""
         job, progress = turn.job, read_progress(turn.job)
         total = progress.updates(job)
         loss, metric = (

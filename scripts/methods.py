@@ -17,7 +17,7 @@ FLAGS = ("decoupled_weight_decay", "weight_decouple")  # settings by which some 
 
 
 class Line(Named):
-    """An optimizer and its settings. Its lr is the middle of the grid."""
+    """Its lr is the middle of the grid."""
 
     lr: PositiveFloat
 
@@ -40,7 +40,6 @@ def read_methods(path: Path, names: Sequence[str]) -> list[Method]:
 
 
 def method_of(name: str, lines: dict[str, Any], path: Path) -> Method:
-    """The method called `name`; `lines` are those of the file at `path`."""
     if name in lines:
         row, settings = name, lines[name]
     elif "." in name:
@@ -56,7 +55,7 @@ def method_of(name: str, lines: dict[str, Any], path: Path) -> Method:
 
 
 def group_of(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """All settings of an optimizer, its own defaults included. Raises UserError where it cannot be made."""
+    """All settings of an optimizer. Raises UserError where it cannot be made."""
     settings = {key: value for key, value in optimizer.items() if key != "name"}
     with settings_of("optimizer"):
         made = create_optimizer(optimizer["name"], [torch.nn.Parameter(torch.zeros(2, 2))], **settings)

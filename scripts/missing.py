@@ -1,6 +1,6 @@
 """Prints what setup.py lists, its extras included, and this interpreter lacks: one requirement a line, or nothing.
 
-Usage: python -m scripts.missing, in the root of the repository. It reads package metadata alone: quick, no network.
+Usage: python -m scripts.missing, in the root of the repository.
 """
 
 from importlib.metadata import PackageNotFoundError, version

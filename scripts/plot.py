@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from engine.errors import UserError
 from scripts.runs import Run, author_log
 
-# The palette of Okabe and Ito. People with any kind of colour vision can distinguish its colours.
+# Okabe's and Ito's palette suits any kind of colour vision.
 STYLES = {
     "sgd": ("SGD", "#0072B2"),
     "adam": ("Adam", "#E69F00"),
@@ -27,7 +27,7 @@ STYLES = {
     "apollo": ("Apollo", "#D55E00"),
 }
 OTHER_COLOURS = ("#000000", "#8C6D31", "#7F7F7F", "#6A3D9A")
-# Two panels for each task: classification, language modelling and translation. The second one's key tells the task.
+# Two panels for each task: classification, language modelling and translation.
 PANELS = (
     (("train_loss", "training loss"), ("test_top1", "test accuracy (%)")),
     (("train_ppl", "training perplexity"), ("test_ppl", "test perplexity")),
@@ -94,13 +94,12 @@ def _draw_log(axes: Sequence[Axes], table: str, log: dict[str, Any], of_log: Seq
 
 
 def _compares_schedules(table: str, runs: Sequence[Run]) -> bool:
-    """Whether some row of the table has several schedules. They are then drawn separately."""
+    """Whether some row of the table has several schedules."""
     cells = {run.cell for run in runs if run.table == table}
     return len(cells) > len({row for row, _ in cells})
 
 
 def _draw(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
-    """The curves of one panel: `key` of the evaluations of each row's runs."""
     others = iter(OTHER_COLOURS * len(rows))
     for row, runs in rows.items():
         name, colour = STYLES.get(row) or (row, next(others))
@@ -133,8 +132,7 @@ def _enlarge_end(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
 
 
 def _curves(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions [evaluations] and values [seeds, evaluations] of the complete runs, or of all if none is complete. They
-    end where the shortest of these runs ends."""
+    """Positions [evaluations] and values [seeds, evaluations] of the complete runs, or of all if none is complete."""
     counted = [run for run in runs if run.result] or runs
     curves = [[line for line in run.evaluations if key in line] for run in counted]
     length = min(map(len, curves))

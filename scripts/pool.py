@@ -1,7 +1,6 @@
 """Runs jobs, several at a time, and survives the failure of any of them.
 
-A job is complete when its run folder says so, whatever the exit status of its process. The pool stores nothing else, so
-a pool that is killed and started again continues.
+A job is complete when its run folder says so, so a pool that is killed and started again continues.
 """
 
 import ctypes
@@ -42,13 +41,11 @@ class State(Enum):
     RUNNING = "running"
     COMPLETE = "complete"
     FAILED = "failed"
-    STOPPED = "stopped"  # because of a signal
+    STOPPED = "stopped"
 
 
 @dataclass
 class Turn:
-    """A job and its state in this pool."""
-
     job: Job
     state: State = State.WAITING
     process: Popen | None = None  # None also if the job was complete from the start
@@ -60,8 +57,6 @@ class Turn:
 
 @dataclass(frozen=True)
 class Places:
-    """How many jobs run at once, and on which devices."""
-
     devices: Sequence[str | None] = (
         None,
     )  # for each job at a time: its CUDA_VISIBLE_DEVICES, or None for all there are
@@ -79,12 +74,11 @@ def run_jobs(
 ) -> tuple[int, list[Turn]]:
     """Run `jobs` to their end. Returns an exit status, 0 if all are complete, and the turns with their states.
 
-    Complete jobs are skipped. A job whose folder another process holds waits until that process leaves it. After a
-    failure the other jobs continue; without `keep_going` they are stopped. The status is that of the first failed job.
-    If a signal stopped the jobs, which save before they end, it is 128 + the signal's number.
+    Complete jobs are skipped. A job whose folder another process holds waits. After a failure the other jobs continue;
+    without `keep_going` they are stopped. The status is that of the first failed job. If a signal stopped the jobs,
+    which save before they end, it is 128 + the signal's number.
 
-    The output of the jobs goes to their logs, or with `show_output` to our own output. `watch` is called several times
-    a second.
+    The output goes to the logs, or with `show_output` to our own. `watch` is called several times a second.
     """
     turns = [Turn(job) for job in jobs]
     free, ending = list(places.devices), False
@@ -134,7 +128,7 @@ def places_for(at_once: int | None, gpus: int, on_cpu: bool = False) -> Places:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs of this machine by CUDA's names. It does not import torch, because that takes seconds."""
+    """The GPUs by CUDA's names, without importing torch, which takes seconds."""
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in chosen.split(",") if name and name != "-1"]
     try:
@@ -145,7 +139,7 @@ def visible_gpus() -> list[str]:
 
 
 def start(command: Sequence[str], log: IO[bytes] | None = None, environment: dict[str, str] | None = None) -> Popen:
-    """Start a process for `command`. It prints to `log`, or to our own output. Raises OSError if it cannot be started.
+    """Start a process for `command`. Raises OSError if it cannot be started.
 
     It has its own session. Otherwise a terminal would send Ctrl-C to it a second time.
     """
@@ -154,16 +148,14 @@ def start(command: Sequence[str], log: IO[bytes] | None = None, environment: dic
 
 
 def open_log(job: Job) -> IO[bytes]:
-    """The job's log, opened for appending: the output of earlier processes stays."""
+    """The job's log, opened for appending."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     return open(job.log, "ab")
 
 
 def last_error(log: Path, begin: int) -> str:
     """The line of a log, from byte `begin` on, that says why its process failed: the last `error:` line, or the last.
-
-    The very last line is not always the reason, because torchrun prints much after its ranks' own lines.
-    """
+    torchrun prints much after it."""
     try:
         with open(log, "rb") as file:
             file.seek(begin)
@@ -175,7 +167,6 @@ def last_error(log: Path, begin: int) -> str:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a living process works in the run folder."""
     if not (folder / ".lock").exists():
         return False
     try:
@@ -212,7 +203,6 @@ def _begin(turn: Turn, devices: str | None, places: Places, show_output: bool) -
 
 
 def _end(turn: Turn, stopping: bool) -> None:
-    """Set the state of a turn whose process has ended."""
     status = turn.process.returncode
     turn.status = status if status >= 0 else 128 - status
     try:
@@ -228,10 +218,10 @@ def _end(turn: Turn, stopping: bool) -> None:
 
 @contextmanager
 def _signals_handed_on(turns: Sequence[Turn]) -> Iterator[list[int]]:
-    """Context in which signals go to the running jobs. Yields the list of received signals.
+    """Context in which signals go to the running jobs. Yields the received signals.
 
     Ctrl-C is passed on unchanged (a second one ends a job at once). Any other signal is passed on as SIGTERM, because
-    every version of torchrun passes that on. The pool waits for the jobs, which save before they end.
+    every version of torchrun passes that on.
     """
     received: list[int] = []
 
@@ -252,9 +242,7 @@ def _signals_handed_on(turns: Sequence[Turn]) -> Iterator[list[int]]:
 
 
 def _end_with_parent() -> None:
-    """Let Linux send SIGTERM when our parent dies, so that the jobs of a killed pool save and stop.
-
-    On other systems they continue, and a new pool waits for them.
-    """
+    """Let Linux send SIGTERM when our parent dies, so that the jobs of a killed pool save and stop. (On other systems
+    they continue, and a new pool waits.)"""
     if sys.platform == "linux":
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

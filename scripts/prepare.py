@@ -1,15 +1,16 @@
-"""Makes a table's data ready for training. It first says what it found, what it will write, and how long that takes.
+"""Makes a table's data ready for training.
 
     bash scripts/prepare.sh cifar10|imagenet|one_billion_words|wmt14 [SOURCE] [DEST] [--workers N]
 
 SOURCE is the download, in any form that docs/data.md names. Without SOURCE the published files are downloaded (except
-ImageNet's). DEST is by default the folder where the configs look for the data. The time is an estimate from a trial.
-After an interruption, run the same command again: it continues where it was.
+ImageNet's). DEST is by default the folder where the configs look for the data. After an interruption, the same command
+continues.
 """
 
 import argparse
 import logging
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -17,9 +18,11 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from classification.cifar import ARCHIVES
 from engine.download import download
 from engine.errors import UserError, run_main
 from engine.machine import core_count
+from engine.nearest_folder import nearest_folder
 from language_model import benchmark
 from scripts.arguments import Parser, positive
 
@@ -27,12 +30,10 @@ GB = 1e9
 TRIAL_BYTES = 8 << 20  # of text, encoded to estimate the whole time
 TRIAL_LINES = 1_000  # of each language, tokenized to estimate the whole time
 COPY_BYTES = 64 << 20  # read and written to estimate the whole time
-CIFAR_FILES = ("cifar-10-python.tar.gz", "cifar-10-batches-py")
+CIFAR_FILES = (ARCHIVES["cifar10"].file, ARCHIVES["cifar10"].unpacked)
 
 
 class Plan(NamedTuple):
-    """What a preparation found and will write, and how to do it."""
-
     found: str
     bytes: float  # to write
     seconds: float  # estimate
@@ -58,23 +59,29 @@ def main(arguments: list[str]) -> None:
         plan = table.plan(options.source, dest, options)
         print(f"found: {plan.found}", flush=True)
         if not finished:
-            print(f"will write: {amount(plan.bytes)} to {dest}, in about {duration(plan.seconds)}", flush=True)
+            print(f"will write: {amount(plan.bytes)} to {dest}, in {duration(plan.seconds)}", flush=True)
             require_space(dest, plan.bytes)
         plan.make()  # finished data are only compared with the source
-    where = "" if dest == table.dest else f" data.root={dest}"
+    where = "" if dest == table.dest else f" {shlex.quote(f'data.root={dest}')}"
     print(f"to train a row: bash scripts/{table.row}{where}")
 
 
 def plan_cifar10(source: Path | None, dest: Path, options: argparse.Namespace) -> Plan:
-    from classification.data import read_cifar10  # here, because importing torchvision takes seconds
+    from classification.data import read_cifar10  # here, because importing torch takes seconds
 
-    copied, there = None, next((dest / name for name in CIFAR_FILES if (dest / name).exists()), None)
+    def cifar_in(folder: Path) -> Path | None:
+        return next((folder / name for name in CIFAR_FILES if (folder / name).exists()), None)
+
+    copied, there = None, cifar_in(dest)
     if source:
         place = source.parent if source.name in CIFAR_FILES else source
-        copied = next((place / name for name in CIFAR_FILES if (place / name).exists()), None)
+        copied = cifar_in(place)
         if copied is None:
-            looked = f"looked for {' and '.join(CIFAR_FILES)}"
-            raise UserError(f"no CIFAR-10 in {source}: {looked}; what is there: {nearest_entries(place, 'cifar')}")
+            near = nearest_folder(place, cifar_in)
+            raise UserError(
+                f"no CIFAR-10 in {source}: looked for {' and '.join(CIFAR_FILES)}; what is there: "
+                f"{nearest_entries(place, 'cifar')}{f'; the nearest folder that has it: {near}' if near else ''}"
+            )
 
     def make() -> None:
         target = dest / copied.name if copied else None
@@ -91,21 +98,24 @@ def plan_cifar10(source: Path | None, dest: Path, options: argparse.Namespace) -
 
 
 def plan_imagenet(source: Path | None, dest: Path, options: argparse.Namespace) -> Plan:
+    from classification.imagenet.labels import LabelFiles
     from classification.imagenet.prepare import build
+    from classification.imagenet.raw import find_layout
 
     if source is None:
         raise UserError(
             "imagenet cannot be downloaded without its terms: docs/data.md says how to get it; then give it as SOURCE"
         )
-    if not source.is_dir():
-        raise UserError(f"{source} is not a folder: SOURCE holds ILSVRC2012_img_train.tar, or a folder train/")
-    files = [path for path in walk(source) if path.suffix.lower() not in (".txt", ".csv", ".xml")]
-    if not files:
-        raise UserError(f"{source} holds no file: SOURCE holds ILSVRC2012_img_train.tar, or a folder train/")
-    size = sum(path.stat().st_size for path in files)
+    layout = find_layout(source)
+    files = list(layout.files())
+    size = sum(os.path.getsize(path) for path in files)
     seconds = size / copy_speed(files, dest)
+    labels = LabelFiles(options.val_labels, options.ids)
     return Plan(
-        f"{len(files):,} files with {amount(size)} in {source}", 1.02 * size, seconds, lambda: build(source, dest)
+        f"{layout.in_words}, {len(files):,} files with {amount(size)}",
+        1.02 * size,
+        seconds,
+        lambda: build(source, dest, labels),
     )
 
 
@@ -200,7 +210,7 @@ TABLES = {
 }
 
 
-def copy_speed(files: Iterable[Path], dest: Path) -> float:
+def copy_speed(files: Iterable[str | Path], dest: Path) -> float:
     """Bytes per second when `files` are read and written below `dest` at the same time, from a trial of 64 MiB."""
     dest.mkdir(parents=True, exist_ok=True)
     trial = dest / "trial.tmp"
@@ -239,14 +249,13 @@ def require_space(dest: Path, size: float) -> None:
 
 
 def walk(folder: Path) -> Iterable[Path]:
-    """All files below `folder`, in the order of their names, except hidden ones."""
     for path, folders, names in os.walk(folder):
         folders.sort()
         yield from (Path(path, name) for name in sorted(names) if not name.startswith("."))
 
 
 def nearest_entries(folder: Path, start: str) -> str:
-    """The names of up to four entries of `folder`. Names that begin with `start` come first."""
+    """Up to four names in `folder`, first those that begin with `start`."""
     names = sorted(path.name for path in islice(folder.glob("[!.]*"), 10_000))
     return ", ".join(sorted(names, key=lambda name: not name.startswith(start))[:4]) or "nothing"
 
@@ -256,13 +265,16 @@ def amount(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+    if seconds < 5:
+        return "a few seconds"
+    return f"about {seconds:.0f} seconds" if seconds < 90 else f"about {seconds / 60:.0f} minutes"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="bash scripts/prepare.sh",
-        description="The data of a table, ready for training. It asks nothing; run it again after an interruption.",
+        description="The data of a table, ready for training. It asks nothing; run it again after an interruption. "
+        "Paths are relative to the root of the repository.",
     )
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("source", type=Path, nargs="?", help="what was downloaded (default: download it)")
@@ -272,9 +284,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--test", nargs="+", metavar="NAME", help="one_billion_words: held-out files to test on, or all"
     )
+    parser.add_argument(
+        "--val-labels", type=Path, metavar="FILE", help="imagenet: labels of the validation images, of any known kind"
+    )
+    parser.add_argument("--ids", type=Path, metavar="FILE", help="imagenet: what the ids in --val-labels stand for")
     options = parser.parse_intermixed_args(arguments)
+    if options.source:
+        options.source = options.source.absolute()  # for the messages
     if options.table != "one_billion_words" and (options.vocabulary or options.test):
         raise UserError("--vocabulary and --test are options of one_billion_words")
+    if options.table != "imagenet" and (options.val_labels or options.ids):
+        raise UserError("--val-labels and --ids are options of imagenet")
     options.test = options.test or [benchmark.TEST_FILE]
     return options
 

@@ -1,7 +1,7 @@
 """The protocol by which scripts/compare.py tunes every method: the settings to try, as functions of the scores so far.
 
-docs/comparing.md gives the reasons for this protocol. A score is a validation value, negated if necessary, so that
-higher is better. The score of a trial that diverged is -inf.
+docs/comparing.md gives the reasons. A score is a validation value, negated if necessary, so that higher is better; -inf
+for a trial that diverged.
 """
 
 import json
@@ -16,8 +16,6 @@ FACTORS = (0.2, 1.0, 5.0)  # of the weight decay, tried at the best rate
 
 @dataclass(frozen=True)
 class Setting:
-    """The settings of a trial."""
-
     rate: float
     decay: float | None  # None for a method without weight decay
 
@@ -28,15 +26,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the comparison."""
-
     row: str
     optimizer: Mapping[str, Any]  # as in a config; its lr is the centre of the grid
     decoupled: bool = False  # an update subtracts rate * decay times the weights; this product is kept and varied
 
     @property
     def decay(self) -> float | None:
-        """The first weight decay; None if there is none."""
         return self.optimizer.get("weight_decay") or None
 
     def setting(self, step: int, factor: float = 1.0) -> Setting:
@@ -48,7 +43,6 @@ class Method:
         return Setting(rate, rounded(factor * at_rate))
 
     def override(self, setting: Setting) -> str:
-        """The `key=value` override that puts the method with `setting` into a config."""
         decay = {} if setting.decay is None else {"weight_decay": setting.decay}
         return f"optimizer={json.dumps({**self.optimizer, 'lr': setting.rate, **decay})}"
 
@@ -68,10 +62,10 @@ def best_step(scores: Mapping[int, float]) -> int | None:
 
 
 def widened(methods: Iterable[Mapping[int, float]]) -> tuple[int, int]:
-    """The lowest and the highest step that all methods must have been tried at, by the scores of each at its steps.
+    """The lowest and the highest step that all methods must have been tried at.
 
-    If the best step of each method is inside the grid, these are the steps already tried. If a best step is at an edge,
-    the grid grows there by one step. If a method has diverged at all its rates, the grid grows at the lower edge.
+    If a best step is at an edge, the grid grows there by one step. If a method has diverged at all its rates, it grows
+    at the lower edge.
     """
     every = list(methods)
     low, high = min(every[0]), max(every[0])

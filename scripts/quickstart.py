@@ -2,8 +2,7 @@
 
     bash scripts/quickstart.sh [--task classification|lm|nmt] [--seeds "1 101"] [--runs FOLDER] [key=value ...]
 
-It takes the way of the paper's tables: each run is a `python -m <task>.train` of a config of its own, complete runs are
-skipped and unfinished ones resumed. The seeds of one method train side by side.
+Each run is a `python -m <task>.train` of a config of its own; complete runs are skipped and unfinished ones resumed.
 """
 
 import os
@@ -64,7 +63,7 @@ def main(arguments: list[str]) -> int:
 
 
 def train(jobs: Sequence[Job], bar: tqdm) -> int:
-    """Train all `jobs` side by side while `bar` follows them. What they print is shown only if one fails."""
+    """Train all `jobs` side by side while `bar` follows them."""
     start = bar.n
 
     def follow(turns: Sequence[Turn]) -> None:

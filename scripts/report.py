@@ -1,8 +1,7 @@
 """Reports on a folder of runs: tables, pictures, one HTML page, a record to commit. python -m scripts.report --help
 
-A cell is the mean over its complete runs, with the sample standard deviation in parentheses. The final value comes
-first, because the best value was selected on the test data. Runs of one cell with different settings are listed
-separately. Unfinished runs and unreadable files are listed but not counted.
+A cell is the mean over its complete runs, with the sample standard deviation in parentheses. Runs of one cell with
+different settings are listed separately. Unfinished runs and unreadable files are listed but not counted.
 """
 
 import math
@@ -118,7 +117,7 @@ def report_on(runs: list[Run], problems: list[str], options: Any) -> int:
 
 
 def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] = (), markdown: bool = False) -> str:
-    """The table of `runs`, with a line for each cell in `expected` even if it has no run; then notes on the runs."""
+    """The table of `runs`, with a line for each cell in `expected`; then notes."""
     groups = by_cell(runs)
     facts = published(table)
     title = f"{table}: mean (std) over n seeds"
@@ -171,7 +170,7 @@ def results(
 
 
 def _scores(complete: Sequence[Run], name: str) -> list[float]:
-    """A further score, of the runs that have it. It is not compared with the published value."""
+    """A further score, of the runs that have it."""
     scores = (run.result.model_extra.get(name) for run in complete)
     return [score for score in scores if isinstance(score, (int, float))]
 
@@ -242,8 +241,7 @@ def duration(seconds: float) -> str:
 def optimizer_share(run: Run) -> float | None:
     """The optimizer's part of the time of an update, 0 to 1; None if the run's numbers do not give it.
 
-    Only some steps are timed. In a run of a few updates one slow step, for example one that built a kernel, may exceed
-    the mean time of an update. Then the result is None too.
+    None too if a slow step, for example one that built a kernel, makes it exceed 1.
     """
     result, config = run.result, run.config
     if not result.optimizer_ms_per_step:
@@ -261,7 +259,6 @@ def optimizer_share(run: Run) -> float | None:
 
 
 def by_cell(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
-    """The runs of each line of a table, without trials."""
     groups: dict[Cell, list[Run]] = {}
     for run in apart(runs):
         if not run.trial:
@@ -270,7 +267,7 @@ def by_cell(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
 
 
 def _with_line(groups: dict[Cell, list[Run]]) -> list[Cell]:
-    """The cells with a line in a table. A further recipe has no line before one of its runs is complete."""
+    """The cells with a line. A further recipe has none before one of its runs is complete."""
     return [cell for cell, runs in groups.items() if cell[2] == 1 or any(run.result for run in runs)]
 
 
@@ -283,8 +280,7 @@ def _label(cell: Cell) -> str:
 
 
 def _notes(of_cell: Sequence[Run], groups: dict[Cell, list[Run]]) -> list[str]:
-    """What a reader of the cell's numbers must know: how a score was computed, another recipe, diverged runs, runs that
-    do not count."""
+    """What a reader of the cell's numbers must know."""
     notes, first = [], of_cell[0]
     cell = f"{first.label} {first.schedule}"
     complete = [run for run in of_cell if run.result]
@@ -315,7 +311,7 @@ def _seeds(runs: Sequence[Run]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """`mean (std)` with the sample standard deviation; for one value only the mean, for no value ""."""
+    """`mean (std)` with the sample standard deviation; for one value only the mean."""
     if not values:
         return ""
     varies = len(values) > 1 and math.isfinite(mean(values))
@@ -323,7 +319,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def format_table(header: Sequence[str], lines: Sequence[Sequence[str]], markdown: bool = False) -> list[str]:
-    """Aligned columns with the header first; for Markdown also its bars and rule."""
+    """Aligned columns with the header first, for Markdown also bars and rule."""
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     texts = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in (header, *lines)]
     if not markdown:
@@ -333,7 +329,7 @@ def format_table(header: Sequence[str], lines: Sequence[Sequence[str]], markdown
 
 
 def page_tables(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
-    """The tables of the HTML page, by table of the paper: title, header, lines, notes, and whether it is folded."""
+    """The tables of the HTML page, by table of the paper."""
     tables = {}
     for table in dict.fromkeys(run.table for run in runs):
         of_table = [run for run in runs if run.table == table]

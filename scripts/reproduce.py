@@ -4,8 +4,8 @@
         [--jobs N] [--gpus N] [--executor local|slurm] [--nodes N] [--slurm OPTIONS] [--dry-run] [--runs FOLDER]
         [key=value ...]
 
-The runs are written once, as a list in FOLDER/lists; the run folders say what is done. Nothing else is stored, so the
-same command continues after a kill at any moment. LIST is such a file, which you may also write yourself.
+The runs are written as a list in FOLDER/lists. The run folders say what is done, so the same command continues after a
+kill. LIST is such a file, which you may also write yourself.
 """
 
 import argparse
@@ -92,7 +92,6 @@ def list_of_runs(options: argparse.Namespace) -> Path:
 
 
 def print_tables(jobs: Sequence[Job]) -> None:
-    """Print the tables of the jobs' run folders that exist."""
     runs, problems = read_runs(*sorted({Path(job.folder) for job in jobs}))
     for table in dict.fromkeys(run.table for run in runs):
         print(report(table, [run for run in runs if run.table == table]), end="\n\n")
@@ -101,7 +100,7 @@ def print_tables(jobs: Sequence[Job]) -> None:
 
 
 def print_failures(turns: Sequence[Turn]) -> int:
-    """Print the failed runs, each with its last error and its log. Returns the exit status."""
+    """Print the failed runs. Returns the exit status."""
     failed = [turn for turn in turns if turn.state is State.FAILED]
     for turn in failed:
         print(f"failed: {turn.job.folder}: {turn.error} (log: {turn.job.log})")

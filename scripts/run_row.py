@@ -2,8 +2,7 @@
 
     python -m scripts.run_row TABLE ROW [--seeds "1 101"] [--schedules "milestone cosine"] [key=value ...]
 
-Complete runs are skipped and unfinished ones resumed, so the same command carries on after any interruption. Each run
-is a process of its own, exactly the command that one would type for it. A whole table: scripts/reproduce.py.
+Complete runs are skipped and unfinished ones resumed. A whole table: scripts/reproduce.py.
 """
 
 import argparse
@@ -12,13 +11,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from classification import cifar
 from engine.errors import UserError, nearest, run_main
 from scripts.arguments import Parser, positive, seeds
 from scripts.jobs import divided, plan, torchrun
 from scripts.pool import State, Turn, places_for, run_jobs
 from scripts.report import report
 from scripts.runs import read_runs
-from scripts.tables import TASKS, cells, published, seeds_of
+from scripts.tables import TASKS, cells, load_cell, published, seeds_of
 
 
 def main(arguments: list[str]) -> int:
@@ -38,6 +38,9 @@ def main(arguments: list[str]) -> int:
         for schedule in schedules
         for seed in options.seeds or seeds_of(options.table)
     ]
+    data = load_cell(options.table, configs[schedules[0]], overrides).data
+    if data.name in cifar.ARCHIVES and not all(job.complete for job in jobs):
+        cifar.provide(data.name, Path(data.root))  # before anything large is imported
     places = places_for(1, options.gpus, on_cpu="device=cpu" in options.overrides)
     told: dict[str, State] = {}
     status, turns = run_jobs(
@@ -57,7 +60,7 @@ def main(arguments: list[str]) -> int:
 
 
 def tell(turns: Sequence[Turn], told: dict[str, State], launcher: Sequence[str]) -> None:
-    """Say on stderr what has happened since the last call: standard output is the row alone."""
+    """Say on stderr what has happened since the last call."""
     for number, turn in enumerate(turns, start=1):
         folder = turn.job.folder
         if turn.state is told.get(folder, State.WAITING):

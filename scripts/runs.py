@@ -4,11 +4,10 @@ A trial of a search (scripts/compare.sh) is in
 
     <runs>/<table>/search/<row>/<trial>/
 
-A run of a table is anywhere else. Only this place distinguishes the two; otherwise a trial is an ordinary run folder.
-config.yaml holds its settings (`optimizer.lr` is its rate). result.json holds `validation`, its value on the split that
-the search selects by (which is not the test set), and `final`, its value on the test set. A run that diverged is
-complete too: its result.json has `"complete": true, "diverged": true`. It counts with the worst value of its metric,
-whatever value it wrote.
+A run of a table is anywhere else. config.yaml holds its settings (`optimizer.lr` is its rate). result.json holds
+`validation`, its value on the split that the search selects by (which is not the test set), and `final`, its value on
+the test set. A run that diverged is complete too: its result.json has `"complete": true, "diverged": true`. It counts
+with the worst value of its metric.
 """
 
 import json
@@ -46,7 +45,7 @@ class Identity(BaseModel):
 
 
 class Result(BaseModel):
-    """What a report takes from result.json. Further keys are kept; other scores of the run are among them."""
+    """Further keys, such as other scores, are kept."""
 
     model_config = ConfigDict(extra="allow")
     final: float
@@ -114,12 +113,10 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The name of its curve and of its line in a table."""
         return self.row if self.variant == 1 else f"{self.row} #{self.variant}"
 
     @property
     def unit(self) -> str:
-        """The unit of its length and of its evaluations: epoch or update."""
         return "epoch" if "epochs" in self.config else "update"
 
     @property
@@ -130,7 +127,7 @@ class Run:
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl about evaluations. They are read only when needed: tables do not need them."""
+        """The lines of metrics.jsonl about evaluations."""
         return self.read_lines(EVALUATIONS)
 
     @cached_property
@@ -150,9 +147,7 @@ class Run:
 
 def read_runs(*folders: Path) -> tuple[list[Run], list[str]]:
     """Every run at or below `folders`, in the order of the tables; and one line for each file that cannot be used.
-
-    The list of these lines grows when the evaluations of a run are read later and are damaged.
-    """
+    These lines grow when evaluations are read later and are damaged."""
     problems: list[str] = []
     found = sorted({folder for top in folders for folder in _run_folders(top)})
     runs = [run for folder in found if (run := _read_run(folder, problems))]
@@ -160,16 +155,13 @@ def read_runs(*folders: Path) -> tuple[list[Run], list[str]]:
 
 
 def order(run: Run) -> tuple:
-    """A sorting key: the order of the tables."""
     place = position(run.row, ROWS), position(run.schedule, SCHEDULES)
     return run.table, *place, run.trial or "", run.seed, str(run.folder)
 
 
 def author_log(table: str, runs: Sequence[Run]) -> tuple[dict[str, Any], list[Run]]:
-    """The training log that the table's author published, and those of `runs` that can be compared with it.
-
-    Both are empty if there is no such log.
-    """
+    """The training log that the table's author published, and those of `runs` that can be compared with it; both empty
+    if there is none."""
     log = (published(table) or {}).get("log_of_author", {})
     place = (table, log.get("row"), log.get("schedule"))
     return log, [run for run in runs if (run.table, *run.cell) == place and not run.trial and run.training]
@@ -240,7 +232,7 @@ def _check(model: type[ModelT], values: Any, path: Path, problems: list[str]) ->
 
 
 def read_metrics(path: Path, problems: list[str], kinds: Sequence[str] = EVALUATIONS) -> list[dict[str, Any]]:
-    """The lines of these kinds. The last line may have no end: it is still being written, or the run died there."""
+    """The lines of these kinds. The last line may be unfinished."""
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
@@ -251,7 +243,7 @@ def read_metrics(path: Path, problems: list[str], kinds: Sequence[str] = EVALUAT
     found, damaged = [], []
     for number, line in enumerate(lines, start=1):
         if "train" not in kinds and line.startswith('{"kind": "train"') and line.endswith("}\n"):
-            continue  # most lines are of other kinds, and parsing them would take most of the time
+            continue  # parsing lines of other kinds would take most of the time
         try:
             values = json.loads(line)
             if values["kind"] in kinds:

@@ -6,8 +6,7 @@
 #   bash scripts/setup.sh --locked          set up a .venv with the versions of requirements.lock, which were tested
 #
 # If the current python has torch and torchvision (a container, a conda environment), it is used, and the small packages
-# that it lacks are installed. Otherwise a virtual environment is made in .venv with the newest Python found. The
-# project itself is not installed: its commands run from the root of the repository.
+# that it lacks are installed. Otherwise a virtual environment is made in .venv with the newest Python found.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,9 +21,10 @@ esac
 
 is_suitable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
-# True if the interpreter can import torchvision and a new enough torch.
+# True if the interpreter has torchvision and a new enough torch. They are found and not imported: that takes seconds.
 has_torch() {
-  is_suitable "$1" && "$1" -c 'import torch, torchvision' 2>/dev/null &&
+  is_suitable "$1" && "$1" -c 'import sys; from importlib.util import find_spec
+sys.exit(not (find_spec("torch") and find_spec("torchvision")))' 2>/dev/null &&
     ! "$1" -m scripts.missing 2>/dev/null | grep -q '^torch'
 }
 

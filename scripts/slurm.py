@@ -1,7 +1,7 @@
 """The runs of a list as one array of SLURM jobs, through submitit, which requeues a job whose time is up.
 
-Only the queue and the run folders say how far the jobs are. A job that is preempted, or whose time is up, gets a
-signal: its training saves and ends, and the job returns to the queue. A job whose run is complete does nothing.
+A job that is preempted, or whose time is up, gets a signal: its training saves and ends, and the job returns to the
+queue.
 """
 
 import os
@@ -32,8 +32,6 @@ WATCH_S = 10
 
 @dataclass(frozen=True)
 class Request:
-    """What each job asks SLURM for."""
-
     at_once: int = 8  # jobs of the array that run at once
     gpus: int = 1  # on each machine
     nodes: int = 1
@@ -131,7 +129,6 @@ def submit(jobs: Sequence[Job], name: str, folder: Path, request: Request, clust
 
 
 def in_queue(name: str) -> int:
-    """How many of the user's jobs called `name` wait or run."""
     command = ["squeue", "--me", "--noheader", "--array", "--name", name, "--format", "%i"]
     try:
         return len(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
@@ -144,7 +141,7 @@ def run_in_queue(
 ) -> tuple[int, list[Turn]]:
     """Like `run_jobs`, but through the queue. Submits the incomplete jobs unless it has jobs called `name`, and waits.
 
-    The waiting process may be ended at any moment. The jobs stay in the queue, and the same command waits again.
+    The jobs stay in the queue if the waiting process ends.
     """
     if not in_queue(name) and not all(job.complete for job in jobs):
         submitted = submit(jobs, name, folder, request)

@@ -1,7 +1,4 @@
-"""Small random data sets in the shapes of the real ones, so that a training can be timed without its data.
-
-They are written in the formats that the tasks read, so that the timing includes reading and decoding.
-"""
+"""Small random data sets in the shapes and formats of the real ones, to time a training without its data."""
 
 import json
 import os
@@ -43,7 +40,6 @@ def make_data(name: str, root: Path) -> list[str]:
 
 
 def _images(train: int, test: int, classes: int, size: tuple[int, int], suffix: str, test_name: str) -> Callable:
-    """A function that makes `train` and `test` images per class, of `size` (width, height)."""
 
     def make(root: Path) -> None:
         random = np.random.default_rng(0)

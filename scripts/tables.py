@@ -16,19 +16,22 @@ TASKS = {
     "imagenet": "classification",
     "one_billion_words": "language_model",
     "wmt14_en_de": "nmt",
-    # the table of scripts/quickstart.sh: small, and without a download
+    # the table of scripts/quickstart.sh
     "digits": "classification",
     "pydoc_topics": "language_model",
     "grammar": "nmt",
+    # today's test bed of optimizers, beside the LSTMs
+    "pydoc_topics_transformer": "language_model",
+    "news_transformer": "language_model",
 }
 ROWS = ("sgd", "adam", "radam", "adam_adj", "radam_adj", "apollo")  # in the order of the published tables
-SCHEDULES = ("milestone", "cosine", "inverse_sqrt")
+SCHEDULES = ("milestone", "cosine", "inverse_sqrt", "linear", "wsd")  # as files are named after them
 NOT_CELLS = ("base", "published")  # files of a table's folder
 
 
 def load_settings(task: str, config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config at `config`, resolved and checked as by train.py of `task`. Raises ConfigError."""
-    return load_config(import_module(f"{task}.train").Config, config, overrides)
+    return load_config(import_module(f"{task}.config").Config, config, overrides)
 
 
 def load_cell(table: str, config: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -42,9 +45,10 @@ def is_same_update(table: str, one: dict[str, Any], other: dict[str, Any]) -> bo
 
 
 def update_of(table: str, config: dict[str, Any]) -> tuple[Any, ...]:
-    """What defines an update without its division into passes: its size, and the examples that are processed together.
+    """What defines an update, whatever its division into passes.
 
-    Rows of text are independent. Images share the statistics of BatchNorm. Sentences share a batch of similar lengths.
+    Rows of text are independent, but images share the statistics of BatchNorm, and sentences a batch of similar
+    lengths.
     """
     batch, passes = config.get("batch"), config.get("passes")
     if not (isinstance(batch, int) and isinstance(passes, int)):
@@ -71,17 +75,16 @@ def cells(table: str, row: str) -> dict[str, Path]:
 
 @cache
 def published(table: str) -> dict[str, Any] | None:
-    """The content of configs/<table>/published.yaml; None for a table that nobody published."""
     path = CONFIGS / table / "published.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8-sig")) if path.exists() else None
 
 
 def seeds_of(table: str) -> list[int]:
-    """The seeds that a row is trained with: those of the published table, or one if nobody published the table."""
+    """The published seeds, or one if nobody published the table."""
     facts = published(table)
     return facts["seeds"] if facts else [1]
 
 
 def position(name: str, order: tuple[str, ...]) -> tuple[int, str]:
-    """A sorting key: names in `order` come first, in this order. The others follow by name."""
+    """A sorting key: names in `order` come first, in this order."""
     return (order.index(name) if name in order else len(order), name)

@@ -1,7 +1,7 @@
 """scripts/compare.py as tests run it: its runs are forked from this process, which has imported torch once.
 
-A run of these tests takes less time than an interpreter that imports torch. To compare.py they are processes as ever:
-they have a session, a log and an exit status of their own, and a kill is a kill.
+A run of these tests takes less time than the import. The processes have a session, a log and an exit status of their
+own, and can be killed.
 """
 
 import os

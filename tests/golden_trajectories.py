@@ -44,7 +44,7 @@ def follow(
     dtype: torch.dtype = torch.float64,
     steps: int = 80,
 ) -> np.ndarray:
-    """Parameters [steps + 1, 74] in float64 of the optimizer that `make` makes. It starts at the trajectory's start."""
+    """Parameters [steps + 1, 74] in float64 of the optimizer that `make` makes."""
     start = torch.tensor(golden.params[0], dtype=dtype).split(golden.sizes)
     params = [torch.nn.Parameter(x.reshape(shape)) for x, shape in zip(start, golden.shapes, strict=True)]
     grads, curvature = torch.tensor(golden.grads, dtype=dtype), torch.tensor(golden.curvature, dtype=dtype)

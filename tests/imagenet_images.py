@@ -10,7 +10,6 @@ CLASSES = ("n01440764", "n01443537", "n01484850")
 
 
 def picture(seed: int, width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """A smooth random image with some fine noise."""
     random = np.random.default_rng(seed)
     channels = len(mode) if mode != "L" else 1
     coarse = random.integers(0, 256, (max(2, height // 16), max(2, width // 16), channels), dtype=np.uint8)
@@ -28,7 +27,6 @@ def encoded(image: Image.Image, kind: str = "JPEG", **settings: object) -> bytes
 
 
 def contents(count: int, seed: int = 0) -> list[bytes]:
-    """`count` JPEGs of varied sizes and kinds."""
     random = np.random.default_rng(seed)
     made = []
     for index in range(count):

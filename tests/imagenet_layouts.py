@@ -24,7 +24,7 @@ ID_OF = {name: number for number, name in IDS.items()}
 
 
 class Toy(NamedTuple):
-    """Names, classes and contents. The names have the official form and are in sorted order."""
+    """Names, classes and contents."""
 
     train: list[tuple[str, str, bytes]]
     val: list[tuple[str, str, bytes]]
@@ -52,7 +52,7 @@ def png_of_16_bits(pixels: np.ndarray) -> bytes:
 
 
 def oddities() -> dict[str, bytes]:
-    """The odd files among real ImageNet's JPEGs, and worse ones. All can be decoded."""
+    """The odd files among real ImageNet's JPEGs, and worse ones."""
     rgb = picture(1, 60, 50)
     deep = np.random.default_rng(0).integers(0, 65536, (40, 50, 3), dtype=np.uint16)
     return {

@@ -22,7 +22,7 @@ def make_corpus(root: Path, files: int = 5, lines: int = 200) -> Path:
 
 
 def make_vocabulary(path: Path, words: list[str], marks: tuple[str, ...] = ("<S>", "<UNK>")) -> Path:
-    """A file of lines `word count` with falling counts. The marks come first."""
+    """A file of lines `word count` with falling counts."""
     every = [*marks, *words]
     lines = (f"{word} {2 * len(every) - number}\n" for number, word in enumerate(every))
     path.write_text("".join(lines), encoding="utf-8")
@@ -30,7 +30,7 @@ def make_vocabulary(path: Path, words: list[str], marks: tuple[str, ...] = ("<S>
 
 
 def encode_line_by_line(text: str, ids: dict[str, int]) -> list[list[int]]:
-    """The published encoder: one list a sentence, no empty lines. codecs.open breaks lines as str.splitlines does."""
+    """The published encoder: one list a sentence, no empty lines."""
     sentences = []
     for line in codecs.getreader("utf-8")(io.BytesIO(text.encode())).readlines():
         if line and not line.isspace():

@@ -11,7 +11,7 @@ from optim import create_optimizer
 
 
 class Case(NamedTuple):
-    """An optimizer's name and settings for `create_optimizer`. The learning rate solves a small problem."""
+    """An optimizer's name and settings for `create_optimizer`."""
 
     name: str
     settings: dict[str, Any]

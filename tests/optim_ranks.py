@@ -1,6 +1,6 @@
 """The program of each rank of tests/test_optim_distributed.py: `python optim_ranks.py FOLDER RANK WORLD_SIZE`.
 
-Every task trains the same small model on the same gradients. Rank 0 writes the parameters of all tasks to the folder.
+Every task trains the same small model on the same gradients.
 """
 
 import sys
@@ -50,7 +50,6 @@ def train(network: nn.Module, optimizer: torch.optim.Optimizer, steps: range = r
 
 
 def settings(task: str) -> dict:
-    """Apollo's settings from the words of a task."""
     words = task.split()
     decay = next((word for word in words if word in ("L2", "decoupled", "stable")), "L2")
     path = {"single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}[words[1]]

@@ -10,12 +10,11 @@ def random_parameters(shapes=((6, 5), (9,), (2, 3, 4, 4)), dtype=torch.float32, 
 
 
 def clones(params) -> list[nn.Parameter]:
-    """Parameters with the same values and strides."""
     return [nn.Parameter(torch.empty_like(param).copy_(param.detach())) for param in params]
 
 
 def step_together(*pairs, steps: int, seed: int = 0) -> None:
-    """Take `steps` steps with each (optimizer, params). The gradients are the same for all pairs."""
+    """Take `steps` steps with each (optimizer, params)."""
     draw = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for first, *others in zip(*(params for _, params in pairs), strict=True):

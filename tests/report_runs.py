@@ -30,10 +30,7 @@ def write_run(
     decay: float = 5e-4,
     epochs: int = EPOCHS,
 ) -> dict:
-    """Write one complete run: the better its rate, the higher it ends, and above five times the best it diverges.
-
-    Returns its result.
-    """
+    """Write one complete run: the better its rate, the higher it ends, and above five times the best it diverges."""
     folder.mkdir(parents=True)
     draw = random.Random(f"{table} {row} {seed} {rate} {decay}")
     octaves = math.log2(rate / METHODS[row])

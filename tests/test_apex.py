@@ -1,6 +1,5 @@
-"""The apex adapter. An apex that still has amp cannot be built everywhere, so a stand-in with its documented interface
-takes its place: it scales, unscales, skips and keeps float32 weights as apex.amp does, on the CPU and in plain torch.
-So this tests that the adapter calls the interface in the right order. It does not test the real apex.
+"""The apex adapter. A stand-in has apex's documented interface, because an apex with amp cannot be built everywhere. So
+this tests that the adapter calls the interface in the right order, not the real apex.
 """
 
 import sys
@@ -86,7 +85,7 @@ class StandIn:
 
 
 class StandInParallel(torch.nn.Module):
-    """apex.parallel.DistributedDataParallel on one rank. It only remembers its arguments."""
+    """apex.parallel.DistributedDataParallel on one rank."""
 
     def __init__(self, module, delay_allreduce=False):
         super().__init__()

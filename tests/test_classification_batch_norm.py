@@ -13,7 +13,6 @@ GROUP, GROUPS = 4, 3
 
 
 def after_update(model, images, labels, passes):
-    """Loss, gradients and buffers after an update of so many equal passes."""
     model.train()
     total = 0.0
     for index, (x, y) in enumerate(zip(images.chunk(passes), labels.chunk(passes), strict=True)):

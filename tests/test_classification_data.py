@@ -14,6 +14,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import functional as tv
 
 from classification.augment import Augmentation, ImageData, Images, pixel_statistics
+from classification.cifar import ARCHIVES
 from classification.data import load_data, read_folder
 from engine.errors import UserError
 
@@ -329,7 +330,7 @@ def test_folder_with_a_loop_of_links_is_refused_and_other_links_are_followed(fol
 
 @pytest.fixture(params=[CIFAR10, CIFAR100], ids=["cifar10", "cifar100"])
 def cifar(request, tmp_path, monkeypatch):
-    """Small files of CIFAR's format. torchvision is made to expect their checksums, and its address is dead."""
+    """Small files of CIFAR's format. torchvision is made to expect their checksums, and the address is dead."""
     source, random = request.param, np.random.default_rng(0)
     classes, key = (10, "labels") if source is CIFAR10 else (100, "fine_labels")
     folder = tmp_path / source.base_folder
@@ -357,12 +358,14 @@ def cifar(request, tmp_path, monkeypatch):
     monkeypatch.setattr(source, "train_list", train)
     monkeypatch.setattr(source, "test_list", test)
     monkeypatch.setattr(source, "meta", meta)
-    monkeypatch.setattr(source, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-    monkeypatch.setattr(source, "url", "http://localhost:9/" + source.filename)
+    name, md5 = source.__name__.lower(), hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setattr(source, "tgz_md5", md5)
+    published = ARCHIVES[name]._replace(url="http://localhost:9/" + source.filename, md5=md5)
+    monkeypatch.setitem(ARCHIVES, name, published)
     monkeypatch.setenv("no_proxy", "*")
     archive.rename(tmp_path / "archive.tar.gz")
     return SimpleNamespace(
-        name=source.__name__.lower(), source=source, root=tmp_path, folder=folder, classes=classes,
+        name=name, source=source, root=tmp_path, folder=folder, classes=classes,
         train_targets=train_targets, test_targets=test_targets,
     )  # fmt: skip
 
@@ -393,9 +396,10 @@ def test_cifar_missing_without_network_says_what_to_put_where(cifar, tmp_path):
     with pytest.raises(UserError) as caught:
         load(cifar.name, empty)
     message = str(caught.value)
-    assert message.startswith(f"{cifar.source.__name__} is not complete in {empty} and cannot be downloaded (")
-    assert f"put {cifar.source.filename}, as it is, into {empty} (" in message and cifar.source.url in message
-    assert message.endswith(f"bash scripts/prepare.sh cifar10 SOURCE {empty})")
+    url = ARCHIVES[cifar.name].url
+    assert message.startswith(f"{cifar.name} is not complete in {empty} and cannot be downloaded ({url}: ")
+    assert f"get {cifar.source.filename} on a machine with network, and put it, as it is, into {empty}" in message
+    assert message.endswith(f" (or: bash scripts/prepare.sh cifar10 SOURCE {empty})") == (cifar.name == "cifar10")
     assert "\n" not in message
 
 

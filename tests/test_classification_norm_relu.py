@@ -25,7 +25,6 @@ def channels_last(*shape, dtype):
 
 
 def passes(norm, x, shortcut, grad, apply):
-    """The output, all gradients and all buffers after one pass forward and backward."""
     x = x.detach().clone().requires_grad_()
     shortcut = None if shortcut is None else shortcut.detach().clone().requires_grad_()
     y = apply(norm, x, shortcut)

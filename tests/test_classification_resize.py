@@ -32,7 +32,7 @@ def by_pillow(pixels, box, resized, corner, size):
 
 
 def random_request(random, longest):
-    """Pixels, box, resized, corner and size. Some sides are 1, some stay as they are, some views are whole images."""
+    """Pixels, box, resized, corner and size."""
     height, width = random.randint(1, longest), random.randint(1, longest)
     left, top = random.choice([0, random.randrange(width)]), random.choice([0, random.randrange(height)])
     box = (left, top, random.choice([width, random.randint(left + 1, width)]), random.randint(top + 1, height))

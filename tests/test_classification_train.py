@@ -1,5 +1,6 @@
 """The whole training command on scikit-learn's digits: killed and resumed, on two ranks, and with bad input."""
 
+import json
 import os
 import resource
 import signal
@@ -54,8 +55,13 @@ def uninterrupted(cell, tmp_path_factory) -> Path:
     return cell.complete(tmp_path_factory.mktemp("uninterrupted") / "run")
 
 
+def test_deterministic_runs_repeat_bit_for_bit(cell, tmp_path):
+    one, other = (cell.complete(tmp_path / name, "deterministic=true", "epochs=1") for name in ("one", "other"))
+    assert_same_end(one, other)
+    assert json.loads((one / "environment.json").read_text())["deterministic"] is True
+
+
 def printed_scores(capsys, *arguments: object) -> list[str]:
-    """What `python -m classification.evaluate` prints."""
     capsys.readouterr()
     assert evaluate.main([str(argument) for argument in arguments]) == 0
     return capsys.readouterr().out.splitlines()
@@ -117,7 +123,7 @@ def test_killed_again_and_again_it_ends_the_same(cell, uninterrupted, tmp_path):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_asked_to_stop_it_saves_first(cell, uninterrupted, tmp_path, number, status):
-    """There are no timed checkpoints, so the signal alone causes the checkpoint in mid-epoch."""
+    """Without timed checkpoints, the signal alone causes one."""
     run_dir = tmp_path / "run"
     stopped = cell.interrupt(run_dir, "checkpoint.minutes=60", at_update=3, number=number)
     assert stopped.status == status and "saved" in stopped.stderr

@@ -35,7 +35,7 @@ def _from_the_root(monkeypatch):
     [
         ({-1: 3.0, 0: 5.0, 1: 4.0}, 0),
         ({-1: 5.0, 0: 5.0, 1: 5.0}, 0),  # a tie: the middle one
-        ({-2: 1.0, -1: 5.0, 0: 5.0, 1: 2.0}, -1),  # of two the lower one
+        ({-2: 1.0, -1: 5.0, 0: 5.0, 1: 2.0}, -1),
         ({-1: -9.0, 0: LOST, 1: LOST}, -1),
         ({-1: LOST, 0: LOST, 1: LOST}, None),
     ],

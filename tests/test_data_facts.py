@@ -1,12 +1,17 @@
-"""docs/data.md and the code agree with docs/data_facts.yaml. There each value stands beside its public source."""
+"""docs/data.md and the code agree with docs/data_facts.yaml."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, folder
 
+from classification import cifar, image_files
+from classification.imagenet import labels
+from classification.imagenet.hugging_face import NAMES
 from classification.imagenet.prepare import MD5
+from classification.imagenet.raw import TRAIN_TAR, VAL_IMAGES_A_CLASS, VAL_TAR
 from language_model import benchmark
 from nmt.codec import MAX_CHARACTERS, SPECIALS
 from nmt.prepare import raw_text, sources
@@ -32,11 +37,28 @@ def test_the_page_shows_it_and_a_source_stands_beside(fact):
 def test_cifar_is_known_by_the_checksums_of_torchvision():
     known = {fact["shown"]: fact["md5"] for fact in FACTS["cifar10"] if "md5" in fact}
     assert known == {source.filename: source.tgz_md5 for source in (CIFAR10, CIFAR100)}
+    assert list(cifar.ARCHIVES.values()) == [
+        (source.url, source.tgz_md5, source.base_folder) for source in (CIFAR10, CIFAR100)
+    ]
+
+
+def test_the_endings_of_images_are_those_of_torchvisions_folders():
+    assert image_files.IMG_EXTENSIONS == folder.IMG_EXTENSIONS
 
 
 def test_imagenets_archives_are_known_by_these_checksums():
     known = {fact["file"]: fact["checksum"] for fact in FACTS["imagenet"] if "file" in fact}
     assert known == {name: f"md5:{checksum}" for name, checksum in MD5.items()}
+
+
+def test_imagenets_files_are_looked_for_under_these_names():
+    facts = shown("imagenet")
+    assert {f"`{name}`" for name in (*labels.LISTS, labels.MAP)} <= set(facts)
+    assert f"id 1 is {labels.FIRST_ID}" in facts and f"{VAL_IMAGES_A_CLASS} validation images of each" in facts
+    for name in (TRAIN_TAR, VAL_TAR, labels.KIT_2012):  # with their sizes
+        assert any(fact.startswith(f"`{name}` (") for fact in facts), name
+    named = [name for fact in facts for name in re.findall(r"data/([^`]+)`", fact)]
+    assert len(named) == 4 and all(any(form.fullmatch(name) for form in NAMES.values()) for name in named)
 
 
 def test_one_billion_words_compares_with_these_counts():

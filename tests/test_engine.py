@@ -273,7 +273,7 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
 
 
 def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(tmp_path):
-    """The next save would make checkpoint.1.pt of it, and a kill between the renames would leave nothing whole."""
+    """After the next save, a kill between the renames would leave nothing whole."""
     said, model = [], torch.nn.Linear(2, 3)
     checkpoints = Checkpoints(tmp_path, {"model": model}, ALONE, keep=2, minutes=10, say=said.append)
     for update in (1, 2):

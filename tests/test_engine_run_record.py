@@ -74,7 +74,7 @@ def test_tensorboard_gets_the_same_numbers(config, tmp_path):
     position = record.position()
     record.metrics("epoch", 60, loss=9.0)
     record.metrics("train", 70, loss=9.0)
-    # What a kill leaves: at least the events up to the last save. Later ones are written when the writer comes to it.
+    # What a kill leaves: at least the events up to the last save.
     assert shown("train/loss")[:2] == [(50, 2.5), (60, 2.0)]
     record._board.close()
     record._lock.close()
@@ -111,7 +111,7 @@ def test_a_start_that_fails_leaves_no_folder(config, tmp_path):
     assert not (tmp_path / "a").exists()
     record = RunRecord(config, tmp_path / "run", ALONE)
     record._lock.close()
-    record = RunRecord(config, tmp_path / "run", ALONE)  # it was there before
+    record = RunRecord(config, tmp_path / "run", ALONE)
     with pytest.raises(ValueError), record.start():
         raise ValueError
     assert (tmp_path / "run/config.yaml").exists()

@@ -117,7 +117,7 @@ def test_fast_differs_by_less_than_a_level(kind):
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("decode", DECODERS.values())
 def test_stops_below_the_view_without_a_trace(decode, settings, restart):
-    """A view without resizing must show the pixels of the whole image, at any place in it."""
+    """A view without resizing must show the pixels of the whole image."""
     content = encoded(picture(12, 120, 150), **settings, **({"restart_marker_rows": 2} if restart else {}))
     whole = np.asarray(decoded(content))
     for top in range(0, 150 - SIZE, 7):
@@ -174,7 +174,7 @@ def test_image_too_long_for_any_crop_shows_its_middle_as_in_torchvision(size):
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_batches_are_torchvisions_pipeline(root, tree, channels_last):
-    """With the same draws: decode, crop, resize, mirror, ToTensor, Normalize. The device does the mirroring."""
+    """With the same draws: decode, crop, resize, mirror, ToTensor, Normalize."""
     data = load(root, decoder="exact")
     split = data._loader.dataset.splits[0]
     ((_, (images, labels)),) = next(data.train_batches(4, 30, channels_last=channels_last))
@@ -201,7 +201,6 @@ def test_batches_are_torchvisions_pipeline(root, tree, channels_last):
 
 
 def epoch(data, number=0, batch=12, **settings):
-    """What each pass of an epoch trains on, (images, labels)."""
     return [batch for passes in data.train_batches(number, batch, **settings) for _, batch in passes]
 
 

@@ -1,4 +1,4 @@
-"""Every layout in which people have ImageNet builds the same labelled images. Unknown input is refused."""
+"""Every layout in which people have ImageNet builds the same labelled images."""
 
 import gzip
 import hashlib
@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -15,6 +16,7 @@ from imagenet_layouts import (
     IDS,
     IN_ORDER,
     STREAMED,
+    Download,
     build_until,
     caffe,
     caffe_by_option,
@@ -26,6 +28,7 @@ from imagenet_layouts import (
     kit_2012_loose,
     kit_2017_unpacked,
     make_toy,
+    oddities,
     paddle,
     tars_and_kit_2012,
     tars_and_kit_2017,
@@ -221,6 +224,23 @@ def test_what_is_missing_is_named_by_its_full_path(tmp_path):
     assert "is both there" in refused(download)
 
 
+def test_a_wrong_source_is_told_the_nearest_right_one(tmp_path):
+    right = write(kaggle, tmp_path / "downloads" / "kaggle").source
+    tree = right / "ILSVRC" / "Data" / "CLS-LOC"
+    write(tars_and_kit_2012, tmp_path / "tars")
+    for source, near in [
+        (tmp_path / "downloads", right),
+        (tree / "train", tree),
+        (tree / "train" / CLASSES[0], tree),
+        (right / "LOC_val_solution.csv", right),
+        (right.parent / "kagle", right),
+        (tmp_path / "tars" / "ILSVRC2012_img_train.tar", tmp_path / "tars"),
+    ]:
+        assert refused(Download(source)).endswith(f": give {near}, the nearest folder that has them")
+    (tmp_path / "a" / "b" / "c" / "d").mkdir(parents=True)
+    assert refused(Download(tmp_path / "a" / "b" / "c" / "d")).endswith(": give the folder that has them")
+
+
 @pytest.mark.parametrize("layout", [*STREAMED, tars_and_kit_2012], ids=lambda layout: layout.__name__)
 def test_archive_that_is_truncated_anywhere_or_missing_is_named(layout, tmp_path):
     download = write(layout, tmp_path)
@@ -288,7 +308,7 @@ def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train-00000-of-00294.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match="needs pyarrow: pip install pyarrow"):
+    with pytest.raises(UserError, match=f"needs pyarrow: {sys.executable} -m pip install pyarrow"):
         find_source(tmp_path)
 
 
@@ -316,12 +336,13 @@ def test_archives_are_compared_with_the_published_md5(tmp_path, monkeypatch, cap
     for name in MD5:
         monkeypatch.setitem(MD5, name, hashlib.md5((download.source / name).read_bytes()).hexdigest())
     assert verify_archives(download.source) == []
+    with pytest.raises(UserError, match="holds no train.lmdb and val.lmdb: make them with `bash scripts/"):
+        verify(download.source)
     with pytest.raises(UserError, match=r"holds none of ILSVRC2012_img_train\.tar"):
         verify_archives(tmp_path / "elsewhere")
 
 
 def test_names_that_are_not_utf8_are_built_and_shown(tmp_path, capfdbinary):
-    """A file and a class have names in Latin-1."""
     download = write(class_folders, tmp_path / "download")
     for split in ("train", "validation"):
         folder = os.fsencode(download.source / split)
@@ -356,7 +377,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(layout, tmp_path, mo
         assert status in (0, -signal.SIGKILL)
         kills += status != 0
         if (out / MANIFEST).exists():
-            shutil.rmtree(out)  # it came to the end: from the beginning, until it was killed often enough
+            shutil.rmtree(out)
     assert build_until(10**6, source, out) == 0
     for name in ("train.lmdb", "val.lmdb", "manifest.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
@@ -370,3 +391,10 @@ def test_gzip_of_a_tar_that_was_cut_is_refused(tmp_path):
     whole = gzip.decompress(path.read_bytes())
     path.write_bytes(gzip.compress(whole[:3000]))
     assert "val_images.tar.gz is truncated or damaged" in refused(download)
+
+
+def test_damaged_exif_causes_no_warning():
+    """Real ImageNet has such files. Pillow would warn of each, although nothing reads EXIF."""
+    code = "import sys; from classification.imagenet.decode import open_rgb; open_rgb(sys.stdin.buffer.read())"
+    done = subprocess.run([sys.executable, "-c", code], input=oddities()["bad exif"], capture_output=True)
+    assert done.returncode == 0 and done.stderr == b""

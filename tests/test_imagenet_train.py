@@ -53,7 +53,7 @@ def two_ranks(folder, cell):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_interrupted_with_its_workers_and_resumed(cell, one_rank, tmp_path, number, status):
-    """Ctrl-C reaches the whole process group; the workers must not take it for themselves."""
+    """Ctrl-C reaches the whole process group; the workers must ignore it."""
     run_dir = tmp_path / "run"
     stopped = cell.interrupt(run_dir, at_update=3, number=number, group=True)
     assert stopped.status == status and not (run_dir / "result.json").exists()
@@ -68,7 +68,6 @@ def test_two_ranks_stopped_and_resumed(cell, two_ranks, tmp_path):
 
 
 def test_two_ranks_train_as_one(two_ranks, one_rank):
-    """Only the order of additions differs."""
     assert len(losses(two_ranks)) == UPDATES
     assert losses(two_ranks) == pytest.approx(losses(one_rank), rel=1e-3, abs=1e-4)
     recipes = [recipe(run_dir) for run_dir in (two_ranks, one_rank)]

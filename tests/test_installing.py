@@ -28,7 +28,6 @@ torch.save((apollo_optim.__file__, weight.detach()), "steps.pt")
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """A new folder of packages after `pip install` into it, without network."""
     folder = tmp_path_factory.mktemp("installing")
     shutil.copytree(ROOT / "optim", folder / "source/optim", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml"):

@@ -20,7 +20,6 @@ SMALL = ["device=cpu", "log_every=10", "checkpoint.minutes=0"]  # with two ranks
 
 @pytest.fixture
 def handlers():
-    """Restores the signal handlers."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
     yield

@@ -18,7 +18,7 @@ SEED, ROWS, STEPS = 7, 6, 5
 
 
 def in_memory(*lengths: np.ndarray, words: int = 10_000) -> Corpus:
-    """A corpus with the tokens 0, 1, 2, ... over all its shards, so all are different."""
+    """A corpus with the tokens 0, 1, 2, ... over all its shards."""
     shards, first = [], 0
     for of_shard in lengths:
         offsets = np.concatenate([[0], np.cumsum(of_shard)])

@@ -42,7 +42,6 @@ def prepared(corpus, tmp_path_factory) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """All files in the folder except the lock and the manifest, which names the source."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("manifest.json", ".lock"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -59,7 +58,7 @@ def sentences(shard) -> list[list[int]]:
     ).map("".join)
 )
 def test_encoding_is_the_published_one(text):
-    """With any white space: Unicode's line separators, tabs, lines without words, no newline at the end."""
+    """Unicode's line separators, tabs, lines without words, no newline at the end."""
     words = Vocabulary(WORDS, range(len(WORDS)))
     tokens, lengths = words.encode(text)
     expected = encode_line_by_line(text, {word: index for index, word in enumerate(WORDS)})
@@ -193,7 +192,7 @@ def test_the_undivided_held_out_text_is_not_trained_on(corpus, prepared, tmp_pat
     text = tmp_path / "above" / "1-billion-word-language-modeling-benchmark-r13output"
     shutil.copytree(corpus, text)
     (text / TRAIN / "news.en-00000-of-00100").write_text("held out\n" * 100, encoding="utf-8")
-    source = tmp_path / "above"  # the folder above is accepted
+    source = tmp_path / "above"
     if packed:
         source = tmp_path / "benchmark.tar.gz"
         with tarfile.open(source, "w:gz") as tar:
@@ -242,9 +241,11 @@ def test_counts_are_compared_with_the_benchmarks(corpus, tmp_path, caplog, monke
     """Only a text with the benchmark's file names is compared. Here it has five files."""
     caplog.set_level(logging.WARNING)
     build(corpus, tmp_path / "few")
-    assert (
-        "warning: 94 of the benchmark's 99 training files are not there, the first of them news.en-00006" in caplog.text
+    missing, *test = (record.getMessage() for record in caplog.records)
+    assert missing.startswith(
+        "warning: 94 of the benchmark's 99 training files are not there, the first of them news.en-00006"
     )
+    assert test[0].startswith(f"warning: {TEST_FILES[0]} has 200 lines, and that of the benchmark 6,075")
     caplog.clear()
     manifest = json.loads((tmp_path / "few" / "manifest.json").read_text())
     lines, words = (
@@ -311,7 +312,14 @@ def test_a_source_that_lacks_something_is_refused(corpus, tmp_path):
         build(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(UserError, match=f"{TRAIN} is not there"):
         build(tmp_path, tmp_path / "out")
-    with pytest.raises(UserError, match="heldout-00009.* is not there: --test names"):
+    right = shutil.copytree(corpus, tmp_path / "far" / "above" / "benchmark")
+    for wrong in (right / TRAIN, right / "nowhere", tmp_path / "far"):
+        with pytest.raises(UserError, match=f"is not there: .*; the nearest folder that can be SOURCE: {right}$"):
+            build(wrong, tmp_path / "out")
+    with pytest.raises(
+        UserError,
+        match="heldout-00009.* is not there: name .* --test, .* there: news.en.heldout-00000",
+    ):
         build(corpus, tmp_path / "out", tests=["news.en.heldout-00009-of-00050"])
     with pytest.raises(UserError, match="train files hold no sentence"):
         build(one_file(tmp_path / "empty", b"\n \n"), tmp_path / "out")

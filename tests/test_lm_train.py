@@ -80,7 +80,7 @@ def test_killed_again_and_again_it_ends_the_same(cell, uninterrupted, tmp_path):
 
 
 def test_asked_to_stop_it_saves_first(cell, uninterrupted, tmp_path):
-    """There are no timed checkpoints, so the signal alone causes the checkpoint in the middle of a shard."""
+    """Without timed checkpoints, the signal alone causes one."""
     run_dir = tmp_path / "run"
     stopped = cell.interrupt(run_dir, "checkpoint.minutes=60", at_update=5, number=signal.SIGTERM)
     assert stopped.status == 128 + signal.SIGTERM
@@ -116,7 +116,7 @@ def test_held_out_sentences_are_evaluated_beside_the_test_text(cell, uninterrupt
     run_dir = cell.complete(tmp_path / "run", "data.validation=0.1", "epochs=1", "checkpoint.minutes=60")
     outcome, last = result(run_dir), metrics(run_dir, "epoch")[-1]
     assert outcome["validation"] == last["valid_ppl"] != outcome["final"] == last["test_ppl"]
-    assert len(losses(run_dir)) < len(losses(uninterrupted)) // 2  # trained on less
+    assert len(losses(run_dir)) < len(losses(uninterrupted)) // 2
     assert "validation" not in result(uninterrupted)
 
 
@@ -166,7 +166,7 @@ def test_gradients_are_clipped_together_or_each(cell, tmp_path, mode):
 
 
 def test_number_of_test_rows_hardly_matters(cell, tmp_path, uninterrupted):
-    """The state starts from zero once a row, which concerns few tokens. Ranks without rows have nothing to do."""
+    """The state starts from zero once a row, which concerns few tokens."""
     settings = load_config(Config, cell.config, [f"run_dir={tmp_path}"])
     run = train_command.prepare(settings, setup("cpu"), RunRecord(settings, settings.folder, setup("cpu")))
     run.model.load_state_dict(saved(uninterrupted)["model"])
@@ -214,7 +214,7 @@ def test_a_prepared_corpus_is_trained_on_and_a_file_scored(cell, prepared, tmp_p
 
 
 def test_all_held_out_files_are_scored_at_the_end(cell, prepared, tmp_path, capsys):
-    """result.json has their scores beside the first's, the run's metric. Both files are scored as one text."""
+    """result.json has their scores beside the first's, the run's metric."""
     data = f"data={{name: prepared, root: {prepared}/corpus}}"
     run_dir = cell.complete(tmp_path / "run", data, "epochs=1", "eval_rows=1", "checkpoint.minutes=60")
     found = result(run_dir)
@@ -230,7 +230,6 @@ def test_all_held_out_files_are_scored_at_the_end(cell, prepared, tmp_path, caps
 
 
 def not_scored(*arguments: object) -> str:
-    """The one line with which `python -m language_model.evaluate` refuses its arguments."""
     with pytest.raises(UserError) as error:
         evaluate_command.main([str(argument) for argument in arguments])
     assert "\n" not in str(error.value)

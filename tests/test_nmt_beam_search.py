@@ -25,7 +25,6 @@ def random_model(seed, words, sharpness=3.0, **sizes):
 
 @torch.no_grad()
 def log_p_next(model, source, prefix):
-    """Log-probabilities of the word after `prefix`, by the model's pass over whole sentences."""
     logits = model(torch.tensor([[*source, EOS]]), torch.tensor([[BOS, *prefix]]))[0, -1]
     return logits.double().log_softmax(0).tolist()
 
@@ -114,7 +113,7 @@ def random_sources(count, words, seed=3):
 
 @pytest.mark.parametrize("k", [1, 4])
 def test_what_else_is_in_the_batch_changes_no_translation(k):
-    """Alone, in batches of any size, in any order. Sentences of a batch end and leave it at different times."""
+    """Alone, in batches of any size, in any order."""
     model, sources = random_model(11, 50, encoder_layers=2, decoder_layers=2), random_sources(30, 50)
     alone = [translate(model, [source], k)[0] for source in sources]
     assert len({len(hypothesis.words) for hypothesis in alone}) > 5

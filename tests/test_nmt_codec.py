@@ -33,7 +33,7 @@ SENTENCES = {
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Moses tokens of both languages: generated sentences and those above. Every character occurs often enough."""
+    """Moses tokens of both languages: generated sentences and those above."""
     folder = tmp_path_factory.mktemp("codec")
     for language, side in zip(("en", "de"), zip(*generate(400), strict=True), strict=True):
         lines = [moses(language).tokenize(line) for line in (*side, *SENTENCES[language] * 3)]
@@ -111,7 +111,7 @@ def test_decoded_tokens_are_the_tokens_encoded(codec, text, language):
 
 
 def test_pieces_are_those_of_the_textbook_algorithm(codec):
-    """Byte-pair encoding in plain code: apply the earliest-learned merge wherever it occurs, again and again."""
+    """Byte-pair encoding in plain code: apply the earliest-learned merge wherever it occurs."""
     ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(codec.merges)}
     for word in {word for line in SENTENCES["de"] + SENTENCES["en"] for word in codec.tokenize(line).split()}:
         pieces = list(WORD_START + word)

@@ -43,7 +43,6 @@ def copy(root, tmp_path):
 
 
 def sentences(batch: Batch) -> list[tuple]:
-    """The pairs of a batch as tuples of ids without padding, sorted."""
     assert batch.sentences == len(batch.source) if batch.tokens else batch.sentences == 0
     rows = zip(batch.source, batch.target_out, strict=True)
     pairs = [tuple(tuple(side[side != PAD].tolist()) for side in row) for row in rows]
@@ -97,7 +96,6 @@ def test_the_last_sentence_of_the_file_can_be_padded(data):
 
 
 def alone(*arguments, **settings):
-    """The batches of an epoch on one rank, with one pass an update."""
     return [batch for ((_, batch),) in train_batches(*arguments, passes=1, **settings)]
 
 
@@ -152,7 +150,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(data):
     ]
     for other in (order(1, 1), order(2, 0)):
         assert other != first and len(other) == len(first)
-        assert sorted(map(tuple, other)) != sorted(map(tuple, first))  # other sentences come together, too
+        assert sorted(map(tuple, other)) != sorted(map(tuple, first))
     assert order(1, 0, start=len(first)) == []
 
 
@@ -162,7 +160,7 @@ def test_the_lengths_of_updates_come_in_no_order(data):
 
 
 def test_a_pass_with_nothing_to_do(data):
-    """Fewer batches than passes are left. The other passes get a row that adds nothing to the loss, and no NaN."""
+    """Passes without a batch get a row that adds nothing to the loss, and no NaN."""
     (update,) = train_batches(data.train, TOKENS, 1000, 1, 0)
     idle = [batch for _, batch in update if not batch.sentences]
     assert idle and all(batch.tokens == 0 for batch in idle)

@@ -41,7 +41,6 @@ def trained(folder) -> Path:
 
 @pytest.fixture
 def translated(monkeypatch, capsys):
-    """The output of `python -m nmt.translate RUN` for this input."""
 
     def run(run_dir: Path, text: bytes, *overrides: str) -> str:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
@@ -123,8 +122,8 @@ def plain_bleu(hypotheses: list[str], references: list[str]) -> float:
     return 100 * math.exp(log_precisions + min(0.0, 1 - theirs / ours))
 
 
-# A reference; its tokens as fairseq's recipe makes them; a translation's tokens; then the tokens that sacreBLEU makes
-# of both texts: it splits at ASCII's punctuation alone, and at a hyphen only after a digit.
+# A reference; its tokens by fairseq's recipe; a translation's tokens; sacreBLEU's tokens of both texts, which it splits
+# at ASCII's punctuation alone, and at a hyphen only after a digit.
 PAIRS = [
     (
         "Die Ost-West-Route ist wieder offen.",
@@ -285,7 +284,7 @@ def test_the_average_is_the_mean_of_the_last(tmp_path):
     assert updates == [3, 10, 20]
     for name, tensor in mean.items():
         torch.testing.assert_close(tensor, torch.stack([state[name] for state in states[-3:]]).mean(0))
-    assert average_weights(tmp_path, 10, "digest")[1] == [2, 3, 10, 20]  # the oldest is gone
+    assert average_weights(tmp_path, 10, "digest")[1] == [2, 3, 10, 20]
 
 
 def test_weights_of_different_models_are_not_averaged(tmp_path):

@@ -47,11 +47,10 @@ def test_transformer_base_has_the_published_size():
     with torch.device("meta"):
         model = create_model(ModelConfig(), 37_000)
     assert sum(parameter.numel() for parameter in model.parameters()) == 63_082_496 == 44_138_496 + 37_000 * 512
-    assert {name for name in model.state_dict() if "embed" in name} == {"embedding.weight"}  # one, shared by all three
+    assert {name for name in model.state_dict() if "embed" in name} == {"embedding.weight"}
 
 
 def torch_transformer(model):
-    """torch.nn.Transformer with the weights of `model`."""
     config = model.config
     theirs = torch.nn.Transformer(
         config.width, config.heads, config.encoder_layers, config.decoder_layers, config.inner_width, dropout=0.0,

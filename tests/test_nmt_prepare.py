@@ -33,7 +33,6 @@ def write(path, lines):
 
 @pytest.fixture
 def text(tmp_path):
-    """A folder with the text of 400, 30 and 30 pairs."""
     pairs = iter(generate(sum(SIZES.values())))
     for split, size in SIZES.items():
         for language, lines in zip(("en", "de"), zip(*(next(pairs) for _ in range(size)), strict=True), strict=True):
@@ -266,7 +265,7 @@ def test_the_command_prints_one_line_and_returns_2(text):
 
 
 def prepare_until(moment, text):
-    """Prepare in a process that kills itself at the call of the given number. Returns its exit status."""
+    """Prepare in a process that kills itself at the call of the given number."""
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     calls = iter(range(moment))
@@ -294,7 +293,7 @@ def test_killed_again_and_again_it_ends_with_the_same(text, small_chunks):
         statuses.append(prepare_until(8 + len(statuses), text))
         chunks.append(len(list((text / "out" / "work").glob("*.json"))))
     assert statuses[:-1] == [-signal.SIGKILL] * (len(statuses) - 1) and len(statuses) > 6
-    assert chunks[0] < chunks[1] < chunks[2]  # what was done is not done again
+    assert chunks[0] < chunks[1] < chunks[2]
     assert files_of(text / "out") == files_of(text / "whole")
 
 

@@ -47,7 +47,7 @@ def expected(texts, tmp_path_factory):
 def test_every_layout_gives_the_same_data(layout, texts, expected, tmp_path, monkeypatch):
     source = lay_out(tmp_path / "source", layout(texts), monkeypatch)
     before = sorted(source.rglob("*"))
-    for _ in range(2):  # the second time it is complete, and finds that it is
+    for _ in range(2):
         prepare(RECIPE, source, tmp_path / "out")
     assert data_in(tmp_path / "out") == expected
     assert sorted(source.rglob("*")) == before  # a source is never written to
@@ -73,7 +73,7 @@ def refusal(source, tmp_path):
 
 def test_a_wrong_source_is_told_what_was_looked_for_and_what_is_there(tmp_path):
     source = tmp_path / "source"
-    assert "source is not a folder" in refusal(source, tmp_path)
+    assert "source is not there" in refusal(source, tmp_path)
     (source / "sub").mkdir(parents=True)
     assert refusal(source, tmp_path).endswith("what is there: sub")
     (source / "sub" / "newstest2015.en").touch()
@@ -88,6 +88,13 @@ def test_a_wrong_source_is_told_what_was_looked_for_and_what_is_there(tmp_path):
     assert "looks like Hugging Face's wmt14, which is another set: 4,508,785 training pairs" in refusal(
         source, tmp_path
     )
+
+
+def test_a_wrong_source_is_told_the_nearest_right_one(texts, tmp_path, monkeypatch):
+    right = lay_out(tmp_path / "downloads" / "orig", orig(texts), monkeypatch)
+    for wrong in (right / "training", right / "dev", tmp_path, tmp_path / "downloads"):
+        assert refusal(wrong, tmp_path).endswith(f"; the nearest folder that has it: {right}")
+    assert "is not a folder" in refusal(right / "commoncrawl.de-en.en", tmp_path)
 
 
 def test_ones_own_text_is_looked_for_where_it_was_named(tmp_path):

@@ -264,7 +264,6 @@ def test_compiles_whole(monkeypatch, foreach):
 
 
 def published(optimizer: LiteralApollo, params) -> dict:
-    """The literal optimizer's state under the published names."""
     names = {"exp_avg": "exp_avg_grad", "hessian": "approx_hessian", "direction": "update", "step": "step"}
     state_dict = copy.deepcopy(optimizer.state_dict())
     state = {i: {names[key]: value for key, value in x.items()} for i, x in state_dict["state"].items()}

@@ -12,7 +12,6 @@ import torch
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
-    """The parameters after every task of optim_ranks.py, run by two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     repository = Path(__file__).parent.parent
     command = [sys.executable, str(Path(optim_ranks.__file__)), str(folder)]

@@ -49,7 +49,7 @@ def test_fused_takes_any_number_of_threads():
 
 @variants
 def test_fused_on_large_tensors(variant):
-    """Tensors of many chunks and waves take another path through the kernel than small ones."""
+    """Tensors of many chunks and waves take another path through the kernel."""
     shapes = ((300_001,), (5,), (65_536,), (65_537,), (0,), ())
     literal, params = random_parameters(shapes, torch.float64), random_parameters(shapes, torch.float64)
     optimizers = LiteralApollo(literal, **variant), Apollo(params, **variant, fused=True)

@@ -142,7 +142,6 @@ def test_random_attacks(data, path, variant):
 
 
 def replacement(how: str, target: Tensor, another: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """What an attack puts in the place of `target`."""
     if how == "expanded":
         return torch.ones((), dtype=dtype).expand(shape)
     if how == "strided":

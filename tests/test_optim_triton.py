@@ -1,7 +1,6 @@
 """The Triton kernels without a GPU: run by numpy, in Triton's interpreter, and compiled for GPUs that are not there.
 
-The interpreter must be chosen before Triton is imported. So the cases run in their own process, which prints the golden
-errors of every case as JSON.
+The interpreter must be chosen before Triton is imported, so the cases run in their own process.
 """
 
 import json

@@ -45,7 +45,6 @@ PROGRAM = """
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """A job that does `what` in the run folder `name`."""
     (tmp_path / "modules/program").mkdir(parents=True)
     (tmp_path / "modules/program/train.py").write_text(textwrap.dedent(PROGRAM))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'modules'}:{ROOT}")
@@ -71,7 +70,7 @@ def test_a_failure_holds_up_nothing_and_is_told_with_its_last_error(job):
 
     again, turns = run_jobs(jobs, Places([None, None]))
     assert again == 2
-    assert [turn.process is None for turn in turns] == [False] * 3 + [True] * 2  # complete ones are not run again
+    assert [turn.process is None for turn in turns] == [False] * 3 + [True] * 2
 
 
 def test_without_keep_going_the_first_failure_stops_the_others(job):

@@ -11,16 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from imagenet_images import make_tree
+from imagenet_layouts import ground_truth_and_ids_by_option, hugging_face_archives, make_toy, tars_and_kit_2012
 from lm_corpus import make_corpus, make_vocabulary
 from torchvision.datasets import CIFAR10
+from wmt14_layouts import hub_archives, orig, plain, statmt_archives, toy_texts
 
+from classification.cifar import ARCHIVES
 from classification.data import read_cifar10
+from classification.imagenet.lmdb import open_splits
 from engine.errors import UserError
 from engine.manifest import read_manifest
 from language_model import benchmark
 from language_model.prepared import open_corpus
-from nmt.prepare import recipes
-from nmt.prepare.toy_text import generate
+from nmt.prepare import recipes, sources
 from scripts import prepare
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +31,6 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def said(capsys):
-    """Run the command. Returns its lines on standard output."""
 
     def run(*arguments):
         prepare.main([str(argument) for argument in arguments])
@@ -38,7 +40,7 @@ def said(capsys):
 
 
 def make_cifar(folder, monkeypatch):
-    """Files of CIFAR-10's format with three images each. torchvision expects their checksums; its address is dead."""
+    """Files of CIFAR-10's format with three images each. torchvision expects their checksums; the address is dead."""
     batches, random = folder / CIFAR10.base_folder, np.random.default_rng(0)
     batches.mkdir(parents=True)
 
@@ -53,13 +55,15 @@ def make_cifar(folder, monkeypatch):
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5})
     with tarfile.open(folder / CIFAR10.filename, "w:gz") as tar:
         tar.add(batches, CIFAR10.base_folder)
-    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5((folder / CIFAR10.filename).read_bytes()).hexdigest())
-    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:1/{CIFAR10.filename}")
+    md5 = hashlib.md5((folder / CIFAR10.filename).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR10, "tgz_md5", md5)
+    published = ARCHIVES["cifar10"]._replace(url=f"http://127.0.0.1:1/{CIFAR10.filename}", md5=md5)
+    monkeypatch.setitem(ARCHIVES, "cifar10", published)
 
 
 @pytest.mark.parametrize("form", ["", CIFAR10.filename, CIFAR10.base_folder])
 def test_cifar10(said, tmp_path, monkeypatch, form):
-    """The archive or the unpacked files, named directly or by their folder. A damaged copy is never opened."""
+    """The archive or the unpacked files, named directly or by their folder."""
     make_cifar(tmp_path / "source", monkeypatch)
     if form == CIFAR10.base_folder:
         (tmp_path / "source" / CIFAR10.filename).unlink()
@@ -67,16 +71,18 @@ def test_cifar10(said, tmp_path, monkeypatch, form):
     assert found == f"found: {tmp_path}/source/{form or CIFAR10.filename}" and will.startswith("will write: 360 MB")
     assert len(read_cifar10(tmp_path / "out").train.labels) == 15 and row.endswith(f"data.root={tmp_path}/out")
     assert said("cifar10", tmp_path / "source", tmp_path / "out")[-1] == row
+    with pytest.raises(UserError, match=f"no CIFAR-10 in .*; the nearest folder that has it: {tmp_path}/out$"):
+        said("cifar10", tmp_path, tmp_path / "other")
     shutil.rmtree(tmp_path / "out")
     batch = tmp_path / "source" / CIFAR10.base_folder / "data_batch_1"
     (tmp_path / "source" / CIFAR10.filename).unlink(missing_ok=True)
     batch.write_bytes(batch.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match="CIFAR10 is not complete in .*out and cannot be downloaded"):
+    with pytest.raises(UserError, match="cifar10 is not complete in .*out and cannot be downloaded"):
         said("cifar10", tmp_path / "source", tmp_path / "out")
 
 
 def test_one_billion_words(said, tmp_path):
-    """The vocabulary lies beside the text. --test all is passed on. Complete data stays as it is."""
+    """The vocabulary lies beside the text. --test all is passed on."""
     text = make_corpus(tmp_path / "text")
     make_vocabulary(text / "1b_word_vocab.txt", ["the", "of"])
     found, will, row = said("one_billion_words", text, tmp_path / "out", "--test", "all", "--workers", 1)
@@ -92,7 +98,7 @@ def test_one_billion_words(said, tmp_path):
 
 
 def test_one_billion_words_downloaded(said, tmp_path, monkeypatch):
-    """Downloads from the published addresses (here local files) to where the configs look, only until complete."""
+    """Downloads from the published addresses to where the configs look, only until complete."""
     monkeypatch.chdir(tmp_path)
     with tarfile.open("away.tar.gz", "w:gz") as tar:
         tar.add(make_corpus(tmp_path / "text"), "benchmark")
@@ -111,27 +117,71 @@ def test_one_billion_words_downloaded(said, tmp_path, monkeypatch):
     assert said("one_billion_words") == ["data/one_billion_words is complete", row]
 
 
-def test_wmt14(said, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("layout", "first", "size"),
+    [
+        (plain, "europarl-v7.de-en.en", "2.0 GB"),
+        (orig, "training/europarl-v7.de-en.en", "3.4 GB"),
+        (statmt_archives, "training-parallel-europarl-v7.tgz", "3.4 GB"),
+        (hub_archives, "training-parallel-europarl-v7.zip", "3.4 GB"),
+    ],
+)
+def test_wmt14(said, tmp_path, monkeypatch, layout, first, size):
     texts = (*recipes.WMT14.train, recipes.WMT14.valid, recipes.WMT14.test)
     monkeypatch.setattr(recipes, "WMT14", replace(recipes.WMT14, lines=dict.fromkeys(texts, 20)))
-    pairs = generate(100)
-    for number, text in enumerate(texts):
-        for language, lines in zip(("en", "de"), zip(*pairs[20 * number : 20 * number + 20], strict=True), strict=True):
-            (tmp_path / f"{text}.{language}").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    for name, content in layout(toy_texts()).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+        if sources.CHECKSUMS.get(name):
+            monkeypatch.setitem(sources.CHECKSUMS, name, f"sha256:{hashlib.sha256(content).hexdigest()}")
     found, will, row = said("wmt14", tmp_path, tmp_path / "out", "--workers", "1")
-    assert found.startswith(f"found: {tmp_path}/europarl-v7.de-en.en, ") and "newstest2014.de" in found
-    assert will.startswith(f"will write: 2.0 GB to {tmp_path}/out, in about 2 minutes")
+    assert found.startswith(f"found: {tmp_path}/{first}, ")
+    assert will.startswith(f"will write: {size} to {tmp_path}/out, in about 2 minutes")
     assert row == f"to train a row: bash scripts/nmt_apollo.sh data.root={tmp_path}/out"
     assert read_manifest(tmp_path / "out")["splits"]["train"]["lines"]["read"] == 60
 
 
 def test_imagenet(said, tmp_path):
-    tree = make_tree(tmp_path / "tree")
-    found, will, row = said("imagenet", tree, tmp_path / "out")
-    files = [path for path in tree.rglob("*") if path.is_file()]
-    assert found.startswith(f"found: {len(files)} files with ") and will.startswith("will write: ")
-    assert (tmp_path / "out" / "manifest.json").exists() and "imagenet_apollo.sh" in row
-    assert not list((tmp_path / "out").glob("*.tmp"))
+    """Only the images count, also behind links: neither the archive that held them nor the test images."""
+    tree, source = make_tree(tmp_path / "tree"), tmp_path / "source"
+    source.mkdir()
+    for split in ("train", "val"):
+        (source / split).symlink_to(tree / split)
+    (source / "all.zip").write_bytes(bytes(1 << 20))
+    shutil.copytree(tree / "val", source / "test")
+    found, will, row = said("imagenet", source, tmp_path / "out")
+    size = sum(path.stat().st_size for path in tree.rglob("*.JPEG"))
+    assert found == f"found: a folder tree in {source}, 36 files with {size / 1e6:.3g} MB"
+    assert will == f"will write: {1.02 * size / 1e6:.3g} MB to {tmp_path}/out, in a few seconds"
+    assert (tmp_path / "out" / "manifest.json").exists() and not list((tmp_path / "out").glob("*.tmp"))
+    assert row == f"to train a row: bash scripts/imagenet_apollo.sh data.root={tmp_path}/out"
+    assert said("imagenet", source, tmp_path / "in two")[-1].endswith(f".sh 'data.root={tmp_path}/in two'")
+
+
+def test_imagenet_with_label_files_in_other_places(said, tmp_path):
+    toy = make_toy()
+    download = ground_truth_and_ids_by_option(toy, tmp_path / "download", bom=False)
+    labels, ids = download.options["val_labels"], download.options["ids"]
+    with pytest.raises(UserError, match=r"give it the labels with --val-labels FILE \(docs/data.md"):
+        said("imagenet", download.source, tmp_path / "out")
+    said("imagenet", download.source, tmp_path / "out", "--val-labels", labels, "--ids", ids)
+    _, val = open_splits(tmp_path / "out")
+    assert [val.classes[val[at].label] for at in range(len(val))] == [wnid for _, wnid, _ in toy.val]
+
+
+@pytest.mark.parametrize(
+    ("layout", "found"),
+    [
+        (tars_and_kit_2012, "the official tar files in {}, 2 files"),
+        (hugging_face_archives, "imagenet-1k as tar.gz files in {}/data, 6 files"),
+    ],
+)
+def test_imagenet_in_archives_is_found(said, tmp_path, layout, found):
+    source = layout(make_toy(), tmp_path / "source", bom=False).source
+    for path in (source / "test_images.tar.gz", source / "data" / "test_images.tar.gz"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(1 << 20))
+    assert said("imagenet", source, tmp_path / "out")[0].startswith(f"found: {found.format(source)} with ")
 
 
 @pytest.mark.parametrize(
@@ -139,11 +189,13 @@ def test_imagenet(said, tmp_path):
     [
         (["cifar10", "{}"], ["no CIFAR-10 in ", "cifar-10-python.tar.gz", "what is there: cifar-100-python.tar.gz, x"]),
         (["imagenet"], ["cannot be downloaded without its terms", "docs/data.md"]),
-        (["imagenet", "{}/nowhere"], ["nowhere is not a folder", "ILSVRC2012_img_train.tar"]),
+        (["imagenet", "{}/nowhere"], ["nowhere is not there", "give the folder that has them"]),
+        (["imagenet", "{}"], ["source holds neither a folder train/", "ILSVRC2012_img_train.tar", "train-*.parquet"]),
         (["one_billion_words", "{}"], ["training-monolingual.tokenized.shuffled is not there", "holds: cifar-100"]),
         (["one_billion_words", "{}/nowhere"], ["nowhere is not there"]),
         (["wmt14", "{}"], ["no europarl-v7.de-en.en in ", "training-parallel-europarl-v7.tgz", "what is there: cifar"]),
         (["wmt14", "{}", "{}/out", "--test", "all"], ["--test are options of one_billion_words"]),
+        (["wmt14", "{}", "{}/out", "--ids", "x"], ["--ids are options of imagenet"]),
         (["wmt15"], ["invalid choice: 'wmt15'"]),
     ],
 )

@@ -89,7 +89,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(prepared, tmp_path, 
     moments, killed = random.Random(2009), 0
     for number in range(KILLS):
         out = tmp_path / f"killed{number}"
-        for moment in sorted(moments.uniform(0, duration) for _ in range(2)):  # killed, and killed again
+        for moment in sorted(moments.uniform(0, duration) for _ in range(2)):
             status, _ = in_a_process(make, out, moment)
             assert status in (0, -signal.SIGKILL)
             killed += status == -signal.SIGKILL

@@ -29,7 +29,7 @@ def in_root(monkeypatch):
 
 
 def make_run(runs, row, seed, final=None, epochs=3, overrides=(), batchnorm_batch=128):
-    """A run folder as train.py leaves it. With `final` it is complete, without it is unfinished."""
+    """A run folder as train.py leaves it."""
     config = load_cell("cifar10", cells("cifar10", row)["milestone"], (f"seed={seed}", *overrides))
     folder = runs / f"cifar10/{row}_milestone/seed{seed}"
     folder.mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_a_translation_row_compares_like_with_like(tmp_path):
 
 
 def test_a_run_is_held_against_the_authors_log(tmp_path, capsys):
-    """Our log lines, in bits, at the updates of the published ones. Cells after the run's end are blank."""
+    """Our log lines, in bits, at the updates of the published ones."""
     make_translation(tmp_path, 1, {"fairseq_bleu": 28.4}, 6350)
     main([str(tmp_path), "--plot", str(tmp_path / "curves.png")])
     printed = capsys.readouterr().out
@@ -157,7 +157,7 @@ def test_runs_of_different_recipes_are_not_averaged_together(tmp_path):
     make_run(tmp_path, "apollo", 101, 94.0)
     runs = apart(read_runs(tmp_path)[0])
     lines = [line.split() for line in report("cifar10", runs).splitlines() if line.startswith("apollo")]
-    assert lines[0][:5] == ["apollo", "milestone", "94.00", "94.50", "1"]  # the published recipe comes first
+    assert lines[0][:5] == ["apollo", "milestone", "94.00", "94.50", "1"]
     assert lines[1][:6] == ["apollo", "#2", "milestone", "90.50", "(0.71)", "91.00"]
     assert {run.seed: run.label for run in runs} == {1: "apollo #2", 11: "apollo #2", 101: "apollo"}
     assert apart(runs) == runs
@@ -289,7 +289,7 @@ def test_command_prints_the_whole_table_and_draws_it(tmp_path, capsys):
     main([str(tmp_path), "--markdown", "--plot", str(picture)])
     lines = capsys.readouterr().out.splitlines()
     table = [line for line in lines[: lines.index("", 2)] if line.startswith("|")]
-    assert len(table) == 2 + 12  # every published cell, whether run or not
+    assert len(table) == 2 + 12
     assert len({len(line) for line in table}) == 1
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -72,7 +72,7 @@ def test_record_is_small_and_names_no_folder_of_the_machine(runs_folder, record)
     assert len(text) < 100_000
     curves = [run.get("curves") for run in json.loads(text)["runs"]]
     assert all(len(columns["update"]) == 12 for columns in curves if columns)
-    assert sum(columns is not None for columns in curves) == 2 * 4 * 3  # none of the trials
+    assert sum(columns is not None for columns in curves) == 2 * 4 * 3
 
 
 def test_long_curves_are_thinned_and_keep_their_end(tmp_path):
@@ -142,7 +142,6 @@ def test_tables_in_the_documents_are_those_of_their_records(document):
 
 
 def edit_metrics(folder, change):
-    """Change the lines of metrics.jsonl that are evaluations."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         if line["kind"] == "epoch":
@@ -162,7 +161,7 @@ def test_run_beside_a_record_says_where_it_leaves_the_band(record, tmp_path, cap
             line["test_top1"] -= 40
 
     edit_metrics(folder, worse)
-    (folder / "result.json").unlink()  # it is still running
+    (folder / "result.json").unlink()
     out = tmp_path / "out"
     status, text = output(capsys, folder, "--reference", record, "--out", out)
     assert status == 1

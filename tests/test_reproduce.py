@@ -26,7 +26,6 @@ SMALL = ["device=cpu", "epochs=2", "log_every=1"]
 
 
 def kill_all(farm):
-    """Send SIGKILL to the farm, then to all of its trainings."""
     trainings = _children(farm.pid)
     for pid in (farm.pid, *trainings):
         os.kill(pid, signal.SIGKILL)
@@ -67,7 +66,7 @@ def test_a_farm_killed_twice_ends_in_the_right_table_and_names_what_always_fails
     ended = call(command)
     assert ended.returncode == 1, ended.stderr
     shown = uninterrupted.stdout.strip()
-    assert shown in ended.stdout  # the table, number for number
+    assert shown in ended.stdout
     (failed,) = re.findall("^failed: .*", ended.stdout, re.M)
     assert str(folders[0]) in failed
     assert re.search(r"error: .*'sgdd'", failed)

@@ -18,7 +18,7 @@ from scripts.jobs import divided
 from scripts.missing import missing
 from scripts.quickstart import EXPERIMENTS
 from scripts.run_row import main as run_row
-from scripts.tables import cells, published
+from scripts.tables import TASKS, cells, published
 
 ROOT = Path(__file__).parent.parent
 ON_DIGITS = ["data.name=digits", "model.depth=8", "device=cpu"]
@@ -126,6 +126,41 @@ def test_refusals_are_one_line_and_come_before_any_training(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_missing_data_are_said_before_torch_is_imported(tmp_path):
+    offline = ENVIRONMENT | {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https")}
+    ended = call(script("cifar_apollo", f"data.root={tmp_path}", "--runs", tmp_path / "runs"), env=offline)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert f"(or: bash scripts/prepare.sh cifar10 SOURCE {tmp_path})" in ended.stderr
+
+    code = (
+        "import sys\n"
+        "from scripts.run_row import UserError, main\n"
+        "try: main(['cifar10', 'apollo', *sys.argv[1:]])\n"
+        "except UserError as error: print(error, {'torch', 'torchvision'} & set(sys.modules), sep='\\n')\n"
+    )
+    ended = call([sys.executable, "-c", code, f"data.root={tmp_path}", "--runs", tmp_path / "runs"], env=offline)
+    assert ended.returncode == 0, ended.stderr
+    message, imported = ended.stdout.splitlines()
+    assert "is not complete" in message and imported == "set()"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_row_with_all_its_data_does_not_download(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("scripts.run_row.run_jobs", lambda *arguments, **settings: (3, []))
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    assert run_row(["cifar10", "apollo", f"data.root={tmp_path}", "--runs", str(tmp_path / "runs")]) == 3
+
+
+def test_configs_are_read_without_torch():
+    code = "import sys, scripts.tables\n" + "".join(
+        f"scripts.tables.load_settings('{task}', '{next((ROOT / 'configs' / table).glob('a*.yaml'))}')\n"
+        for table, task in TASKS.items()
+    )
+    ended = call([sys.executable, "-c", f"{code}print({{'torch', 'torchvision'}} & set(sys.modules))"])
+    assert (ended.stdout, ended.stderr) == ("set()\n", "")
+
+
 @pytest.mark.parametrize(
     ("config", "overrides", "gpus", "added", "said"),
     [
@@ -179,7 +214,6 @@ def test_a_row_that_is_not_there_is_refused(monkeypatch):
         run_row(["cifar10", "adamax"])
 
 
-# The default task is the one that its shortest command runs.
 TASKS_SHORT = {
     "classification": ["epochs=1"],
     "lm": ["--task", "lm", "epochs=1"],

@@ -58,7 +58,7 @@ def wait_for(condition, seconds=240):
 
 
 def test_what_is_asked_of_slurm(in_root, tmp_path, monkeypatch):
-    """sbatch and squeue are stand-ins. sbatch keeps the script that it gets."""
+    """sbatch and squeue are stand-ins."""
     programs = {
         "sbatch": f'cp "$1" {tmp_path}/batch\necho "Submitted batch job 77"',
         "srun": "",

@@ -27,7 +27,6 @@ def test_each_section_has_its_block():
 
 @pytest.fixture
 def group(tmp_path):
-    """A process group of one."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

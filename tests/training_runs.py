@@ -1,7 +1,6 @@
 """Training runs for tests: started, killed, resumed and compared.
 
-A run is a real process, so that tests can kill it. It is forked from a server that has imported the three commands
-once, because importing torch takes longer than most of these runs. `Cell.command_line` gives the command of a user.
+A run is forked from a server that has imported the three commands once, because importing torch takes long.
 """
 
 import json
@@ -76,7 +75,6 @@ class Cell:
     config: Path
 
     def command_line(self, run_dir: Path, *overrides: str, ranks: int = 1) -> list[str]:
-        """What a user types."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         return [sys.executable, *torchrun, "-m", self.module, *self._arguments(run_dir, overrides)]
 
@@ -87,7 +85,7 @@ class Cell:
         return self.start(run_dir, *overrides, ranks=ranks).wait()
 
     def complete(self, run_dir: Path, *overrides: str, ranks: int = 1) -> Path:
-        """Run to the end, which must succeed. Returns the run's folder."""
+        """Run to the end, which must succeed."""
         ended = self.run(run_dir, *overrides, ranks=ranks)
         assert ended.status == 0, ended.stderr
         return run_dir
@@ -125,7 +123,6 @@ def places(ranks: int) -> list[dict[str, str]]:
 
 
 def _train(module: str, arguments: list[str], stderr: str, place: dict[str, str]) -> None:
-    """The whole life of one rank."""
     os.setsid()
     multiprocessing.set_start_method(None, force=True)  # data loader workers start in the same way as for users
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_APPEND), 2)
@@ -137,7 +134,7 @@ def _train(module: str, arguments: list[str], stderr: str, place: dict[str, str]
 
 @contextmanager
 def process(command: list[str], **keywords: Any) -> Iterator[subprocess.Popen]:
-    """A command at work. Where the block fails, it and all below it are killed: leaving would wait for their end."""
+    """Where the block fails, the command and all below it are killed: leaving would wait for their end."""
     with subprocess.Popen(command, start_new_session=True, **keywords) as running:
         try:
             yield running
@@ -175,7 +172,6 @@ def logged_updates(run_dir: Path) -> int:
 
 
 def losses(run_dir: Path) -> list[float]:
-    """The training loss of each update."""
     return [line["loss"] for line in metrics(run_dir, "train")]
 
 
@@ -188,7 +184,6 @@ def recipe(run_dir: Path) -> dict[str, Any]:
 
 
 def saved(run_dir: Path) -> dict[str, Any]:
-    """The newest checkpoint."""
     return torch.load(run_dir / "checkpoint.pt", weights_only=True)
 
 
@@ -211,7 +206,6 @@ def _all_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def _tensors(value: Any, path: str = "") -> dict[str, torch.Tensor]:
-    """All tensors of a nested state, by their path in it."""
     if isinstance(value, torch.Tensor):
         return {path: value}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()

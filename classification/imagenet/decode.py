@@ -11,6 +11,7 @@ below the view. Pillow reads the other files, such as the CMYK files and the PNG
 
 import io
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -30,6 +31,7 @@ BASELINE, PROGRESSIVE, START_OF_SCAN = (0xC0, 0xC1), (0xC2,), 0xDA  # markers of
 END_OF_IMAGE = b"\xff\xd9"
 # How often each colour is sampled, horizontally and vertically: grey, and chroma at full or half resolution.
 SAMPLINGS = {b"\x11", b"\x11\x11\x11", b"\x21\x11\x11", b"\x12\x11\x11", b"\x22\x11\x11"}
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)  # of Pillow; nothing here reads EXIF
 ROWS_BELOW = 2  # smooth chroma upsampling reads this many rows below the view
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of the random crop: share of the image's area, width / height
 

@@ -12,6 +12,7 @@ front to back, so the images come in the order of the files.
 import gzip
 import os
 import re
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -37,17 +38,29 @@ if TYPE_CHECKING:
 TRAIN_ARCHIVES, VAL_ARCHIVE = [f"train_images_{number}.tar.gz" for number in range(5)], "val_images.tar.gz"
 ARCHIVE = re.compile(r"(train_images_\d|val_images)\.tar\.gz")
 SHARD = re.compile(r"(train|validation)-(\d+)-of-(\d+)\.parquet")
+NAMES = {"parquet": SHARD, "tar.gz": ARCHIVE}
 
 
-def find_hugging_face(root: Path) -> Source | None:
-    """The images of imagenet-1k in `root`, or None. Raises UserError if a file is missing or damaged."""
+def locate_hugging_face(root: Path) -> tuple[str, Path] | None:
+    """The form of the files of imagenet-1k in `root` and the folder that holds them, or None."""
     for folder in (root, root / "data"):
         names = [entry.name for entry in scan(folder)] if folder.is_dir() else []
-        if any(map(SHARD.fullmatch, names)):
-            return _find_parquet(folder, names)
-        if any(map(ARCHIVE.fullmatch, names)):
-            return _find_archives(folder)
+        for kind, name in NAMES.items():
+            if any(map(name.fullmatch, names)):
+                return kind, folder
     return None
+
+
+def hugging_face_files(folder: Path, kind: str) -> list[str]:
+    """The files of imagenet-1k in `folder`, in the form `kind`, without those of its test set."""
+    return sorted(entry.path for entry in scan(folder) if NAMES[kind].fullmatch(entry.name))
+
+
+def list_hugging_face(folder: Path, kind: str) -> Source:
+    """The images of imagenet-1k in `folder`. Raises UserError if a file is missing or damaged."""
+    if kind == "parquet":
+        return _find_parquet(folder, [entry.name for entry in scan(folder)])
+    return _find_archives(folder)
 
 
 def _find_archives(folder: Path) -> Source:
@@ -173,7 +186,9 @@ def _pyarrow(folder: Path) -> ModuleType:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"reading the parquet files in {folder} needs pyarrow: pip install pyarrow") from None
+        raise UserError(
+            f"reading the parquet files in {folder} needs pyarrow: {sys.executable} -m pip install pyarrow"
+        ) from None
     return pyarrow
 
 

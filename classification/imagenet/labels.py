@@ -30,9 +30,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from classification.image_files import printable
+from classification.image_files import IMG_EXTENSIONS, printable
 from engine.errors import UserError
 
 LISTS = ("LOC_val_solution.csv", "val_list.txt", "val.txt", "imagenet_2012_validation_synset_labels.txt")
@@ -107,8 +105,8 @@ def label_by_name(
     if not answers:
         raise UserError(
             f"nothing tells the classes of the {len(names):,} images of {what}, which are in no class folders: put the "
-            f"development kit at {places[0] / KIT_2012}, or Kaggle's file at {places[0] / KAGGLE_LIST}, or build an "
-            "LMDB with --val-labels FILE (docs/data.md names every kind)"
+            f"development kit at {places[0] / KIT_2012}, or Kaggle's file at {places[0] / KAGGLE_LIST}, or build "
+            "the LMDB and give it the labels with --val-labels FILE (docs/data.md names every kind)"
         )
     (place, labels), *others = answers.items()
     for other, theirs in others:
@@ -284,7 +282,7 @@ def _read_meta(place: str, content: bytes) -> dict[int, str]:
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         if said and said[-1].startswith("ModuleNotFoundError"):
-            raise UserError(f"reading {place} needs scipy: pip install scipy (or give --ids FILE)")
+            raise UserError(f"reading {place} needs scipy: {sys.executable} -m pip install scipy (or give --ids FILE)")
         how = said[-1] if said else f"scipy ended with status {done.returncode}"
         raise UserError(f"{place} is damaged, or not the development kit's ({how}): download it again")
     return _read_ids(place, done.stdout)

@@ -93,7 +93,6 @@ def build(source: Path, out: Path, label_files: LabelFiles | None = None) -> Non
                 "bytes": split.path.stat().st_size,
                 "digest": split.content_digest(),
             }
-            split.close()
         write_manifest(out, {"source": found.kind, "inputs": inputs, "splits": splits, "classes": found.classes})
     logging.info("%s is complete", out)
 
@@ -129,7 +128,6 @@ def verify(out: Path, decode: bool = False) -> list[str]:
     for name, split in zip(SPLITS, open_splits(out), strict=True):
         if split.content_digest() != manifest["splits"][name]["digest"]:
             bad.append(f"{split.path}: the checksums are not those that {MANIFEST} was written for")
-        split.close()
         with ProcessPoolExecutor() as pool:
             results = pool.map(partial(_check, split, decode), range(len(split)), chunksize=CHUNK)
             bar = tqdm(results, split.path.name, len(split), unit="image", disable=None)
@@ -154,7 +152,9 @@ def verify_archives(source: Path) -> list[str]:
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror})") from None
         if digest.hexdigest() != MD5[path.name]:
-            bad.append(f"{path}: its MD5 is {digest.hexdigest()}, and the published file's {MD5[path.name]}")
+            bad.append(
+                f"{path}: its MD5 is {digest.hexdigest()}, and the published file's {MD5[path.name]}: download it again"
+            )
         else:
             logging.info("%s is the published file", path)
     return bad
@@ -201,6 +201,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     how = command.add_mutually_exclusive_group()
     how.add_argument("--decode", action="store_true", help="also decode every image")
     how.add_argument(
-        "--archives", action="store_true", help="OUT is a download: compare the official tar files instead"
+        "--archives", action="store_true", help="FOLDER is a download: compare the official tar files instead"
     )
     return parser.parse_args(arguments)

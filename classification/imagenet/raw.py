@@ -18,18 +18,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from classification.image_files import is_image, list_files, list_folders, printable
-from classification.imagenet.hugging_face import find_hugging_face
+from classification.image_files import IMG_EXTENSIONS, is_image, list_files, list_folders, printable
+from classification.imagenet.hugging_face import hugging_face_files, list_hugging_face, locate_hugging_face
 from classification.imagenet.items import Item, Source
 from classification.imagenet.labels import LabelFiles, label_by_name, stem, wnid_at_end
 from classification.imagenet.lmdb import CHUNK, DamagedImage, Record
 from engine.errors import UserError
+from engine.nearest_folder import nearest_folder
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 IMAGENET = {"train": 1_281_167, "val": 50_000, "classes": 1_000}
@@ -38,9 +38,57 @@ TREES = (".", "CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC", "ILSVRC2015/Data
 READERS = 16  # threads; they mostly wait for the disk
 
 
+class Layout(NamedTuple):
+    """Where a download holds its images, and in which form."""
+
+    kind: str  # folder, tar, tar.gz or parquet
+    place: Path  # the folder that holds train/, or the files
+
+    @property
+    def in_words(self) -> str:
+        what = {"folder": "a folder tree", "tar": "the official tar files"}
+        return f"{what.get(self.kind, f'imagenet-1k as {self.kind} files')} in {self.place}"
+
+    def files(self) -> Iterator[str]:
+        """The files that hold the images. It skips all others in the folder, such as the archive that held a tree."""
+        if self.kind == "folder":
+            for split in ("train", "val", "validation"):
+                if (self.place / split).is_dir():
+                    yield from filter(is_image, list_files(self.place / split))
+        elif self.kind == "tar":
+            yield from (str(self.place / name) for name in (TRAIN_TAR, VAL_TAR) if (self.place / name).is_file())
+        else:
+            yield from hugging_face_files(self.place, self.kind)
+
+
+def find_layout(root: Path) -> Layout:
+    """Where `root` holds ImageNet. Only a few names are looked up. Raises UserError if it is in no known place."""
+    if found := _layout(root):
+        return found
+    near = nearest_folder(root.absolute(), _layout)
+    advice = f"give {near}, the nearest folder that has them" if near else "give the folder that has them"
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "is not there"
+        raise UserError(f"{root.absolute()} {what}, and ImageNet's images are looked for in a folder: {advice}")
+    raise UserError(
+        f"{root.absolute()} holds neither a folder train/ (nor ILSVRC/Data/CLS-LOC/train/), nor {TRAIN_TAR}, nor "
+        f"imagenet-1k's train-*.parquet or train_images_*.tar.gz (nor data/ with them): {advice}"
+    )
+
+
+def _layout(root: Path) -> Layout | None:
+    if tree := _find_tree(root):
+        return Layout("folder", tree)
+    if (root / TRAIN_TAR).is_file():
+        return Layout("tar", root)
+    kind, folder = locate_hugging_face(root) or (None, None)
+    return Layout(kind, folder) if kind else None
+
+
 def find_source(root: Path, label_files: LabelFiles | None = None) -> Source:
     """List the images below `root`. Raises UserError, in one line, if something is missing or does not fit."""
-    source = _find(root.absolute(), label_files or LabelFiles())
+    label_files = LabelFiles(*(path and path.absolute() for path in label_files or ()))  # messages give full paths
+    source = _find(root.absolute(), label_files)
     if (len(source.val), len(source.classes)) == (IMAGENET["val"], IMAGENET["classes"]):
         counts = Counter(item.label for item in source.val)
         if odd := [label for label in range(len(source.classes)) if counts[label] != VAL_IMAGES_A_CLASS]:
@@ -52,23 +100,17 @@ def find_source(root: Path, label_files: LabelFiles | None = None) -> Source:
 
 
 def _find(root: Path, label_files: LabelFiles) -> Source:
-    if not root.is_dir():
-        raise UserError(f"{root} is not there: give the folder that holds ImageNet")
-    if tree := _find_tree(root):
-        classes, train = _list_train_folder(tree / "train")
-        return Source("folder", classes, train, _list_val_folder(root, tree, classes, label_files), read_files)
-    if (root / TRAIN_TAR).is_file():
+    kind, place = find_layout(root)
+    if kind == "folder":
+        classes, train = _list_train_folder(place / "train")
+        return Source("folder", classes, train, _list_val_folder(root, place, classes, label_files), read_files)
+    if kind == "tar":
         if not (root / VAL_TAR).is_file():
             raise UserError(f"{root} holds {TRAIN_TAR} but not {VAL_TAR}: put it there")
         classes, train = _list_train_tar(root / TRAIN_TAR)
         val = sorted(_list_tar(root / VAL_TAR), key=_by_name)
         return Source("tar", classes, train, _label(val, classes, [root], label_files, root / VAL_TAR), read_files)
-    if found := find_hugging_face(root):
-        return found
-    raise UserError(
-        f"{root} holds neither a folder train/ (nor ILSVRC/Data/CLS-LOC/train/), nor {TRAIN_TAR}, nor imagenet-1k's "
-        "train-*.parquet or train_images_*.tar.gz (nor data/ with them): give the folder that has one of them"
-    )
+    return list_hugging_face(place, kind)
 
 
 def _find_tree(root: Path) -> Path | None:

@@ -1,5 +1,5 @@
-// relu(batch_norm(x) + shortcut) and its gradients for channels-last tensors on the CPU. Each passes over memory twice.
-// classification/native/norm_relu.py compiles this file, describes the computation, and calls the plain C interface.
+// relu(batch_norm(x) + shortcut) and its gradients for channels-last tensors on the CPU. Each passes over memory twice
+// (norm_relu.py).
 //
 // A tensor is `rows` rows of `channels` values. Rows are cut into chunks of a fixed size, and the chunks' sums are
 // added in order. So the result is the same, bit for bit, for any number of threads. Within a chunk, the channels are
@@ -49,7 +49,7 @@ inline float load(const BFloat16* p) {
   return value;
 }
 
-// Rounds to nearest, ties to even. A NaN gets its quiet bit set, because rounding could turn it into infinity.
+// Rounds to nearest, ties to even. A NaN gets its quiet bit set.
 inline void store(BFloat16* p, float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
@@ -59,8 +59,7 @@ inline void store(BFloat16* p, float value) {
 
 inline int64_t chunks_of(int64_t rows) { return (rows + kChunk - 1) / kChunk; }
 
-// Two sums per channel over all rows, [channels][2]. `add(first, last, channel, sums)` adds a block of rows to
-// sums[2][kLanes] for kLanes channels, starting at `channel`.
+// Two sums per channel over all rows, [channels][2]. `add` adds a block of rows to sums[2][kLanes] for kLanes channels.
 template <class Add>
 std::vector<double> sum_rows(const NormRelu& n, Add add) {
   const int64_t chunks = chunks_of(n.rows);
@@ -85,7 +84,6 @@ std::vector<double> sum_rows(const NormRelu& n, Add add) {
   return partial;
 }
 
-// Calls `update(first, last, channel)` for every block of rows and group of channels.
 template <class Update>
 void for_rows(const NormRelu& n, Update update) {
 #pragma omp parallel for schedule(static) num_threads(n.threads)

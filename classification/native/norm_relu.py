@@ -1,9 +1,7 @@
 """relu(batch_norm(x) + shortcut): by torch's own operators, or by one native function on the CPU.
 
-On the CPU, convolutions are fastest channels-last. But torch's channels-last batch norm runs below the speed of memory,
-most of all with few channels, and takes a quarter of a CIFAR ResNet's time. norm_relu.cpp passes over memory twice
-forward and twice backward, including ReLU and addition. It sums statistics in float32 within a block and adds the
-blocks in float64.
+On the CPU, convolutions are fastest channels-last. But torch's channels-last batch norm takes a quarter of a CIFAR
+ResNet's time. norm_relu.cpp passes over memory twice forward and twice backward, including ReLU and addition.
 """
 
 import ctypes
@@ -26,7 +24,7 @@ LANES = 16  # the native function takes channels in groups of this size
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
     """relu(norm(x) + shortcut) for `x` [N, C, H, W]. `shortcut` has the shape and dtype of `x`, or is None."""
     if _is_native(norm, x, shortcut) and library():
-        if norm.track_running_stats:
+        if norm.track_running_stats and norm.num_batches_tracked is not None:
             norm.num_batches_tracked += 1
         return _NormRelu.apply(x, norm.weight, norm.bias, shortcut, norm)
     out = norm(x)
@@ -54,7 +52,6 @@ def _is_native(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool
 
 
 def _is_of_rows(tensor: Tensor, like: Tensor) -> bool:
-    """Whether it has what the native function takes for granted of x and the tensors of its shape, but for strides."""
     return tensor.shape == like.shape and tensor.dtype == like.dtype and tensor.device.type == "cpu"
 
 

@@ -1,12 +1,11 @@
 // A square of a resized part of an RGB image, with the exact bytes of Pillow's bilinear resampling of 8-bit images.
-// classification/native/resize.py compiles this file and calls resize_square through its plain C interface.
 //
 // Pillow filters one axis, then the other, and rounds to 8 bits in between. Each output is a sum over the inputs under
 // a triangle, which is 2 scales wide and at least 2 pixels. The weights are computed in double and stored as integers
-// with kBits fractional bits. An axis of unchanged size is no exception: its weights are 1, and 0 beside it.
+// with kBits fractional bits.
 //
-// Only the square is computed. All outputs of an axis have the same number of weights, with added zeros, because the
-// processor predicts the end of loops that all have one length.
+// Only the square is computed. All outputs of an axis have the same number of weights, because the processor predicts
+// loops of one length.
 
 #include <algorithm>
 #include <cmath>
@@ -26,7 +25,7 @@ constexpr int64_t kRows = 8;                 // filtered together; a group holds
 constexpr int64_t kGroup = kRows * kPadded;  // bytes
 constexpr int64_t kLanes = 64;               // bytes of a row filtered together
 
-// Rounds to double before an addition. Without this, -march=native may fuse the two, which changes the weights.
+// Rounds before an addition: -march=native may fuse the two, which changes the weights.
 inline double product(double a, double b) {
   volatile double rounded = a * b;
   return rounded;
@@ -75,7 +74,7 @@ Taps taps_of(int64_t in, int64_t out, int64_t corner, int64_t size) {
 // No weight is negative, so a sum can only be too large.
 inline uint8_t to_byte(int32_t sum) { return uint8_t(std::min(sum >> kBits, 255)); }
 
-// Copy one row's pixels into their groups and back. The last pixel is copied alone, because the memory may end there.
+// The last pixel is copied alone, because the memory may end there.
 inline void into_groups(const uint8_t* row, int64_t pixels, uint8_t* groups) {
   for (int64_t x = 0; x < pixels - 1; ++x) std::memcpy(groups + x * kGroup, row + x * kPixel, kPadded);
   std::memcpy(groups + (pixels - 1) * kGroup, row + (pixels - 1) * kPixel, kPixel);
@@ -85,11 +84,11 @@ inline void out_of_groups(const uint8_t* groups, int64_t pixels, uint8_t* row) {
   std::memcpy(row + (pixels - 1) * kPixel, groups + (pixels - 1) * kGroup, kPixel);
 }
 
-// Filters `rows` rows of taps.extent pixels to rows of `size` pixels, kRows at once. A group has one common weight.
+// Filters `rows` rows of taps.extent pixels to rows of `size` pixels, kRows at once.
 void filter_rows(const uint8_t* in, int64_t stride, int64_t rows, const Taps& taps, int64_t size, uint8_t* out) {
   const std::unique_ptr<uint8_t[]> before(new uint8_t[taps.extent * kGroup]), after(new uint8_t[size * kGroup]);
   std::memset(before.get(), 0, taps.extent * kGroup);
-  // Read these once, because the compiler must assume that a written byte may change them.
+  // Read once, because the compiler assumes that a written byte may change them.
   const int64_t count = taps.count, *const firsts = taps.first.data();
   for (int64_t row = 0; row < rows; row += kRows) {
     const int64_t together = std::min(rows - row, kRows);
@@ -124,7 +123,6 @@ inline void filter_lanes(const uint8_t* in, int64_t stride, const int32_t* weigh
   for (int64_t lane = 0; lane < lanes; ++lane) out[lane] = to_byte(sums[lane]);
 }
 
-// Filters taps.extent rows of `bytes` bytes to `size` rows.
 void filter_columns(const uint8_t* in, int64_t stride, int64_t bytes, const Taps& taps, int64_t size, uint8_t* out) {
   for (int64_t y = 0; y < size; ++y) {
     const uint8_t* from = in + taps.first[y] * stride;

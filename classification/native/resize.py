@@ -1,7 +1,7 @@
 """A square of a resized part of an image: one native function gives the bytes of Pillow's bilinear resampling.
 
-Pillow resizes the whole picture, without vector instructions. resize.cpp computes the same bytes in a fraction of the
-time. If it cannot be compiled, or if an unknown version of Pillow gives other bytes, Pillow does the work.
+resize.cpp is faster, because Pillow resizes the whole picture. If it cannot be compiled, or if an unknown version of
+Pillow gives other bytes, Pillow does the work.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ ORDERS: tuple[ColumnsFirst, ...] = (
     lambda width, height, new_width, new_height: height > new_height and height > 100 * width,
     lambda *_: False,
 )
-# Width and height, before and after: sizes where the orders differ, on both sides of their limits, and some others.
+# Width and height, before and after: sizes where the orders differ, on both sides of their limits.
 PROBES = (
     (40, 40, 60, 20), (40, 60, 30, 38), (40, 60, 30, 40), (60, 40, 30, 38), (20, 20, 40, 30), (3, 301, 5, 40),
     (3, 300, 5, 40), (50, 70, 23, 23), (97, 61, 32, 32), (31, 29, 7, 53),
@@ -41,8 +41,8 @@ def resized_square(
 ) -> Tensor:
     """uint8 [size, size, 3]: resize `box` of `pixels` (uint8 [height, width, 3]) to `resized`, cut from `corner` on.
 
-    `out`: contiguous and of that shape, to be written to and returned. ValueError where the box or the square reach
-    beyond what they are part of, or where `pixels` or `out` are of another form.
+    `out`: contiguous and of that shape. ValueError where the box or the square reach beyond what they are part of, or
+    where `pixels` or `out` are of another form.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"pixels must be uint8 [height, width, 3], not {pixels.dtype} {list(pixels.shape)}")
@@ -88,7 +88,7 @@ def _by_native(
 
 @cache
 def native_resize() -> tuple[Callable[..., int], ColumnsFirst] | None:
-    """The compiled function and this Pillow's order, or None after one warning: then Pillow itself must be used."""
+    """The compiled function and this Pillow's order, or None after one warning."""
     signature = ctypes.c_int, [ctypes.c_void_p, *[ctypes.c_int64] * 9, ctypes.c_void_p]
     library = load_library(SOURCE, {"resize_square": signature}, "Pillow's slower resizing is used")
     if library is None:

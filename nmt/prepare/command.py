@@ -6,8 +6,7 @@
     python -m nmt.prepare grammar OUT                 generated sentences that need no download
     python -m nmt.prepare verify OUT                  compare the prepared data with its checksums
 
-stages.py has the three stages. After any interruption the same command continues the preparation. docs/data.md says how
-to get WMT14 and how long this takes.
+After any interruption the same command continues the preparation.
 """
 
 import argparse
@@ -58,10 +57,10 @@ def main(arguments: list[str]) -> int:
 
 
 def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: bool = False) -> None:
-    """Prepare the files that `recipe` names, below `folder`, into `out`. This also continues an unfinished preparation.
+    """Prepare the files that `recipe` names, below `folder`, into `out`.
 
-    With `wait` it waits for another process that prepares into `out`. Without, that is a UserError. Raises UserError
-    also if a file is missing, not UTF-8, empty or does not match its other side, and if `out` holds other data.
+    With `wait` it waits for another process that prepares into `out`. Raises UserError if there is one without `wait`,
+    if a file is missing, not UTF-8, empty or does not match its other side, and if `out` holds other data.
     """
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, "preparing data", wait):
@@ -89,7 +88,7 @@ def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: boo
 
 
 def prepare_grammar(out: Path, wait: bool = False) -> None:
-    """Generate the sentences of toy_text.py below `out` and prepare them. This takes seconds, in this process."""
+    """Generate the sentences of toy_text.py below `out` and prepare them."""
     toy_text.write(out / "text")
     prepare(GRAMMAR, out / "text", out, wait=wait)
 
@@ -122,7 +121,7 @@ def _scan(recipe: Recipe, folder: Path, unpacked: Path) -> dict[str, list[Pair]]
 
 
 def _describe(recipe: Recipe, inputs: dict[str, list[Pair]]) -> dict[str, Any]:
-    """The head of the manifest: everything on which the result depends."""
+    """The head of the manifest."""
     return {
         "recipe": recipe.name,
         "source": recipe.source,
@@ -138,7 +137,6 @@ def _describe(recipe: Recipe, inputs: dict[str, list[Pair]]) -> dict[str, Any]:
 
 
 def _claim(work: Path, task: dict[str, Any]) -> None:
-    """Make `work` the folder of this task, or check that it is."""
     path = work / "task.json"
     if not path.exists():
         shutil.rmtree(work, ignore_errors=True)
@@ -151,7 +149,6 @@ def _claim(work: Path, task: dict[str, Any]) -> None:
 
 
 def _table(splits: dict[str, Any]) -> list[str]:
-    """An aligned table: the lines left after each filter, and the share of <unk>."""
     filters = list(splits["train"]["lines"])
     rows = [("split", *filters, "unknown")]
     for name, entry in splits.items():

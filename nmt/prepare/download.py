@@ -1,7 +1,7 @@
 """The archives of WMT14 English-German, and their download: python -m nmt.prepare download FOLDER     (1.7 GB)
 
-Each is compared with its published checksum. docs/data_facts.yaml names the source of each checksum. If statmt.org does
-not deliver an archive, its text comes from the zip file that Hugging Face's public script for the set downloads.
+docs/data_facts.yaml names the source of each published checksum. If statmt.org does not deliver an archive, its text
+comes from the zip file that Hugging Face's public script for the set downloads.
 """
 
 import logging
@@ -19,8 +19,6 @@ HUB = "https://huggingface.co/datasets/wmt"
 
 @dataclass(frozen=True)
 class Archive:
-    """A tar or zip file: its address, its checksum, and the texts of which it holds both sides."""
-
     url: str
     checksum: str
     texts: Sequence[str]

@@ -1,7 +1,7 @@
 """Parallel text files, read in independent chunks.
 
-A line ends with a newline and with nothing else. Common Crawl holds carriage returns, form feeds and Unicode's line
-separators *inside* sentences. If lines were split there, the two sides would soon not match any more.
+A line ends only with a newline. Common Crawl holds carriage returns, form feeds and Unicode's line separators *inside*
+sentences. If lines were split there, the two sides would not match.
 """
 
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ def scan(path: Path) -> TextFile:
                 bar.update(len(block))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    if last != b"\n":  # the last line has no newline
+    if last != b"\n":
         lines += 1
     if not lines:
         raise UserError(f"{path} is empty")

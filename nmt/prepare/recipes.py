@@ -1,8 +1,7 @@
-"""What is prepared, from which files and how: the recipe of the paper's table, and the generated sentences' recipe.
+"""The recipes of the paper's table and of the generated sentences.
 
-WMT14 English-German is easily confused with similar sets. This one is the training data of WMT 2014 (Europarl v7,
-Common Crawl, News Commentary v9), validated on newstest2013 and tested on the full newstest2014 of 3,003 sentences.
-docs/data.md compares it with the others. The line counts are those of the files that WMT publishes.
+The paper's is the training data of WMT 2014 (Europarl v7, Common Crawl, News Commentary v9), validated on newstest2013
+and tested on the full newstest2014 of 3,003 sentences. The line counts are those of the files that WMT publishes.
 """
 
 from collections.abc import Mapping, Sequence

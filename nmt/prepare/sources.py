@@ -1,7 +1,7 @@
 """Finds the two sides of a text: plain files, the tree that fairseq's script leaves in orig/, SGM, or the archives.
 
-A plain file is read where it is. SGM is turned into lines, and members of archives are unpacked, into a folder of the
-preparation. The source is never written to. In an archive and in a folder a text has one of these names:
+Lines of SGM and members of archives are written to a folder of the preparation, never to the source. In an archive and
+in a folder a text has one of these names:
 
     europarl-v7.de-en.en            plain, one sentence a line
     newstest2013-src.en.sgm         of statmt's test.tgz
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from engine.download import matches
 from engine.errors import UserError
+from engine.nearest_folder import nearest_folder
 from nmt.prepare.download import ARCHIVES, MIRRORS
 
 FOLDERS = ("", "training", "test-full", "dev", "test")  # below the source: the folders in the archives and in orig/
@@ -37,8 +38,6 @@ MOST_LISTED = 10_000  # entries of a folder that are searched for similar names
 
 
 class Place(NamedTuple):
-    """The place of one side of a text."""
-
     path: Path  # a text, SGM, or an archive
     member: str | None = None  # its name in the archive
 
@@ -73,10 +72,11 @@ def find_texts(source: Path, texts: Sequence[str], languages: Sequence[str], unp
 def locate(source: Path, texts: Sequence[str], languages: Sequence[str]) -> dict[Side, Place]:
     """Where `source` holds each side of `texts`. Nothing is unpacked.
 
-    Raises UserError if one is found nowhere. It says what was looked for and what is there instead.
+    Raises UserError if one is found nowhere.
     """
     if not source.is_dir():
-        raise UserError(f"{source} is not a folder: SOURCE holds the text, or the archives with it")
+        what = "is not a folder" if source.exists() else "is not there"
+        raise UserError(f"{source} {what}: SOURCE is the folder that holds the text, or the archives with it")
     left = [(text, language) for text in texts for language in languages]
     places = {side: Place(path) for side in left if (path := _in_folders(source, *side))}
     for name in CHECKSUMS:
@@ -97,8 +97,9 @@ def first_lines(place: Place, count: int) -> list[str]:
         if place.member is None:
             with open(place.path, "rb") as file:
                 return [line.decode(errors="replace") for line in islice(file, count)]
-        _, content = next(_open_members(place.path, [place.member]))
-        return [line.decode(errors="replace") for line in islice(content, count)]
+        for _, content in _open_members(place.path, [place.member]):  # the loop keeps the archive open
+            return [line.decode(errors="replace") for line in islice(content, count)]
+    return []
 
 
 def names(text: str, language: str) -> list[str]:
@@ -121,7 +122,6 @@ def _in_folders(source: Path, text: str, language: str) -> Path | None:
 
 
 def _unpack(archive: Path, targets: Mapping[str, Path]) -> None:
-    """Write members of the archive to plain files. Existing files stay."""
     missing = {member: path for member, path in targets.items() if not path.exists()}
     checksum = CHECKSUMS[archive.name]
     if missing and checksum and not matches(archive, checksum):
@@ -162,7 +162,6 @@ def _open_members(archive: Path, wanted: Collection[str]) -> Iterator[tuple[str,
 
 
 def _write(path: Path, content: IO[bytes], name: str) -> Path:
-    """Write plain text, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     with content, open(temporary, "wb") as file:
@@ -198,5 +197,11 @@ def _nothing(source: Path, text: str, language: str) -> str:
     if any("test-filtered" in entry for entry in listing) and name == "newstest2014":
         return f"{message}; test-filtered is another test set, of 2,737 lines"
     start = re.split(r"[-.]", name)[0]
-    near = [entry for entry in listing if os.path.basename(entry).startswith(start)][:4]
-    return f"{message}; what is there: {', '.join(near or listing[:4]) or 'nothing'}"
+    similar = [entry for entry in listing if os.path.basename(entry).startswith(start)][:4]
+    message = f"{message}; what is there: {', '.join(similar or listing[:4]) or 'nothing'}"
+    near = nearest_folder(folder, lambda other: _in_folders(other, name, language) or _has_archive(other, name))
+    return f"{message}; the nearest folder that has it: {near}" if near else message
+
+
+def _has_archive(folder: Path, text: str) -> bool:
+    return any((folder / one.name).is_file() for one in (*ARCHIVES, *MIRRORS) if text in one.texts)

@@ -1,7 +1,6 @@
 """The three stages of a preparation: Moses tokens, the BPE learned on all of them, ids of the pairs that pass filters.
 
-The first and the last work chunk by chunk, over several processes. The work folder holds the tokens and the BPE. Each
-file there is whole or absent, so a killed preparation continues with the first missing file.
+Each file of the work folder is whole or absent, so a killed preparation continues with the first missing file.
 """
 
 import json
@@ -54,7 +53,6 @@ class Chunk:
 
 
 def make_chunks(split: str, pairs: Sequence[Pair], recipe: Recipe, work: Path) -> list[Chunk]:
-    """The chunks of all files of a split, in order."""
     chunks = []
     for files in pairs:
         for index in range(files[0].chunks):
@@ -66,7 +64,7 @@ def make_chunks(split: str, pairs: Sequence[Pair], recipe: Recipe, work: Path) -
 
 @contextmanager
 def processes(workers: int) -> Iterator[Map]:
-    """A map over `workers` processes. One worker is this process. UserError if the system kills one."""
+    """A map over `workers` processes. UserError if the system kills one."""
     if workers == 1:
         yield map
         return
@@ -99,7 +97,7 @@ def tokenize(split: str, chunks: Sequence[Chunk], recipe: Recipe, each: Map) -> 
 
 
 def tokenize_chunk(recipe: Recipe, chunk: Chunk) -> dict[str, int]:
-    """Write the tokens of both sides, unless they are there. Returns the count of each character in them."""
+    """Write the tokens unless they are there. Returns the count of each character."""
     if chunk.counts.exists():
         return json.loads(chunk.counts.read_text(encoding="utf-8"))
     sides = []
@@ -118,7 +116,7 @@ def tokenize_chunk(recipe: Recipe, chunk: Chunk) -> dict[str, int]:
 
 
 def learn_codec(chunks: Sequence[Chunk], characters: Counter[str], recipe: Recipe, work: Path) -> Codec:
-    """The second stage: the codec in `work`. It is learned from the training chunks unless it is there."""
+    """The second stage: the codec in `work`."""
     if (work / "codec.json").exists():
         return Codec.load(work)
     if not characters.keys() - {"\n"}:
@@ -192,7 +190,7 @@ def encode_chunk(
 
 
 def _filters(recipe: Recipe, pieces: np.ndarray) -> dict[str, np.ndarray]:
-    """Which training pairs pass each filter, bool [pairs]. `pieces`, int64 [2, pairs], has the numbers of their pieces.
+    """Which training pairs, with `pieces` int64 [2, pairs], pass each filter, bool [pairs].
 
     These are the filters of clean-corpus-n.perl. fairseq's prepare-wmt14en2de.sh runs it on the text after BPE.
     """

@@ -2,8 +2,8 @@
 
 The grammar has what makes German hard for a model: gender and case on articles, adjectives and pronouns; the finite
 verb second in a main clause and last in a subordinate one; the perfect with haben or sein; verbs with the dative. The
-sentences often mean something odd. But both sides are correct, and the English determines the German, so a model can
-learn to translate nearly all of it. The seed is fixed, so the files are the same on every machine.
+English determines the German, so a model can learn to translate nearly all of it. The files are the same on every
+machine.
 """
 
 import os
@@ -75,8 +75,6 @@ COORDINATE = (("and", "und"), ("but", "aber"))
 
 
 class Clause(NamedTuple):
-    """One clause in both languages. The German has its finite verb in three places."""
-
     english: str  # without the time
     time: str
     second: str
@@ -96,7 +94,7 @@ def write(folder: Path) -> None:
 
 
 def generate(count: int) -> list[tuple[str, str]]:
-    """`count` pairs (English, German), no English sentence twice. The first n are the same for every `count` >= n."""
+    """`count` pairs (English, German), no English sentence twice."""
     draw = random.Random(SEED)
     pairs: dict[str, str] = {}
     while len(pairs) < count:

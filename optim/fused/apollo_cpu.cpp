@@ -1,25 +1,20 @@
-// Apollo's step over a list of tensors on the CPU, in one call. apollo_cpu.h has the arithmetic. optim/fused/cpu.py
-// compiles this file and calls apollo_step through its plain C interface.
+// Apollo's step over a list of tensors on the CPU, in one call. apollo_cpu.h has the arithmetic.
 //
-// The cost of a step is reading memory. A tensor's sums must be known before its first element can be updated, so the
-// tensor is read twice. Only the sum of g * d needs the new gradient. The other sums (sum_block) are over numbers that the
-// last step wrote. That step computes them, block by block, while the numbers are in cache. So the first pass reads g and
-// d; the second reads g, p, B, d and writes p, B, d. These are 9 transfers of a tensor's size; AdamW makes 7. A small
-// tensor is done in one go, in cache.
+// The cost of a step is reading memory. A tensor is read twice, because its sums must be known before its first element
+// can be updated. Sums other than that of g * d are carried over (carried_sums.py). So the first pass reads g and d;
+// the second reads g, p, B, d and writes p, B, d.
 //
 // An embedding's gradient is zero in the rows of words that are not in the batch. The first pass reads d only for blocks
-// whose gradient is not zero. The second pass does not read zeros again: this makes 7 transfers, as AdamW does. If d is
-// zero too and there is no weight decay, nothing changes, and p and B are not touched: 2 transfers. d shrinks by beta in
-// each step. It is set to zero when it is less than the least normal number, about 800 steps after a word was last seen.
-// (Rebound "belief" does none of this: it needs max|g - m|, reads everything in the first pass, and carries no sums.)
+// whose gradient is not zero. If d is zero too and there is no weight decay, nothing changes, and p and B are not
+// touched. d is set to zero when it is less than the least normal number, about 800 steps after a word was last seen.
 //
 // Large tensors are cut into chunks. The chunks are processed in waves that fit in the cores' own caches where that is
-// possible. Each core takes the same chunks in both passes. If a tensor's g and d do not fit in a shared cache, the second
-// pass goes backwards, in longer chunks, because the last ones are still in the cache. Otherwise it goes forwards, which
-// suits hardware prefetching better.
+// possible. Each core takes the same chunks in both passes. If a tensor's g and d do not fit in a shared cache, the
+// second pass goes backwards, in longer chunks, because the last ones are still in the cache. Otherwise it goes
+// forwards, which suits hardware prefetching better.
 //
 // The sums of a chunk do not depend on the thread that computes them, nor on whether they are carried over or computed
-// anew. Chunks are added up in their order. So the result is the same, bit for bit, on any number of threads, and after
+// anew. Chunks are added up in their order. So the result is the same, bit for bit, on any number of threads and after
 // a resume.
 
 #include "apollo_cpu.h"
@@ -45,7 +40,6 @@ struct Chunk {
   ApolloStateSums state_sums;  // of this chunk: as the last step left them, then as this one leaves them
 };
 
-// The loops over a chunk for one form of the step.
 template <class S>
 struct Loops {
   ApolloStateSums (*sum_chunk)(const ApolloTensor&, const Scalars<S>&, int64_t, int64_t);
@@ -54,7 +48,7 @@ struct Loops {
   void (*direction_chunk)(const ApolloTensor&, const Scalars<S>&, S, int64_t, int64_t);
 };
 
-// The loops compiled for these dtypes and with these flags as constants. The flags are those of Form, in its order.
+// The flags are those of Form, in its order.
 template <class P, class S, bool... KNOWN>
 Loops<S> loops_for() {
   using F = Form<P, S, KNOWN...>;
@@ -104,13 +98,12 @@ struct Step {
     total.bdd += c.state_sums.bdd, total.pd += c.state_sums.pd;
   }
 
-  // Completes the sums of a step: adds the sums that do not depend on the gradient to those that do.
+  // Adds the sums that do not depend on the gradient to those that do.
   void complete(int64_t i) const {
     sums[i].d4 = state_sums[i].d4, sums[i].bdd = state_sums[i].bdd;
     sums[i].gd += s.l2 * state_sums[i].pd - state_sums[i].md;
   }
 
-  // The whole step of a tensor that is in one chunk.
   void step_uncut(int64_t i) {
     Chunk c{i, 0, tensors[i].numel, 0, {}, {}, {}};
     sum(c);
@@ -125,7 +118,7 @@ struct Step {
 
   // Every thread of a team calls this for one wave: the chunks from `first` to `last`.
   void step_wave(int64_t first, int64_t last) {
-    // This thread's share: the chunks that begin in its part of the wave's elements.
+    // This thread takes the chunks that begin in its part of the wave's elements.
     const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
     const Chunk& final = chunks[last - 1];
     const int64_t start = chunks[first].elements_ahead, size = final.elements_ahead + final.end - final.begin - start;
@@ -221,8 +214,7 @@ struct Step {
 
 // Runs `stages` of the step of n tensors on up to `threads` threads. dtype is that of parameters and gradients: 0 float32,
 // 1 float64, 2 bfloat16, 3 float16. The state is float32, or float64 for float64. `sums` [n] pass from stage to stage,
-// and `state_sums` [n] from step to step. An update leaves `state_sums` for the next one only for tensors larger than
-// settings->uncut, and not with decay "stable" or rebound "belief".
+// and `state_sums` [n] from step to step.
 extern "C" void apollo_step(ApolloTensor* tensors, ApolloSums* sums, ApolloStateSums* state_sums,
                             const ApolloSettings* settings, int64_t n, int64_t dtype, int64_t stages, int64_t threads) {
   const ApolloSettings& s = *settings;

@@ -1,5 +1,4 @@
-// The arithmetic of Apollo's step, over one chunk of a tensor at a time. apollo_cpu.cpp cuts tensors into chunks and gives
-// them to threads. optim/apollo.py explains the algorithm and its letters.
+// The arithmetic of Apollo's step, over one chunk of a tensor at a time. optim/apollo.py explains the letters.
 
 #pragma once
 
@@ -30,14 +29,13 @@ struct ApolloTensor {
   int64_t state_sums_known;  // whether its ApolloStateSums hold the sums of the last step
 };
 
-// Sums over a tensor: of d^4, (g - m) d, B d^2 and D, and the maximum of |g - m|. If a tensor is sharded, the caller joins
-// the sums of its shards.
+// Sums over a tensor: of d^4, (g - m) d, B d^2 and D, and the maximum of |g - m|. The caller joins the sums of shards.
 struct ApolloSums {
   double d4, gd, bdd, curvature, max;
 };
 
 // The sums that do not depend on the gradient, over a tensor or this rank's shard of it: of d^4, m d, B d^2, and with L2
-// decay of p d. A step may leave them for the next one.
+// decay of p d.
 struct ApolloStateSums {
   double d4, md, bdd, pd;
 };
@@ -56,8 +54,8 @@ constexpr int64_t kHugeChunk = 65536;  // elements of its chunks
 constexpr int64_t kWave = 65536;       // elements of a wave for each thread
 constexpr int64_t kLeast = 8192;       // elements for which one more thread is worth its start
 
-// The loops of a step are compiled separately for each Form. P: dtype of parameters and gradients. S: dtype of the state
-// and of all arithmetic.
+// The loops of a step are compiled for each Form. P: dtype of parameters and gradients. S: dtype of the state and of
+// all arithmetic.
 template <class P_, class S_, bool L2_, bool STORED_, bool BELIEF_, bool STABLE_>
 struct Form {
   using P = P_;
@@ -66,7 +64,7 @@ struct Form {
   static constexpr bool CARRY = !STABLE && !BELIEF;  // whether large tensors leave sums for the next step
 };
 
-// The scalars of one tensor's step. delta is the one in B <- B + delta * d^2, where d is not divided by its norm.
+// delta is the one in B <- B + delta * d^2, where d is not divided by its norm.
 template <class S>
 struct Scalars {
   S l2, decay, grad_factor, lr, alpha, delta;
@@ -74,7 +72,6 @@ struct Scalars {
   S bound, offset;
 };
 
-// The offset in D after `steps` steps: eps / alpha with "belief", else 0.
 inline double offset_after(double steps, const ApolloSettings& s) {
   return s.belief ? s.eps * (1 - std::pow(s.beta, steps)) / (1 - s.beta) : 0;
 }
@@ -111,8 +108,8 @@ inline S rectify(S b, S bound, S offset) {
   return BELIEF ? rectified + offset : rectified;
 }
 
-// Adds a block's part of the sums that do not depend on the gradient. It is not inlined, so that all callers run the same
-// instructions: a block that was just updated and a block whose sums are computed anew give the same bits.
+// Adds a block's part of the sums that do not depend on the gradient. It is not inlined, so that carried sums and sums
+// that are computed anew have the same bits.
 template <class F>
 __attribute__((noinline)) void sum_block(ApolloStateSums& total, const ApolloTensor& t, typename F::S bound,
                                          typename F::S offset, int64_t begin, int64_t end) {
@@ -145,7 +142,7 @@ ApolloStateSums sum_chunk(const ApolloTensor& t, const Scalars<typename F::S>& x
   return total;
 }
 
-// Whether all of a block is zero. Usually the first element of another block shows that it is not.
+// The first element usually shows that a block is not zero.
 template <class X>
 bool is_zero(const X* __restrict x, int64_t begin, int64_t end) {
   if (load(x[begin]) != 0) return false;
@@ -199,8 +196,8 @@ ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<typename F::S>& x, int
   return total;
 }
 
-// Updates m and B, without reading the gradient's blocks in `zeros`. Then updates d and p and, if `state_sums` is not null,
-// adds the sums that the next step needs to it. With STABLE it returns the sum of D instead, because d needs the mean of D.
+// Adds the sums that the next step needs to `state_sums`, if that is not null. With STABLE it does not update d and p,
+// and returns the sum of D, whose mean they need.
 template <class F>
 double update_chunk(const ApolloTensor& t, const Scalars<typename F::S>& x, int64_t begin, int64_t end,
                     const Blocks& zeros, ApolloStateSums* state_sums) {
@@ -248,7 +245,6 @@ double update_chunk(const ApolloTensor& t, const Scalars<typename F::S>& x, int6
   return total;
 }
 
-// Updates d and p for decay "stable".
 template <class F>
 void direction_chunk(const ApolloTensor& t, const Scalars<typename F::S>& x, typename F::S decay, int64_t begin,
                      int64_t end) {

@@ -1,13 +1,11 @@
 """Sums that a fused step leaves for the next one.
 
-Apollo's step begins with several sums. Only the sum of g * d needs the new gradient. The other sums are over numbers
-that the last step wrote, so that step computes them while the numbers are in cache or registers. They are not state.
-They are computed anew if they are missing (after a resume or a step of another kind), or if a parameter or its state
-was written to since then. Autograd's version counters show such a write. They do not see a write through `.data` or a
-numpy view; the setting carry_sums=False is for code that writes in these ways.
+A step begins with sums, of which only that of g * d needs the new gradient. The last step computes the others while
+their numbers are in cache or registers. They are computed anew if they are missing (after a resume or a step of another
+kind), or if a parameter or its state was written to since then. Autograd's version counters show such a write, unless
+it goes through `.data` or a numpy view (carry_sums=False is for these).
 
-Rebound "belief" carries nothing, because its first pass must read everything anyway. Decay "stable" carries nothing
-either.
+Decay "stable" and rebound "belief" carry nothing. (The first pass of "belief" must read everything anyway.)
 """
 
 from typing import Any
@@ -19,7 +17,7 @@ from ..settings import Settings
 
 
 class CarriedSums:
-    """Sums that steps have left, by an owner tensor, and forgotten with it. A note tells whether they are valid."""
+    """Sums that steps have left, by an owner tensor, and forgotten with it."""
 
     def __init__(self) -> None:
         self._left: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -38,5 +36,5 @@ def are_carried(settings: Settings) -> bool:
 
 
 def note_of(settings: Settings, tensors: list[Tensor]) -> tuple:
-    """Is equal as long as the sums are valid: the settings in them, and the addresses and versions of the tensors."""
+    """Is equal as long as the sums are valid, by the addresses and versions of the tensors."""
     return settings.l2 != 0, settings.sigma, [(x.data_ptr(), x._version) for x in tensors]

@@ -1,7 +1,6 @@
 """Apollo's fused step on the CPU: one call into apollo_cpu.cpp for a whole list of tensors.
 
-The C++ is compiled at first use (optim/native.py), or earlier by `python -m optim.fused.cpu`. Large tensors carry sums
-over from step to step (carried_sums.py). Sums that are computed anew have the same bits.
+The C++ is compiled at first use (optim/native.py), or earlier by `python -m optim.fused.cpu`.
 """
 
 import ctypes
@@ -26,7 +25,7 @@ SOURCE = Path(__file__).with_name("apollo_cpu.cpp")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SUM, UPDATE, DIRECTION = 1, 2, 4
 GRAD, KNOWN, COLUMNS = 1, 9, 10  # of struct ApolloTensor, in words of 64 bits
-LARGE = 65536  # elements; a tensor up to this size is done in one go, in cache: p, g, B and d in float32 are 1 MiB
+LARGE = 65536  # elements; up to this size a tensor is done in one go, in cache: p, g, B and d in float32 are 1 MiB
 
 _carried = CarriedSums()  # an array for each large parameter, owned by its direction
 
@@ -107,7 +106,7 @@ def _fused_cpu_apollo(
 
 
 def _rows(tensors: StepTensors, settings: Settings) -> array:
-    """A struct ApolloTensor for each tensor, without its gradient, and with its carried sums marked as not known."""
+    """A struct ApolloTensor for each tensor."""
     nothing = [None] * len(tensors.params)
     addresses = [tensors.params, nothing, tensors.exp_avgs, tensors.hessians, tensors.directions]
     addresses += [tensors.sigmas if settings.belief else nothing, tensors.steps]

@@ -5,14 +5,13 @@
     update_chunks   for each chunk: m, B, d, p
 
 The kernels (triton_kernels.py) find the tensors through a table of addresses on the device. The table is sent only when
-an address has changed. Nothing waits for the device: step counts, a gradient scaler's found_inf and learning rates
-that are tensors are read on the device. Chunks are added up in their order, so a repeated step gives the same bits.
+an address has changed. Nothing waits for the device: step counts, found_inf and learning rates that are tensors are
+read on the device.
 
-As on the CPU, an update leaves all sums for the next step except that of g * d (carried_sums.py). The first launch then
-reads only g and d. Sums are not carried with rebound "belief", which needs all of m, with decay "stable", or with
-capturable=True: the replay of a CUDA graph cannot check whether the sums are still valid.
+As on the CPU, sums are carried over (carried_sums.py). They are not carried with capturable=True: the replay of a CUDA
+graph cannot check whether the sums are still valid.
 
-optim/apollo.py explains the algorithm and its letters. Importing this file needs Triton.
+Importing this file needs Triton.
 """
 
 import math
@@ -155,15 +154,15 @@ def _addresses(tensors: list[Tensor]) -> list[int]:
 
 @lru_cache(maxsize=64)
 def _chunks(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[int], list[int]]:
-    """The tensor and place of each chunk, [chunks, 2] on the device; each tensor's first chunk; its count of chunks."""
+    """Tensor and place of each chunk, [chunks, 2] on the device; each tensor's first chunk and count of chunks."""
     counts = [-(-numel // CHUNK) for numel in numels]
     first = [0, *accumulate(counts)][:-1]
     places = [(i, k) for i, count in enumerate(counts) for k in range(count)]
     return torch.tensor(places, dtype=torch.int64).view(-1, 2).to(device), first, counts
 
 
-# Tables on the device by their content, the latest last. For each size there are one pinned and one device buffer in
-# reserve: a capture of a CUDA graph uses both up, and should not allocate them itself.
+# For each size one pinned and one device buffer are in reserve: a capture of a CUDA graph uses both up, and should not
+# allocate them itself.
 _tables: OrderedDict[tuple, Tensor] = OrderedDict()
 _reserve: dict[tuple, tuple[Tensor, Tensor]] = {}
 _captured: list[tuple[Tensor, ...]] = []  # tensors that CUDA graphs still read
@@ -178,7 +177,7 @@ def _pinned(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """`values` as int64 on the device. They are sent only if they have changed, without waiting for the device."""
+    """`values` as int64 on the device."""
     key, size, capturing = (device, values), (device, len(values)), _is_capturing(device)
     table = _tables.get(key)
     if table is not None:

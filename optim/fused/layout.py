@@ -21,8 +21,7 @@ def is_dense(x: Tensor) -> bool:
 def lay_out_states(params: list[Tensor], *states: list[Tensor]) -> None:
     """Brings states, in place, into the order of their dense parameters.
 
-    Usually they have this order already. They may not if they were loaded from elsewhere, or if the model's memory
-    format was changed after they were made.
+    They may have another one if they were loaded, or if the model's memory format was changed.
     """
     for i, param in enumerate(params):
         for state in states:
@@ -31,7 +30,7 @@ def lay_out_states(params: list[Tensor], *states: list[Tensor]) -> None:
 
 
 def laid_out(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """The gradients. Each one that does not have the order of its dense parameter is replaced by a copy that does."""
+    """The gradients, copied if needed into the order of their dense parameters."""
     if all(map(Tensor.is_contiguous, chain(params, grads))):
         return grads
     return [

@@ -1,13 +1,11 @@
 """The Triton kernels of Apollo's fused step on a GPU. cuda.py launches them and says how they fit together.
 
-Each program finds its tensor through a row of a table of addresses. It works either on a chunk of the tensor, one block
-at a time, or on the sums of its chunks. optim/apollo.py explains the algorithm and its letters.
+Each program finds its tensor through a row of a table of addresses.
 """
 
 import triton
 import triton.language as tl
 
-# Columns of the table of tensors.
 PARAM, GRAD, EXP_AVG, HESSIAN, DIRECTION, SIGMA, STEP, NUMEL, WHOLE_NUMEL, FIRST_CHUNK, CHUNKS, COLUMNS = (
     tl.constexpr(i) for i in range(12)
 )
@@ -43,7 +41,7 @@ def _load(pointer, offsets, mask):
 
 @triton.jit
 def _sum_state(param, average, hessian, direction, d4, bdd, md, pd, L2: tl.constexpr):
-    """Adds a block's part of the sums that do not depend on the gradient, lane by lane."""
+    """Adds a block's part of the sums that do not depend on the gradient."""
     square = direction * direction
     if L2:
         pd += param * direction
@@ -155,7 +153,7 @@ def _joined(partials, row, COLUMN: tl.constexpr, JOIN: tl.constexpr, LARGEST: tl
 
 @triton.jit
 def join_chunks(table, partials, sums, JOIN: tl.constexpr):
-    """Sums over this rank's part of a sharded tensor. They are then joined with those of the other ranks."""
+    """Sums over this rank's part of a sharded tensor."""
     tensor = tl.program_id(0).to(tl.int64)
     row = table + tensor * COLUMNS
     out = sums + tensor * SUMS
@@ -165,7 +163,7 @@ def join_chunks(table, partials, sums, JOIN: tl.constexpr):
 
 @triton.jit
 def _sum_of(sums, partials, row, tensor, COLUMN: tl.constexpr, SHARDED: tl.constexpr, JOIN: tl.constexpr):
-    """One sum over a tensor: of a sharded one as joined over the ranks, else added up here from its chunks."""
+    """One sum over a tensor, which is joined over the ranks if it is sharded."""
     if SHARDED:
         total = tl.load(sums + tensor * SUMS + COLUMN)
     else:

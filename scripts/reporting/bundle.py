@@ -6,7 +6,7 @@
     codec.json              the vocabulary of a translation run
     SHA256SUMS              for `sha256sum -c SHA256SUMS`
 
-No file in it is a pickle. The tasks' evaluate.py and nmt/translate.py read a bundle as they read a run folder.
+No file in it is a pickle.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ COPIED = ("config.yaml", "environment.json", "metrics.jsonl", "result.json", "co
 
 
 def write_bundle(run_dir: Path, into: Path) -> Path:
-    """Write the bundle of the complete run in `run_dir` to a new folder in `into`, and return that folder.
+    """Write the bundle of the complete run in `run_dir` to a new folder in `into`.
 
     Raises UserError if there is no complete run with a checkpoint, or if the folder exists.
     """
@@ -48,7 +48,6 @@ def write_bundle(run_dir: Path, into: Path) -> Path:
 
 
 def _weights(run: Run) -> Weights:
-    """The weights that gave the run's final value."""
     weights = read_weights(run.folder, say=print)
     if "average" in run.config:
         mean, updates = average_weights(run.folder, run.config["average"]["last"], weights.vocabulary)

@@ -44,7 +44,6 @@ def draw_all(panels: Sequence[Panel], folder: Path) -> None:
 
 
 def draw(panels: Sequence[Panel], look: dict[str, Style]) -> Figure:
-    """The panels of one picture, two in a line, with one legend."""
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     width = 5.6 * columns if columns > 1 else 7.5

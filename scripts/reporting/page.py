@@ -1,6 +1,6 @@
 """Writes the report as one HTML page that needs no network: sortable tables, interactive pictures, the cells' settings.
 
-plotly.js draws the pictures in the browser. It is part of the page (about 4 MB).
+plotly.js is part of the page (about 4 MB).
 """
 
 import json
@@ -73,7 +73,6 @@ def write_page(
 
 
 def _table(table: dict[str, Any]) -> str:
-    """A sortable table with its title above and its notes below."""
     header = table["header"]
     foreign = [name in NOT_MEASURED for name in header]
     mark = {True: ' class="published"', False: ""}

@@ -1,9 +1,6 @@
-"""The numbers in the pictures. matplotlib (drawing.py) and the page (page.py) draw them. They are also written as CSV.
+"""The numbers in the pictures. matplotlib (drawing.py) and the page (page.py) draw them.
 
-curves       training and evaluation over updates or seconds: mean over seeds, with a band from lowest to highest
-levels       updates or seconds until the evaluated metric first reaches a level, with 95 % intervals over seeds
-sensitivity  the trials of a search: the value at the end over the rate divided by the chosen rate
-budget       the expected best of k trials in random order (arXiv 1910.11758), and what the choice gives on the test set
+docs/reproduction.md describes them: curves, levels, sensitivity, budget.
 """
 
 import csv
@@ -46,7 +43,7 @@ ABOUT = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One method's points. `y` is None if there is no value: the trial diverged, or the level was never reached."""
+    """One method's points. `y` is None where a trial diverged or a level was never reached."""
 
     method: str
     x: list[float]
@@ -71,12 +68,10 @@ class Panel:
 
     @property
     def name(self) -> str:
-        """The name of its file, without suffix."""
         words = dict.fromkeys((self.place, self.picture, self.y_label, self.by))
         return "_".join(re.sub(r"\W+", "-", word).strip("-") for word in words if word)
 
     def csv(self) -> str:
-        """All numbers, one line for each point."""
         text = StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["method", self.x_label, self.y_label, "low", "high", "note"])
@@ -89,7 +84,7 @@ class Panel:
 
 
 def pictures(runs: Sequence[Run]) -> list[Panel]:
-    """Every picture for which `runs` have the numbers, table by table."""
+    """Every picture for which `runs` have the numbers."""
     panels: list[Panel] = []
     for place, of_place in _places([run for run in runs if not run.trial]).items():
         panels += curve_panels(place, of_place) + level_panels(place, of_place)
@@ -104,7 +99,7 @@ def pictures(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _places(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
-    """Runs by their picture, and there by method. If a row has several schedules, each has its own picture."""
+    """Runs by picture and method. Each schedule has its own picture."""
     schedules: dict[tuple[str, str], set[str]] = {}
     for run in runs:
         schedules.setdefault((run.table, run.row), set()).add(run.schedule)
@@ -134,12 +129,12 @@ def curve_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
 
 
 def _evaluated(runs: Sequence[Run]) -> list[Run]:
-    """The complete runs that have evaluations; if none is complete, the unfinished ones."""
+    """The complete runs with evaluations, or else the unfinished ones."""
     return [run for run in [run for run in runs if run.result] or runs if run.evaluations]
 
 
 def curve_keys(run: Run) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Key and label of the training curve and of the evaluation curve. The run must have evaluations."""
+    """Key and label of the training curve and of the evaluation curve."""
     return next((two for two in PANELS if two[1][0] in run.evaluations[0]), PANELS[0])
 
 
@@ -217,7 +212,6 @@ def _without_nan(values: np.ndarray) -> list[float | None]:
 
 
 def sensitivity_panel(place: str, methods: dict[str, list[Run]], chosen: dict[str, float]) -> list[Panel]:
-    """A list with the panel; empty if no trial has a rate."""
     curves = []
     for method, trials in methods.items():
         trials = [trial for trial in trials if trial.rate]
@@ -256,8 +250,8 @@ def _crossed(curves: Sequence[Curve], lower: bool) -> list[Curve]:
 def grid_of(trials: Sequence[Run]) -> list[Run]:
     """The trials in which only the rate varies: those with the settings that have the most rates.
 
-    With decoupled decay a grid keeps the product of rate and decay. So "only the rate" is tried in two ways: with the
-    same decay, and with the same product.
+    With decoupled decay a grid keeps the product of rate and decay. So both are tried: the same decay, and the same
+    product.
     """
 
     def others(trial: Run, product: bool) -> tuple:
@@ -339,7 +333,7 @@ class Style(NamedTuple):
 
 
 def styles(panels: Sequence[Panel]) -> dict[str, Style]:
-    """The label and style of each method, the same in all panels. Another recipe of a row has its colour, dashed."""
+    """The label and style of each method, the same in all panels."""
     others = cycle(OTHER_COLOURS)
     rows: dict[str, tuple[str, str]] = {}
     found = {}

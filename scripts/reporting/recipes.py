@@ -1,4 +1,4 @@
-"""Finds the recipe of a run: the published one of its cell or another one, and the settings that then differ."""
+"""Finds the recipe of a run, and the settings that differ from the published one."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -35,13 +35,12 @@ def apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def _precedence(group: Sequence[Run]) -> tuple:
-    """A sorting key for the recipes of a cell, each given by its runs."""
     complete = sum(run.result is not None for run in group)
     return bool(changes_to_recipe(group[0])), -complete, -len(group), order(group[0])
 
 
 def _by_batchnorm_batch(runs: Sequence[Run]) -> Iterable[list[Run]]:
-    """Groups runs of the same settings by the batch that BatchNorm saw. An unknown one counts as the most common."""
+    """Groups runs of the same settings by the batch that BatchNorm saw."""
     batches = [run.recipe.get("batchnorm_batch") for run in runs]
     usual = Counter(batch for batch in batches if batch).most_common(1)
     groups: dict[Any, list[Run]] = {}

@@ -1,15 +1,9 @@
 """Records: what a report needs of its runs, in one small file. A record is committed; run folders are not.
 
-A record is JSON. It holds each config and environment once, and runs refer to them by position. Keys that change no
-result (folders, workers, …) and keys that name files of the machine are left out. Curves are columns with at most
-`MOST_POINTS` evaluations for each run. A trial of a search has no curves. A report reads a record as it reads run
-folders.
+A record is JSON. It holds each config and environment once. Keys that change no result (folders, workers, …) are left
+out. Curves have at most `MOST_POINTS` evaluations. A trial has no curves.
 
-A table in a document is generated from a record. It is between two comments; the first one names the record by its path
-from the document:
-
-    <!-- table results/digits.json results -->
-    <!-- end of table -->
+docs/reproduction.md shows how a document takes a table from a record.
 """
 
 import json
@@ -53,7 +47,7 @@ class _Record(BaseModel):
 
 
 def write_record(path: Path, runs: Sequence[Run]) -> int:
-    """Write the complete ones among `runs` to `path`, one in each line. Returns their number."""
+    """Write the complete ones among `runs` to `path`. Returns their number."""
     configs: list[str] = []
     environments: list[str] = []
     lines = []
@@ -95,7 +89,7 @@ def read_record(path: Path) -> list[Run]:
 
 
 def update_document(path: Path, render: Callable[[list[Run], str], str]) -> int:
-    """Write each marked table of a Markdown file anew. Returns the number of tables. See `updated`."""
+    """Write each marked table of a Markdown file anew. Returns their number."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -162,7 +156,7 @@ def _without(values: dict[str, Any], keys: Sequence[str], prefix: str = "") -> d
 
 
 def _position(entries: list[str], entry: dict[str, Any]) -> int:
-    """The position of `entry` in `entries`. A new entry is added first."""
+    """The position of `entry` in `entries`."""
     text = _dump(entry)
     if text not in entries:
         entries.append(text)
@@ -170,7 +164,7 @@ def _position(entries: list[str], entry: dict[str, Any]) -> int:
 
 
 def _result(run: Run) -> dict[str, Any]:
-    """What a report takes from result.json, with the further scores of the run's table."""
+    """What a report takes from result.json."""
     result = run.result
     also = (published(run.table) or {}).get("also", {})
     values = result.model_dump(include={*Result.model_fields, "signature", *also}, exclude_none=True)

@@ -1,8 +1,7 @@
 """Compares a run, as early as possible, with a committed record: does it behave as the record's seeds did?
 
-The band at an update is the 99 % prediction interval for one more seed, by Student's t over the record's seeds. With
-only three seeds this band is wide. Two evaluations in a row outside the band are a departure. A single one may happen
-by chance in a long curve.
+The band at an update is the 99 % prediction interval for one more seed, by Student's t over the record's seeds. Two
+evaluations in a row outside the band are a departure.
 """
 
 import math
@@ -65,7 +64,6 @@ def _band(others: Sequence[Run], key: str) -> dict[int, Any]:
 
 
 def _departure(run: Run, key: str, band: Band, seeds: int) -> str:
-    """One line about one curve of `run`."""
     compared = [(update, value, *band[update]) for update, _, value in points(run, key) if update in band]
     if not compared:
         why = "one seed makes no band" if seeds < 2 else "no update in common"

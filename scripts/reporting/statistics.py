@@ -1,6 +1,6 @@
 """Intervals, tests and expectations over the runs of a cell or the trials of a search.
 
-scipy is imported where it is used: the import takes a second, and the table of means does not need it.
+scipy is imported where it is used, because that takes a second.
 """
 
 import math
@@ -57,8 +57,7 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Difference | None:
 
 def expected_best(trials: Sequence[tuple[float, float]], lower_is_better: bool) -> list[float]:
     """The expected result of a search with a budget of k trials, for k = 1 … N. A trial is a pair of values. From k
-    trials, drawn without replacement, the one with the best first value is chosen; its second value is the result. If
-    both values of each pair are the same, this is the expected best value.
+    trials, drawn without replacement, the one with the best first value is chosen; its second value is the result.
 
     Dodge et al. 2019 (arXiv 1910.11758) draw with replacement. Without it, the i-th worst of N trials is the best of k
     with probability C(i−1, k−1) / C(N, k), and the curve ends at the best of all trials. Trials with equal first values

@@ -3,9 +3,8 @@
     python -m tests.crash.farm [FOLDER] [--epochs N] [--kills N]
 
 Run it in the root of the repository. It takes some minutes on two cores. The farm is killed at random moments, in turn
-alone and with all processes that it started, and each time started again. Its tables must have the same numbers as
-those of a farm that nobody killed. No line of metrics may occur twice, and the farm must name the failing cell. If it
-fails, the exit status is 1.
+alone and with all processes that it started. Its tables must have the numbers of a farm that nobody killed. No line of
+metrics may occur twice, and the farm must name the failing cell.
 """
 
 import argparse

@@ -2,11 +2,10 @@
 
     python -m tests.crash.kills TASK [KILLS] [SEED]      TASK: digits grammar pydoc_topics
 
-From the root of the repository. One run is left alone. Another is started, sent SIGKILL after a random time, and
-started again, until it has been killed KILLS times (30); then it is left to its end. Compared are the weights and the
-optimizer's state, bit for bit, metrics.jsonl, the events for TensorBoard (each step once, none missing), and
-result.json without its times. The times are drawn up to the length of the whole run, so that kills meet start-up,
-training, evaluation and saving; what a killed run was doing last is counted and printed.
+From the root of the repository. One run is left alone. Another is sent SIGKILL after random times, KILLS times (30),
+and is then left to its end. Compared are the weights and the optimizer's state, bit for bit, metrics.jsonl, the events
+for TensorBoard (each step once, none missing), and result.json without its times. What a killed run was doing last is
+counted and printed.
 """
 
 import sys
@@ -82,7 +81,6 @@ def doing(run_dir: Path) -> str:
 
 
 def compare(alone: Path, killed: Path) -> None:
-    """Raise AssertionError where the two runs differ."""
     assert_same_end(alone, killed)
     wanted = [points_written(run_dir) for run_dir in (alone, killed)]
     shown = [points_shown(run_dir) for run_dir in (alone, killed)]

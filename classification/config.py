@@ -1,0 +1,55 @@
+"""The settings of an image classifier's run. torch is not imported here: commands that only read configs start fast."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from engine.config import RunConfig, Strict
+
+IMAGENET_ALONE = ("size", "resize", "decoder", "on_damaged", "workers")  # settings that the other sets do not have
+
+
+class DataConfig(Strict):
+    """The settings under `data:` in a config."""
+
+    name: Literal["cifar10", "cifar100", "folder", "digits", "imagenet"]
+    root: str = "data"
+    validation: float = Field(0.0, ge=0, lt=1)  # share of the training images that are held out and evaluated
+    mean: list[float] | None = None  # per channel, of images in 0..1; default: the data set's own
+    std: list[float] | None = None
+    # imagenet alone; ImageNetData says what they mean, and has the defaults
+    size: PositiveInt | None = None
+    resize: PositiveInt | None = None
+    decoder: Literal["exact", "fast"] | None = None
+    on_damaged: Literal["error", "skip"] | None = None
+    workers: NonNegativeInt | None = None
+
+    @model_validator(mode="after")
+    def _imagenet_alone(self) -> "DataConfig":
+        for key in IMAGENET_ALONE:
+            if self.name != "imagenet" and getattr(self, key) is not None:
+                raise ValueError(f"data.{key} is a setting of data.name=imagenet alone")
+        return self
+
+
+class ModelConfig(Strict):
+    """The settings under `model:` in a config."""
+
+    name: str  # of models.MODELS
+    depth: PositiveInt | None = None
+
+
+class Config(RunConfig):
+    epochs: PositiveInt
+    data: DataConfig
+    model: ModelConfig
+    channels_last: bool = True
+    graph: bool | None = None  # updates in CUDA graphs; default: wherever they can be (cuda_graph.py)
+    batchnorm_group: PositiveInt | None = None  # images behind one BatchNorm statistic; default: those of a pass
+    eval_batch: PositiveInt = 1000  # per rank
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> "Config":
+        if self.batchnorm_group and self.batch % self.batchnorm_group:
+            raise ValueError(f"batchnorm_group={self.batchnorm_group} does not divide batch={self.batch}")
+        return self

@@ -1,0 +1,48 @@
+"""The folder that a user probably meant: the nearest one, above or below the given one, that holds what is needed."""
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from engine.errors import UserError
+
+ABOVE, BELOW = 2, 3  # levels
+MOST = 1_000  # folders that are looked into
+
+
+def nearest_folder(place: Path, fits: Callable[[Path], object]) -> Path | None:
+    """The nearest folder to `place` for which `fits` is true, or None. The folders above come before those below.
+
+    `place` may be a file, or may not exist. Then the search begins with the folder that holds it, or would hold it. A
+    folder for which `fits` raises OSError or UserError is passed over: nobody asked for it.
+    """
+    level = [place if place.is_dir() else place.parent]
+    above = level if level[0] != place else []
+    above = [*above, *level[0].parents[:ABOVE]]
+    if found := _first(above, fits):
+        return found
+    seen = 0
+    for _ in range(BELOW):
+        level = [path for folder in level for path in _folders(folder)][: MOST - seen]
+        seen += len(level)
+        if found := _first(level, fits):
+            return found
+    return None
+
+
+def _first(folders: Iterable[Path], fits: Callable[[Path], object]) -> Path | None:
+    for folder in folders:
+        with suppress(OSError, UserError):
+            if fits(folder):
+                return folder
+    return None
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in `folder` except hidden ones, sorted; none if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir() and entry.name[0] != ".")
+    except OSError:
+        return []

@@ -1,0 +1,56 @@
+"""The settings of a language model's run. torch is not imported here: commands that only read configs start fast."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from engine.config import RunConfig, Strict
+
+
+class DataConfig(Strict):
+    """The settings under `data:` in a config."""
+
+    name: Literal["prepared", "pydoc_topics"]  # a folder that language_model.prepare wrote, or Python's own topics
+    root: str = "data/one_billion_words"  # of prepared
+    validation: float = Field(0.0, ge=0, lt=1)  # share of the training sentences that are held out and evaluated
+
+
+class ModelConfig(Strict):
+    """The settings under `model:` in a config. LanguageModel explains them."""
+
+    name: Literal["lstm", "gru", "rnn"]
+    cutoffs: list[PositiveInt]
+    embedding: PositiveInt = 300
+    hidden: PositiveInt = 2048
+    layers: PositiveInt = 2
+    dropout: float = Field(0.1, ge=0, lt=1)
+    div_value: float = Field(4.0, ge=1)
+
+
+class TransformerConfig(Strict):
+    """The settings under `model:` in a config."""
+
+    name: Literal["transformer"]
+    cutoffs: list[PositiveInt]  # ids where the adaptive softmax starts a new cluster
+    width: PositiveInt = 512
+    inner_width: PositiveInt = 2048  # of the feed-forward parts
+    layers: PositiveInt = 6
+    heads: PositiveInt = 8
+    dropout: float = Field(0.1, ge=0, lt=1)  # of the word vectors and of what each part adds
+    div_value: float = Field(4.0, ge=1)  # cluster i has vectors of width / div_value**i dimensions
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "TransformerConfig":
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width must be an even multiple of heads, not {self.width} and {self.heads}")
+        return self
+
+
+class Config(RunConfig):
+    epochs: PositiveInt
+    data: DataConfig
+    model: Annotated[ModelConfig | TransformerConfig, Field(discriminator="name")]
+    sequence_length: PositiveInt = 20  # tokens of each row in an update: for a Transformer, its window
+    gradient_clip: PositiveFloat | None = None
+    gradient_clip_norm: Literal["total", "tensor"] = "total"  # of all gradients together, or of each tensor's own
+    eval_rows: PositiveInt = 32  # that the test text is cut into; the state starts from zero in each
