@@ -46,6 +46,7 @@ class Config(RunConfig):
     channels_last: bool = True
     graph: bool | None = None  # updates in CUDA graphs; default: wherever they can be (cuda_graph.py)
     batchnorm_group: PositiveInt | None = None  # images behind one BatchNorm statistic; default: those of a pass
+    bn_update_batches: PositiveInt | None = None  # behind BatchNorm's statistics where they are renewed; default: 50
     eval_batch: PositiveInt = 1000  # per rank
 
     @model_validator(mode="after")

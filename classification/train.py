@@ -14,11 +14,12 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from classification.augment import Batch
-from classification.batch_norm import normalise_in_groups, track_statistics
+from classification.batch_norm import normalise_in_groups, renew_statistics, track_statistics
 from classification.config import Config
 from classification.cuda_graph import use_graphs, uses_graph
 from classification.data import ImageData, load_data
 from classification.models import create_model
+from engine import evaluated
 from engine import run as runs
 from engine.distributed import World, setup
 from engine.errors import run_main, settings_of
@@ -56,7 +57,7 @@ def train(config: Config, world: World) -> int:
         while run.progress.epoch < config.epochs:
             if not train_epoch(run, bar):
                 return runs.say_stopped(run)
-            finish_epoch(run, evaluate(run))
+            finish_epoch(run, evaluated.scores(run, evaluate, renew_statistics))
     finish(run)
     return 0
 
@@ -154,7 +155,7 @@ def finish_epoch(run: ImageRun, tested: dict[str, float]) -> None:
     """Record the epoch, and save: the next one starts from here."""
     progress, sums = run.progress, run.progress.since_evaluation
     damaged = {"damaged": int(sums["damaged"])} if sums["damaged"] else {}
-    progress.best = max(tested["test_top1"], progress.best or 0.0)
+    progress.best = max(evaluated.of_result(tested, "test_top1"), progress.best or 0.0)
     runs.record_evaluation(run, "epoch", damaged | means(sums, "train_"), tested)
     runs.end_epoch(run)
     last = progress.last
@@ -168,10 +169,11 @@ def finish_epoch(run: ImageRun, tested: dict[str, float]) -> None:
 
 def finish(run: ImageRun) -> None:
     """Write result.json, and say what came out."""
-    last, best = run.progress.last, run.progress.best
-    final, validation = last["test_top1"], {"validation": last["valid_top1"]} if run.data.valid_size else {}
-    runs.write_result(run, metric="top1", final=final, **validation, evaluated=run.data.test_size)
-    run.record.say(f"done: top-1 {final:.2f} at the end, {best:.2f} at best; {run.record.folder}/result.json")
+    last = evaluated.last_scores(run, evaluate, renew_statistics)
+    found = evaluated.results(last, final="test_top1", validation="valid_top1")
+    run.progress.best = best = max(found["final"], run.progress.best)
+    runs.write_result(run, metric="top1", **found, evaluated=run.data.test_size)
+    run.record.say(f"done: top-1 {found['final']:.2f} at the end, {best:.2f} at best; {run.record.folder}/result.json")
 
 
 def prepare(config: Config, world: World, record: RunRecord) -> ImageRun:

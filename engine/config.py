@@ -1,8 +1,8 @@
 """Strict configuration: YAML files over a `base:`, `key=value` on top, checked by a pydantic model.
 
-Files merge key by key, except `optimizer` and `schedule`: each is a name and its settings, taken whole from the last
-file that gives it, so that nothing is inherited from another method. Every error is one line that names where the value
-came from (a file or the command line), the key, and what would be right.
+Files merge key by key, except `optimizer`, `schedule` and `average`: each is a choice and its settings, taken whole
+from the last file that gives it, so that nothing is inherited from another method. Every error is one line that names
+where the value came from (a file or the command line), the key, and what would be right.
 """
 
 import math
@@ -16,6 +16,7 @@ import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
@@ -27,7 +28,7 @@ from yaml.constructor import ConstructorError
 from engine.errors import UserError, nearest
 from engine.files import write_atomically
 
-TAKEN_WHOLE = ("optimizer", "schedule")
+TAKEN_WHOLE = ("optimizer", "schedule", "average")
 COMMAND_LINE = "command line"
 FORMER_KEYS = {  # and what stands for them now
     "global_batch": "an update is passes x batch: batch is what one pass sees, and the ranks divide the passes",
@@ -70,6 +71,24 @@ class CheckpointConfig(Strict):
     keep: PositiveInt = 2  # files kept
 
 
+class AverageConfig(Strict):
+    """The average of weights that is evaluated: an exponential one (`decay`), or the mean of some that are kept.
+
+    The exponential average is a <- decay * a + (1 - decay) * w after every update, and begins as the weights after the
+    first one. The mean is that of the `last` weights kept; it is formed at the end of the run.
+    """
+
+    decay: float | None = Field(None, gt=0, lt=1)
+    every: PositiveInt | None = None  # keep weights every so many updates; None: at each epoch's end
+    last: PositiveInt = 10  # how many are kept and averaged
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "AverageConfig":
+        if self.decay and (self.every or self.last != 10):
+            raise ValueError("decay, or every and last: an exponential average keeps no weights")
+        return self
+
+
 class RunConfig(Strict):
     """The keys that every task's config has; a task adds its own (data, model, epochs or updates, ...)."""
 
@@ -88,6 +107,7 @@ class RunConfig(Strict):
     log_every: PositiveInt = 50  # updates
     tensorboard: bool = False
     checkpoint: CheckpointConfig = CheckpointConfig()
+    average: AverageConfig | None = None
 
     @property
     def folder(self) -> Path:
@@ -331,18 +351,11 @@ def _explain(error: ValidationError, model: type[BaseModel], sources: dict[str, 
     dotted = ".".join(keys)
     source = _source_of(dotted, sources) or path
     if problem["type"] == "extra_forbidden":
-<<<<<<< HEAD
+        if dotted in FORMER_KEYS:
+            return f"{source}: unknown key '{dotted}': {FORMER_KEYS[dotted]}"
         valid = list(holder.model_fields)
         return f"{source}: unknown key '{dotted}'{nearest(keys[-1], valid)}; valid keys: {', '.join(valid)}"
     if problem["type"] in ("missing", "union_tag_not_found"):
-=======
-        *parents, last = (str(part) for part in problem["loc"])
-        if dotted in FORMER_KEYS:
-            return f"{source}: unknown key '{dotted}': {FORMER_KEYS[dotted]}"
-        valid = list(_model_at(model, parents).model_fields)
-        return f"{source}: unknown key '{dotted}'{nearest(last, valid)}; valid keys: {', '.join(valid)}"
-    if problem["type"] == "missing":
->>>>>>> robust
         return f"{source}: the key '{dotted}' is missing"
     if problem["type"] == "union_tag_invalid":
         about = problem["ctx"]
@@ -369,9 +382,11 @@ def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str],
     """
     keys, holder, kind = [], model, model
     for part in loc:
-        if isinstance(kind, UnionType):
-            kind = next(one for one in get_args(kind) if part in get_args(one.model_fields["name"].annotation))
+        models = [one for one in get_args(kind) if hasattr(one, "model_fields")] if isinstance(kind, UnionType) else []
+        if len(models) > 1:
+            kind = next(one for one in models if part in get_args(one.model_fields["name"].annotation))
             continue
+        kind = models[0] if models else kind  # a model or None
         keys.append(str(part))
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             holder = kind

@@ -8,6 +8,8 @@ A train.py calls these functions in the order in which they stand here:
     start_clock, wait_for_device                                         around what is not training
     record_evaluation, end_epoch                                         after an evaluation
     say_stopped, write_result                                                      at the end
+
+Which weights an evaluation is of, engine/evaluated.py says.
 """
 
 import time
@@ -19,8 +21,10 @@ from statistics import median
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from engine import evaluated
 from engine.allocator import keep_freed_memory
 from engine.apex_adapter import ApexPrecision, require_apex
 from engine.checkpoint import Checkpoints, Progress
@@ -61,6 +65,9 @@ class Run:
     checkpoints: Checkpoints
     stop: StopRequest
     agreement: Agreement
+    updates: int  # of the whole run
+    updates_per_epoch: int
+    average: AveragedModel | None  # the exponential one of the weights, where the config asks for it
     vocabulary: str | None = None  # digest of the data's; a checkpoint made with another is refused
     take_step: Callable[[], bool]  # the optimizer's; False where the scaler skipped it
     clock: float = 0.0  # when the training that is being timed began
@@ -123,14 +130,16 @@ def assemble(
     *,
     total: int,
     updates_per_unit: int = 1,
+    updates_per_epoch: int | None = None,
     network: torch.nn.Module | None = None,
     **own: Any,
 ) -> RunT:
     """A Run of class `kind` at its beginning, with its schedule, metrics and checkpoints; `own` are the fields it adds.
 
-    The schedule counts in units of `updates_per_unit` updates, and the run has `total` of them. `network` is the model
-    as it is called in training, e.g. compiled; by default the model itself.
+    The schedule counts in units of `updates_per_unit` updates, and the run has `total` of them; by default a unit is an
+    epoch. `network` is the model as it is called in training, e.g. compiled; by default the model itself.
     """
+    evaluated.begin_training(optimizer)
     with settings_of("schedule"):
         schedule = create_schedule(
             optimizer,
@@ -142,8 +151,11 @@ def assemble(
     if world.device.type == "cpu":
         keep_freed_memory()
     network = model if network is None else network
+    average = evaluated.exponential_average(model, config)
     stop = StopRequest()
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
+    if average:
+        parts["average"] = average
     return kind(
         config=config,
         world=world,
@@ -161,6 +173,9 @@ def assemble(
         stop=stop,
         agreement=Agreement(world, stop),
         take_step=partial(precision.step, optimizer),
+        updates=total * updates_per_unit,
+        updates_per_epoch=updates_per_epoch or updates_per_unit,
+        average=average,
         **own,
     )
 
@@ -215,7 +230,10 @@ def averaged_over_ranks(run: Run, is_last: bool) -> AbstractContextManager:
 
 
 def end_update(run: Run, bar: tqdm) -> Wish:
-    """Take the optimizer's and the schedule's step, and count the update; returns what the ranks agree to do next."""
+    """Take the optimizer's and the schedule's step, and count the update; returns what the ranks agree to do next.
+
+    They save after an update whose weights are kept for averaging.
+    """
     progress = run.progress
     rate = run.optimizer.param_groups[0]["lr"]
     progress.lr = rate.clone() if isinstance(rate, torch.Tensor) else rate  # float() would wait for the device
@@ -225,10 +243,17 @@ def end_update(run: Run, bar: tqdm) -> Wish:
     if step(run):  # an update that the scaler skips advances nothing
         with settings_of("schedule"):  # it may be anyone's
             run.schedule.step()
+        evaluated.update_average(run)
     progress.update += 1
     progress.update_in_epoch += 1
     bar.update()
-    return run.agreement.after(progress.update, run.checkpoints.due())
+    wish = run.agreement.after(progress.update, run.checkpoints.due())
+    if not evaluated.is_kept(run):
+        return wish
+    wait_for_device(run)
+    evaluated.keep_for_average(run)
+    start_clock(run)
+    return max(wish, Wish.SAVE)
 
 
 def _step(run: Run) -> bool:
@@ -284,6 +309,7 @@ def save(run: Run, **own: torch.Tensor) -> None:
     require_finite(float(window[:, 0].sum()), run.progress.update)
     require_finite_weights(run.model, run.world, run.progress.update)
     extra = {"window": window, "record": run.record.position(), "vocabulary": run.vocabulary}
+    extra["train_mode"] = evaluated.has_modes(run.optimizer)
     run.checkpoints.save(run.progress, extra | own)
     start_clock(run)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from engine import evaluated
 from engine import run as runs
 from engine.clipping import COUNTS, ClippingWatch
 from engine.distributed import World, setup
@@ -57,7 +58,7 @@ def train(config: Config, world: World) -> int:
         while run.progress.epoch < config.epochs:
             if not train_epoch(run, bar):
                 return runs.say_stopped(run)
-            finish_epoch(run, evaluate(run))
+            finish_epoch(run, evaluated.scores(run, evaluate))
     finish(run)
     return 0
 
@@ -152,7 +153,7 @@ def evaluate(run: TextRun) -> dict[str, float]:
 def finish_epoch(run: TextRun, tested: dict[str, float]) -> None:
     """Record the epoch, and save: the next one starts from here."""
     progress = run.progress
-    progress.best = min(tested["test_ppl"], progress.best or math.inf)
+    progress.best = min(evaluated.of_result(tested, "test_ppl"), progress.best or math.inf)
     runs.record_evaluation(run, "epoch", means(progress.since_evaluation, "train_"), tested)
     runs.end_epoch(run)
     last = progress.last
@@ -166,22 +167,23 @@ def finish_epoch(run: TextRun, tested: dict[str, float]) -> None:
 
 def finish(run: TextRun) -> None:
     """Write result.json, and say what came out."""
-    final, best, files = run.progress.last["test_ppl"], run.progress.best, run.data.corpus.facts["test"]["files"]
+    last, files = evaluated.last_scores(run, evaluate), run.data.corpus.facts["test"]["files"]
+    found = evaluated.results(last, final="test_ppl", validation="valid_ppl")
+    run.progress.best = best = min(found["final"], run.progress.best)
+    loss = evaluated.of_result(last, "test_loss")
+    with evaluated.final(run):
+        found |= final_perplexities(run.data, run.model, run.config.eval_rows, run.precision, run.world, loss)
     runs.write_result(
         run,
         metric="ppl",
-        final=final,
-        **({"validation": run.progress.last["valid_ppl"]} if run.data.corpus.valid else {}),
+        **found,
         evaluated=run.data.test_tokens,
         test_files=files,
-        **final_perplexities(
-            run.data, run.model, run.config.eval_rows, run.precision, run.world, run.progress.last["test_loss"]
-        ),
         vocabulary=run.data.corpus.words,
     )
     run.record.say(
-        f"done: perplexity {final:.2f} at the end, {best:.2f} at best, over {run.data.test_tokens:,} tokens of "
-        f"{', '.join(files)}; {run.record.folder}/result.json"
+        f"done: perplexity {found['final']:.2f} at the end, {best:.2f} at best, over {run.data.test_tokens:,} tokens "
+        f"of {', '.join(files)}; {run.record.folder}/result.json"
     )
 
 
