@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -80,6 +81,7 @@ def test_the_ranks_agree_at_the_same_updates():
 
 def _data_parallel(world: World) -> dict[str, Any]:
     """One update of two passes, with a BatchNorm whose inputs differ by rank."""
+    warnings.simplefilter("error")  # torch has renamed the argument that says whether buffers are sent
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     network = Precision("fp32", world.device).data_parallel(model, world.device)
