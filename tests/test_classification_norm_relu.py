@@ -60,6 +60,26 @@ def test_equals_torch(shape, with_shortcut, dtype, mean):
         torch.testing.assert_close(value.double(), expected[name].double(), rtol=0, atol=tolerance * scale, msg=name)
 
 
+@pytest.mark.parametrize("with_shortcut", [False, True])
+def test_its_gradients_have_gradients(with_shortcut):
+    """For a backward pass with create_graph it takes torch's operators."""
+    torch.manual_seed(0)
+    norm, convolution, x = random_norm(16), torch.nn.Conv2d(16, 16, 3), channels_last(4, 16, 7, 7, dtype=torch.float32)
+    shortcut = channels_last(4, 16, 5, 5, dtype=torch.float32) if with_shortcut else None
+    draws = [torch.randn_like(weight) for weight in (convolution.weight, norm.weight, norm.bias)]
+
+    def products(apply, norm, convolution):
+        """Of the Hessian of a loss with `draws`."""
+        weights = (convolution.weight, norm.weight, norm.bias)
+        loss = apply(norm, convolution(x.to(norm.weight)), shortcut).double().pow(3).sum()
+        gradients = torch.autograd.grad(loss, weights, create_graph=True)
+        return torch.autograd.grad(gradients, weights, [draw.to(norm.weight) for draw in draws])
+
+    expected = products(in_float64, *(copy.deepcopy(module).double() for module in (norm, convolution)))
+    for found, true in zip(products(norm_relu, norm, convolution), expected, strict=True):
+        torch.testing.assert_close(found.double(), true, rtol=0, atol=1e-4 * true.abs().max().item())
+
+
 def test_is_used_by_the_cifar_resnet_in_training_on_channels_last_alone():
     assert library() is not None, "no compiler here, so nothing was tested"
     model, images = create_model("resnet", 10, 8), torch.randn(4, 3, 32, 32)
