@@ -5,11 +5,10 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from training_runs import PATIENCE_S, SERVER, places
 
 from engine.distributed import World, setup
@@ -37,8 +36,6 @@ def on_ranks(task: Callable[[World], Any]) -> list[Any]:
 def _rank(task: Callable[[World], Any], place: dict[str, str], results: Any) -> None:
     os.environ.update(place)
     torch.set_num_threads(1)
-    init_process_group = dist.init_process_group
-    dist.init_process_group = partial(init_process_group, timeout=timedelta(seconds=2))
     world = setup("cpu")
     results.send(task(world))
     world.barrier()
@@ -46,6 +43,7 @@ def _rank(task: Callable[[World], Any], place: dict[str, str], results: Any) -> 
 
 
 def _wait_for_rank_0(world: World) -> list[str]:
+    _set_pg_timeout(timedelta(seconds=2))  # of the group whose collectives exchange gradients
     with world.main_first():
         if world.is_main:
             time.sleep(5)
