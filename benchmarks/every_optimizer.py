@@ -57,7 +57,7 @@ RESULTS = Path("docs/results/outside_optimizers.md")
 HEAD = """# Optimizers of pytorch_optimizer {version}, tried on digits
 
 Written by `python -m benchmarks.every_optimizer`, with torch {torch} on a CPU. Each class that the package exports
-trained a ResNet-8 by `classification.train` with its default settings, for 20 updates of 14 images. Then the same
+trained a ResNet-8 by `classification.train` with its default settings for 20 updates of 14 images. Then the same
 command read the checkpoint again. The last column has the line with which it was refused. The loss is that of the 20
 updates on average (chance: 2.30). It tells that the optimizer runs, and not how good it is: the settings are defaults.
 

@@ -1,6 +1,7 @@
 """Optimizers whose step needs a closure, or gradients with a graph: through the training commands, in this process."""
 
 import math
+import signal
 from importlib import import_module
 from pathlib import Path
 
@@ -124,16 +125,18 @@ def test_two_ranks_take_the_closures_of_one(configs, tmp_path):
 
 
 def test_lbfgs_trains_digits(configs, tmp_path):
-    """torch's class cannot do without a closure, so `needs` is not asked for. Resumed after an epoch, it ends alike."""
+    """torch's class cannot do without a closure, so `needs` is not asked for. Stopped and resumed, it ends alike."""
     cell = Cell("classification.train", configs["classification"])
     ours = (
-        "optimizer={name: torch.optim.LBFGS, lr: 0.5, max_iter: 4, history_size: 5}",
-        "batch=480",
+        "optimizer={name: torch.optim.LBFGS, lr: 0.5, max_iter: 3, history_size: 5}",
+        "data.validation=0.8",
+        "batch=72",
         "channels_last=false",
-        "epochs=2",
     )
     whole = cell.complete(tmp_path / "whole", *ours)
-    assert min(losses(whole)[1:]) < losses(whole)[0] and all(map(math.isfinite, losses(whole)))
+    assert len(losses(whole)) == 4 and min(losses(whole)[1:]) < losses(whole)[0] < math.inf
+    cell.interrupt(tmp_path / "stopped", *ours, at_update=1, number=signal.SIGTERM)
+    assert_same_end(cell.complete(tmp_path / "stopped", *ours), whole)
 
 
 def test_adahessian_trains_digits(configs, tmp_path):
