@@ -227,7 +227,8 @@ def test_quickstart_ends_in_a_table_and_a_picture(tmp_path, task):
     assert ended.returncode == 0, ended.stderr
     table, rows = EXPERIMENTS[task]
     lines = [line.split() for line in ended.stdout.splitlines()]
-    assert [line[0] for line in lines if line[4:5] == ["1"]] == list(rows)
+    n = next(line.index("n") for line in lines if line[:1] == ["row"] and "n" in line)
+    assert [line[0] for line in lines if line[n : n + 1] == ["1"]] == list(rows)
     assert (tmp_path / table / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "Traceback" not in ended.stderr
 
