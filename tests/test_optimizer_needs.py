@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from nmt_cell import make_cell
-from training_runs import Cell, losses, result
+from training_runs import Cell, assert_same_end, losses, result
 
 from engine.config import load_config
 from engine.distributed import setup
