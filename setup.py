@@ -39,6 +39,7 @@ DEVELOPMENT = [
     "setuptools>=70.1",  # the first that builds a wheel without the package `wheel`
     "packaging",
     "plotly",  # the report's page
+    "schedulefree",  # an optimizer with modes, for the tests
 ]
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ WORDS = 40_624  # the types of the author's log, which is the vocabulary of the 
 Contender = Callable[[], float]  # returns the number of tokens or sentences
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> list[float] | None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train")
@@ -66,7 +66,8 @@ def main(arguments: list[str]) -> None:
         command.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16", "fp16"))
         command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args(arguments)
-    {"train": measure_training, "decode": measure_decoding, "full-size": measure_full_size}[options.command](options)
+    commands = {"train": measure_training, "decode": measure_decoding, "full-size": measure_full_size}
+    return commands[options.command](options)
 
 
 def measure_training(options: argparse.Namespace) -> None:
@@ -235,7 +236,8 @@ def measure_decoding(options: argparse.Namespace) -> None:
     report("sentences/s", in_turn(contenders, options.rounds, world), "with caches")
 
 
-def measure_full_size(options: argparse.Namespace) -> None:
+def measure_full_size(options: argparse.Namespace) -> list[float]:
+    """Prints a line an update, and returns the target tokens a second in each."""
     world = setup(options.device)
     torch.manual_seed(0)
     model = create_model(ModelConfig(), WORDS).to(world.device).train()
@@ -244,7 +246,7 @@ def measure_full_size(options: argparse.Namespace) -> None:
     describe(world, f"Transformer-base, {parameters:,} parameters, {update}, {options.precision}")
     optimizer = create_optimizer("apollo", model.parameters(), lr=0.01, weight_decay=1e-8)
     cast = Precision(options.precision, world.device)
-    tokens = options.passes * options.batch
+    tokens, speeds = options.passes * options.batch, []
     print(f"{'update':>6}{'loss':>9}{'s':>9}{'tokens/s':>10}{'peak MiB':>10}")
     for number in range(1, options.updates + 1):
         started = time.perf_counter()
@@ -259,9 +261,12 @@ def measure_full_size(options: argparse.Namespace) -> None:
             total += loss.item() / tokens
         cast.clip(optimizer, model.parameters(), 1.0)
         cast.step(optimizer)
+        world.synchronize()
         seconds = time.perf_counter() - started
+        speeds.append(tokens / seconds)
         memory = peak_memory_mb(world.device)
-        print(f"{number:>6}{total:>9.4f}{seconds:>9.2f}{tokens / seconds:>10.0f}{memory:>10.0f}", flush=True)
+        print(f"{number:>6}{total:>9.4f}{seconds:>9.2f}{speeds[-1]:>10.0f}{memory:>10.0f}", flush=True)
+    return speeds
 
 
 def random_words(sentences: int, words: int, vocabulary: int) -> torch.Tensor:

@@ -147,8 +147,7 @@ def measure(
                 if contender.transfers:
                     result["transfers"] = contender.transfers
                     result["gb_per_step"] = 4 * count * result["transfers"] / 1e9
-                if device.type == "cuda":
-                    result["launches"] = launches(optimizer)
+                result["launches"] = launches(optimizer, device)
             if not together:
                 made.clear()
                 del optimizer
@@ -198,12 +197,13 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / best / 1e9
 
 
-def launches(optimizer: torch.optim.Optimizer) -> int:
+def launches(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as profiled:
         optimizer.step()
-        torch.cuda.synchronize()
+        synchronize(device)
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())
 
 
@@ -245,7 +245,7 @@ def table(name: str, results: dict[str, dict[str, Any]]) -> str:
                 *(f"{result[key]:.2f}" if key in result else "" for key in ("ratio", "ratio_to_floor")),
                 f"{result['gb_per_s']:.1f}" if "gb_per_s" in result else "",
                 f"{result['bytes_per_parameter']:.1f}",
-                str(result.get("launches", "")),
+                str(result["launches"] or ""),
             ]
         )
     full = [row for row in rows if len(row) == len(rows[0])]

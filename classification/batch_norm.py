@@ -2,12 +2,25 @@
 
 In the published runs the evaluated model has the running statistics of rank 0, which takes the first pass. A GPU that
 has room for more images than a pass has can take several passes as one, normalised in groups of a pass's size.
+
+Weights that are evaluated and not trained on (an optimizer's eval mode, an average) need statistics of their own.
 """
+
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from overrides import override
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
+
+from engine.seed import seed_step
+
+if TYPE_CHECKING:
+    from classification.train import ImageRun
+
+BATCHES = 50  # as in schedule_free's example for networks with BatchNorm
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
@@ -50,3 +63,18 @@ def track_statistics(model: nn.Module, tracked: bool) -> None:
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.track_running_stats = tracked
+
+
+def renew_statistics(run: "ImageRun") -> None:
+    """Take the running statistics of the run's model anew: their means over the first passes of the epoch.
+
+    Every rank sees the same passes. A model without BatchNorm is left as it is, and no image is read for it.
+    """
+    config, progress = run.config, run.progress
+    updates = run.data.train_batches(progress.epoch, config.batch, config.passes, channels_last=config.channels_last)
+    images = (images for passes in updates for _, (images, _) in passes)
+    track_statistics(run.model, True)
+    seed_step(config.seed, "statistics", progress.epoch)
+    with run.precision.autocast():
+        update_bn(islice(images, config.bn_update_batches or BATCHES), run.model)
+    run.data.take_damaged()  # they are counted where they are trained on

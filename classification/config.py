@@ -46,7 +46,9 @@ class Config(RunConfig):
     data: DataConfig
     model: ModelConfig
     channels_last: bool = True
+    graph: bool | None = None  # updates in CUDA graphs; default: wherever they can be (cuda_graph.py)
     batchnorm_group: PositiveInt | None = None  # images behind one BatchNorm statistic; default: those of a pass
+    bn_update_batches: PositiveInt | None = None  # behind BatchNorm's statistics where they are renewed; default: 50
     eval_batch: PositiveInt = 1000  # per rank
 
     @model_validator(mode="after")

@@ -83,9 +83,10 @@ def from_torchvision(name: str) -> Callable[..., nn.Module]:
     """A function that builds torchvision's model `name` for float images [N, 3, H, W] of at least 32x32 pixels."""
 
     def build(num_classes: int, depth: int | None = None) -> nn.Module:
+        import torchvision  # here, as its import takes seconds, and the CIFAR ResNet does without
+
         if depth is not None:
             raise ValueError(f"model '{name}' comes in one depth: leave model.depth out")
-        import torchvision  # here, because importing it takes seconds, and the networks of CIFAR do without
 
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
 

@@ -5,7 +5,7 @@ that they work with. Interrupt it at any moment and run the same command again: 
 it ends with bit-identical weights.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +15,12 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from classification.augment import Batch
-from classification.batch_norm import normalise_in_groups, track_statistics
+from classification.batch_norm import normalise_in_groups, renew_statistics, track_statistics
 from classification.config import Config
+from classification.cuda_graph import use_graphs, uses_graph
 from classification.data import ImageData, load_data
 from classification.models import create_model
+from engine import evaluated
 from engine import run as runs
 from engine.distributed import World, setup
 from engine.errors import run_main, settings_of
@@ -36,6 +38,7 @@ class ImageRun(runs.Run):
 
     config: Config
     data: ImageData
+    forward_backward: Callable[..., tuple[torch.Tensor, ...]]  # the function below, or a CUDA graph of it
 
 
 def main(arguments: list[str]) -> int:
@@ -55,7 +58,7 @@ def train(config: Config, world: World) -> int:
         while run.progress.epoch < config.epochs:
             if not train_epoch(run, bar):
                 return runs.say_stopped(run)
-            finish_epoch(run, evaluate(run))
+            finish_epoch(run, evaluated.scores(run, evaluate, renew_statistics))
     finish(run)
     return 0
 
@@ -88,6 +91,17 @@ def train_epoch(run: ImageRun, bar: tqdm) -> bool:
     return True
 
 
+def forward_backward(
+    run: ImageRun, images: torch.Tensor, labels: torch.Tensor, passes: int = 1, is_last: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add one of the update's `passes` to its gradients; returns the mean loss, and how many images are right."""
+    with run.precision.autocast():
+        logits = run.network(images)
+        loss = cross_entropy(logits.float(), labels)
+    run.precision.backward(loss / passes, is_last)
+    return loss.detach(), (logits.argmax(1) == labels).sum()
+
+
 def take_gradients(run: ImageRun, passes: list[tuple[int, Batch]], again: bool = False) -> torch.Tensor:
     """Take the gradients of one update; returns this rank's mean loss. `again`: for a closure, counting nothing."""
     config, world, total = run.config, run.world, 0.0
@@ -98,14 +112,10 @@ def take_gradients(run: ImageRun, passes: list[tuple[int, Batch]], again: bool =
         if config.passes > 1 or run.needs == "closure":
             track_statistics(run.model, index == 0 and not again)
         with runs.averaged_over_ranks(run, is_last):
-            with run.precision.autocast():
-                logits = run.network(images)
-                loss = cross_entropy(logits.float(), labels)
-            share = loss / len(passes)
-            run.precision.backward(share, is_last)
-        total += share.detach()
+            loss, correct = run.forward_backward(run, images, labels, len(passes), is_last)
+        total += loss / len(passes)
         if not again:
-            correct, damaged = (logits.argmax(1) == labels).sum(), run.data.take_damaged()
+            damaged = run.data.take_damaged()
             run.window.add(loss=loss * len(labels), correct=correct, examples=len(labels), damaged=damaged)
     return total
 
@@ -155,7 +165,7 @@ def finish_epoch(run: ImageRun, tested: dict[str, float]) -> None:
     """Record the epoch, and save: the next one starts from here."""
     progress, sums = run.progress, run.progress.since_evaluation
     damaged = {"damaged": int(sums["damaged"])} if sums["damaged"] else {}
-    progress.best = max(tested["test_top1"], progress.best or 0.0)
+    progress.best = max(evaluated.of_result(tested, "test_top1"), progress.best or 0.0)
     runs.record_evaluation(run, "epoch", damaged | means(sums, "train_"), tested)
     runs.end_epoch(run)
     last = progress.last
@@ -169,10 +179,11 @@ def finish_epoch(run: ImageRun, tested: dict[str, float]) -> None:
 
 def finish(run: ImageRun) -> None:
     """Write result.json, and say what came out."""
-    last, best = run.progress.last, run.progress.best
-    final, validation = last["test_top1"], {"validation": last["valid_top1"]} if run.data.valid_size else {}
-    runs.write_result(run, metric="top1", final=final, **validation, evaluated=run.data.test_size)
-    run.record.say(f"done: top-1 {final:.2f} at the end, {best:.2f} at best; {run.record.folder}/result.json")
+    last = evaluated.last_scores(run, evaluate, renew_statistics)
+    found = evaluated.results(last, final="test_top1", validation="valid_top1")
+    run.progress.best = best = max(found["final"], run.progress.best)
+    runs.write_result(run, metric="top1", **found, evaluated=run.data.test_size)
+    run.record.say(f"done: top-1 {found['final']:.2f} at the end, {best:.2f} at best; {run.record.folder}/result.json")
 
 
 def prepare(config: Config, world: World, record: RunRecord) -> ImageRun:
@@ -190,6 +201,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> ImageRun:
         normalise_in_groups(model, config.batchnorm_group)
     model.to(world.device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     model, optimizer = runs.with_optimizer(model, config, precision)
+    graph = uses_graph(config, optimizer, world.device, world.world_size)
 
     run = runs.assemble(
         ImageRun,
@@ -203,10 +215,14 @@ def prepare(config: Config, world: World, record: RunRecord) -> ImageRun:
         total=config.epochs,
         updates_per_unit=data.updates_per_epoch(config.batch, config.passes),
         data=data,
+        forward_backward=forward_backward,
     )
     runs.restore(run)
+    if graph:
+        use_graphs(run)
     runs.write_environment(
         run,
+        graph=graph,
         batchnorm_batch=config.batchnorm_group or config.batch,
         train_examples=data.train_size,
         valid_examples=data.valid_size,

@@ -1,20 +1,22 @@
 """Strict configuration: YAML files over a `base:`, `key=value` on top, checked by a pydantic model.
 
-Files merge key by key, except `optimizer` and `schedule`: each is a name and its settings, taken whole from the last
-file that gives it, so that nothing is inherited from another method. Every error is one line that names where the value
-came from (a file or the command line), the key, and what would be right.
+Files merge key by key, except `optimizer`, `schedule` and `average`: each is a choice and its settings, taken whole
+from the last file that gives it, so that nothing is inherited from another method. Every error is one line that names
+where the value came from (a file or the command line), the key, and what would be right.
 """
 
 import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
@@ -29,8 +31,13 @@ from yaml.constructor import ConstructorError
 from engine.errors import UserError, nearest
 from engine.files import write_atomically
 
-TAKEN_WHOLE = ("optimizer", "schedule")
+TAKEN_WHOLE = ("optimizer", "schedule", "average")
 COMMAND_LINE = "command line"
+FORMER_KEYS = {  # and what stands for them now
+    "global_batch": "an update is passes x batch: batch is what one pass sees, and the ranks divide the passes",
+    "accumulation": "passes is the number of passes that make an update, over all ranks",
+    "sync_batchnorm": "batchnorm_group is the number of images behind one statistic",
+}
 MOST_VALUES = 10_000  # that a YAML text may stand for: aliases of aliases could stand for more than memory holds
 
 
@@ -98,6 +105,24 @@ class CheckpointConfig(Strict):
     keep: PositiveInt = 2  # files kept
 
 
+class AverageConfig(Strict):
+    """The average of weights that is evaluated: an exponential one (`decay`), or the mean of some that are kept.
+
+    The exponential average is a <- decay * a + (1 - decay) * w after every update, and begins as the weights after the
+    first one. The mean is that of the `last` weights kept; it is formed at the end of the run.
+    """
+
+    decay: float | None = Field(None, gt=0, lt=1)
+    every: PositiveInt | None = None  # keep weights every so many updates; None: at each epoch's end
+    last: PositiveInt = 10  # how many are kept and averaged
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "AverageConfig":
+        if self.decay and (self.every or self.last != 10):
+            raise ValueError("decay, or every and last: an exponential average keeps no weights")
+        return self
+
+
 class RunConfig(Strict):
     """The keys that every task's config has; a task adds its own (data, model, epochs or updates, ...)."""
 
@@ -118,6 +143,7 @@ class RunConfig(Strict):
     log_every: PositiveInt = 50  # updates
     tensorboard: bool = False
     checkpoint: CheckpointConfig = CheckpointConfig()
+    average: AverageConfig | None = None
 
     @property
     def folder(self) -> Path:
@@ -194,7 +220,10 @@ def read_yaml(text: str) -> Any:
 
 
 def _checked_size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values `node` stands for once every alias is written out. Refuses a key that is given twice."""
+    """How many values `node` stands for once every alias is written out.
+
+    Raises ConstructorError for a key that is no text, or that is given twice.
+    """
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = 1  # for a node that holds itself, which PyYAML refuses later
@@ -202,6 +231,8 @@ def _checked_size(node: yaml.Node, known: dict[int, int]) -> int:
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in children]
         for index, (key, _) in enumerate(children):
+            if isinstance(key, yaml.ScalarNode) and key.tag not in (f"{_TAG}str", f"{_TAG}merge"):
+                raise ConstructorError(None, None, f"the key {key.value} is not text: quote it", key.start_mark)
             if isinstance(key, yaml.ScalarNode) and key.value in keys[:index]:
                 raise ConstructorError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
         children = [child for pair in children for child in pair]
@@ -350,14 +381,21 @@ def _set_dotted(values: dict, key: str, value: Any, sources: dict[str, str]) -> 
 def _explain(error: ValidationError, model: type[BaseModel], sources: dict[str, str], path: str) -> str:
     """The first problem that pydantic found, in one line."""
     problem = error.errors()[0]
-    dotted = ".".join(str(part) for part in problem["loc"])
+    keys, holder = _place(model, problem["loc"])
+    if problem["type"].startswith("union_tag"):
+        keys += ["name"]
+    dotted = ".".join(keys)
     source = _source_of(dotted, sources) or path
     if problem["type"] == "extra_forbidden":
-        *parents, last = (str(part) for part in problem["loc"])
-        valid = list(_model_at(model, parents).model_fields)
-        return f"{source}: unknown key '{dotted}'{nearest(last, valid)}; valid keys: {', '.join(valid)}"
-    if problem["type"] == "missing":
+        if dotted in FORMER_KEYS:
+            return f"{source}: unknown key '{dotted}': {FORMER_KEYS[dotted]}"
+        valid = list(holder.model_fields)
+        return f"{source}: unknown key '{dotted}'{nearest(keys[-1], valid)}; valid keys: {', '.join(valid)}"
+    if problem["type"] in ("missing", "union_tag_not_found"):
         return f"{source}: the key '{dotted}' is missing"
+    if problem["type"] == "union_tag_invalid":
+        about = problem["ctx"]
+        return f"{source}: {dotted} should be one of {about['expected_tags']}, not '{about['tag']}'"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] == "value_error":  # one of our own validators: its words say it all
         if COMMAND_LINE in (place for key, place in sources.items() if key.startswith(f"{dotted}.")):
@@ -373,10 +411,25 @@ def _source_of(dotted: str, sources: dict[str, str]) -> str | None:
     return sources.get(dotted)
 
 
-def _model_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
-    for part in path:
-        model = model.model_fields[part].annotation
-    return model
+def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
+    """The keys that lead to a problem, and the model that has, or lacks, the last of them.
+
+    Where a key has one of several models, by its `name`, pydantic puts that name into `loc` as if it were a key.
+    """
+    keys, holder, kind = [], model, model
+    for part in loc:
+        models = [one for one in get_args(kind) if hasattr(one, "model_fields")] if isinstance(kind, UnionType) else []
+        if len(models) > 1:
+            kind = next(one for one in models if part in get_args(one.model_fields["name"].annotation))
+            continue
+        kind = models[0] if models else kind  # a model or None
+        keys.append(str(part))
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            holder = kind
+            kind = kind.model_fields[part].annotation if part in kind.model_fields else None
+        else:
+            kind = None
+    return keys, holder
 
 
 def _flat(error: object) -> str:

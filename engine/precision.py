@@ -8,6 +8,7 @@ apex (engine/apex_adapter.py).
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from inspect import signature
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -15,6 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.errors import UserError
 from optim import OPTIMIZERS
 
+# What torch calls this argument since 2.13, and before.
+BUFFERS_ARE_SENT = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel).parameters
+)
 AUTOCAST_DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -51,8 +58,8 @@ class Precision:
         return DistributedDataParallel(
             network,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **{BUFFERS_ARE_SENT: False},
         )
 
     def autocast(self) -> AbstractContextManager:

@@ -8,18 +8,23 @@ A train.py calls these functions in the order in which they stand here:
     start_clock, wait_for_device                                         around what is not training
     record_evaluation, end_epoch                                         after an evaluation
     say_stopped, write_result                                                      at the end
+
+Which weights an evaluation is of, engine/evaluated.py says.
 """
 
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from engine import evaluated
 from engine.allocator import keep_freed_memory
 from engine.apex_adapter import ApexPrecision, require_apex
 from engine.checkpoint import Checkpoints, Progress
@@ -62,7 +67,11 @@ class Run:
     checkpoints: Checkpoints
     stop: StopRequest
     agreement: Agreement
+    updates: int  # of the whole run
+    updates_per_epoch: int
+    average: AveragedModel | None  # the exponential one of the weights, where the config asks for it
     vocabulary: str | None = None  # digest of the data's; a checkpoint made with another is refused
+    take_step: Callable[[], bool]  # the optimizer's; False where the scaler skipped it
     clock: float = 0.0  # when the training that is being timed began
     optimizer_ms: list[float] = field(default_factory=list)  # a sample, one an interval of log_every
 
@@ -117,14 +126,16 @@ def assemble(
     *,
     total: int,
     updates_per_unit: int = 1,
+    updates_per_epoch: int | None = None,
     network: torch.nn.Module | None = None,
     **own: Any,
 ) -> RunT:
     """A Run of class `kind` at its beginning, with its schedule, metrics and checkpoints; `own` are the fields it adds.
 
-    The schedule counts in units of `updates_per_unit` updates, and the run has `total` of them. `network` is the model
-    as it is called in training, e.g. compiled; by default the model itself.
+    The schedule counts in units of `updates_per_unit` updates, and the run has `total` of them; by default a unit is an
+    epoch. `network` is the model as it is called in training, e.g. compiled; by default the model itself.
     """
+    evaluated.begin_training(optimizer)
     needs = needs_of(config, optimizer, world)
     precision.create_graph = needs == "create_graph"
     with settings_of("schedule"):
@@ -138,8 +149,11 @@ def assemble(
     if world.device.type == "cpu":
         keep_freed_memory()
     network = model if network is None else network
+    average = evaluated.exponential_average(model, config)
     stop = StopRequest()
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
+    if average:
+        parts["average"] = average
     return kind(
         config=config,
         world=world,
@@ -157,6 +171,10 @@ def assemble(
         ),
         stop=stop,
         agreement=Agreement(world, stop),
+        take_step=partial(precision.step, optimizer),
+        updates=total * updates_per_unit,
+        updates_per_epoch=updates_per_epoch or updates_per_unit,
+        average=average,
         **own,
     )
 
@@ -222,7 +240,7 @@ def end_update(run: Run, bar: tqdm, again: Callable[[], torch.Tensor]) -> Wish:
     """Take the optimizer's and the schedule's step, and count the update; returns what the ranks agree to do next.
 
     `again` takes the gradients of this update once more, counts nothing, and returns this rank's loss: for an optimizer
-    that needs a closure.
+    that needs a closure. The ranks save after an update whose weights are kept for averaging.
     """
     progress = run.progress
     rate = run.optimizer.param_groups[0]["lr"]
@@ -230,12 +248,20 @@ def end_update(run: Run, bar: tqdm, again: Callable[[], torch.Tensor]) -> Wish:
     # The step is timed now and then, not every time: a clock has to wait for the device. The first one builds kernels.
     is_timed = progress.update > 0 and (progress.update - 1) % run.config.log_every == 0
     step = _timed_step if is_timed else _step
-    if step(run, again):
-        run.schedule.step()  # an update that the scaler skips advances nothing
+    if step(run, again):  # an update that the scaler skips advances nothing
+        with settings_of("schedule"):  # it may be anyone's
+            run.schedule.step()
+        evaluated.update_average(run)
     progress.update += 1
     progress.update_in_epoch += 1
     bar.update()
-    return run.agreement.after(progress.update, run.checkpoints.due())
+    wish = run.agreement.after(progress.update, run.checkpoints.due())
+    if not evaluated.is_kept(run):
+        return wish
+    wait_for_device(run)
+    evaluated.keep_for_average(run)
+    start_clock(run)
+    return max(wish, Wish.SAVE)
 
 
 def _step(run: Run, again: Callable[[], torch.Tensor]) -> bool:
@@ -243,7 +269,7 @@ def _step(run: Run, again: Callable[[], torch.Tensor]) -> bool:
     seed_step(seed, *place)  # what an optimizer draws is the same on every rank
     closure = closure_of(again, run.world, seed, *place) if run.needs == "closure" else None
     try:
-        return run.precision.step(run.optimizer, closure)
+        return run.take_step() if closure is None else run.precision.step(run.optimizer, closure)
     except UserError:
         raise
     except Exception as error:  # the optimizer may be anyone's
@@ -300,6 +326,7 @@ def save(run: Run, **own: torch.Tensor) -> None:
     require_finite(float(window[:, 0].sum()), run.progress.update)
     require_finite_weights(run.model, run.world, run.progress.update)
     extra = {"window": window, "record": run.record.position(), "vocabulary": run.vocabulary}
+    extra["train_mode"] = evaluated.has_modes(run.optimizer)
     run.checkpoints.save(run.progress, extra | own)
     start_clock(run)
 

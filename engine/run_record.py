@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from importlib.metadata import distributions, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -208,12 +208,13 @@ def describe_environment(world: World) -> dict[str, Any]:
     import torch
 
     cuda = world.device.type == "cuda"
+    packages = {found.name: found.version for found in sorted(distributions(), key=lambda one: one.name.lower())}
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": version("torchvision"),
+        "torchvision": packages.get("torchvision"),
         "numpy": numpy.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
@@ -225,7 +226,7 @@ def describe_environment(world: World) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "platform": platform.platform(),
         "git": _git_revision(),
-        "packages": {found.name: found.version for found in sorted(distributions(), key=lambda one: one.name.lower())},
+        "packages": packages,
     }
 
 

@@ -1,11 +1,13 @@
 """The weights of a trained model: those of its run folder, or of a bundle.
 
-A bundle holds the model's state_dict in a file of the safetensors format.
+A bundle holds the model's state_dict in weights.safetensors. So does the folder of a run whose evaluated weights are
+not those of its checkpoint (engine/evaluated.py).
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,20 +27,39 @@ class Weights(NamedTuple):
 
 
 def read_weights(folder: Path, say: Callable[[str], None]) -> Weights:
-    """The weights of the bundle, or of the newest checkpoint of the run folder; `say` gets the names of damaged ones.
+    """The weights to evaluate: of weights.safetensors, or else of the newest checkpoint of the run folder.
 
-    Raises UserError where there are none, or where they cannot be read.
+    `say` gets the names of damaged checkpoints. Raises UserError where there are none, or where they cannot be read.
     """
     if bundled := read_bundled(folder):
         return bundled
+    saved = _read_saved(folder, say)
+    if saved["extra"].get("train_mode"):
+        raise UserError(
+            f"{folder}: the checkpoint holds the weights of the optimizer's train mode, and those to evaluate are "
+            "written by a later evaluation: train on until then"
+        )
+    return _of_checkpoint(saved)
+
+
+def read_trained(folder: Path, say: Callable[[str], None]) -> Weights:
+    """The weights of the newest checkpoint as they are trained on; otherwise as `read_weights`."""
+    return _of_checkpoint(_read_saved(folder, say))
+
+
+def _read_saved(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     saved = read_checkpoint(folder, say)
     if saved is None:
         raise UserError(f"{folder}: neither a checkpoint nor {BUNDLED} there: name a run that has saved, or a bundle")
+    return saved
+
+
+def _of_checkpoint(saved: dict[str, Any]) -> Weights:
     return Weights(saved["model"], saved["progress"]["update"], saved["extra"].get("vocabulary"))
 
 
 def read_bundled(folder: Path) -> Weights | None:
-    """The weights of the bundle; None where the folder is none. Raises UserError where they cannot be read."""
+    """The weights of weights.safetensors; None without the file. Raises UserError where they cannot be read."""
     path = folder / BUNDLED
     if not path.exists():
         return None
@@ -52,14 +73,20 @@ def read_bundled(folder: Path) -> Weights | None:
         raise UserError(f"{path}: damaged, or not written by scripts.report --bundle ({error}): get it anew") from None
 
 
-def write_bundled(folder: Path, weights: Weights, about: dict[str, str]) -> None:
-    """Write `weights` to a bundle. `about` goes to the file's metadata."""
-    about = about | {"update": str(weights.update)}
+def write_weights(folder: Path, weights: Weights, **about: str) -> None:
+    """Write weights.safetensors. `about` goes to the file's metadata, beside what `read_weights` reads there."""
+    about["update"] = str(weights.update)
     if weights.vocabulary:
         about["vocabulary"] = weights.vocabulary
     if weights.averaged:
         about["averaged_updates"] = " ".join(map(str, weights.averaged))
     # safetensors takes no tensors that share memory, and tied weights do.
     state = {name: tensor.contiguous().clone() for name, tensor in weights.state.items()}
-    save_file(state, folder / BUNDLED, metadata=about)
-    (folder / BUNDLED).chmod(0o644)  # safetensors lets nobody else read it
+    temporary = folder / f"{BUNDLED}.tmp"
+    try:
+        save_file(state, temporary, metadata=about)
+        temporary.chmod(0o644)  # safetensors lets nobody else read it
+        os.replace(temporary, folder / BUNDLED)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{folder / BUNDLED} cannot be written: {error}") from None

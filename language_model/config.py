@@ -1,8 +1,8 @@
 """The settings of a language model's run. torch is not imported here: commands that only read configs start fast."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from engine.config import RunConfig, Strict
 
@@ -27,11 +27,30 @@ class ModelConfig(Strict):
     div_value: float = Field(4.0, ge=1)
 
 
+class TransformerConfig(Strict):
+    """The settings under `model:` in a config."""
+
+    name: Literal["transformer"]
+    cutoffs: list[PositiveInt]  # ids where the adaptive softmax starts a new cluster
+    width: PositiveInt = 512
+    inner_width: PositiveInt = 2048  # of the feed-forward parts
+    layers: PositiveInt = 6
+    heads: PositiveInt = 8
+    dropout: float = Field(0.1, ge=0, lt=1)  # of the word vectors and of what each part adds
+    div_value: float = Field(4.0, ge=1)  # cluster i has vectors of width / div_value**i dimensions
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "TransformerConfig":
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width must be an even multiple of heads, not {self.width} and {self.heads}")
+        return self
+
+
 class Config(RunConfig):
     epochs: PositiveInt
     data: DataConfig
-    model: ModelConfig
-    sequence_length: PositiveInt = 20  # tokens of each row in an update
+    model: Annotated[ModelConfig | TransformerConfig, Field(discriminator="name")]
+    sequence_length: PositiveInt = 20  # tokens of each row in an update: for a Transformer, its window
     gradient_clip: PositiveFloat | None = None
     gradient_clip_norm: Literal["total", "tensor"] = "total"  # of all gradients together, or of each tensor's own
     eval_rows: PositiveInt = 32  # that the test text is cut into; the state starts from zero in each

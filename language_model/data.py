@@ -156,13 +156,22 @@ class TextData:
         return found
 
     def test_batches(
-        self, rows: int, rank: int = 0, world_size: int = 1, *, shards: Sequence[Shard] | None = None
+        self,
+        rows: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        steps: int = TEST_STEPS,
+        shards: Sequence[Shard] | None = None,
     ) -> Iterator[ScoredBatch]:
-        """The sentences of `shards` (the test set) in `rows` rows, of which `rank` takes every world_size-th."""
+        """The sentences of `shards` (the test set) in `rows` rows, of which `rank` takes every world_size-th.
+
+        A batch has `steps` columns.
+        """
         arrays = [shard.read() for shard in (self.corpus.test if shards is None else shards)]
         tokens = np.concatenate([tokens for tokens, _ in arrays])
         lengths = np.concatenate([np.diff(offsets) for _, offsets in arrays])
-        return scored_batches(tokens, lengths, rows, rank, world_size, device=self.device)
+        return scored_batches(tokens, lengths, rows, rank, world_size, steps=steps, device=self.device)
 
 
 def sentences_in_order(shard: Arrays, order: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -186,6 +195,7 @@ def scored_batches(
     rank: int = 0,
     world_size: int = 1,
     *,
+    steps: int = TEST_STEPS,
     device: torch.device | str,
 ) -> Iterator[ScoredBatch]:
     """Every token of a text as a target exactly once: `tokens` of sentences of these `lengths`, one after the other."""
@@ -202,6 +212,6 @@ def scored_batches(
         columns[1 : stop - start + 1, row] = torch.from_numpy(tokens[start:stop].astype(np.int64))
         counted[: stop - start, row] = True
     columns, counted = columns.to(device), counted.to(device)
-    for first in range(0, longest, TEST_STEPS):
-        last = min(first + TEST_STEPS, longest)
+    for first in range(0, longest, steps):
+        last = min(first + steps, longest)
         yield ScoredBatch(columns[first:last], columns[first + 1 : last + 1], counted[first:last])

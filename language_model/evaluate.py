@@ -21,7 +21,7 @@ from engine.run import create_precision
 from engine.weights import read_weights
 from language_model.config import Config
 from language_model.data import load_corpus, scored_batches
-from language_model.model import LanguageModel
+from language_model.model import create_model
 from language_model.raw_text import Part
 from language_model.scoring import perplexities, score
 
@@ -54,12 +54,14 @@ def evaluate_file(config: Config, run: Path, file: Path, world: World) -> dict[s
     tokens, lengths, unknown = _read(file, corpus.load_vocabulary())
 
     with settings_of("model"):
-        model = LanguageModel(corpus.words, config.model.name, **config.model.model_dump(exclude={"name"}))
+        model = create_model(config.model, corpus.words, config.sequence_length)
     require_same_shapes(model, weights.state, run)
     model.load_state_dict(weights.state)
     model.to(world.device)
-    rows = scored_batches(tokens, lengths, config.eval_rows, world.rank, world.world_size, device=world.device)
-    total = score(model, rows, create_precision(config.precision, world.device, _say), world)
+    batches = scored_batches(
+        tokens, lengths, config.eval_rows, world.rank, world.world_size, steps=model.test_steps, device=world.device
+    )
+    total = score(model, batches, create_precision(config.precision, world.device, _say), world)
     words = len(tokens) - 2 * len(lengths)
     return {
         "sentences": len(lengths),

@@ -2,20 +2,23 @@
 
 The network's state is one float32 tensor [parts, layers, rows, hidden]. The parts are h and c for an LSTM, and only h
 for the others. The state is detached; the training loop keeps it, and a checkpoint contains it.
+
+`create_model` makes it, or the Transformer of transformer.py, whose state has its rows in the same place.
 """
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
-from typing import Any
 
 import torch
 from overrides import override
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import log_softmax, pad
 
-ROWS = 32  # each cluster of the softmax computes a multiple of this many rows
+from language_model.config import ModelConfig, TransformerConfig
+from language_model.data import TEST_STEPS
+from language_model.softmax import adaptive_log_prob, create_softmax
+from language_model.transformer import Transformer
+
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
@@ -47,22 +50,16 @@ class LanguageModel(nn.Module):
         div_value: float = 4.0,
     ) -> None:
         super().__init__()
+        self.test_steps = TEST_STEPS
         if cell not in CELLS:
             raise ValueError(f"unknown cell '{cell}'; valid: {', '.join(CELLS)}")
-        cutoffs = list(cutoffs)
-        if not cutoffs or cutoffs != sorted(set(cutoffs)) or not 0 < cutoffs[0] <= cutoffs[-1] < words:
-            raise ValueError(f"cutoffs={cutoffs} must rise, from 1 on, and stay below the vocabulary's {words:,} words")
-        if hidden < div_value ** len(cutoffs):
-            raise ValueError(
-                f"hidden={hidden} leaves no dimension to the last of {len(cutoffs)} clusters behind cutoffs"
-            )
         self.parts = 2 if cell == "lstm" else 1
         self.hidden = hidden
         self.embedding = nn.Embedding(words, embedding)
         # One module for each layer, and dropout between them by torch. cuDNN's dropout keeps random numbers of its own:
         # to seed them, as we do in every pass, makes the host wait for the device.
         self.rnn = nn.ModuleList(CELLS[cell](hidden if layer else embedding, hidden) for layer in range(layers))
-        self.softmax = nn.AdaptiveLogSoftmaxWithLoss(hidden, words, cutoffs, div_value)
+        self.softmax = create_softmax(hidden, words, cutoffs, div_value)
         self.dropout = nn.Dropout(dropout)
         self._initialise()
 
@@ -120,6 +117,19 @@ class LanguageModel(nn.Module):
         return device == "cuda" or (device == "cpu" and self.parts == 2 and not cpu_has_bf16_lstm())
 
 
+Network = LanguageModel | Transformer
+
+
+def create_model(config: ModelConfig | TransformerConfig, words: int, window: int) -> Network:
+    """The network of `config` for a vocabulary of `words` words; a Transformer sees `window` tokens.
+
+    Raises ValueError for cutoffs that do not fit the vocabulary.
+    """
+    if isinstance(config, TransformerConfig):
+        return Transformer(config, words, window)
+    return LanguageModel(words, config.name, **config.model_dump(exclude={"name"}))
+
+
 @cache
 def cpu_has_bf16_lstm() -> bool:
     """Whether an LSTM runs in bfloat16 on this processor. If not, it stays in float32 while the rest is in bfloat16.
@@ -132,68 +142,3 @@ def cpu_has_bf16_lstm() -> bool:
         except RuntimeError:
             return False
     return True
-
-
-def cluster_sizes(softmax: nn.AdaptiveLogSoftmaxWithLoss, targets: Tensor) -> list[int]:
-    """How many of `targets`, int64, each cluster has. Where they are on a GPU, the host waits for it."""
-    return torch.bincount(_clusters(softmax, targets.flatten()), minlength=len(softmax.cutoffs)).tolist()
-
-
-def _clusters(softmax: nn.AdaptiveLogSoftmaxWithLoss, targets: Tensor) -> Tensor:
-    return sum((targets >= cutoff).long() for cutoff in softmax.cutoffs[:-1])
-
-
-def adaptive_log_prob(
-    softmax: nn.AdaptiveLogSoftmaxWithLoss, hidden: Tensor, targets: Tensor, sizes: Sequence[int] | None = None
-) -> Tensor:
-    """The `output` of softmax(hidden, targets), float32 [N], for `hidden` [N, features] and `targets` int64 [N].
-
-    It differs from the module's own forward in four ways:
-    - Under autocast only the matrix products are in half precision. Log-probabilities are float32.
-    - The host does not wait for the device if it is given `sizes`, the targets' cluster_sizes.
-    - A cluster without targets gets a gradient of zeros. The module gives it none, and ranks could then disagree.
-    - Each cluster takes a multiple of ROWS rows. On CPUs, oneDNN compiles a kernel for each new shape, and blocks of
-      many sizes fragment the memory. Padding saves a fifth of an update's time there, and memory stays flat.
-    """
-    sizes = cluster_sizes(softmax, targets) if sizes is None else sizes
-    cluster = _clusters(softmax, targets)
-    order = cluster.argsort(stable=True)
-    hidden, targets, cluster = hidden[order], targets[order], cluster[order]
-
-    in_head = torch.where(cluster == 0, targets, softmax.shortlist_size + cluster - 1)
-    log_prob = _LogProb.apply(softmax.head(hidden), in_head)
-    low, begin, total = softmax.cutoffs[0], sizes[0], len(targets)
-    for index, (tail, high, size) in enumerate(zip(softmax.tail, softmax.cutoffs[1:], sizes[1:], strict=True), start=1):
-        rows = min(total, -(-size // ROWS) * ROWS)
-        first = min(begin, total - rows)
-        some = slice(first, first + rows)  # the cluster's rows, and a few of other clusters, which do not count
-        in_tail = _LogProb.apply(tail(hidden[some]), (targets[some] - low).clamp(0, high - low - 1))
-        in_tail = torch.where(cluster[some] == index, in_tail, 0.0)
-        log_prob = log_prob + pad(in_tail, (first, total - first - rows))
-        low, begin = high, begin + size
-    return log_prob[order.argsort()]
-
-
-class _LogProb(torch.autograd.Function):
-    """Log-probabilities, float32 [N], of `targets` [N] under `logits` [N, classes] of any precision.
-
-    The gradient, one-hot minus softmax, is computed in one step. This takes half the time and memory of log_softmax and
-    nll_loss, whose two gradients are each as large as the logits in float32.
-    """
-
-    @staticmethod
-    @override(check_signature=False)  # torch declares *args
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        log_prob = log_softmax(logits, 1, dtype=torch.float32)
-        ctx.save_for_backward(log_prob, targets[:, None])
-        ctx.dtype = logits.dtype
-        return log_prob.gather(1, targets[:, None])[:, 0]
-
-    @staticmethod
-    @once_differentiable
-    @override(check_signature=False)
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        log_prob, targets = ctx.saved_tensors
-        gradient = gradient[:, None]
-        to_logits = log_prob.exp().mul_(-gradient).scatter_add_(1, targets, gradient)
-        return to_logits.to(ctx.dtype), None

@@ -9,11 +9,11 @@ from engine.distributed import World
 from engine.metrics import Sums
 from engine.precision import Precision
 from language_model.data import ScoredBatch, TextData
-from language_model.model import LanguageModel
+from language_model.model import Network
 
 
 @torch.inference_mode()
-def score(model: LanguageModel, batches: Iterable[ScoredBatch], precision: Precision, world: World) -> dict[str, float]:
+def score(model: Network, batches: Iterable[ScoredBatch], precision: Precision, world: World) -> dict[str, float]:
     """Sums over all ranks: `loss`, the negative log-probabilities of all tokens counted in `batches`, and `tokens`."""
     model.eval()
     sums, state = Sums(("loss", "tokens"), world.device), None
@@ -26,7 +26,7 @@ def score(model: LanguageModel, batches: Iterable[ScoredBatch], precision: Preci
 
 
 def final_perplexities(
-    data: TextData, model: LanguageModel, rows: int, precision: Precision, world: World, test_loss: float
+    data: TextData, model: Network, rows: int, precision: Precision, world: World, test_loss: float
 ) -> dict[str, float]:
     """By each denominator: of the test set, whose mean loss is `test_loss`; and of all held-out files (all_...),
     if they were prepared.
@@ -35,7 +35,7 @@ def final_perplexities(
     sentences = sum(shard.sentences for shard in corpus.test)
     found = perplexities(test_loss * data.test_tokens, data.test_tokens, sentences)
     if corpus.all_test:
-        batches = data.test_batches(rows, world.rank, world.world_size, shards=corpus.all_test)
+        batches = data.test_batches(rows, world.rank, world.world_size, steps=model.test_steps, shards=corpus.all_test)
         loss = score(model, batches, precision, world)["loss"]
         facts = corpus.facts["all_test"]
         found |= {"all_files": len(facts["files"]), "all_tokens": facts["tokens"]}

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from engine import evaluated
 from engine import run as runs
 from engine.clipping import COUNTS, ClippingWatch
 from engine.distributed import World, setup
@@ -23,8 +24,9 @@ from engine.run_record import RunRecord
 from engine.seed import seed_step
 from language_model.config import Config
 from language_model.data import TextData, TrainBatch, hold_out, load_corpus
-from language_model.model import LanguageModel, cluster_sizes
+from language_model.model import Network, create_model
 from language_model.scoring import final_perplexities, perplexity, score
+from language_model.softmax import cluster_sizes
 
 USAGE = "usage: python -m language_model.train CONFIG [key=value ...]     e.g. configs/one_billion_words/apollo.yaml"
 
@@ -34,10 +36,10 @@ class TextRun(runs.Run):
     METRICS, COUNTED = ("loss", "tokens", *COUNTS), "tokens"
 
     config: Config
-    model: LanguageModel
+    model: Network
     data: TextData
     clipping: ClippingWatch
-    states: dict[int, torch.Tensor]  # of the rows of each of this rank's passes, [parts, layers, batch, hidden]
+    states: dict[int, torch.Tensor]  # of the rows of each of this rank's passes, in dimension 2
 
 
 def main(arguments: list[str]) -> int:
@@ -57,7 +59,7 @@ def train(config: Config, world: World) -> int:
         while run.progress.epoch < config.epochs:
             if not train_epoch(run, bar):
                 return runs.say_stopped(run)
-            finish_epoch(run, evaluate(run))
+            finish_epoch(run, evaluated.scores(run, evaluate))
     finish(run)
     return 0
 
@@ -153,7 +155,8 @@ def evaluate(run: TextRun) -> dict[str, float]:
     for split, shards in (("test_", run.data.corpus.test), ("valid_", run.data.corpus.valid)):
         if shards:
             rows, world, tokens = run.config.eval_rows, run.world, sum(shard.tokens for shard in shards)
-            batches = run.data.test_batches(rows, world.rank, world.world_size, shards=shards)
+            steps = run.model.test_steps
+            batches = run.data.test_batches(rows, world.rank, world.world_size, steps=steps, shards=shards)
             total = score(run.model, batches, run.precision, world)
             if total["tokens"] != tokens:
                 raise RuntimeError(f"evaluated {total['tokens']:.0f} tokens of a text of {tokens}")
@@ -165,7 +168,7 @@ def evaluate(run: TextRun) -> dict[str, float]:
 def finish_epoch(run: TextRun, tested: dict[str, float]) -> None:
     """Record the epoch, and save: the next one starts from here."""
     progress = run.progress
-    progress.best = min(tested["test_ppl"], progress.best or math.inf)
+    progress.best = min(evaluated.of_result(tested, "test_ppl"), progress.best or math.inf)
     runs.record_evaluation(run, "epoch", means(progress.since_evaluation, "train_"), tested)
     runs.end_epoch(run)
     last = progress.last
@@ -179,22 +182,23 @@ def finish_epoch(run: TextRun, tested: dict[str, float]) -> None:
 
 def finish(run: TextRun) -> None:
     """Write result.json, and say what came out."""
-    final, best, files = run.progress.last["test_ppl"], run.progress.best, run.data.corpus.facts["test"]["files"]
+    last, files = evaluated.last_scores(run, evaluate), run.data.corpus.facts["test"]["files"]
+    found = evaluated.results(last, final="test_ppl", validation="valid_ppl")
+    run.progress.best = best = min(found["final"], run.progress.best)
+    loss = evaluated.of_result(last, "test_loss")
+    with evaluated.final(run):
+        found |= final_perplexities(run.data, run.model, run.config.eval_rows, run.precision, run.world, loss)
     runs.write_result(
         run,
         metric="ppl",
-        final=final,
-        **({"validation": run.progress.last["valid_ppl"]} if run.data.corpus.valid else {}),
+        **found,
         evaluated=run.data.test_tokens,
         test_files=files,
-        **final_perplexities(
-            run.data, run.model, run.config.eval_rows, run.precision, run.world, run.progress.last["test_loss"]
-        ),
         vocabulary=run.data.corpus.words,
     )
     run.record.say(
-        f"done: perplexity {final:.2f} at the end, {best:.2f} at best, over {run.data.test_tokens:,} tokens of "
-        f"{', '.join(files)}; {run.record.folder}/result.json"
+        f"done: perplexity {found['final']:.2f} at the end, {best:.2f} at best, over {run.data.test_tokens:,} tokens "
+        f"of {', '.join(files)}; {run.record.folder}/result.json"
     )
 
 
@@ -229,8 +233,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> TextRun:
 
     seed_step(config.seed, "initialisation")
     with settings_of("model"):
-        sizes = config.model.model_dump(exclude={"name"})
-        model = LanguageModel(corpus.words, config.model.name, **sizes).to(world.device)
+        model = create_model(config.model, corpus.words, config.sequence_length).to(world.device)
     model, optimizer = runs.with_optimizer(model, config, precision)
 
     run = runs.assemble(

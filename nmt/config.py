@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from engine.config import RunConfig, Strict
+from engine.config import AverageConfig, RunConfig, Strict
 
 
 class DataConfig(Strict):
@@ -33,13 +33,6 @@ class ModelConfig(Strict):
         if self.width % self.heads or self.width % 2:
             raise ValueError(f"width must be even and divisible by heads, not {self.width} and {self.heads}")
         return self
-
-
-class AverageConfig(Strict):
-    """The settings under `average:` in a config."""
-
-    every: PositiveInt | None = None  # keep weights every so many updates; None: at each epoch's end
-    last: PositiveInt = 10  # how many are kept and averaged
 
 
 class DecodingConfig(Strict):

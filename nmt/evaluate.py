@@ -31,7 +31,10 @@ def main(arguments: list[str]) -> int:
         scores = all_scores(hypotheses, data.test.references, codec)
         decoding = config.decoding
         print(f"{len(data.test):,} pairs, beam {decoding.beam}, length penalty {decoding.length_penalty}")
-        print(f"weights averaged over {len(updates)}: those after {', '.join(map(str, updates))} updates")
+        if updates:
+            print(f"weights averaged over {len(updates)}: those after {', '.join(map(str, updates))} updates")
+        else:
+            print(f"weights averaged over all updates: decay {config.average.decay}")
         print(f"fairseq's BLEU       {scores['fairseq_bleu']:6.2f}   the one to hold against the published table")
         print(f"sacreBLEU            {scores['sacrebleu']:6.2f}   {scores['signature']}")
         print(f"compound-split BLEU  {scores['compound_split_bleu']:6.2f}")

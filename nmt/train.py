@@ -1,8 +1,8 @@
 """Train a translation model: python -m nmt.train CONFIG [key=value ...]     (also under torchrun)
 
-The whole run, top to bottom: main, train, train_epoch with the loop itself, which validates and keeps weights every so
-many updates, the score of their average on the test set; `prepare`, below, makes all that they work with. `batch`
-counts tokens, those of the longer side with its padding; losses are in nats per target token, EOS counted, padding not.
+The whole run, top to bottom: main, train, train_epoch with the loop itself, which validates every so many updates, the
+score of an average of the weights on the test set; `prepare`, below, makes all that they work with. `batch` counts
+tokens, those of the longer side with its padding; losses are in nats per target token, EOS counted, padding not.
 Interrupt it at any moment and run the same command again: it goes on where it was, and on the CPU it ends with
 bit-identical weights.
 """
@@ -15,15 +15,14 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from engine import evaluated
 from engine import run as runs
 from engine.clipping import COUNTS, ClippingWatch
 from engine.distributed import World, setup
 from engine.errors import run_main
 from engine.interrupt import Wish
-from engine.metrics import require_finite, require_finite_weights
 from engine.run_record import RunRecord
 from engine.seed import seed_step
-from nmt.averaging import average_weights, keep_weights
 from nmt.config import Config
 from nmt.data import Batch, ParallelData, Split, load_data, train_batches, updates_per_epoch
 from nmt.model import Transformer, create_model
@@ -41,7 +40,6 @@ class TranslationRun(runs.Run):
     model: Transformer
     data: ParallelData
     clipping: ClippingWatch
-    updates_per_epoch: int
     gradient_norm: torch.Tensor | None = None  # of the last update, before clipping
 
 
@@ -80,14 +78,12 @@ def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
         wish = runs.end_update(run, bar, partial(take_gradients, run, passes, again=True))
 
         is_end = progress.update == config.updates
-        validates, keeps = is_end or progress.update % config.validate_every == 0, is_kept(run)
+        validates = is_end or progress.update % config.validate_every == 0
         if validates or progress.update % config.log_every == 0:
             log(run, bar)
         if validates:
-            validate(run)
-        if keeps:
-            keep_for_average(run)
-        if validates or keeps or wish != Wish.GO_ON:
+            finish_validation(run, evaluated.scores(run, validate))
+        if validates or wish != Wish.GO_ON:
             runs.save(run)
         if is_end or wish == Wish.STOP:
             return is_end
@@ -132,23 +128,27 @@ def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
     return {f"{split}{name}": sums[name] / sums["tokens"] for name in ("loss", "nll")}
 
 
-def validate(run: TranslationRun) -> None:
-    """Loss and BLEU on the validation set, recorded beside the mean training loss since the last time."""
-    progress, sums = run.progress, run.progress.since_evaluation
+def validate(run: TranslationRun) -> dict[str, float]:
+    """Loss, perplexity and BLEU on the validation set."""
     config, split = run.config, run.data.valid
     valid = loss_sums(run.model, split, config.eval_batch, config.label_smoothing, run.precision, run.world)
     valid = means(valid, "valid_")
     hypotheses = translated(run, split)
     bleu, _ = sacre_bleu([run.data.codec.decode(ids) for ids in hypotheses], split.references)
-    progress.best = max(bleu, progress.best or 0.0)
+    return valid | {"valid_ppl": math.exp(min(valid["valid_nll"], 700.0)), "valid_bleu": bleu}
+
+
+def finish_validation(run: TranslationRun, valid: dict[str, float]) -> None:
+    """Record the validation beside the mean training loss since the last one."""
+    progress, sums = run.progress, run.progress.since_evaluation
+    progress.best = max(evaluated.of_result(valid, "valid_bleu"), progress.best or 0.0)
     trained = means(sums, "train_") | {"tokens": progress.trained_on + sums["tokens"]}
-    valid |= {"valid_ppl": math.exp(min(valid["valid_nll"], 700.0)), "valid_bleu": bleu}
     runs.record_evaluation(run, "validation", trained, valid)
     last = progress.last
     run.record.say(
         f"update {progress.update:>6}  epoch {progress.epoch + 1:>3}  train loss {last['train_loss']:.4f}  "
-        f"valid loss {last['valid_loss']:.4f}  ppl {last['valid_ppl']:.5g}  BLEU {bleu:.2f}  lr {last['lr']:.3g}  "
-        f"{last['tokens_per_s']:.0f} tokens/s"
+        f"valid loss {last['valid_loss']:.4f}  ppl {last['valid_ppl']:.5g}  BLEU {last['valid_bleu']:.2f}  "
+        f"lr {last['lr']:.3g}  {last['tokens_per_s']:.0f} tokens/s"
     )
 
 
@@ -157,41 +157,28 @@ def translated(run: TranslationRun, split: Split) -> list[list[int]]:
     return translate_split(run.model, split, run.config.decoding, run.config.eval_batch, run.world)
 
 
-def is_kept(run: TranslationRun) -> bool:
-    """Whether the weights after this update are to be averaged; the last ones are where there would be none else."""
-    config, progress = run.config, run.progress
-    is_end = progress.update == config.updates
-    if config.average.every:
-        return is_end or progress.update % config.average.every == 0
-    return progress.update_in_epoch == run.updates_per_epoch or (is_end and progress.epoch == 0)
-
-
-def keep_for_average(run: TranslationRun) -> None:
-    """Keep the weights for averaging, unless the training loss or a weight is not finite."""
-    runs.wait_for_device(run)
-    require_finite(run.window.reduce(run.world)["loss"], run.progress.update)
-    require_finite_weights(run.model, run.world, run.progress.update)
-    if run.world.is_main:
-        digest, last = run.data.codec.digest, run.config.average.last
-        keep_weights(run.record.folder, run.progress.update, run.model, digest, last)
-    runs.start_clock(run)
-
-
 def score_test_set(run: TranslationRun) -> dict[str, object]:
     """Scores of the averaged weights on the test set; the translations are written to the run folder.
 
-    `validation` is their score on the validation set, of the kind that is the run's `final`.
+    `validation` is their score on the validation set, of the kind that is the run's `final`; `final_unaveraged` is that
+    of the last weights on the test set.
     """
-    run.world.barrier()  # rank 0 has written the last weights
-    weights, updates = average_weights(run.record.folder, run.config.average.last, run.data.codec.digest)
-    run.model.load_state_dict(weights)
-    hypotheses = translated(run, run.data.test)
+    test, valid, codec = run.data.test, run.data.valid, run.data.codec
+    with evaluated.eval_mode(run):
+        unaveraged = all_scores(translated(run, test), test.references, codec)[METRIC]
+    with evaluated.averaged(run) as updates:
+        hypotheses = translated(run, test)
+        validation = all_scores(translated(run, valid), valid.references, codec)[METRIC]
     if run.world.is_main:
-        path = run.record.folder / f"test.{run.data.codec.target}.txt"
-        path.write_text("".join(run.data.codec.decode(ids) + "\n" for ids in hypotheses), encoding="utf-8")
-    scores = all_scores(hypotheses, run.data.test.references, run.data.codec)
-    validation = all_scores(translated(run, run.data.valid), run.data.valid.references, run.data.codec)[METRIC]
-    return {"validation": validation, **scores, **run.config.decoding.model_dump(), "averaged_updates": updates}
+        path = run.record.folder / f"test.{codec.target}.txt"
+        path.write_text("".join(codec.decode(ids) + "\n" for ids in hypotheses), encoding="utf-8")
+    scores = {
+        "validation": validation,
+        "final_unaveraged": unaveraged,
+        **all_scores(hypotheses, test.references, codec),
+    }
+    evaluated.record_final(run, **{f"test_{METRIC}": unaveraged, f"test_{METRIC}_average": scores[METRIC]})
+    return scores | run.config.decoding.model_dump() | ({"averaged_updates": updates} if updates else {})
 
 
 def finish(run: TranslationRun, scores: dict[str, object]) -> None:

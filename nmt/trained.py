@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.allocator import keep_freed_memory
+from engine.averaging import average_weights
 from engine.checkpoint import require_same_shapes
 from engine.config import load_config
 from engine.distributed import World, setup
 from engine.errors import UserError
 from engine.weights import BUNDLED, read_bundled
-from nmt.averaging import average_weights
 from nmt.codec import Codec
 from nmt.config import Config
 from nmt.model import Transformer
@@ -20,7 +20,7 @@ class Trained(NamedTuple):
     config: Config
     codec: Codec
     model: Transformer  # in evaluation mode, on the world's device
-    updates: list[int]  # the averaged weights are from after these
+    updates: list[int]  # the averaged weights are from after these; none where the average is an exponential one
     world: World
 
 
@@ -36,10 +36,14 @@ def open_run(run_dir: Path, overrides: Sequence[str]) -> Trained:
     codec = Codec.load(run_dir)
     if bundled := read_bundled(run_dir):
         if any(override.startswith("average") for override in overrides):
-            raise UserError(f"{run_dir} holds the average alone, not what went into it: leave average.last out")
+            raise UserError(
+                f"{run_dir / BUNDLED} holds the average alone, not what went into it: leave average.last out"
+            )
         if bundled.vocabulary != codec.digest:
             raise UserError(f"{run_dir / BUNDLED} was trained with another vocabulary than codec.json there holds")
         weights, updates = bundled.state, list(bundled.averaged)
+    elif config.average.decay:
+        raise UserError(f"{run_dir} has no {BUNDLED}, the average that the run writes: train to its first validation")
     else:
         weights, updates = average_weights(run_dir, config.average.last, codec.digest)
     model = Transformer(config.model, codec.size)

@@ -1,7 +1,8 @@
 """Learning-rate schedules in closed form, as functions of the update's index.
 
-After a linear warmup one of four rules follows. A rule counts in "units": a unit is an epoch if the published learning
-rate changes once per epoch, and an update if it changes with every update.
+After a linear warmup one of six rules follows. "milestone" and "cosine" count in "units": a unit is an epoch if the
+published learning rate changes once per epoch, and an update if it changes with every update. The others count updates.
+Schedules of others are in torch_schedule.py.
 """
 
 import math
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from .settings import suggest
+from .torch_schedule import create_torch_schedule
 
 # A setting with the default None must be given.
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -23,7 +25,10 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "milestone": {"milestones": None, "decay_rate": 0.1},
     "cosine": {"last_lr": 0.0},
     "inverse_sqrt": {},
+    "linear": {"last_lr": 0.0},
+    "wsd": {"decay_share": 0.2, "last_lr": 0.0},
 }
+NEEDS_TOTAL = ("cosine", "linear", "wsd")
 WARMUP = {"warmup_updates": 0, "init_lr": 0.0}
 
 
@@ -41,28 +46,37 @@ def create_schedule(
 
     Args:
         optimizer: any torch optimizer.
-        name: "constant", "milestone", "cosine" or "inverse_sqrt".
+        name: a key of SCHEDULES, or the dotted path of a class with the interface of torch.optim.lr_scheduler.
         updates_per_unit: number of updates in a unit: the updates of an epoch, or 1.
-        total: length of the training in units; only "cosine" needs it.
+        total: length of the training in units; only "cosine", "linear" and "wsd" need it.
         settings: warmup_updates (default 0) and init_lr (0.0, of the first group; others have it in proportion to their
             learning rates, and last_lr too). "milestone" also takes milestones, an increasing list
-            of units, and decay_rate (0.1). "cosine" also takes last_lr (0.0).
+            of units, and decay_rate (0.1). "cosine", "linear" and "wsd" also take last_lr (0.0). "wsd" also takes
+            decay_share (0.2), the share of the training's updates, at its end, in which the rate falls. A dotted path
+            also takes what its class takes, and counts updates from the end of the warmup.
 
     Raises:
         ValueError: an unknown name or setting, a value out of range, or a warmup in both schedule and optimizer.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"unknown schedule {name!r}{suggest(name, SCHEDULES)}")
-    defaults = {**WARMUP, **SCHEDULES[name]}
+    is_foreign = "." in name
+    if not is_foreign and name not in SCHEDULES:
+        raise ValueError(
+            f"unknown schedule {name!r}{suggest(name, SCHEDULES)}, or a dotted path, torch.optim.lr_scheduler.StepLR"
+        )
+    defaults = {**WARMUP, **SCHEDULES.get(name, {})}
     for key in settings:
-        if key not in defaults:
+        if key not in defaults and not is_foreign:
             raise ValueError(f"schedule {name!r} has no setting {key!r}{suggest(key, defaults)}")
-    settings = {**defaults, **settings, "updates_per_unit": updates_per_unit, "total": total}
+    given = {**defaults, **settings}
+    settings = {**given, "updates_per_unit": updates_per_unit, "total": total}
     _check(name, settings)
     if settings["warmup_updates"] > 0 and any(group.get("warmup", 0) > 0 for group in optimizer.param_groups):
         raise ValueError(
             "both optimizer and schedule warm up: pass warmup=0 to the optimizer or warmup_updates=0 to the schedule"
         )
+    if is_foreign:
+        length = None if total is None else total * updates_per_unit
+        return create_torch_schedule(optimizer, name, length=length, **given)
     return UpdateSchedule(optimizer, name, settings)
 
 
@@ -78,8 +92,14 @@ def learning_rate(
     milestones: Sequence[int] = (),
     decay_rate: float = 0.1,
     last_lr: float = 0.0,
+    decay_share: float = 0.2,
 ) -> float | Tensor:
-    """Learning rate of update `t`, counted from 0. The schedule `name` starts from `lr`."""
+    """Learning rate of update `t`, counted from 0. The schedule `name` starts from `lr`.
+
+    "linear" falls from the end of the warmup to last_lr at the end of the training. "wsd" (warmup, stable, decay) is
+    by Hu et al. 2024 (arXiv 2404.06395). It stays at `lr`, and falls linearly at the end, as in Hägele et al. 2024
+    (arXiv 2405.18392).
+    """
     if t < warmup_updates:
         return init_lr + (lr - init_lr) * t / warmup_updates
     unit = t // updates_per_unit
@@ -89,7 +109,17 @@ def learning_rate(
         return last_lr + (lr - last_lr) * (1 + math.cos(math.pi * min(unit / total, 1))) / 2
     if name == "inverse_sqrt":
         return lr * math.sqrt(warmup_updates / t)
+    if name in ("linear", "wsd"):
+        length = total * updates_per_unit
+        begin = decay_begin(name, length, warmup_updates, decay_share)
+        left = (length - t) / (length - begin)  # share of the decay that is left; above 1 before it begins
+        return last_lr + (lr - last_lr) * min(max(left, 0.0), 1.0)
     return lr
+
+
+def decay_begin(name: str, length: int, warmup_updates: int, decay_share: float) -> int:
+    """The update with which the decay of "linear" or "wsd" begins, in a training of `length` updates."""
+    return warmup_updates if name == "linear" else length - max(1, round(decay_share * length))
 
 
 class UpdateSchedule(LRScheduler):
@@ -141,5 +171,13 @@ def _check(name: str, settings: dict[str, Any]) -> None:
         at = settings["milestones"]
         whole = isinstance(at, Sequence) and not isinstance(at, str) and all(is_count(x) and x > 0 for x in at)
         require(whole and list(at) == sorted(set(at)), "milestones", "an increasing list of whole numbers > 0")
-    if name == "cosine":
+    if name in NEEDS_TOTAL:
         require(is_count(settings["total"]) and settings["total"] > 0, "total", "the training's length in units, > 0")
+    if name == "wsd":
+        share = settings["decay_share"]
+        require(is_number(share) and 0 < share <= 1, "decay_share", "a number > 0 and <= 1")
+    if name in ("linear", "wsd"):
+        length = settings["total"] * settings["updates_per_unit"]
+        begin = decay_begin(name, length, warmup, settings.get("decay_share", 0.0))
+        rule = f"below the training's {length} updates" if name == "linear" else f"<= {begin}, where the decay begins"
+        require(warmup <= begin < length, "warmup_updates", rule)

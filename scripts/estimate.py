@@ -218,5 +218,5 @@ def disk_mb(run: Path, settings: Any) -> float:
     sizes = {path: path.stat().st_size / 2**20 for path in run.rglob("*") if path.is_file()}
     checkpoint = sizes.pop(run / "checkpoint.pt", 0.0)
     weights = [size for path, size in sizes.items() if path.suffix == ".pt"]
-    averaged = max(weights, default=checkpoint / 3) * settings.average.last if hasattr(settings, "average") else 0.0
-    return checkpoint * settings.checkpoint.keep + averaged
+    kept = settings.average.last if settings.average and not settings.average.decay else 0
+    return checkpoint * settings.checkpoint.keep + max(weights, default=checkpoint / 3) * kept

@@ -148,8 +148,12 @@ def render(runs: Sequence[Run], kind: str) -> str:
 def results(
     table: str, groups: dict[Cell, list[Run]], expected: Iterable[tuple[str, str]] = (), markdown: bool = False
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of a table's means. In Markdown the published values are in italics."""
-    header = ["row", "schedule", "final", "best", "n"]
+    """Header and lines of a table's means. In Markdown the published values are in italics.
+
+    Where runs average their weights, `final` is the average's score, and `unaveraged` that of the last weights.
+    """
+    averages = any(_scores(runs, "final_unaveraged") for runs in groups.values())
+    header = ["row", "schedule", "final", *(["unaveraged"] if averages else []), "best", "n"]
     facts = published(table)
     also = facts.get("also", {}) if facts else {}
     if facts:
@@ -158,7 +162,8 @@ def results(
     for cell in sorted({*((*pair, 1) for pair in expected), *_with_line(groups)}, key=_cell_position):
         complete = [run for run in groups.get(cell, ()) if run.result]
         finals, bests = [run.result.final for run in complete], [run.result.best for run in complete]
-        line = [_label(cell), cell[1], spread(finals), spread(bests), str(len(complete))]
+        unaveraged = [spread(_scores(complete, "final_unaveraged"))] if averages else []
+        line = [_label(cell), cell[1], spread(finals), *unaveraged, spread(bests), str(len(complete))]
         if facts:
             target = published_cells(table).get(cell[:2])
             value = f"{target[0]:.2f} ({target[1]:.2f})" if target else ""
@@ -169,9 +174,9 @@ def results(
     return header, lines
 
 
-def _scores(complete: Sequence[Run], name: str) -> list[float]:
-    """A further score, of the runs that have it."""
-    scores = (run.result.model_extra.get(name) for run in complete)
+def _scores(runs: Sequence[Run], name: str) -> list[float]:
+    """A further score, of the complete runs that have it."""
+    scores = (getattr(run.result, name, None) for run in runs if run.result)
     return [score for score in scores if isinstance(score, (int, float))]
 
 

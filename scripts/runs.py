@@ -53,6 +53,7 @@ class Result(BaseModel):
     complete: bool
     diverged: bool = False
     validation: float | None = None
+    final_unaveraged: float | None = None  # of the last weights, where `final` is the score of an average
     metric: str = "top1"
     updates: int | None = None
     wall_s: float | None = None

@@ -20,9 +20,12 @@ TASKS = {
     "digits": "classification",
     "pydoc_topics": "language_model",
     "grammar": "nmt",
+    # today's test bed of optimizers, beside the LSTMs
+    "pydoc_topics_transformer": "language_model",
+    "news_transformer": "language_model",
 }
 ROWS = ("sgd", "adam", "radam", "adam_adj", "radam_adj", "apollo")  # in the order of the published tables
-SCHEDULES = ("milestone", "cosine", "inverse_sqrt")
+SCHEDULES = ("milestone", "cosine", "inverse_sqrt", "linear", "wsd")  # as files are named after them
 NOT_CELLS = ("base", "published")  # files of a table's folder
 
 

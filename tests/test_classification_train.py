@@ -1,5 +1,6 @@
 """The whole training command on scikit-learn's digits: killed and resumed, on two ranks, and with bad input."""
 
+import json
 import os
 import resource
 import signal
@@ -52,6 +53,12 @@ def cell(tmp_path_factory) -> Cell:
 @pytest.fixture(scope="module")
 def uninterrupted(cell, tmp_path_factory) -> Path:
     return cell.complete(tmp_path_factory.mktemp("uninterrupted") / "run")
+
+
+def test_deterministic_runs_repeat_bit_for_bit(cell, tmp_path):
+    one, other = (cell.complete(tmp_path / name, "deterministic=true", "epochs=1") for name in ("one", "other"))
+    assert_same_end(one, other)
+    assert json.loads((one / "environment.json").read_text())["deterministic"] is True
 
 
 def printed_scores(capsys, *arguments: object) -> list[str]:

@@ -64,6 +64,8 @@ def test_a_saved_config_reads_back_the_same(cell, tmp_path):
     ("override", "words"),
     [
         ("epoch=3", ["command line", "unknown key 'epoch'", "did you mean 'epochs'", "valid keys: table, row"]),
+        ("global_batch=128", ["command line", "unknown key 'global_batch': an update is passes x batch"]),
+        ("accumulation=2", ["command line", "unknown key 'accumulation': passes is the number"]),
         ("data.rot=x", ["command line", "unknown key 'data.rot'", "did you mean 'root'", "valid keys: name, root"]),
         ("epochs=many", ["command line", "epochs", "valid integer", "not 'many'"]),
         ("epochs=1.5", ["command line", "epochs", "not 1.5"]),
@@ -89,6 +91,7 @@ def test_bad_overrides(cell, override, words):
     [
         ("base: base.yaml\nepocs: 3\n", ["bad.yaml", "unknown key 'epocs'", "did you mean 'epochs'"]),
         ("base: base.yaml\nepochs: 3\nepochs: 4\n", ["bad.yaml", "'epochs' is given twice"]),
+        ("base: base.yaml\nschedule: {name: x, lr:0,1}\n", ["bad.yaml", "the key 1 is not text: quote it"]),
         ("base: nowhere.yaml\n", ["nowhere.yaml", "No such file"]),
         ("base: bad.yaml\n", ["bad.yaml", "comes back"]),
         ("base: 3\n", ["bad.yaml", "base must be the name of a file"]),

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from language_model.model import LanguageModel, adaptive_log_prob, cpu_has_bf16_lstm
+from language_model.model import LanguageModel, cpu_has_bf16_lstm
+from language_model.softmax import adaptive_log_prob
 
 SMALL = {"embedding": 12, "hidden": 16, "layers": 2, "dropout": 0.0, "cutoffs": [10, 50]}
 WORDS = 100

@@ -9,6 +9,8 @@ from torch import nn
 
 from optim import Apollo, create_optimizer, create_schedule
 
+TORCH = "torch.optim.lr_scheduler"
+
 
 def sgd(lr: float = 1.0, **settings) -> torch.optim.Optimizer:
     return create_optimizer("sgd", [nn.Parameter(torch.zeros(1))], lr=lr, **settings)
@@ -97,6 +99,63 @@ def test_warmup_of_the_optimizer_and_of_the_schedule_agree(how):
     torch.testing.assert_close(*finals, rtol=1e-14, atol=0)
 
 
+def test_linear_is_literal_and_torchs():
+    """lr 2, 10 updates of warmup from 0.5, then down to 0.1 at update 50, the end of 5 epochs of 10 updates."""
+    optimizer, reference = sgd(2.0), sgd(2.0)
+    settings = {"warmup_updates": 10, "init_lr": 0.5, "last_lr": 0.1}
+    taken = rates(optimizer, create_schedule(optimizer, "linear", updates_per_unit=10, total=5, **settings), 52)
+    expected = [0.5 + 1.5 * t / 10 for t in range(10)] + [2.0 - 1.9 * (t - 10) / 40 for t in range(10, 50)]
+    assert taken == pytest.approx([*expected, 0.1, 0.1])
+    theirs = torch.optim.lr_scheduler.LinearLR(reference, 1.0, 0.1 / 2.0, total_iters=40)
+    assert taken[10:] == pytest.approx(rates(reference, theirs, 42))
+
+
+def test_wsd_is_literal():
+    """lr 2, 10 updates of warmup, then 2 as long as a quarter of 48 updates is left, and down to 0 in that quarter."""
+    optimizer = sgd(2.0)
+    settings = {"warmup_updates": 10, "decay_share": 0.25}
+    taken = rates(optimizer, create_schedule(optimizer, "wsd", updates_per_unit=12, total=4, **settings), 50)
+    expected = [2.0 * t / 10 for t in range(10)] + [2.0] * 26 + [2.0 * (48 - t) / 12 for t in range(36, 48)]
+    assert taken == pytest.approx([*expected, 0.0, 0.0])
+
+
+def test_wsd_with_one_update_of_decay():
+    optimizer = sgd(2.0)
+    assert rates(optimizer, create_schedule(optimizer, "wsd", total=6, decay_share=0.01), 7) == [2.0] * 6 + [0.0]
+
+
+TORCHS = {
+    "StepLR": {"step_size": 3, "gamma": 0.5},
+    "MultiStepLR": {"milestones": [2, 5], "gamma": 0.1},
+    "ConstantLR": {"factor": 0.5, "total_iters": 4},
+    "LinearLR": {"start_factor": 0.25, "total_iters": 4},
+    "ExponentialLR": {"gamma": 0.9},
+    "PolynomialLR": {"total_iters": 9, "power": 2.0},
+    "CosineAnnealingLR": {"T_max": 12},
+    "CosineAnnealingWarmRestarts": {"T_0": 3, "T_mult": 2},
+    "CyclicLR": {"base_lr": 0.1, "max_lr": 1.0, "step_size_up": 3},
+    "OneCycleLR": {"max_lr": 2.0, "total_steps": 12},
+}
+
+
+@pytest.mark.parametrize("name", TORCHS)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_class_of_torch_after_a_warmup(name, as_tensor):
+    """The warmup rises to the first rate of torch's class, whose sequence then follows from its beginning."""
+    reference = sgd(1.0, momentum=0.9)
+    theirs = rates(reference, getattr(torch.optim.lr_scheduler, name)(reference, **TORCHS[name]), 12)
+    dotted = f"{TORCH}.{name}"
+    lr = torch.tensor(1.0, dtype=torch.float64) if as_tensor else 1.0
+    alone, warmed = (sgd(lr if isinstance(lr, float) else lr.clone(), momentum=0.9) for _ in range(2))
+    assert rates(alone, create_schedule(alone, dotted, **TORCHS[name]), 12) == pytest.approx(theirs)
+    kept = warmed.param_groups[0]["lr"]
+    schedule = create_schedule(warmed, dotted, warmup_updates=5, init_lr=0.01, **TORCHS[name])
+    assert schedule.get_last_lr() == [0.01]
+    taken = rates(warmed, schedule, 17)
+    assert taken == pytest.approx([0.01 + (theirs[0] - 0.01) * t / 5 for t in range(5)] + theirs)
+    assert not as_tensor or warmed.param_groups[0]["lr"] is kept
+
+
 def test_groups_and_tensors():
     """Each group follows its own learning rate. If that is a tensor, it stays the same tensor."""
     lr = torch.tensor(2.0)
@@ -112,21 +171,52 @@ def test_groups_and_tensors():
     assert seen == [[0.0, 0.0], [0.5, 1.0], [0.5, 1.0], [0.5, 1.0]]
 
 
-def test_resumes_through_a_file():
-    settings = {"milestones": [3, 6], "warmup_updates": 2, "init_lr": 0.1}
-    whole, first = sgd(), sgd()
-    expected = rates(whole, create_schedule(whole, "milestone", **settings), 9)
-    schedule = create_schedule(first, "milestone", **settings)
-    taken = rates(first, schedule, 4)
+OURS = {
+    "constant": {},
+    "milestone": {"milestones": [3, 6]},
+    "cosine": {"total": 9},
+    "inverse_sqrt": {},
+    "linear": {"total": 9},
+    "wsd": {"total": 9, "decay_share": 0.5},
+}
+EVERY = OURS | {f"{TORCH}.{name}": settings for name, settings in TORCHS.items()}
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("saved_after", [1, 4])  # in the warmup, and behind it
+def test_resumes_through_a_file(name, saved_after):
+    settings = {"warmup_updates": 2, "init_lr": 0.1} | EVERY[name]
+    whole, first = sgd(momentum=0.9), sgd(momentum=0.9)
+    expected = rates(whole, create_schedule(whole, name, **settings), 9)
+    schedule = create_schedule(first, name, **settings)
+    taken = rates(first, schedule, saved_after)
     file = io.BytesIO()
     torch.save([first.state_dict(), schedule.state_dict()], file)
     file.seek(0)
-    second = sgd()
-    resumed = create_schedule(second, "milestone", **settings)
+    second = sgd(momentum=0.9)
+    resumed = create_schedule(second, name, **settings)
     states = torch.load(file, weights_only=True)
     second.load_state_dict(states[0])
     resumed.load_state_dict(states[1])
-    assert taken + rates(second, resumed, 5) == expected
+    assert taken + rates(second, resumed, 9 - saved_after) == expected
+    assert second.param_groups[0]["momentum"] == whole.param_groups[0]["momentum"]  # which some classes change
+
+
+def thirds(optimizer: torch.optim.Optimizer, of: float = 3.0) -> torch.optim.lr_scheduler.LRScheduler:
+    """What somebody writes who needs a function of the update, which a config cannot hold."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 / (1 + update / of))
+
+
+def test_a_function_of_ones_own():
+    optimizer = sgd(1.0)
+    taken = rates(optimizer, create_schedule(optimizer, f"{__name__}.thirds", of=2.0, warmup_updates=2), 5)
+    assert taken == pytest.approx([0, 1 / 2, 1, 2 / 3, 1 / 2])
+
+
+def test_every_class_of_torch_is_tried_or_takes_what_a_config_cannot_give():
+    takes_objects = {"LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler"}
+    refused = {"ReduceLROnPlateau", "LRScheduler"}
+    assert set(torch.optim.lr_scheduler.__all__) <= set(TORCHS) | takes_objects | refused
 
 
 @pytest.mark.parametrize(
@@ -149,6 +239,22 @@ def test_resumes_through_a_file():
         ("constant", {"warmup_updates": 1.5}, "warmup_updates must be a whole number >= 0, got 1.5"),
         ("constant", {"updates_per_unit": 0}, "updates_per_unit must be a whole number > 0, got 0"),
         ("constant", {"init_lr": "fast"}, "init_lr must be a finite number >= 0, got 'fast'"),
+        ("linaer", {}, "unknown schedule 'linaer'; did you mean 'linear'?"),
+        ("StepLR", {}, "or a dotted path, torch.optim.lr_scheduler.StepLR"),
+        ("linear", {}, "total must be the training's length in units, > 0, got None"),
+        ("linear", {"total": 5, "warmup_updates": 5}, "warmup_updates must be below the training's 5 updates, got 5"),
+        ("wsd", {"total": 10, "warmup_updates": 9}, "warmup_updates must be <= 8, where the decay begins, got 9"),
+        ("wsd", {"total": 10, "decay_share": 1.5}, "decay_share must be a number > 0 and <= 1, got 1.5"),
+        (f"{TORCH}.StepLT", {}, f"{TORCH} has no 'StepLT'; did you mean 'StepLR'? valid: "),
+        (f"{TORCH}s.StepLR", {}, f"'{TORCH}s.StepLR' cannot be imported: ModuleNotFoundError"),
+        (f"{TORCH}.StepLR", {"step": 3}, "has no setting 'step'; did you mean 'step_size'?"),
+        (f"{TORCH}.StepLR", {}, "needs the setting 'step_size'"),
+        (f"{TORCH}.StepLR", {"step_size": 3, "warmup_updates": -1}, "warmup_updates must be a whole number >= 0"),
+        (f"{TORCH}.LambdaLR", {"lr_lambda": "0.5"}, "LambdaLR': 'str' object is not callable"),
+        (f"{TORCH}.ReduceLROnPlateau", {}, "ReduceLROnPlateau' waits for a metric"),
+        (f"{TORCH}.OneCycleLR", {"max_lr": 1.0, "total_steps": 9, "total": 10}, "ends after total_steps=9, before"),
+        ("copy.copy", {}, "does not make a torch.optim.lr_scheduler.LRScheduler"),
+        ("..", {}, "'..' cannot be imported"),
     ],
 )
 def test_bad_names_and_settings(name, settings, message):

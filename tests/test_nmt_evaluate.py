@@ -14,9 +14,9 @@ import torch
 from nmt_cell import make_cell
 from training_runs import Cell, result
 
+from engine.averaging import average_weights, keep_weights
 from engine.errors import UserError
 from nmt import evaluate, translate
-from nmt.averaging import average_weights, keep_weights
 from nmt.codec import SPECIALS, WORD_START, Codec
 from nmt.scoring import all_scores, sacre_bleu
 from nmt.trained import open_run

@@ -147,7 +147,7 @@ def test_it_learns_in_half_precision(cell, tmp_path, precision):
         (["optimizer.betas=[0.9, 0.999]"], ["optimizer", "betas", "'beta'"]),
         (["schedule={name: inverse_sqrt}"], ["schedule", "warmup_updates"]),
         (["batch=9"], ["does not fit batch=9"]),
-        (["global_batch=512"], ["unknown key 'global_batch'", "batch, passes"]),
+        (["global_batch=512"], ["unknown key 'global_batch'", "passes x batch"]),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_one_line(cell, tmp_path, overrides, words):

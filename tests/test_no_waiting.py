@@ -65,8 +65,8 @@ def train(configs, monkeypatch, world: World, folder: Path, task: str, *override
     config = load_config(module.Config, path, [f"run_dir={folder}", "log_every=1000", *seldom, *overrides])
     end_update = engine.run.end_update
 
-    def counted(run, bar):
-        wish = end_update(run, bar)
+    def counted(run, bar, again):
+        wish = end_update(run, bar, again)
         if world.device.type == "cuda" and run.progress.update == 3:  # kernels are built, and the step was timed
             torch.cuda.set_sync_debug_mode("error")
         if run.progress.update == UPDATES:

@@ -9,9 +9,9 @@ import torch
 from report_runs import METHODS, write_run, write_search
 from safetensors.torch import load_file, safe_open
 
+from engine.averaging import average_weights, keep_weights
 from engine.checkpoint import write_checkpoint
 from engine.errors import UserError
-from nmt.averaging import average_weights, keep_weights
 from scripts.report import main, read, render
 from scripts.reporting.pictures import pictures
 from scripts.reporting.records import MOST_POINTS, read_record, updated, write_record

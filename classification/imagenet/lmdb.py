@@ -10,21 +10,20 @@ checksums of their values, which find and name a single damaged image. Images, c
 transaction, so a killed build continues where it was.
 """
 
+import errno
 import json
-import os
 import shutil
 import struct
 from collections.abc import Sequence
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import lmdb
 import numpy as np
 from xxhash import xxh3_64_digest
 
+from classification.imagenet.lookup import DamagedFile, LmdbFile
 from engine.errors import UserError
 from engine.files import write_atomically
 from engine.manifest import MANIFEST, read_manifest
@@ -42,7 +41,7 @@ BUILD_COMMAND = "bash scripts/prepare.sh imagenet SOURCE OUT"
 
 
 class Record(NamedTuple):
-    """One image: its label and the file's bytes. They are valid while the split that they came from is open."""
+    """One image: its label and the file's bytes."""
 
     label: int
     image: bytes | memoryview
@@ -124,17 +123,16 @@ class SplitWriter:
 class LmdbSplit:
     """One split, for reading: `split[index]` is a Record, `len(split)` the number of images.
 
-    Each process opens the file itself at its first read; an open file is never passed to a forked or spawned process.
-    It is opened read-only and without a lock, so any number of processes may read it, even on a read-only disk. Each
-    read compares the image with its checksum, and raises DamagedImage if they differ.
+    The file is opened for reading alone and without a lock, so any number of processes may read it, even on a read-only
+    disk. A process that is spawned opens it itself. Each read compares the image with its checksum, and raises
+    DamagedImage if they differ. No damage of the file ends the process: see lookup.py.
     """
 
     def __init__(self, path: Path, classes: Sequence[str]) -> None:
-        """Raises UserError if the file is not whole. Leaves the file closed."""
+        """Raises UserError if the file is not whole."""
         self.path, self.classes = path, tuple(classes)
         self._opened: _OpenFile | None = None
         self._images = len(self._file.digests)
-        self.close()
 
     def __len__(self) -> int:
         return self._images
@@ -143,21 +141,20 @@ class LmdbSplit:
         file = self._file
         try:
             value = file.get(image_key(index))
-        except lmdb.Error as error:  # a page of the file that leads to it is damaged
+        except DamagedFile as error:
             raise DamagedImage(f"cannot be found ({error})") from None
         if value is None:
             raise DamagedImage("is missing")
-        if len(value) > file.size:
-            raise DamagedImage(f"has {len(value):,} bytes, more than the file")
         if xxh3_64_digest(value) != file.digests[index].tobytes():
             raise DamagedImage("differs from its checksum")
         return Record(_label(value), value[4:])
 
     def name_of(self, index: int) -> str:
         """An image's place and class in words, for messages. It also works for an invalid label and a damaged page."""
-        value = None
-        with suppress(lmdb.Error):
+        try:
             value = self._file.get(image_key(index))
+        except DamagedFile:
+            value = None
         label = _label(value) if value else -1
         known = self.classes[label] if 0 <= label < len(self.classes) else "unknown"
         return f"{self.path}, key {index} (class {known})"
@@ -166,64 +163,38 @@ class LmdbSplit:
         """sha256 over the checksums of all images in order. The manifest holds this value."""
         return sha256(self._file.digests.tobytes()).hexdigest()
 
-    def close(self) -> None:
-        """Close the file. The next read opens it again."""
-        self._opened = None
-
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None}
 
     @property
     def _file(self) -> "_OpenFile":
-        if self._opened is None or self._opened.owner != os.getpid():
-            self._opened = _open_once(self.path)
+        if self._opened is None:
+            self._opened = _OpenFile(self.path)
         return self._opened
 
 
 class _OpenFile:
-    """An LMDB file that one process has open."""
+    """A split's open file: `get`, and the checksums of all images, uint8 [images, DIGEST_BYTES]."""
 
     def __init__(self, path: Path) -> None:
-        self.owner = os.getpid()
+        if not path.is_file():
+            raise UserError(f"{path} is not there: make it with `{BUILD_COMMAND}`")
         try:
-            self.env = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
-            _require_whole(self.env, path)
-            # One transaction stays open, so that its views of the file stay valid. Nobody writes to a finished file.
-            self.get = self.env.begin(buffers=True).get
-            self.size = path.stat().st_size
-            images = int(bytes(self.get(b"images", b"0")[:20]))
-            if images * DIGEST_BYTES > self.size:
-                raise ValueError(f"it says that it holds {images:,} images")
-            chunks = [self.get(digests_key(first), b"") for first in range(0, images, CHUNK)]
-            # A length is part of the file too; what a wrong one makes a view of may lie beyond the file's end, where
-            # reading ends the process.
-            if sum(map(len, chunks)) != images * DIGEST_BYTES:
-                raise ValueError("its checksums are not whole")
-            self.digests = np.frombuffer(b"".join(chunks), np.uint8).reshape(images, DIGEST_BYTES)
-        except lmdb.Error as error:
-            raise _not_opened(path, error, path.stat().st_size) from None
-        except ValueError as error:
+            file = LmdbFile(path)
+            images = int(bytes((file.get(b"images") or b"0")[:20]))
+            if images * DIGEST_BYTES > file.size:
+                raise DamagedFile(f"it says that it holds {images:,} images")
+            self.digests = np.empty((images, DIGEST_BYTES), np.uint8)
+            for first in range(0, images, CHUNK):
+                digests, part = file.get(digests_key(first)), self.digests[first : first + CHUNK]
+                if digests is None or len(digests) != part.size:
+                    raise DamagedFile("its checksums are not whole")
+                part.reshape(-1)[:] = np.frombuffer(digests, np.uint8)
+        except ValueError as error:  # DamagedFile is one
             raise _damaged(path, error) from None
-
-
-_OPEN: WeakValueDictionary[tuple[int, int], _OpenFile] = WeakValueDictionary()  # by device and inode
-
-
-def _open_once(path: Path) -> _OpenFile:
-    """The open file. It is opened only if this process has not opened it yet, because LMDB allows that only once."""
-    if not path.is_file():
-        raise UserError(f"{path} is not there: make it with `{BUILD_COMMAND}`")
-    status = path.stat()
-    if status.st_size == 0:
-        raise _damaged(path, "it is empty")
-    key = status.st_dev, status.st_ino  # not the path: by now another file may be there
-    file = _OPEN.get(key)
-    if file is not None and file.owner != os.getpid():  # a fork inherited it and cannot use it
-        file.env.close()
-        file = None
-    if file is None:
-        _OPEN[key] = file = _OpenFile(path)
-    return file
+        except OSError as error:
+            raise _not_opened(path, error, path.stat().st_size) from None
+        self.get = file.get
 
 
 def _label(value: memoryview) -> int:
@@ -240,12 +211,15 @@ def _damaged(path: Path, how: object) -> UserError:
     return UserError(f"{path} is truncated or damaged ({how}): delete it, and {MANIFEST} beside it, then build again")
 
 
-def _not_opened(path: Path, error: lmdb.Error, map_size: int) -> UserError:
-    """The UserError for LMDB's `error`. It must not advise to delete a good file because of a problem of the system."""
+def _not_opened(path: Path, error: lmdb.Error | OSError, map_size: int) -> UserError:
+    """The UserError for a file that has not been opened, as `map_size` bytes of address space.
+
+    It must not advise to delete a good file because of a problem of the system.
+    """
     if isinstance(error, WRONG_CONTENT):
         return _damaged(path, error)
-    reason = str(error).removeprefix(f"{path}: ")
-    if isinstance(error, lmdb.MemoryError):
+    reason = error.strerror or error if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
+    if isinstance(error, lmdb.MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return UserError(
             f"{path}: {reason}: it takes {map_size / 2**30:.1f} GiB of address space (not of memory), and this process "
             "may not have them: raise the limit (ulimit -v unlimited), then run the same command again"

@@ -93,7 +93,6 @@ def build(source: Path, out: Path, label_files: LabelFiles | None = None) -> Non
                 "bytes": split.path.stat().st_size,
                 "digest": split.content_digest(),
             }
-            split.close()
         write_manifest(out, {"source": found.kind, "inputs": inputs, "splits": splits, "classes": found.classes})
     logging.info("%s is complete", out)
 
@@ -129,7 +128,6 @@ def verify(out: Path, decode: bool = False) -> list[str]:
     for name, split in zip(SPLITS, open_splits(out), strict=True):
         if split.content_digest() != manifest["splits"][name]["digest"]:
             bad.append(f"{split.path}: the checksums are not those that {MANIFEST} was written for")
-        split.close()
         with ProcessPoolExecutor() as pool:
             results = pool.map(partial(_check, split, decode), range(len(split)), chunksize=CHUNK)
             bar = tqdm(results, split.path.name, len(split), unit="image", disable=None)

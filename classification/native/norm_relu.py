@@ -23,7 +23,7 @@ LANES = 16  # the native function takes channels in groups of this size
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
     """relu(norm(x) + shortcut) for `x` [N, C, H, W]. `shortcut` has the shape and dtype of `x`, or is None."""
     if _is_native(norm, x, shortcut) and library():
-        if norm.track_running_stats:
+        if norm.track_running_stats and norm.num_batches_tracked is not None:
             norm.num_batches_tracked += 1
         return _NormRelu.apply(x, norm.weight, norm.bias, shortcut, norm)
     out = norm(x)

@@ -64,22 +64,26 @@ def _fused_cuda_apollo(
     tensors = replace(tensors, grads=laid_out(params, tensors.grads))
     here = tuple(param.numel() for param in params)
     chunks, first_chunks, counts = _chunks(here, device)
-    nothing = [0] * len(params)
-    addresses = [
-        _addresses(params),
-        _addresses(tensors.grads),
-        _addresses(tensors.exp_avgs) if stored else nothing,
-        _addresses(tensors.hessians),
-        _addresses(tensors.directions),
-        _addresses(tensors.sigmas) if s.belief else nothing,
-        _addresses(tensors.steps),
-    ]
-    # Gradients by themselves: in DistributedDataParallel's buckets they follow one another without gaps, and one short
-    # bias would also cost the other tensors their loads of 16 bytes.
-    grad_aligned = all(address % 16 == 0 for address in addresses[1])
-    aligned = all(address % 16 == 0 for column in (addresses[0], *addresses[2:5]) for address in column)
-    columns = [*addresses, here, tensors.numels, first_chunks, counts]
-    table = _on_device(tuple(chain.from_iterable(zip(*columns, strict=True))), device)
+    grads, kept = _addresses(tensors.grads), tensors.kept
+    if kept.get("table_of") != (grads, s.belief):
+        nothing = [0] * len(params)
+        addresses = [
+            _addresses(params),
+            grads,
+            _addresses(tensors.exp_avgs) if stored else nothing,
+            _addresses(tensors.hessians),
+            _addresses(tensors.directions),
+            _addresses(tensors.sigmas) if s.belief else nothing,
+            _addresses(tensors.steps),
+        ]
+        columns = [*addresses, here, tensors.numels, first_chunks, counts]
+        kept["table_of"] = grads, s.belief
+        kept["table"] = tuple(chain.from_iterable(zip(*columns, strict=True)))
+        kept["aligned"] = all(address % 16 == 0 for column in (addresses[0], *addresses[2:5]) for address in column)
+        # Gradients by themselves: in DistributedDataParallel's buckets they follow one another without gaps, and one
+        # short bias would also cost the other tensors their loads of 16 bytes.
+        kept["grad_aligned"] = all(address % 16 == 0 for address in grads)
+    table = _on_device(kept["table"], device)
     if _is_capturing(device):
         _captured.append((chunks, table))
 
@@ -98,8 +102,8 @@ def _fused_cuda_apollo(
         lr = lr.to(device, torch.float32, non_blocking=True)
     factor = -1.0 if s.maximize else 1.0
     log_beta, one_minus_beta = math.log(s.beta) if s.beta > 0 else -1e30, 1 - s.beta
-    flags = {"SCALED": grad_scale is not None, "ALIGNED": aligned, "GRAD_ALIGNED": grad_aligned}
-    flags |= {"CHUNK": CHUNK, "BLOCK": BLOCK}
+    flags = {"SCALED": grad_scale is not None, "ALIGNED": kept["aligned"]}
+    flags |= {"GRAD_ALIGNED": kept["grad_aligned"], "CHUNK": CHUNK, "BLOCK": BLOCK}
     # Without fused multiply-adds, carried sums and sums that are computed anew have the same bits.
     flags |= {"P": DTYPES[params[0].dtype], "L2": s.l2 != 0, "STORED": stored, "enable_fp_fusion": False}
     skipping = {"FOUND_INF": found_inf is not None}
@@ -136,7 +140,15 @@ def _fused_cuda_apollo(
         make_stable_decay[(len(params),)](table, partials, sums, scalars, s.decay, SHARDED=sharded, JOIN=JOIN)
         if len(chunks):
             direct_chunks[(len(chunks),)](
-                table, chunks, scalars, found_inf, P=flags["P"], ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK, **skipping
+                table,
+                chunks,
+                scalars,
+                found_inf,
+                P=flags["P"],
+                ALIGNED=kept["aligned"],
+                CHUNK=CHUNK,
+                BLOCK=BLOCK,
+                **skipping,
             )
 
 

@@ -1,7 +1,5 @@
 """The order of elements in memory. The fused steps need it, because they pair elements by address."""
 
-from itertools import chain
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,7 @@ def lay_out_states(params: list[Tensor], *states: list[Tensor]) -> None:
 
 def laid_out(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     """The gradients, copied if needed into the order of their dense parameters."""
-    if all(map(Tensor.is_contiguous, chain(params, grads))):
+    if list(map(Tensor.stride, params)) == list(map(Tensor.stride, grads)):  # nearly always
         return grads
     return [
         grad if _layout(grad) == _layout(param) else torch.empty_like(param).copy_(grad)

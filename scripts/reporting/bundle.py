@@ -1,8 +1,8 @@
 """Makes the bundle for a release of a trained model: settings, environment, metrics, result, weights, checksums.
 
     config.yaml  environment.json  metrics.jsonl  result.json     as the run left them
-    weights.safetensors     the model's state_dict with its own names, float32 as trained; for a translation run the
-                            averaged weights that gave its score. The metadata name the run, update and vocabulary
+    weights.safetensors     the model's state_dict, with its own names, that gave the run's score: float32 as trained,
+                            of the optimizer's eval mode, or averaged. The metadata name run, update and vocabulary
     codec.json              the vocabulary of a translation run
     SHA256SUMS              for `sha256sum -c SHA256SUMS`
 
@@ -13,10 +13,10 @@ import hashlib
 import shutil
 from pathlib import Path
 
+from engine.averaging import average_weights
 from engine.errors import UserError
 from engine.files import write_atomically
-from engine.weights import Weights, read_weights, write_bundled
-from nmt.averaging import average_weights
+from engine.weights import BUNDLED, Weights, read_trained, read_weights, write_weights
 from scripts.runs import Run, read_runs
 
 COPIED = ("config.yaml", "environment.json", "metrics.jsonl", "result.json", "codec.json")
@@ -40,19 +40,18 @@ def write_bundle(run_dir: Path, into: Path) -> Path:
     for name in COPIED:
         if (run_dir / name).exists():
             shutil.copyfile(run_dir / name, folder / name)
-    about = {"table": run.table, "row": run.row, "schedule": run.schedule, "seed": str(run.seed)}
-    write_bundled(folder, weights, about)
+    write_weights(folder, weights, table=run.table, row=run.row, schedule=run.schedule, seed=str(run.seed))
     sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
     write_atomically(folder / "SHA256SUMS", "".join(sums))
     return folder
 
 
 def _weights(run: Run) -> Weights:
-    weights = read_weights(run.folder, say=print)
-    if "average" in run.config:
-        mean, updates = average_weights(run.folder, run.config["average"]["last"], weights.vocabulary)
-        weights = weights._replace(state=mean, averaged=tuple(updates))
-    return weights
+    if not run.config.get("average") or (run.folder / BUNDLED).exists():
+        return read_weights(run.folder, say=print)
+    weights = read_trained(run.folder, say=print)
+    mean, updates = average_weights(run.folder, run.config["average"]["last"], weights.vocabulary)
+    return weights._replace(state=mean, averaged=tuple(updates))
 
 
 def _sha256(path: Path) -> str:

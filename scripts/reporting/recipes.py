@@ -23,7 +23,8 @@ def apart(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         if not run.trial:
             ours = flatten(run.config, (*NOT_OF_THE_RECIPE, *DIVISION))
-            of_run = (update_of(run.table, run.config), *((key, repr(value)) for key, value in ours.items()))
+            given = ((key, repr(value)) for key, value in ours.items() if value is not None)  # a newer key is unset
+            of_run = (update_of(run.table, run.config), *given)
             settings.setdefault((run.table, *run.cell), {}).setdefault(of_run, []).append(run)
     variants = {}
     for of_cell in settings.values():

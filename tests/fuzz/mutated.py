@@ -22,7 +22,7 @@ import torch
 from engine.errors import UserError, settings_of
 
 Case = Callable[[Random, Path], None]  # works, or raises UserError
-SECONDS = 60  # for one case
+SECONDS = 600  # for one case, by the clock: other work may hold the machine
 AT_ONCE = 200  # cases of one process
 
 WORDS = """

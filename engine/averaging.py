@@ -1,4 +1,4 @@
-"""The average of the last checkpoints' weights. The published scores belong to such an average.
+"""The mean of the last weights that a run has kept. The published scores of translation belong to such a mean.
 
 The weights are kept in RUN/averaging/<update>/. An interrupted run writes the same files as an uninterrupted one,
 because the update names them.
@@ -13,19 +13,22 @@ from engine.checkpoint import read_checkpoint, write_checkpoint
 from engine.errors import UserError
 
 
-def keep_weights(run_dir: Path, update: int, model: torch.nn.Module, codec_digest: str, last: int) -> None:
-    """Write the weights of this update. Only the `last` newest stay."""
+def keep_weights(run_dir: Path, update: int, model: torch.nn.Module, vocabulary: str | None, last: int) -> None:
+    """Write the weights of this update. Only the `last` newest stay.
+
+    `vocabulary` is the digest of the data's, None in a task without one.
+    """
     folder = run_dir / "averaging" / f"{update:08d}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(folder, {"model": model.state_dict(), "codec": codec_digest}, keep=1)
+    write_checkpoint(folder, {"model": model.state_dict(), "codec": vocabulary}, keep=1)
     for old in _kept(run_dir)[:-last]:
         shutil.rmtree(old)
 
 
-def average_weights(run_dir: Path, last: int, codec_digest: str) -> tuple[dict[str, torch.Tensor], list[int]]:
+def average_weights(run_dir: Path, last: int, vocabulary: str | None) -> tuple[dict[str, torch.Tensor], list[int]]:
     """The mean of the `last` newest kept weights (of all, if there are fewer), and the updates that they are from.
 
-    Raises UserError if there are none, if they are of different models, or if their vocabulary is not `codec_digest`.
+    Raises UserError if there are none, if they are of different models, or if their vocabulary is not `vocabulary`.
     """
     folders = _kept(run_dir)[-last:]
     if not folders:
@@ -37,8 +40,8 @@ def average_weights(run_dir: Path, last: int, codec_digest: str) -> tuple[dict[s
             raise UserError(
                 f"{folder} holds no checkpoint.pt: delete the folder, or the last averages fewer (average.last)"
             )
-        if saved["codec"] != codec_digest:
-            raise UserError(f"{folder} was trained with another vocabulary than {run_dir / 'codec.json'} holds")
+        if saved["codec"] != vocabulary:
+            raise UserError(f"{folder} was trained with another vocabulary than the rest of the run")
         weights = {name: tensor.double() for name, tensor in saved["model"].items()}
         different = next((name for name in {**total, **weights} if _shape(total, name) != _shape(weights, name)), None)
         if total and different:

@@ -1,0 +1,6 @@
+"""What `bash benchmarks/gpu.sh` runs: five parts, each of which answers one question about the code on a GPU.
+
+main.py       options, packages, and the time limit of each part      record.py     what is written, when
+worker.py     the process that runs the parts, one after the other    summary.py    the record on one page
+steps.py  optimizer.py  training.py  resuming.py  whole_runs.py       the parts, in order of worth
+"""

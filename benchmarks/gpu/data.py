@@ -1,0 +1,55 @@
+"""Images for the parts that train: noise of CIFAR-10's size, and scikit-learn's digits, packed or its own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from classification.augment import Images
+from classification.data import DATASETS, NATURAL_IMAGES, Dataset, read_digits
+
+PACKED = "digits.npz"
+
+
+def pack_digits(folder: Path) -> None:
+    """Write the digits as one small file: scikit-learn and scipy, which have them, are large."""
+    digits = read_digits(folder)
+    arrays = {f"{split}_{name}": getattr(getattr(digits, split), name).numpy() for split, name in _ARRAYS}
+    np.savez_compressed(folder / PACKED, **arrays)
+
+
+def packed_digits(folder: Path) -> Dataset:
+    """As `read_digits`, from what `pack_digits` wrote."""
+    with np.load(folder / PACKED, allow_pickle=False) as file:
+        parts = {key: torch.from_numpy(file[key]) for key in file.files}
+    train, test = (Images(parts[f"{split}_pixels"], parts[f"{split}_labels"]) for split in ("train", "test"))
+    return Dataset(train, test, [str(digit) for digit in range(10)], NATURAL_IMAGES._replace(padding=2, flip=False))
+
+
+_ARRAYS = [(split, name) for split in ("train", "test") for name in ("pixels", "labels")]
+
+
+def noise(train: int, test: int) -> Dataset:
+    """Random images of 32x32 in ten classes."""
+    draw = torch.Generator().manual_seed(0)
+
+    def images(count: int) -> Images:
+        pixels: Tensor = torch.randint(0, 256, (count, 32, 32, 3), generator=draw, dtype=torch.uint8)
+        return Images(pixels, torch.arange(count) % 10)
+
+    return Dataset(images(train), images(test), [str(number) for number in range(10)], NATURAL_IMAGES)
+
+
+@contextmanager
+def images_in_memory(packages: Path, train: int, test: int) -> Iterator[None]:
+    """Inside, `data.name=folder` is noise, as writing and reading 50,000 files takes a minute, and `digits` needs no
+    scikit-learn where they were packed."""
+    readers = {"folder": lambda root: noise(train, test)}
+    if (packages / PACKED).exists():
+        readers["digits"] = lambda root: packed_digits(packages)
+    with patch.dict(DATASETS, readers):
+        yield

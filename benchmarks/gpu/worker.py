@@ -1,0 +1,95 @@
+"""Runs the parts of benchmarks/gpu.sh in one process: benchmarks/gpu/main.py says with which arguments.
+
+Without CUDA, and outside a dry run, each part says in one line that it was not run.
+"""
+
+import gc
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.gpu.main import SHARES
+from benchmarks.gpu.record import Part, Record
+from benchmarks.gpu.summary import write_summary
+
+
+class Place(NamedTuple):
+    """What a part works with."""
+
+    device: torch.device
+    dry: bool  # on the CPU, at toy size
+    scratch: Path  # a folder that is removed at the end
+    packages: Path  # of gpu.sh --pack; perhaps not there
+
+
+def main(arguments: list[str]) -> int:
+    path, scratch, packages = map(Path, arguments[:3])
+    until, names, dry = float(arguments[3]), arguments[4].split(","), arguments[5] == "dry"
+    record = Record(path)
+    if not (dry or torch.cuda.is_available()):
+        for name in names:
+            record.end(name, "not run", f"torch {torch.__version__} finds no CUDA device here")
+        return 0
+    place = Place(torch.device("cpu") if dry else torch.device("cuda", 0), dry, scratch, packages)
+    record.values["machine"] = describe()
+    while names:
+        name, *others = names
+        share = SHARES[name] / sum(SHARES[each] for each in names)
+        seconds = (until - time.time()) * share
+        if seconds < 1:
+            record.end(name, "not run", "no time was left")
+        elif not run_part(name, place, record, seconds):
+            return 1
+        names = others
+        write_summary(record, path.with_name("summary.md"))
+    return 0
+
+
+def run_part(name: str, place: Place, record: Record, seconds: float) -> bool:
+    """Run one part. False where the device has failed: after that, CUDA refuses everything in this process."""
+    part = Part(record, name, seconds)
+    print(f"\n== {name}, {seconds:.0f} s", flush=True)
+    try:
+        __import__(f"benchmarks.gpu.{name}", fromlist=["check"]).check(part, place)
+    except Exception as error:
+        traceback.print_exc()
+        record.end(name, "failed", f"{type(error).__name__}: {error}")
+    else:
+        record.end(name, "done")
+    return is_usable(place.device)
+
+
+def is_usable(device: torch.device) -> bool:
+    """Free what the part has left on the device; False where that fails."""
+    gc.collect()
+    try:
+        free(device)
+    except RuntimeError:
+        traceback.print_exc()
+        return False
+    return True
+
+
+def free(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def describe() -> dict[str, str | float | None]:
+    """The machine, for the record. Imported here, as it needs the packages."""
+    from engine.distributed import setup
+    from engine.run_record import describe_environment
+
+    found = describe_environment(setup("auto"))
+    kept = {key: value for key, value in found.items() if isinstance(value, str | int | float) or value is None}
+    kept["cuda"] = torch.version.cuda
+    return kept
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,202 @@
+"""Which weights are evaluated: those of the optimizer's eval mode, and beside them their average.
+
+Some optimizers have two modes, as the schedule-free ones do (Defazio et al., arXiv 2405.15682): after `train()` the
+model has the weights at which gradients are taken, after `eval()` those that are the result. An optimizer without both
+methods has one kind of weights. A run trains, and saves its checkpoints, in train mode. It evaluates, averages, and
+writes its result in eval mode.
+
+A run with `average:` is evaluated twice: with its weights, and with their average. The names of the average's metrics
+end in `_average`. The average is what the run is for: `final` in result.json is the average's score, and
+`final_unaveraged` is that of the weights themselves.
+
+All that the model goes through for an evaluation is undone after it, bit for bit. Training goes on as if there had been
+none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from engine.averaging import average_weights, keep_weights
+from engine.errors import UserError
+from engine.metrics import require_finite, require_finite_weights
+from engine.weights import Weights, write_weights
+
+if TYPE_CHECKING:
+    from engine.config import RunConfig
+    from engine.run import Run
+
+    RunT = TypeVar("RunT", bound=Run)
+    Evaluate = Callable[[RunT], dict[str, float]]
+    Renew = Callable[[RunT], None] | None  # takes the statistics of the model's BatchNorm anew, for other weights
+
+AVERAGE = "_average"  # ends the names of the average's metrics
+
+
+def has_modes(optimizer: torch.optim.Optimizer) -> bool:
+    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
+
+
+def begin_training(optimizer: torch.optim.Optimizer) -> None:
+    """Put the optimizer into train mode, if it has modes: some begin in eval mode."""
+    if has_modes(optimizer):
+        optimizer.train()
+
+
+def exponential_average(model: torch.nn.Module, config: RunConfig) -> AveragedModel | None:
+    """A model to take averages in, where the config asks for an exponential one."""
+    if not (config.average and config.average.decay):
+        return None
+    if config.precision == "apex-O2":
+        raise UserError("average.decay: with precision=apex-O2 the weights are float16; use precision=apex-O1 or fp16")
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average.decay))
+
+
+@contextmanager
+def eval_mode(run: RunT, renew: Renew = None) -> Iterator[None]:
+    """Within, the model has the weights of the optimizer's eval mode; `renew` takes BatchNorm's statistics for them."""
+    if not has_modes(run.optimizer):
+        yield
+        return
+    with _undone(run.model):
+        run.optimizer.eval()
+        try:
+            if renew:
+                renew(run)
+            yield
+        finally:
+            run.optimizer.train()
+
+
+@contextmanager
+def averaged(run: RunT, renew: Renew = None) -> Iterator[list[int]]:
+    """Within, the model has the average of the run's weights. Gives the updates of the weights kept, if it is of such.
+
+    Raises UserError where the average is one of weights kept, and there are none.
+    """
+    if run.average:
+        state, updates = run.average.module.state_dict(), []
+    else:
+        run.world.barrier()  # rank 0 has written the last weights
+        state, updates = average_weights(run.record.folder, run.config.average.last, run.vocabulary)
+    with _undone(run.model):
+        run.model.load_state_dict(state)
+        if renew:
+            renew(run)
+        yield updates
+
+
+@contextmanager
+def _undone(model: torch.nn.Module) -> Iterator[None]:
+    """What the block does to the model's parameters and buffers is undone after it."""
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+
+
+def final(run: RunT, renew: Renew = None) -> AbstractContextManager:
+    """Within, the model has the weights that the run's result is about: the average, or else those of eval mode."""
+    return averaged(run, renew) if run.config.average else eval_mode(run, renew)
+
+
+def scores(run: RunT, evaluate: Evaluate, renew: Renew = None) -> dict[str, float]:
+    """What `evaluate` finds about the weights, and about their exponential average where the run has one.
+
+    Where the last evaluated weights are not those of the checkpoint, they are written to the run folder.
+    """
+    with eval_mode(run, renew):
+        found = evaluate(run)
+        if has_modes(run.optimizer) and not run.config.average:
+            _write(run)
+    if run.average:
+        found |= _scores_of_average(run, evaluate, renew)
+    return found
+
+
+def last_scores(run: RunT, evaluate: Evaluate, renew: Renew = None) -> dict[str, float]:
+    """The metrics of the last evaluation and, at the end of a run, those of the mean of the weights kept."""
+    if not run.config.average or run.average:
+        return run.progress.last
+    found = _scores_of_average(run, evaluate, renew)
+    record_final(run, **found)
+    return run.progress.last | found
+
+
+def _scores_of_average(run: RunT, evaluate: Evaluate, renew: Renew) -> dict[str, float]:
+    with averaged(run, renew) as updates:
+        found = {f"{name}{AVERAGE}": value for name, value in evaluate(run).items()}
+        _write(run, updates)
+    return found
+
+
+def record_final(run: RunT, **values: float) -> None:
+    """Write a line of the metrics that are taken at the end of the run alone."""
+    progress = run.progress
+    for name, value in values.items():
+        require_finite(value, progress.update, name)
+    begun = progress.epoch + (progress.update_in_epoch > 0)
+    run.record.metrics("final", progress.update, epoch=begun, **values)
+
+
+def of_result(metrics: dict[str, float], name: str) -> float:
+    """The metric `name` of the weights that the run's result is about."""
+    return metrics.get(f"{name}{AVERAGE}", metrics[name])
+
+
+def results(metrics: dict[str, float], **names: str) -> dict[str, float]:
+    """Keys of result.json from an evaluation's metrics: for each key=name the metric, where there is one.
+
+    Where the metric is the average's, `<key>_unaveraged` is that of the weights themselves.
+    """
+    found = {}
+    for key, name in names.items():
+        if name in metrics:
+            found[key] = of_result(metrics, name)
+        if f"{name}{AVERAGE}" in metrics:
+            found[f"{key}_unaveraged"] = metrics[name]
+    return found
+
+
+def update_average(run: Run) -> None:
+    """Take the weights into the exponential average, if the run has one."""
+    if run.average:
+        with eval_mode(run):
+            run.average.update_parameters(run.model)
+
+
+def is_kept(run: Run) -> bool:
+    """Whether the weights after this update are to be averaged; the last ones are where there would be none else."""
+    average, progress = run.config.average, run.progress
+    if not average or average.decay:
+        return False
+    is_end = progress.update == run.updates
+    if average.every:
+        return is_end or progress.update % average.every == 0
+    return progress.update_in_epoch == run.updates_per_epoch or (is_end and progress.epoch == 0)
+
+
+def keep_for_average(run: Run) -> None:
+    """Keep the weights for averaging, unless the training loss or a weight is not finite."""
+    update = run.progress.update
+    require_finite(run.window.reduce(run.world)["loss"], update)
+    with eval_mode(run):
+        require_finite_weights(run.model, run.world, update)
+        if run.world.is_main:
+            keep_weights(run.record.folder, update, run.model, run.vocabulary, run.config.average.last)
+
+
+def _write(run: Run, updates: Sequence[int] = ()) -> None:
+    """Write the model's weights to the run folder, where the tasks' evaluate.py finds them."""
+    if run.world.is_main:
+        weights = Weights(run.model.state_dict(), run.progress.update, run.vocabulary, tuple(updates))
+        write_weights(run.record.folder, weights)

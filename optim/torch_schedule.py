@@ -1,0 +1,117 @@
+"""Schedules of others by their dotted names: those of torch.optim.lr_scheduler, and any with the same interface.
+
+They count updates. A warmup can go before them: it rises to the rate that the schedule begins with, and the schedule
+takes its first step after the warmup's end.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from typing_extensions import override
+
+from .settings import suggest
+
+
+def create_torch_schedule(
+    optimizer: Optimizer, name: str, *, warmup_updates: int, init_lr: float, length: int | None, **settings: Any
+) -> LRScheduler:
+    """Makes the schedule with the dotted path `name`, after `warmup_updates` updates of warmup from `init_lr`.
+
+    `length` is the number of updates of the training, if it is known.
+
+    Raises:
+        ValueError: a path that does not import, a setting that is unknown, missing or refused, a schedule that waits
+            for a metric, or one that ends before the training.
+    """
+    cls = _import(name)
+    if isinstance(cls, type) and issubclass(cls, ReduceLROnPlateau):
+        raise ValueError(
+            f"schedule {name!r} waits for a metric, and a schedule is stepped once per update here, without one: "
+            "use another, e.g. milestone"
+        )
+    accepted = list(inspect.signature(cls).parameters.values())[1:]
+    names = [parameter.name for parameter in accepted if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    for key in settings:
+        if key not in names and len(names) == len(accepted):
+            raise ValueError(f"schedule {name!r} has no setting {key!r}{suggest(key, names)}")
+    for parameter in accepted:
+        if parameter.name in names and parameter.default is inspect.Parameter.empty and parameter.name not in settings:
+            raise ValueError(f"schedule {name!r} needs the setting {parameter.name!r}")
+    try:
+        schedule = cls(optimizer, **settings)
+    except Exception as error:  # foreign classes may check their settings in any way, or not at all
+        raise ValueError(f"schedule {name!r}: {error or type(error).__name__}; its settings: {settings}") from error
+    if not isinstance(schedule, LRScheduler):
+        raise ValueError(f"schedule {name!r} does not make a torch.optim.lr_scheduler.LRScheduler")
+    ends = getattr(schedule, "total_steps", None)  # of OneCycleLR, which refuses further steps
+    if ends is not None and length is not None and ends < length - warmup_updates:
+        raise ValueError(
+            f"schedule {name!r} ends after total_steps={ends}, before the training, which has "
+            f"{length - warmup_updates} updates after the warmup"
+        )
+    return AfterWarmup(optimizer, schedule, warmup_updates, init_lr) if warmup_updates else schedule
+
+
+class AfterWarmup(LRScheduler):
+    """`schedule` after a linear warmup, which rises from `init_lr` to the rate of each group in its first update."""
+
+    @override
+    def __init__(self, optimizer: Optimizer, schedule: LRScheduler, warmup_updates: int, init_lr: float) -> None:
+        self.optimizer, self.schedule = optimizer, schedule
+        self.warmup_updates, self.init_lr = warmup_updates, init_lr
+        self.first = [float(group["lr"]) for group in optimizer.param_groups]
+        self.last_epoch = 0  # the index of the update, as in every schedule of this package
+        self._warm_up()
+
+    @override
+    def step(self, epoch: None = None) -> None:
+        self.last_epoch += 1
+        if self.last_epoch <= self.warmup_updates:
+            self._warm_up()
+        else:
+            self.schedule.step()
+
+    def _warm_up(self) -> None:
+        for group, first in zip(self.optimizer.param_groups, self.first, strict=True):
+            # init_lr is that of the first group. Others have it in proportion to their rates.
+            init_lr = self.init_lr * (first / self.first[0] if self.first[0] else 1.0)
+            lr = init_lr + (first - init_lr) * (self.last_epoch / self.warmup_updates)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    @override
+    def get_last_lr(self) -> list[float | Tensor]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_epoch": self.last_epoch, "first": self.first, "schedule": self.schedule.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_epoch, self.first = state_dict["last_epoch"], state_dict["first"]
+        self.schedule.load_state_dict(state_dict["schedule"])
+
+
+def _import(path: str) -> Callable[..., LRScheduler]:
+    module_path, _, attribute = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_path)
+    except Exception as error:  # the import runs foreign code, which may raise anything
+        raise ValueError(
+            f"schedule {path!r} cannot be imported: {type(error).__name__}: {error}; is it on PYTHONPATH?"
+        ) from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        kinds = [
+            key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, LRScheduler)
+        ]
+        raise ValueError(f"schedule {path!r}: {module_path} has no {attribute!r}{suggest(attribute, kinds)}")
+    return found
