@@ -10,6 +10,7 @@ well an optimizer trains: defaults are made for other networks.
 
 import io
 import json
+import resource
 import sys
 import tempfile
 import traceback
@@ -52,6 +53,7 @@ GIVEN = {  # what has no default, and what the documentation of the class asks f
     "SophiaH": ["optimizer.needs=create_graph"],
     "LBFGS": ["channels_last=false"],
 }
+MEMORY = 8 << 30  # bytes of address space: whoever needs more for so small a network is refused by the system
 KINDS = ("worked", "diverged", "refused", "broken")
 RESULTS = Path("docs/results/outside_optimizers.md")
 HEAD = """# Optimizers of pytorch_optimizer {version}, tried on digits
@@ -72,6 +74,7 @@ a traceback.
 def main(names: Sequence[str]) -> int:
     known = sorted((name for name in others.__all__ if isinstance(getattr(others, name), type)), key=str.lower)
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "digits.yaml"
         config.write_text(CONFIG)
