@@ -43,6 +43,7 @@ device: cpu
 optimizer: {name: sgd, lr: 0.1}
 """
 CLOSURE, BASE = "optimizer.needs=closure", "optimizer.base_optimizer=sgd"
+BOTH = "optimizer.groups=[{match: 4, use_muon: true}, {match: '', use_muon: false}]"
 GIVEN = {  # what has no default, and what the documentation of the class asks for
     "SAM": [BASE, CLOSURE],
     "BSAM": ["optimizer.num_data=1442", CLOSURE],
@@ -51,6 +52,9 @@ GIVEN = {  # what has no default, and what the documentation of the class asks f
     "AliG": [CLOSURE],
     "AdaHessian": ["optimizer.needs=create_graph"],
     "SophiaH": ["optimizer.needs=create_graph"],
+    "Ranger21": ["optimizer.num_iterations=20"],
+    **{name: [BOTH] for name in ("AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon")},
+    **{name: ["channels_last=false"] for name in ("AdamP", "Nero", "SGDP", "SWATS")},
     "LBFGS": ["channels_last=false"],
 }
 MEMORY = 8 << 30  # bytes of address space: whoever needs more for so small a network is refused by the system

@@ -49,6 +49,8 @@ def _obstacle(config: "Config", optimizer: Optimizer, device: torch.device, worl
         return f"updates of one pass, not passes={config.passes} (batchnorm_group can make one pass of several)"
     if config.precision not in PRECISIONS:
         return f"precision={', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}, not {config.precision}"
+    if config.optimizer.needs:
+        return f"an optimizer whose step needs nothing but gradients, not needs={config.optimizer.needs}"
     if type(optimizer) not in CAPTURABLE:
         names = ", ".join(kind.__name__ for kind in CAPTURABLE)
         return f"an optimizer that is known to be capturable ({names}), not {config.optimizer.name}"

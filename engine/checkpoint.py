@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -162,6 +163,27 @@ def _newest_whole(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, A
             raise UserError(f"{path} is damaged ({damage}) and no older one is left; delete {folder} to start over")
         say(f"{path} is damaged ({damage}): using {older[0].name}, saved before it")
     return None, []
+
+
+def unreadable(value: Any, place: str = "state") -> str | None:
+    """Where in `value` something stands that a checkpoint would not give back, and its type; None where nothing does.
+
+    Tensors, numbers, text and plain containers of these are given back; all else is written and read for a trial.
+    """
+    if isinstance(value, torch.Tensor) or type(value) in (bool, int, float, str, type(None)):
+        return None
+    if type(value) in (dict, list, tuple):
+        children = value.items() if isinstance(value, dict) else enumerate(value)
+        found = (unreadable(child, f"{place}.{key}") for key, child in children)
+        return next((problem for problem in found if problem), None)
+    try:
+        file = BytesIO()
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:  # whatever it is that cannot be written or read
+        return f"{place} is a {type(value).__name__}"
+    return None
 
 
 def require_same_shapes(model: torch.nn.Module, state: Mapping[str, torch.Tensor], source: Path) -> None:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from engine import evaluated
 from engine.allocator import keep_freed_memory
 from engine.apex_adapter import ApexPrecision, require_apex
-from engine.checkpoint import Checkpoints, Progress
+from engine.checkpoint import Checkpoints, Progress, unreadable
 from engine.config import RunConfig, load_config
 from engine.distributed import World
 from engine.errors import UserError, settings_of
@@ -265,20 +265,21 @@ def end_update(run: Run, bar: tqdm, again: Callable[[], torch.Tensor]) -> Wish:
 
 
 def _step(run: Run, again: Callable[[], torch.Tensor]) -> bool:
-    seed, place = run.config.seed, ("optimizer", run.progress.update)
+    seed, place, name = run.config.seed, ("optimizer", run.progress.update), run.config.optimizer.name
     seed_step(seed, *place)  # what an optimizer draws is the same on every rank
     closure = closure_of(again, run.world, seed, *place) if run.needs == "closure" else None
     try:
-        return run.take_step() if closure is None else run.precision.step(run.optimizer, closure)
-    except UserError:
-        raise
+        taken = run.take_step() if closure is None else run.precision.step(run.optimizer, closure)
+        if run.progress.update == 0 and (problem := unreadable(run.optimizer.state_dict())):
+            raise UserError(f"the optimizer {name} cannot be resumed: no checkpoint can give back that its {problem}")
     except Exception as error:  # the optimizer may be anyone's
         if run.progress.update == 0:
             run.record.remove_if_new()
-        name, update = run.config.optimizer.name, run.progress.update + 1
-        raise UserError(
-            f"the optimizer {name} failed in update {update}: {explain_failure(error, run.needs)}"
-        ) from error
+        if isinstance(error, UserError):
+            raise
+        failure = explain_failure(error, run.needs)
+        raise UserError(f"the optimizer {name} failed in update {run.progress.update + 1}: {failure}") from error
+    return taken
 
 
 def _timed_step(run: Run, again: Callable[[], torch.Tensor]) -> bool:

@@ -138,6 +138,7 @@ def test_settings_of_a_capture(kind):
         (["precision=fp16"], 1, "not fp16"),
         (["optimizer={name: torch.optim.NAdam, lr: 0.1}"], 1, "Apollo, Adam, AdamW, SGD, RAdam"),
         (["optimizer={name: sgd, lr: 0.1, fused: false}"], 1, "fused=false"),
+        (["optimizer={name: sgd, lr: 0.1, needs: closure}"], 1, "needs=closure"),
     ],
 )
 def test_refused_by_name(config, overrides, ranks, words):

@@ -2,6 +2,7 @@
 
 import math
 import signal
+from collections import deque
 from importlib import import_module
 from pathlib import Path
 
@@ -59,6 +60,14 @@ class Repeating(torch.optim.SGD):
         with torch.enable_grad():
             assert closure() != first
         type(self).repeated += 1
+
+
+class Remembering(torch.optim.SGD):
+    """Keeps in its state what weights_only=True does not read."""
+
+    def step(self):
+        super().step()
+        self.state[self.param_groups[0]["params"][0]]["seen"] = deque([1, 2])
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +172,7 @@ def test_adahessian_trains_digits(configs, tmp_path):
         ([f"optimizer={{{ADAHESSIAN}}}"], "set optimizer.needs=create_graph"),
         (["optimizer={name: torch.optim.LBFGS}", "batch=480"], "set channels_last=false"),
         (["optimizer={name: pytorch_optimizer.Lookahead}"], "is made from the optimizer, not from parameters"),
+        ([f"optimizer={{name: {__name__}.Remembering, lr: 0.1}}"], "give back that its state.state.0.seen is a deque"),
         (["optimizer={name: torch.nn.ParameterList}"], "is not a class or function that makes an optimizer"),
     ],
 )  # fmt: skip
