@@ -8,6 +8,7 @@ that a user would read; anything else is counted as a traceback, and the exit st
 well an optimizer trains: defaults are made for other networks.
 """
 
+import gc
 import io
 import json
 import resource
@@ -113,6 +114,8 @@ def outcome_of(name: str, config: Path) -> tuple[str, str, str]:
     except Exception as error:  # what a user would read as a traceback
         traceback.print_exc()
         return "broken", "", f"{type(error).__name__}: {error}"
+    finally:
+        gc.collect()  # gradients with a graph, and some optimizers, hold themselves: the next one has all memory again
     return "worked", f"{loss:.2f}", ""
 
 
