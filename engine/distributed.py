@@ -131,7 +131,7 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
 def _join(backend: str) -> None:
     """Join the process group that torchrun's environment describes.
 
-    After a rank has died torchrun starts all of them again, on the store that it keeps (torch 2.9 and newer): there
+    After a rank has died torchrun starts all of them again, on the store that it keeps (seen with torch 2.14): there
     the addresses of the dead ranks still stand, and a rank that reads one waits for it in vain. Each attempt therefore
     gets keys of its own. Several machines count their attempts separately, so there the keys stay shared.
     """
