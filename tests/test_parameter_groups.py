@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from meta_models import needs_muon
 from nmt_cell import make_cell
 from torch import nn
 from training_runs import Cell, assert_same_end, recipe, saved
@@ -16,6 +17,7 @@ from engine.parameter_groups import create_grouped_optimizer, describe_groups, d
 from engine.precision import Precision
 from optim.lr_scheduler import create_schedule
 
+pytestmark = needs_muon
 MUON = "{name: torch.optim.Muon, lr: 0.02, weight_decay: 0.1, match: %s}"
 DIGITS = """
 table: digits
