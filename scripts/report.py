@@ -51,13 +51,12 @@ def main(arguments: list[str]) -> int:
 
         print(f"bundle: {write_bundle(options.bundle, options.out or Path('bundles'))}")
         return 0
-    if options.update:
-        for path in options.update:
-            print(f"{path}: {update_document(path, render)} tables written")
-        return 0
-    if not options.folder:
+    if not options.folder and not options.update:
         parser.error("the following arguments are required: folder")
-    return report_on(*read(options.folder), options)
+    status = report_on(*read(options.folder), options) if options.folder else 0
+    for path in options.update or ():  # whose record may be the one just written
+        print(f"{path}: {update_document(path, render)} tables written")
+    return status
 
 
 def read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:

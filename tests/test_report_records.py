@@ -136,15 +136,18 @@ def test_marked_tables_are_written_anew_and_the_rest_is_left(record, tmp_path, c
         main(["--update", str(document)])
 
 
-def test_table_of_optimizers_that_were_tuned(tmp_path):
+def test_table_of_optimizers_that_were_tuned(tmp_path, capsys):
     for table, metric, rows in (("grammar", "fairseq_bleu", ["sgd"]), ("digits", "top1", ["apollo", "sgd"])):
         for row in rows:
             write_search(tmp_path / "runs", table, row, metric)
             for seed in (1, 101, 201):
                 rate = METHODS[row] * (1 if table == "digits" else 2)
                 write_run(tmp_path / f"runs/{table}/{row}_milestone/seed{seed}", table, row, seed, rate, metric)
-    write_record(tmp_path / "tuned.json", read_runs(tmp_path / "runs")[0])
-    runs = read_record(tmp_path / "tuned.json")
+    record, document = tmp_path / "tuned.json", tmp_path / "page.md"
+    document.write_text("<!-- table tuned.json searched -->\n<!-- end of table -->\n")
+    output(capsys, tmp_path / "runs", "--record", record, "--update", document)
+    runs = read_record(record)
+    assert render(runs, "searched") in document.read_text()
     header, rule, sgd, apollo, *about = (
         [cell.strip() for cell in line.strip("|").split(" | ")] for line in render(runs, "searched").splitlines()
     )
