@@ -1,4 +1,4 @@
-"""Every path of Apollo repeats the published trajectories. So does torch's RAdam with the right arguments."""
+"""Every path of Apollo repeats the published trajectories. So do two others' optimizers."""
 
 import numpy as np
 import pytest
@@ -53,6 +53,15 @@ def test_radam_is_the_published_radamw():
     for dtype in (torch.float32, torch.float64):
         trajectory = follow(golden, lambda p: RAdam(p, **golden.settings, decoupled_weight_decay=True), dtype)
         assert np.abs(trajectory - golden.params).max() < 1e-5
+
+
+def test_adabelief_of_pytorch_optimizer_is_the_published_one():
+    """Both add eps to the stored average of squares in every step, so that it sums up to eps / (1 - beta2) there."""
+    others = pytest.importorskip("pytorch_optimizer")
+    golden = load("adabelief_decoupled")
+    settings = {key: golden.settings[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    trajectory = follow(golden, lambda p: others.AdaBelief(p, **settings, weight_decouple=True, rectify=False))
+    assert np.abs(trajectory - golden.params).max() < 1e-14
 
 
 def test_rounding_parameters_alone_leaves_the_belief_trajectory():
