@@ -69,8 +69,7 @@ def test_a_row_stands_beside_the_value_of_its_own_table(tmp_path):
     }
     code = "README of the authors' code for arXiv 2009.13586, as of"
     assert note == (
-        f"published: {code} October 2020; for apollow: {code} November 2021; {code} November 2021, has sgd milestone "
-        "93.94 (0.07)"
+        f"published: {code} October 2020; for apollow: {code} November 2021; it changed sgd milestone to 93.94 (0.07)"
     )
 
 

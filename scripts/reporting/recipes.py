@@ -76,11 +76,13 @@ def sources(table: str, shown: Iterable[tuple[str, str]]) -> list[str]:
     first, second = published(table)["source"], published(table)["later"]["source"]
     added = dict.fromkeys(row for row, _ in later if row in later_rows(table))
     changed = [
-        f"{row} {schedule} {mean:.2f} ({std:.2f})" for (row, schedule), (mean, std) in later.items() if row not in added
+        f"{row} {schedule} to {mean:.2f} ({std:.2f})"
+        for (row, schedule), (mean, std) in later.items()
+        if row not in added
     ]
     text = f"published: {first}"
     text += f"; for {', '.join(added)}: {second}" if added else ""
-    text += f"; {second}, has {', '.join(changed)}" if changed else ""
+    text += f"; {'it' if added else second + ','} changed {', '.join(changed)}" if changed else ""
     return [text]
 
 
