@@ -111,6 +111,11 @@ def _import(path: str) -> Callable[..., Optimizer]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the import runs foreign code, which may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name == "pytorch_optimizer":
+            raise ValueError(
+                f"optimizer {path!r} needs the package pytorch_optimizer: pip install pytorch_optimizer "
+                "(the extra `optimizers` of setup.py)"
+            ) from error
         raise ValueError(
             f"optimizer {path!r} cannot be imported: {type(error).__name__}: {error}; is it on PYTHONPATH?"
         ) from error
