@@ -98,6 +98,11 @@ def _import(path: str) -> Callable[..., Optimizer]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the import runs foreign code, which may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name in ("pytorch_optimizer", "schedulefree"):
+            raise ValueError(
+                f"optimizer {path!r} needs the package {error.name}: pip install {error.name} "
+                "(the extra `optimizers` of setup.py)"
+            ) from error
         raise ValueError(
             f"optimizer {path!r} cannot be imported: {type(error).__name__}: {error}; is it on PYTHONPATH?"
         ) from error

@@ -26,7 +26,7 @@ STYLES = {
     "radam_adj": ("RAdam-adj", "#56B4E9"),
     "apollo": ("Apollo", "#D55E00"),
 }
-OTHER_COLOURS = ("#000000", "#8C6D31", "#7F7F7F", "#6A3D9A")
+OTHER_COLOURS = ("#000000", "#8C6D31", "#7F7F7F", "#6A3D9A", "#B8A800")
 # Two panels for each task: classification, language modelling and translation.
 PANELS = (
     (("train_loss", "training loss"), ("test_top1", "test accuracy (%)")),

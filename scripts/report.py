@@ -12,7 +12,14 @@ from typing import Any
 
 from engine.errors import UserError, run_main
 from scripts.arguments import Parser
-from scripts.reporting.recipes import apart, changes_between, changes_to_recipe, published_cells
+from scripts.reporting.recipes import (
+    apart,
+    changes_between,
+    changes_to_recipe,
+    first_published_cells,
+    published_cells,
+    sources,
+)
 from scripts.reporting.records import read_record, update_document, write_record
 from scripts.reporting.searched import ABOUT_SEARCHED, searched
 from scripts.reporting.statistics import interval, spread, welch
@@ -73,7 +80,7 @@ def report_on(runs: list[Run], problems: list[str], options: Any) -> int:
     tested = False
     for table in dict.fromkeys(run.table for run in runs):
         of_table = [run for run in runs if run.table == table]
-        print(report(table, of_table, published_cells(table), options.markdown), end="\n\n")
+        print(report(table, of_table, first_published_cells(table), options.markdown), end="\n\n")
         if compared := comparison(of_table, options.markdown):
             print(compared, end="\n\n")
             tested = tested or TEST in compared
@@ -123,8 +130,9 @@ def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] 
     title = f"{table}: mean (std) over n seeds"
     if facts:
         title = f"{table}: {facts['metric_in_words']}, mean (std) over n seeds; published: over {facts['runs']} runs"
-    notes = [note for of_cell in groups.values() for note in _notes(of_cell, groups)]
-    text = format_table(*results(table, groups, expected, markdown), markdown)
+    header, lines = results(table, groups, expected, markdown)
+    notes = _all_notes(table, groups, lines)
+    text = format_table(header, lines, markdown)
     if markdown:
         title, notes = f"{title}\n", [f"- {note}" for note in notes]
     return "\n".join([title, *text, *([""] if notes else []), *notes])
@@ -286,6 +294,12 @@ def _label(cell: Cell) -> str:
     return cell[0] if cell[2] == 1 else f"{cell[0]} #{cell[2]}"
 
 
+def _all_notes(table: str, groups: dict[Cell, list[Run]], lines: Sequence[Sequence[str]]) -> list[str]:
+    """The notes below the table of means that has these lines."""
+    notes = [note for of_cell in groups.values() for note in _notes(of_cell, groups)]
+    return [*sources(table, [(line[0], line[1]) for line in lines]), *notes]
+
+
 def _notes(of_cell: Sequence[Run], groups: dict[Cell, list[Run]]) -> list[str]:
     """What a reader of the cell's numbers must know."""
     notes, first = [], of_cell[0]
@@ -333,12 +347,12 @@ def page_tables(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
     for table in dict.fromkeys(run.table for run in runs):
         of_table = [run for run in runs if run.table == table]
         groups = by_cell(of_table)
-        notes = [note for of_cell in groups.values() for note in _notes(of_cell, groups)]
+        means = results(table, groups, first_published_cells(table))
         facts = published(table)
         words = f"{facts['metric_in_words']}, " if facts else ""
         compared = comparisons(groups)
         parts = [
-            (f"{words}mean (std) over n seeds", results(table, groups, published_cells(table)), notes),
+            (f"{words}mean (std) over n seeds", means, _all_notes(table, groups, means[1])),
             ("Intervals, tests and costs", compared, [ABOUT_WELCH] if TEST in compared[0] else []),
             ("Trials of the search", trial_lines(of_table), []),
         ]

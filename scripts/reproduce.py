@@ -20,7 +20,7 @@ from scripts.live import Display
 from scripts.pool import State, Turn, places_for, run_jobs
 from scripts.report import report
 from scripts.runs import read_runs
-from scripts.tables import TASKS, cells, published, rows, seeds_of
+from scripts.tables import TASKS, cells, later_rows, published, rows, seeds_of
 
 ALL = "all"  # all published tables
 
@@ -77,6 +77,8 @@ def list_of_runs(options: argparse.Namespace) -> Path:
                     f"--{option}: {options.what} has no '{name}'{nearest(name, there)}; valid: {', '.join(there)}"
                 )
         configs = [cell for cell in configs if found is None or cell[place] in found]
+    if options.rows is None:
+        configs = [cell for cell in configs if cell[1] not in later_rows(cell[0])]
     gpus, first = options.gpus * options.nodes, {table: config for table, _, _, config in reversed(configs)}
     overrides = {table: divided(table, config, options.overrides, gpus) for table, config in first.items()}
     jobs = [
@@ -121,7 +123,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "what", metavar="TABLE", help=f"{', '.join(TASKS)}; {ALL}: the published ones; or a list of runs"
     )
-    parser.add_argument("--rows", type=words, help="default: all")
+    parser.add_argument("--rows", type=words, help="default: all of the first published table; the later ones by name")
     parser.add_argument("--schedules", type=words, help="default: all")
     parser.add_argument("--seeds", type=seeds, help="default: those of the published table")
     parser.add_argument("--jobs", type=positive, metavar="N", help="runs at a time; default: one for each --gpus GPUs")

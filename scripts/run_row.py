@@ -18,16 +18,16 @@ from scripts.jobs import divided, plan, torchrun
 from scripts.pool import State, Turn, places_for, run_jobs
 from scripts.report import report
 from scripts.runs import read_runs
-from scripts.tables import TASKS, cells, load_cell, published, seeds_of
+from scripts.tables import TASKS, cells, load_cell, rows, seeds_of
 
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     configs = cells(options.table, options.row)
     if not configs:
-        rows = published(options.table)["cells"]
+        there = rows(options.table)
         raise UserError(
-            f"{options.table} has no row '{options.row}'{nearest(options.row, rows)}; valid: {', '.join(rows)}"
+            f"{options.table} has no row '{options.row}'{nearest(options.row, there)}; valid: {', '.join(there)}"
         )
     schedules = list(configs) if options.schedules is None else list(dict.fromkeys(options.schedules.split()))
     if not schedules or not set(schedules) <= set(configs):

@@ -24,7 +24,8 @@ TASKS = {
     "pydoc_topics_transformer": "language_model",
     "news_transformer": "language_model",
 }
-ROWS = ("sgd", "adam", "radam", "adam_adj", "radam_adj", "apollo")  # in the order of the published tables
+# In the order of the published tables.
+ROWS = tuple("sgd sgd_2021 adam radam adam_adj radam_adj adabelief adahessian apollo apollo_2021 apollow".split())
 SCHEDULES = ("milestone", "cosine", "inverse_sqrt", "linear", "wsd")  # as files are named after them
 NOT_CELLS = ("base", "published")  # files of a table's folder
 
@@ -77,6 +78,12 @@ def cells(table: str, row: str) -> dict[str, Path]:
 def published(table: str) -> dict[str, Any] | None:
     path = CONFIGS / table / "published.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8-sig")) if path.exists() else None
+
+
+def later_rows(table: str) -> set[str]:
+    """The rows that only the authors' later table has."""
+    facts = published(table) or {}
+    return set(facts.get("later", {}).get("cells", {})) - set(facts.get("cells", {}))
 
 
 def seeds_of(table: str) -> list[int]:

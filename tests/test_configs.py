@@ -11,6 +11,7 @@ from meta_models import meta_model, needs_muon
 from engine.parameter_groups import create_grouped_optimizer
 from optim.lr_scheduler import create_schedule
 from scripts.jobs import plan
+from scripts.reporting.recipes import published_cells
 from scripts.tables import TASKS, cells, load_cell, published, seeds_of
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +21,12 @@ CELLS = sorted(
     if path.stem not in ("base", "published") and path.parent.name not in ("comparison", "search")  # test_compare.py
 )
 TABLES = yaml.safe_load((ROOT / "tests/published_settings.yaml").read_text())
-ROWS = [(table, row) for table, facts in TABLES.items() for row in facts["rows"]]
+ROWS = {
+    (table, row): of_row
+    for table, facts in TABLES.items()
+    for row, of_row in (facts["rows"] | facts["later"]["rows"]).items()
+}
+DECOUPLED = ("decoupled_weight_decay", "weight_decouple", "weight_decay_type")  # as classes call it
 OF_SCHEDULE = ("warmup_updates", "init_lr")
 PUBLISHED = sorted(ROOT.glob("configs/*/published.yaml"))
 
@@ -37,6 +43,8 @@ def test_config_loads_and_its_optimizer_and_schedule_accept_their_settings(path)
     config = load_cell(path.parent.name, path)
     assert config.table == path.parent.name
     assert path.stem in (config.row, f"{config.row}_{config.schedule.name}")
+    if config.optimizer.name.startswith("pytorch_optimizer."):
+        pytest.importorskip("pytorch_optimizer")
     model = meta_model(TASKS[path.parent.name], config)
     optimizer = create_grouped_optimizer(model, config.optimizer, "cpu")
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -53,7 +61,7 @@ def test_header_names_the_command_of_this_file(path):
 
 @pytest.mark.parametrize(("table", "row"), ROWS)
 def test_row_has_the_published_settings(table, row):
-    facts, of_row = TABLES[table], numbers(TABLES[table]["rows"][row])
+    facts, of_row = TABLES[table], numbers(ROWS[table, row])
     assert set(cells(table, row)) == set(of_row["results"])
     for schedule, path in cells(table, row).items():
         config = load_cell(table, path).model_dump(mode="json")
@@ -64,8 +72,10 @@ def test_row_has_the_published_settings(table, row):
 
         not_optimizers = ("optimizer", "decoupled", "last_lr", "results", *OF_SCHEDULE)
         settings = {key: value for key, value in of_row.items() if key not in not_optimizers}
-        decoupled = config["optimizer"].pop("decoupled_weight_decay", of_row["optimizer"] == "adamw")
-        assert config["optimizer"] == {"name": of_row["optimizer"], **settings}
+        given = [config["optimizer"].pop(key) for key in DECOUPLED if key in config["optimizer"]]
+        decoupled = given in ([True], ["decoupled"]) or of_row["optimizer"] == "adamw"
+        needs = {"needs": "create_graph"} if row == "adahessian" else {}
+        assert config["optimizer"] == {"name": of_row["optimizer"], **settings, **needs}
         assert decoupled == of_row.get("decoupled", decoupled)
 
         of_schedule = {key: of_row[key] for key in OF_SCHEDULE if key in of_row}
@@ -108,27 +118,35 @@ def test_published_settings_agree_with_what_was_printed():
             found = [float(text) for text in re.findall(r"\d+(?:\.\d+)?", printed)]
             wanted = value if isinstance(value, list) else [value]
             assert isinstance(value, bool | str) or set(wanted) <= set(found), key
-        for of_row in facts["rows"].values():
-            assert {*of_row} - {"optimizer"} <= {*facts["in"]}
+        for generation in (facts, facts["later"]):
+            for of_row in generation["rows"].values():
+                assert {*of_row} - {"optimizer"} <= {*generation["in"]}
 
 
 @pytest.mark.parametrize(("table", "row"), ROWS)
 def test_published_results_agree_in_all_places(table, row):
-    for schedule, result in TABLES[table]["rows"][row]["results"].items():
-        mean, std = re.fullmatch(r"(\d+\.\d\d) \((\d+\.\d\d)\)", result).groups()
-        assert published(table)["cells"][row][schedule] == [float(mean), float(std)]
+    for schedule, result in ROWS[table, row]["results"].items():
+        assert published_cells(table)[row, schedule] == mean_and_std(result)
         header = cells(table, row)[schedule].read_text()
         assert f"#   published  {result} " in header
         (script,) = re.findall(r"bash (scripts/\w+\.sh)", header)
         assert Path(script).exists() and script.endswith(f"_{row}.sh")
 
 
+def mean_and_std(text: str) -> list[float]:
+    return [float(part) for part in re.fullmatch(r"(\d+\.\d\d) \((\d+\.\d\d)\)", text).groups()]
+
+
 @pytest.mark.parametrize("table", TABLES)
 def test_a_table_has_nothing_more(table):
-    facts, batch = published(table), TABLES[table]["batch"]
+    facts, later, batch = published(table), TABLES[table]["later"], TABLES[table]["batch"]
+    changed = later.get("changed", {})
     assert set(facts["cells"]) == set(TABLES[table]["rows"])
+    assert set(facts["later"]["cells"]) == {*later["rows"], *changed}
+    for row, results in changed.items():
+        assert facts["later"]["cells"][row] == {name: mean_and_std(result) for name, result in results.items()}
     assert {path for path in CELLS if path.parent.name == table} == {
-        path for row in TABLES[table]["rows"] for path in cells(table, row).values()
+        path for of_table, row in ROWS if of_table == table for path in cells(table, row).values()
     }
     assert facts["runs"] == 5 and facts.get("batchnorm_batch", batch["is"]) == batch["is"]
     assert facts.get("lower_is_better", False) == (facts["metric"] == "ppl")

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import sys
 
 import pytest
 import torch
@@ -218,6 +219,12 @@ def test_bad_names_and_settings(name, settings, message):
     with pytest.raises(ValueError) as error:
         create_optimizer(name, parameters(), **settings)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_package_of_optimizers_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(ValueError, match="needs the package pytorch_optimizer: pip install pytorch_optimizer"):
+        create_optimizer("pytorch_optimizer.AdaBelief", parameters())
 
 
 def test_warmup_belongs_to_the_schedule():

@@ -1,5 +1,6 @@
 """Optimizers whose step needs a closure, or gradients with a graph: through the training commands, in this process."""
 
+import json
 import math
 import signal
 from collections import deque
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from nmt_cell import make_cell
 from training_runs import Cell, assert_same_end, losses, result
 
@@ -15,6 +17,7 @@ from engine.config import load_config
 from engine.distributed import setup
 from engine.errors import UserError
 
+ROOT = Path(__file__).parent.parent
 DIGITS = """
 table: digits
 row: others
@@ -149,9 +152,10 @@ def test_lbfgs_trains_digits(configs, tmp_path):
 
 
 def test_adahessian_trains_digits(configs, tmp_path):
-    """With its published setting, CIFAR-10's. https://github.com/XuezheMax/apollo has it."""
+    """With the settings of the CIFAR-10 row."""
     pytest.importorskip("pytorch_optimizer")
-    run_dir = train(configs["classification"], tmp_path / "run", f"optimizer={{{ADAHESSIAN}, needs: create_graph}}")
+    row = yaml.safe_load((ROOT / "configs/cifar10/adahessian_milestone.yaml").read_text())
+    run_dir = train(configs["classification"], tmp_path / "run", f"optimizer={json.dumps(row['optimizer'])}")
     assert result(run_dir)["final"] > 15 and losses(run_dir)[-1] < losses(run_dir)[0]
 
 

@@ -58,6 +58,31 @@ def test_cell_is_mean_and_sample_deviation_beside_the_published_value(tmp_path):
     assert problems == []
 
 
+def test_a_row_stands_beside_the_value_of_its_own_table(tmp_path):
+    for row, final in (("sgd", 94.0), ("adam", 91.0), ("apollow", 94.4)):
+        make_run(tmp_path, row, 1, final)
+    _, _, *lines, _, note = report("cifar10", read_runs(tmp_path)[0]).splitlines()
+    found = {line.split()[0]: line.split()[5:] for line in lines}
+    assert found == {
+        "sgd": ["93.91", "(0.07)", "+0.09"],
+        "adam": ["91.41", "(0.30)", "-0.41"],
+        "apollow": ["94.34", "(0.12)", "+0.06"],
+    }
+    code = "README of the authors' code for arXiv 2009.13586, as of"
+    assert note == (
+        f"published: {code} October 2020; for apollow: {code} November 2021; it changed sgd milestone to 93.94 (0.07)"
+    )
+
+
+def test_the_later_rows_have_a_line_where_one_of_them_was_trained(tmp_path, capsys):
+    make_run(tmp_path, "apollo", 1, 94.3)
+    main([str(tmp_path)])
+    assert "sgd  " in (first := capsys.readouterr().out) and "adabelief" not in first
+    make_run(tmp_path, "adabelief", 1, 94.3)
+    main([str(tmp_path)])
+    assert "adabelief  milestone" in capsys.readouterr().out
+
+
 def make_translation(runs, seed, scores, updates):
     """A run folder of the WMT14 Apollo cell, with a log line every 100 updates and one validation."""
     config = load_cell("wmt14_en_de", cells("wmt14_en_de", "apollo")["milestone"], (f"seed={seed}",))

@@ -17,6 +17,7 @@ from engine.errors import UserError
 from language_model.data import load_corpus
 from nmt.data import load_data as load_parallel
 from scripts.jobs import read_list
+from scripts.reproduce import list_of_runs, parse
 from scripts.reproduce import main as reproduce
 from scripts.synthetic import make_data
 from scripts.tables import TASKS, load_settings
@@ -114,6 +115,18 @@ def test_synthetic_data_are_what_the_task_reads(monkeypatch, tmp_path, table):
     else:
         data = load_images(settings.data, "cpu", seed=1)
         assert (data.num_classes, data.train_size, data.test_size) == (1000, 1000, 1000)
+
+
+def test_a_whole_table_is_the_first_published_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    listed = []
+    for rows in ([], ["--rows", "sgd_2021 apollow"]):
+        options = parse(["all", *rows, "--seeds", "1", "--runs", str(tmp_path)])
+        listed.append({Path(job.folder).parent.name for job in read_list(list_of_runs(options))})
+    schedules = ("milestone", "cosine")
+    rows = ("sgd", "adam", "radam", "adam_adj", "radam_adj", "apollo")
+    assert listed[0] == {f"{row}_{schedule}" for row in rows for schedule in schedules} | {"adam_inverse_sqrt"}
+    assert listed[1] == {f"{row}_{schedule}" for row in ("sgd_2021", "apollow") for schedule in schedules}
 
 
 @pytest.mark.parametrize(

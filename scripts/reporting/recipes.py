@@ -9,7 +9,7 @@ from typing import Any
 from engine.config import differences
 from scripts.reporting.records import flatten
 from scripts.runs import NOT_OF_THE_RECIPE, Run, order
-from scripts.tables import cells, is_same_update, load_cell, published, update_of
+from scripts.tables import cells, is_same_update, later_rows, load_cell, published, update_of
 
 DIVISION = ("batch", "passes", "batchnorm_group")  # of an update into passes; it may differ for the same update
 
@@ -51,9 +51,47 @@ def _by_batchnorm_batch(runs: Sequence[Run]) -> Iterable[list[Run]]:
 
 
 def published_cells(table: str) -> dict[tuple[str, str], list[float]]:
-    """(row, schedule) to the published [mean, std]; empty for a table that nobody published."""
+    """(row, schedule) to the published [mean, std]; empty for a table that nobody published.
+
+    A row has the value of the first table that has the row.
+    """
     facts = published(table) or {"cells": {}}
-    return {(row, schedule): value for row, values in facts["cells"].items() for schedule, value in values.items()}
+    return _later_cells(table) | _by_cell(facts["cells"])
+
+
+def first_published_cells(table: str) -> list[tuple[str, str]]:
+    """The (row, schedule) of the authors' first table."""
+    return [cell for cell in published_cells(table) if cell[0] not in later_rows(table)]
+
+
+def sources(table: str, shown: Iterable[tuple[str, str]]) -> list[str]:
+    """A sentence that says which of the two published tables the values of the cells `shown` are from.
+
+    Empty where the later table has none of these cells.
+    """
+    shown = set(shown)
+    later = {cell: value for cell, value in _later_cells(table).items() if cell in shown}
+    if not later:
+        return []
+    first, second = published(table)["source"], published(table)["later"]["source"]
+    added = dict.fromkeys(row for row, _ in later if row in later_rows(table))
+    changed = [
+        f"{row} {schedule} to {mean:.2f} ({std:.2f})"
+        for (row, schedule), (mean, std) in later.items()
+        if row not in added
+    ]
+    text = f"published: {first}"
+    text += f"; for {', '.join(added)}: {second}" if added else ""
+    text += f"; {'it' if added else second + ','} changed {', '.join(changed)}" if changed else ""
+    return [text]
+
+
+def _later_cells(table: str) -> dict[tuple[str, str], list[float]]:
+    return _by_cell((published(table) or {}).get("later", {}).get("cells", {}))
+
+
+def _by_cell(rows: dict[str, dict[str, list[float]]]) -> dict[tuple[str, str], list[float]]:
+    return {(row, schedule): value for row, values in rows.items() for schedule, value in values.items()}
 
 
 @cache
