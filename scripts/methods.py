@@ -18,9 +18,9 @@ MODEL = "adam"  # a class without its own row begins with this row's rate and we
 FLAGS = ("decoupled_weight_decay", "weight_decouple")  # settings by which some classes decouple the decay
 DECOUPLED = {  # classes that always do, without such a setting or (Adan) whatever it is
     *("Adafactor", "Muon"),  # of torch.optim
-    *("AdamWScheduleFree", "RAdamScheduleFree"),  # of schedulefree: it is added to the normalised gradient
+    *("AdamWScheduleFree", "RAdamScheduleFree"),  # of schedulefree (1.4.1): it is added to the normalised gradient
     *("Adan", "Conda", "DASH", "Fira", "FlashAdamW", "GaLore", "ScheduleFreeAdamW", "ScheduleFreeRAdam"),
-    *("SOAP", "SPAM", "StableSPAM"),  # with those of the line above, of pytorch_optimizer
+    *("SOAP", "SPAM", "StableSPAM"),  # with the line above, of pytorch_optimizer (4.1.0)
 }
 
 
