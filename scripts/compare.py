@@ -23,7 +23,7 @@ from engine.files import write_atomically
 from engine.metrics import DIVERGED
 from engine.run_record import read_result
 from scripts.arguments import Parser, positive, seeds
-from scripts.jobs import Job, job_of, refuse_other_settings, write_list
+from scripts.jobs import Job, division, job_of, refuse_other_settings, write_list
 from scripts.live import Display, columns
 from scripts.methods import read_methods
 from scripts.pool import Places, State, Turn, places_for, run_jobs
@@ -272,7 +272,8 @@ def read_comparison(options: argparse.Namespace) -> Comparison:
     settings = load_settings(task, config, (*options.overrides, *stand_in))
     held_out = [f"data.validation={HELD_OUT}"] if getattr(settings.data, "validation", None) == 0 else []
     methods = read_methods(CONFIGS / "search" / f"{task}.yaml", options.methods)
-    overrides = (*options.overrides, *held_out)
+    divided = division(task, config, (*options.overrides, *stand_in), options.gpus * options.nodes)
+    overrides = (*options.overrides, *held_out, *divided)
     return Comparison(task, config, settings.table, settings.schedule.name, methods, overrides, options.runs)
 
 

@@ -61,29 +61,29 @@ def torchrun(gpus: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "--max_restarts=2"]
 
 
-def divided(table: str, config: Path, overrides: Sequence[str], gpus: int) -> list[str]:
-    """`overrides`, and where `gpus` do not divide the passes of `config` those that make them; says what this changes.
+def division(task: str, config: Path, overrides: Sequence[str], gpus: int) -> list[str]:
+    """What `gpus` need on top of `overrides`: nothing, or passes that they divide; then it says what this changes.
 
     Raises UserError for a config or an override that is wrong, and where no division is possible.
     """
-    settings = load_cell(table, config, overrides)
+    settings = load_settings(task, config, overrides)
     batch, passes = settings.batch, settings.passes
     if passes % gpus == 0:
-        return list(overrides)
+        return []
     from engine.distributed import divide  # here, because importing torch takes seconds
 
     found = divide(batch, passes, gpus)
     if found is None:
         raise UserError(f"--gpus {gpus}: an update of batch={batch} passes={passes} cannot be divided among so many")
     added = [f"batch={found[0]}", f"passes={found[1]}"]
-    then = load_cell(table, config, (*overrides, *added))
-    if is_same_update(table, settings.model_dump(), then.model_dump()):
+    then = load_settings(task, config, (*overrides, *added))
+    if is_same_update(task, settings.model_dump(), then.model_dump()):
         change = "the update is the same"
     else:
-        seen = "BatchNorm sees" if TASKS[table] == "classification" else "a pass sees"
+        seen = "BatchNorm sees" if task == "classification" else "a pass sees"
         change = f"{seen} {found[0]} instead of {batch}, which is another recipe than {config}"
     print(f"--gpus {gpus}: {' '.join(added)} instead of batch={batch} passes={passes}: {change}", file=sys.stderr)
-    return [*overrides, *added]
+    return added
 
 
 def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[str] = ()) -> Job:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from engine.errors import UserError, nearest, run_main
 from scripts.arguments import Parser, positive, seeds
-from scripts.jobs import Job, divided, plan, read_list, write_list
+from scripts.jobs import Job, division, plan, read_list, write_list
 from scripts.live import Display
 from scripts.pool import State, Turn, places_for, run_jobs
 from scripts.report import report
@@ -80,7 +80,10 @@ def list_of_runs(options: argparse.Namespace) -> Path:
     if options.rows is None:
         configs = [cell for cell in configs if cell[1] not in later_rows(cell[0])]
     gpus, first = options.gpus * options.nodes, {table: config for table, _, _, config in reversed(configs)}
-    overrides = {table: divided(table, config, options.overrides, gpus) for table, config in first.items()}
+    overrides = {
+        table: [*options.overrides, *division(TASKS[table], config, options.overrides, gpus)]
+        for table, config in first.items()
+    }
     jobs = [
         plan(table, config, seed, options.runs, overrides[table])
         for table, _, _, config in configs

@@ -14,7 +14,7 @@ from pathlib import Path
 from classification import cifar
 from engine.errors import UserError, nearest, run_main
 from scripts.arguments import Parser, positive, seeds
-from scripts.jobs import divided, plan, torchrun
+from scripts.jobs import division, plan, torchrun
 from scripts.pool import State, Turn, places_for, run_jobs
 from scripts.report import report
 from scripts.runs import read_runs
@@ -32,7 +32,8 @@ def main(arguments: list[str]) -> int:
     schedules = list(configs) if options.schedules is None else list(dict.fromkeys(options.schedules.split()))
     if not schedules or not set(schedules) <= set(configs):
         raise UserError(f'--schedules "{options.schedules}" is not one or more of: {", ".join(configs)}')
-    overrides = divided(options.table, configs[schedules[0]], options.overrides, options.gpus)
+    overrides = list(options.overrides)
+    overrides += division(TASKS[options.table], configs[schedules[0]], overrides, options.gpus)
     jobs = [
         plan(options.table, configs[schedule], seed, options.runs, overrides)
         for schedule in schedules

@@ -40,12 +40,12 @@ def load_cell(table: str, config: Path, overrides: Sequence[str] = ()) -> RunCon
     return load_settings(TASKS[table], config, overrides)
 
 
-def is_same_update(table: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two configs of `table` make the same updates; they may divide them into different passes."""
-    return update_of(table, one) == update_of(table, other)
+def is_same_update(task: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two configs of `task` make the same updates; they may divide them into different passes."""
+    return update_of(task, one) == update_of(task, other)
 
 
-def update_of(table: str, config: dict[str, Any]) -> tuple[Any, ...]:
+def update_of(task: str, config: dict[str, Any]) -> tuple[Any, ...]:
     """What defines an update, whatever its division into passes.
 
     Rows of text are independent, but images share the statistics of BatchNorm, and sentences a batch of similar
@@ -55,7 +55,7 @@ def update_of(table: str, config: dict[str, Any]) -> tuple[Any, ...]:
     if not (isinstance(batch, int) and isinstance(passes, int)):
         return (None,)
     seen = {"language_model": None, "classification": config.get("batchnorm_group") or batch}
-    return batch * passes, seen.get(TASKS.get(table, ""), batch)
+    return batch * passes, seen.get(task, batch)
 
 
 def rows(table: str) -> list[str]:

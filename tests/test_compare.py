@@ -17,7 +17,7 @@ from training_runs import process
 from engine.config import load_config
 from engine.errors import UserError
 from engine.parameter_groups import create_grouped_optimizer
-from scripts.compare import COMPARISONS, accept_diverged, main, task_of
+from scripts.compare import COMPARISONS, accept_diverged, main, parse, read_comparison, task_of
 from scripts.jobs import Job
 from scripts.methods import Lines, read_methods
 from scripts.pool import State, Turn
@@ -214,6 +214,12 @@ def test_refusals_come_before_any_training(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         main([*arguments, "--runs", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_gpus_divide_every_run_and_it_is_said(tmp_path, capsys):
+    comparison = read_comparison(parse(["--task", "digits", "--gpus", "2", "--runs", str(tmp_path)]))
+    assert {"batch=32", "passes=2"} <= set(comparison.overrides)
+    assert "BatchNorm sees 32 instead of 64" in capsys.readouterr().err
 
 
 def test_only_a_run_that_diverged_is_given_the_worst_value(tmp_path):

@@ -19,7 +19,7 @@ from scripts.reporting.recipes import apart
 from scripts.reporting.records import read_record, write_record
 from scripts.reporting.statistics import spread
 from scripts.runs import Result, read_runs
-from scripts.tables import cells, is_same_update, load_cell
+from scripts.tables import TASKS, cells, is_same_update, load_cell
 
 ROOT = Path(__file__).parent.parent
 
@@ -241,7 +241,7 @@ def test_another_division_of_the_same_update_is_the_same_recipe():
         published, one, another = (
             load_cell(table, config, overrides).model_dump(mode="json") for overrides in ([], same, other)
         )
-        assert is_same_update(table, published, one) and not is_same_update(table, published, another)
+        assert is_same_update(TASKS[table], published, one) and not is_same_update(TASKS[table], published, another)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from training_runs import process
 
 from engine.errors import UserError
-from scripts.jobs import divided
+from scripts.jobs import division
 from scripts.missing import missing
 from scripts.quickstart import EXPERIMENTS
 from scripts.reporting.recipes import published_cells
@@ -185,7 +185,7 @@ def test_gpus_that_do_not_divide_the_passes_say_what_they_change(
 ):
     monkeypatch.chdir(ROOT)
     path = Path(f"configs/{config}.yaml")
-    assert divided(path.parent.name, path, overrides, gpus) == [*overrides, *added]
+    assert division(TASKS[path.parent.name], path, overrides, gpus) == added
     words = capsys.readouterr().err
     assert (said in words and " ".join(added) in words) if said else words == ""
 
@@ -193,7 +193,7 @@ def test_gpus_that_do_not_divide_the_passes_say_what_they_change(
 def test_gpus_that_cannot_divide_an_update_are_refused(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match="--gpus 3: an update of batch=128 passes=1 cannot be divided"):
-        divided("cifar10", Path("configs/cifar10/sgd_cosine.yaml"), [], 3)
+        division("classification", Path("configs/cifar10/sgd_cosine.yaml"), [], 3)
 
 
 @pytest.mark.parametrize(

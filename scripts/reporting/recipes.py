@@ -9,7 +9,7 @@ from typing import Any
 from engine.config import differences
 from scripts.reporting.records import flatten
 from scripts.runs import NOT_OF_THE_RECIPE, Run, order
-from scripts.tables import cells, is_same_update, later_rows, load_cell, published, update_of
+from scripts.tables import TASKS, cells, is_same_update, later_rows, load_cell, published, update_of
 
 DIVISION = ("batch", "passes", "batchnorm_group")  # of an update into passes; it may differ for the same update
 
@@ -24,7 +24,7 @@ def apart(runs: Sequence[Run]) -> list[Run]:
         if not run.trial:
             ours = flatten(run.config, (*NOT_OF_THE_RECIPE, *DIVISION))
             given = ((key, repr(value)) for key, value in ours.items() if value is not None)  # a newer key is unset
-            of_run = (update_of(run.table, run.config), *given)
+            of_run = (update_of(TASKS.get(run.table, ""), run.config), *given)
             settings.setdefault((run.table, *run.cell), {}).setdefault(of_run, []).append(run)
     variants = {}
     for of_cell in settings.values():
@@ -118,7 +118,7 @@ def changes_between(run: Run, usual: Run) -> list[str]:
 
 
 def _changed(run: Run, recipe: dict[str, Any]) -> list[str]:
-    division = DIVISION if is_same_update(run.table, run.config, recipe) else ()
+    division = DIVISION if is_same_update(TASKS.get(run.table, ""), run.config, recipe) else ()
     return differences(run.config, recipe, (*NOT_OF_THE_RECIPE, *division))
 
 
