@@ -24,7 +24,10 @@ EXPERIMENTS = [
     "sacrebleu",
     "tokenizers",
 ]
-OTHERS = ["pytorch_optimizer>=4"]  # optimizers to compare with: AdaBelief, AdaHessian, SAM and some hundred more
+OTHERS = [  # optimizers to compare with
+    "pytorch_optimizer>=4",  # AdaBelief, AdaHessian, SAM and some hundred more
+    "schedulefree",
+]
 DEVELOPMENT = [
     *OTHERS,
     "pytest",
@@ -39,7 +42,6 @@ DEVELOPMENT = [
     "setuptools>=70.1",  # the first that builds a wheel without the package `wheel`
     "packaging",
     "plotly",  # the report's page
-    "schedulefree",  # an optimizer with modes, for the tests
 ]
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def create_grouped_optimizer(model: Module, config: OptimizerConfig, device_type
         with settings_of(f"optimizer.groups: {group.match!r}"):
             if group.name:
                 others.append(
-                    _over_one_group(group.name, _with_fused(group.name, group.settings, device_type), parameters)
+                    over_one_group(group.name, _with_fused(group.name, group.settings, device_type), parameters)
                 )
             else:
                 own.append(_one_group(config.name, settings | group.settings, parameters, group.settings))
@@ -131,7 +131,7 @@ def _matches(match: str | int, name: str, parameter: torch.Tensor) -> bool:
     return parameter.dim() == match if isinstance(match, int) else re.search(match, name) is not None
 
 
-def _over_one_group(name: str, settings: dict[str, Any], parameters: list[Parameter]) -> Optimizer:
+def over_one_group(name: str, settings: dict[str, Any], parameters: list[Parameter]) -> Optimizer:
     """An optimizer over one group. The group also gets the settings that the constructor does not name.
 
     Some classes, such as pytorch_optimizer.Muon with `use_muon`, look for settings in the groups that they are given.
@@ -148,7 +148,7 @@ def _one_group(
 
     Raises ValueError where it keeps one of `own` elsewhere than in the group.
     """
-    group = _over_one_group(name, settings, parameters).param_groups[0]
+    group = over_one_group(name, settings, parameters).param_groups[0]
     for key in own or {}:
         if key not in group:
             raise ValueError(f"{name} has one {key} for all of its groups")

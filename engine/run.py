@@ -310,8 +310,9 @@ def close_window(run: Run) -> dict[str, float] | None:
 def log_window(run: Run, bar: tqdm, **means: float | None) -> None:
     """Write a line of training metrics: `means` over the window just closed, the learning rate and the speed."""
     progress = run.progress
-    if run.world.is_main and isinstance(run.optimizer, Apollo):
-        means["clamped"] = run.optimizer.clamped()  # see "Choosing a learning rate" in docs/apollo.md
+    parts = getattr(run.optimizer, "optimizers", [run.optimizer])  # of several, Apollo may be one
+    if run.world.is_main and (apollo := next((one for one in parts if isinstance(one, Apollo)), None)):
+        means["clamped"] = apollo.clamped()  # see "Choosing a learning rate" in docs/apollo.md
     run.record.metrics("train", progress.update, epoch=progress.epoch + 1, **means, lr=progress.lr, **_speed(run))
     shown = {name: f"{mean:.4g}" for name, mean in means.items() if mean is not None}
     bar.set_postfix(epoch=progress.epoch + 1, **shown)

@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 from . import lr_scheduler
 from .apollo import Apollo
 from .lr_scheduler import create_schedule
-from .settings import suggest
+from .settings import construct, suggest
 
 __all__ = [
     "OPTIMIZERS",
@@ -51,28 +51,15 @@ def create_optimizer(name: str, params: ParamsT, **settings: Any) -> Optimizer:
             f"optimizer {name!r} is made from the {first}, not from parameters: give the name of a function that takes "
             "parameters and makes it"
         )
-    names = [key for key in list(accepted)[1:] if accepted[key].kind is not inspect.Parameter.VAR_KEYWORD]
-    takes_any = len(names) + 1 < len(accepted)
-    for key in settings:
-        if key not in names and not takes_any:
-            raise ValueError(f"optimizer {name!r} has no setting {key!r}{suggest(key, names)}")
-    for key in names:
-        if accepted[key].default is inspect.Parameter.empty and key not in settings:
-            raise ValueError(f"optimizer {name!r} needs the setting {key!r}")
     if name in OPTIMIZERS:
         for key, value in settings.items():
-            if rule := _broken_rule(accepted[key].default, value):
+            if key in accepted and (rule := _broken_rule(accepted[key].default, value)):
                 raise ValueError(f"optimizer {name!r}: {key} must be {rule}, got {value!r}")
     if cls is Apollo:
         settings = {"warmup": 0, **settings}
     if isinstance(base := settings.get("base_optimizer"), str):
         settings = {**settings, "base_optimizer": optimizer_class(base)}
-    try:
-        optimizer = cls(params, **settings)
-    except ValueError as error:
-        raise ValueError(f"optimizer {name!r}: {error}") from error
-    except Exception as error:  # foreign classes may check their settings in any way, or not at all
-        raise ValueError(f"optimizer {name!r}: {error or type(error).__name__}; its settings: {settings}") from error
+    optimizer = construct(f"optimizer {name!r}", cls, params, settings)
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"optimizer {name!r} makes a {type(optimizer).__name__}, which is no torch.optim.Optimizer")
     return optimizer
@@ -111,9 +98,9 @@ def _import(path: str) -> Callable[..., Optimizer]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the import runs foreign code, which may raise anything
-        if isinstance(error, ModuleNotFoundError) and error.name == "pytorch_optimizer":
+        if isinstance(error, ModuleNotFoundError) and error.name in ("pytorch_optimizer", "schedulefree"):
             raise ValueError(
-                f"optimizer {path!r} needs the package pytorch_optimizer: pip install pytorch_optimizer "
+                f"optimizer {path!r} needs the package {error.name}: pip install {error.name} "
                 "(the extra `optimizers` of setup.py)"
             ) from error
         raise ValueError(

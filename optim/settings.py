@@ -1,6 +1,7 @@
-"""The settings of a group of Apollo's parameters, their valid values, and the hint in errors about valid names."""
+"""The settings of a group of Apollo's parameters, their valid values, and how anyone's class is made from settings."""
 
 import difflib
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -79,6 +80,27 @@ def check_settings(settings: dict[str, Any]) -> None:
     for name, choices in (("weight_decay_type", WEIGHT_DECAY_TYPES), ("rebound", REBOUNDS)):
         if settings[name] not in choices:
             raise ValueError(f"unknown {name} {settings[name]!r}{suggest(settings[name], choices)}")
+
+
+def construct(what: str, maker: Callable[..., Any], subject: Any, settings: dict[str, Any]) -> Any:
+    """`maker(subject, **settings)`.
+
+    Raises ValueError, which begins with `what`, for a setting that is unknown, missing or refused.
+    """
+    accepted = list(inspect.signature(maker).parameters.values())[1:]
+    named = {parameter.name: parameter.default for parameter in accepted if parameter.kind != parameter.VAR_KEYWORD}
+    for key in settings:
+        if key not in named and len(named) == len(accepted):
+            raise ValueError(f"{what} has no setting {key!r}{suggest(key, named)}")
+    for key, default in named.items():
+        if default is inspect.Parameter.empty and key not in settings:
+            raise ValueError(f"{what} needs the setting {key!r}")
+    try:
+        return maker(subject, **settings)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    except Exception as error:  # foreign classes may check their settings in any way, or not at all
+        raise ValueError(f"{what}: {error or type(error).__name__}; its settings: {settings}") from error
 
 
 def suggest(name: object, valid: Iterable[str]) -> str:

@@ -5,7 +5,6 @@ takes its first step after the warmup's end.
 """
 
 import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
 
-from .settings import suggest
+from .settings import construct, suggest
 
 
 def create_torch_schedule(
@@ -34,18 +33,7 @@ def create_torch_schedule(
             f"schedule {name!r} waits for a metric, and a schedule is stepped once per update here, without one: "
             "use another, e.g. milestone"
         )
-    accepted = list(inspect.signature(cls).parameters.values())[1:]
-    names = [parameter.name for parameter in accepted if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-    for key in settings:
-        if key not in names and len(names) == len(accepted):
-            raise ValueError(f"schedule {name!r} has no setting {key!r}{suggest(key, names)}")
-    for parameter in accepted:
-        if parameter.name in names and parameter.default is inspect.Parameter.empty and parameter.name not in settings:
-            raise ValueError(f"schedule {name!r} needs the setting {parameter.name!r}")
-    try:
-        schedule = cls(optimizer, **settings)
-    except Exception as error:  # foreign classes may check their settings in any way, or not at all
-        raise ValueError(f"schedule {name!r}: {error or type(error).__name__}; its settings: {settings}") from error
+    schedule = construct(f"schedule {name!r}", cls, optimizer, settings)
     if not isinstance(schedule, LRScheduler):
         raise ValueError(f"schedule {name!r} does not make a torch.optim.lr_scheduler.LRScheduler")
     ends = getattr(schedule, "total_steps", None)  # of OneCycleLR, which refuses further steps

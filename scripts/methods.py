@@ -6,17 +6,25 @@ from typing import Any
 
 import torch
 from pydantic import PositiveFloat, RootModel
+from torch.nn import Parameter
+from torch.optim import Optimizer
 
-from engine.config import Named, load_config
+from engine.config import OptimizerConfig, load_config
 from engine.errors import UserError, nearest, settings_of
-from optim import create_optimizer
+from engine.parameter_groups import over_one_group
 from scripts.protocol import Method
 
 MODEL = "adam"  # a class without its own row begins with this row's rate and weight decay
 FLAGS = ("decoupled_weight_decay", "weight_decouple")  # settings by which some classes decouple the decay
+DECOUPLED = {  # classes that always do, without such a setting or (Adan) whatever it is
+    *("Adafactor", "Muon"),  # of torch.optim
+    *("AdamWScheduleFree", "RAdamScheduleFree"),  # of schedulefree (1.4.1): it is added to the normalised gradient
+    *("Adan", "Conda", "DASH", "Fira", "FlashAdamW", "GaLore", "ScheduleFreeAdamW", "ScheduleFreeRAdam"),
+    *("SOAP", "SPAM", "StableSPAM"),  # with the line above, of pytorch_optimizer (4.1.0)
+}
 
 
-class Line(Named):
+class Line(OptimizerConfig):
     """Its lr is the middle of the grid."""
 
     lr: PositiveFloat
@@ -41,28 +49,64 @@ def read_methods(path: Path, names: Sequence[str]) -> list[Method]:
 
 def method_of(name: str, lines: dict[str, Any], path: Path) -> Method:
     if name in lines:
-        row, settings = name, lines[name]
+        row, optimizer = name, lines[name]
     elif "." in name:
-        row, settings = name.rpartition(".")[2], {"name": name, "lr": lines[MODEL]["lr"]}
-        if "weight_decay" in group_of(settings):
-            settings["weight_decay"] = lines[MODEL]["weight_decay"]
+        row, optimizer = name.rpartition(".")[2], {"name": name, "lr": lines[MODEL]["lr"]}
+        if "weight_decay" in made_of(optimizer).param_groups[0]:
+            optimizer["weight_decay"] = lines[MODEL]["weight_decay"]
     else:
         raise UserError(
             f"--methods: {path} has no '{name}'{nearest(name, lines)}; valid: {', '.join(lines)}, or the dotted "
             "name of a class"
         )
-    return Method(row, settings, is_decoupled(group_of(settings)))
+    return complete_method(row, optimizer)
 
 
-def group_of(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """All settings of an optimizer. Raises UserError where it cannot be made."""
-    settings = {key: value for key, value in optimizer.items() if key not in ("name", "needs", "groups")}
+def complete_method(row: str, optimizer: dict[str, Any]) -> Method:
+    """The method of a row, whose optimizer and groups name their rates and decays: class defaults are tuned too.
+
+    Raises UserError where one factor cannot tune the decays.
+    """
+    own = {key: value for key, value in optimizer.items() if key not in ("needs", "groups")}
+    groups = [
+        {key: value for key, value in group.items() if value is not None} for group in optimizer.get("groups", [])
+    ]
+    made = made_of(own)
+    optimizer, parts = completed(optimizer, made), [made]
+    for index, group in enumerate(groups):
+        parts.append(made_of(group if "name" in group else own | group))
+        if "name" in group:
+            groups[index] = completed(group, parts[-1])
+    if groups:
+        optimizer["groups"] = groups
+    kinds = [is_decoupled(part) for part in parts if part.param_groups[0].get("weight_decay")]
+    if len(set(kinds)) > 1 or (kinds and not optimizer.get("weight_decay")):
+        raise UserError(
+            f"{row}: one factor cannot tune its weight decays: the optimizer itself must have one, and either all are "
+            "decoupled or all are added to the gradient"
+        )
+    return Method(row, optimizer, kinds[:1] == [True])
+
+
+def made_of(settings: dict[str, Any]) -> Optimizer:
+    """An optimizer over a matrix, or a UserError where `settings` (of an optimizer or a group) cannot make one."""
     with settings_of("optimizer"):
-        made = create_optimizer(optimizer["name"], [torch.nn.Parameter(torch.zeros(2, 2))], **settings)
-    decouples = {FLAGS[0]: True} if isinstance(made, torch.optim.AdamW) else {}
-    return made.param_groups[0] | decouples
+        others = {key: value for key, value in settings.items() if key not in ("name", "match")}
+        return over_one_group(settings["name"], others, [Parameter(torch.zeros(2, 2))])
 
 
-def is_decoupled(group: dict[str, Any]) -> bool:
+def completed(settings: dict[str, Any], made: Optimizer) -> dict[str, Any]:
+    """`settings`, with the rate and the weight decay that the class has where they name none."""
+    group = made.param_groups[0]
+    return settings | {key: group[key] for key in ("lr", "weight_decay") if group.get(key) and key not in settings}
+
+
+def is_decoupled(optimizer: Optimizer) -> bool:
     """Whether the weight decay, times the rate, is subtracted from the weights and not added to the gradient."""
-    return group.get("weight_decay_type", "L2") != "L2" or any(group.get(flag) for flag in FLAGS)
+    group = optimizer.param_groups[0]
+    return not group.get("fixed_decay") and (  # pytorch_optimizer's decay without the rate
+        group.get("weight_decay_type", "L2") != "L2"
+        or any(group.get(flag) for flag in FLAGS)
+        or isinstance(optimizer, torch.optim.AdamW)
+        or any(cls.__name__ in DECOUPLED for cls in type(optimizer).__mro__)
+    )

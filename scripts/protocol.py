@@ -43,8 +43,18 @@ class Method:
         return Setting(rate, rounded(factor * at_rate))
 
     def override(self, setting: Setting) -> str:
-        decay = {} if setting.decay is None else {"weight_decay": setting.decay}
-        return f"optimizer={json.dumps({**self.optimizer, 'lr': setting.rate, **decay})}"
+        """The optimizer at `setting`, for a config. The rates and decays of its groups change in proportion."""
+        factors = {"lr": setting.rate / self.optimizer["lr"]}
+        if setting.decay is not None:
+            factors["weight_decay"] = setting.decay / self.decay
+
+        def scaled(settings: Mapping[str, Any]) -> dict[str, Any]:
+            return {key: rounded(value * factors[key]) if key in factors else value for key, value in settings.items()}
+
+        optimizer = scaled(self.optimizer)
+        if "groups" in optimizer:
+            optimizer["groups"] = [scaled(group) for group in optimizer["groups"]]
+        return f"optimizer={json.dumps(optimizer)}"
 
 
 def rounded(value: float) -> float:

@@ -7,7 +7,7 @@ different settings are listed separately. Unfinished runs and unreadable files a
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from engine.errors import UserError, run_main
@@ -21,7 +21,8 @@ from scripts.reporting.recipes import (
     sources,
 )
 from scripts.reporting.records import read_record, update_document, write_record
-from scripts.reporting.statistics import interval, welch
+from scripts.reporting.searched import ABOUT_SEARCHED, searched
+from scripts.reporting.statistics import interval, spread, welch
 from scripts.runs import Run, author_log, order, read_runs
 from scripts.tables import ROWS, SCHEDULES, position, published
 
@@ -57,13 +58,12 @@ def main(arguments: list[str]) -> int:
 
         print(f"bundle: {write_bundle(options.bundle, options.out or Path('bundles'))}")
         return 0
-    if options.update:
-        for path in options.update:
-            print(f"{path}: {update_document(path, render)} tables written")
-        return 0
-    if not options.folder:
+    if not options.folder and not options.update:
         parser.error("the following arguments are required: folder")
-    return report_on(*read(options.folder), options)
+    status = report_on(*read(options.folder), options) if options.folder else 0
+    for path in options.update or ():  # whose record may be the one just written
+        print(f"{path}: {update_document(path, render)} tables written")
+    return status
 
 
 def read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -144,8 +144,10 @@ def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
 
 
 def render(runs: Sequence[Run], kind: str) -> str:
-    """Tables of `runs` as Markdown: `results`, or the `comparison`."""
+    """Tables of `runs` as Markdown: `results`, the `comparison`, or what was `searched`."""
     runs = apart(runs)
+    if kind == "searched":
+        return "\n".join([*format_table(*searched(runs), markdown=True), "", ABOUT_SEARCHED])
     tables = {table: [run for run in runs if run.table == table] for table in dict.fromkeys(run.table for run in runs)}
     if kind == "results":
         return "\n\n".join(report(table, of_table, markdown=True) for table, of_table in tables.items())
@@ -327,14 +329,6 @@ def _shortened(changes: Sequence[str]) -> str:
 
 def _seeds(runs: Sequence[Run]) -> str:
     return f"seed{'s' if len(runs) > 1 else ''} {' '.join(str(run.seed) for run in runs)}"
-
-
-def spread(values: Sequence[float]) -> str:
-    """`mean (std)` with the sample standard deviation; for one value only the mean."""
-    if not values:
-        return ""
-    varies = len(values) > 1 and math.isfinite(mean(values))
-    return f"{mean(values):.2f}" + (f" ({stdev(values):.2f})" if varies else "")
 
 
 def format_table(header: Sequence[str], lines: Sequence[Sequence[str]], markdown: bool = False) -> list[str]:

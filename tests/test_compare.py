@@ -11,12 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+from meta_models import meta_model, needs_muon
 from training_runs import process
 
+from engine.config import load_config
 from engine.errors import UserError
+from engine.parameter_groups import create_grouped_optimizer
 from scripts.compare import COMPARISONS, accept_diverged, main, parse, read_comparison, task_of
 from scripts.jobs import Job
-from scripts.methods import read_methods
+from scripts.methods import Lines, read_methods
 from scripts.pool import State, Turn
 from scripts.protocol import FURTHEST, Method, best_factor, best_step, widened
 from scripts.tables import CONFIGS, TASKS, load_settings
@@ -120,6 +123,76 @@ def test_a_class_without_a_line_begins_with_the_rate_and_the_decay_of_adam():
     assert adamax.optimizer == {"name": "torch.optim.Adamax", "lr": 0.01, "weight_decay": 5e-4}
     assert (adamax.decoupled, adamw.decoupled, adam.decoupled) == (False, True, True)
     assert rprop.decay is None
+
+
+COUPLED = {"sgd", "apollo", "schedule_free_sgd", "sam", "lbfgs"}  # whose decay, if any, is added to the gradient
+
+
+@needs_muon
+@pytest.mark.parametrize("table", ["digits", "pydoc_topics", "pydoc_topics_transformer", "grammar"])
+def test_every_line_makes_its_optimizer_for_the_models_that_it_is_tried_on(table):
+    pytest.importorskip("pytorch_optimizer")
+    pytest.importorskip("schedulefree")
+    task = TASKS[table]
+    path = CONFIGS / "search" / f"{task}.yaml"
+    methods = read_methods(path, list(load_config(Lines, path).root))
+    assert {method.row for method in methods if method.decay and not method.decoupled} <= COUPLED
+    assert not {method.row for method in methods if method.decoupled} & COUPLED
+    for method in methods:
+        setting = method.setting(2, 5.0)
+        overrides = [f"row={method.row}", method.override(setting)]
+        config = load_settings(task, COMPARISONS / f"{table}.yaml", overrides)
+        model = meta_model(task, config)
+        optimizer = create_grouped_optimizer(model, config.optimizer, "cpu")
+        assert {group["lr"] for group in optimizer.param_groups} >= {setting.rate}
+        assert {group.get("weight_decay") or None for group in optimizer.param_groups} >= {setting.decay}
+
+
+def lines_of(tmp_path, **optimizers):
+    path = tmp_path / "lines.yaml"
+    path.write_text(json.dumps(optimizers))
+    return read_methods(path, list(optimizers))
+
+
+@needs_muon
+def test_rates_and_decays_of_groups_change_in_proportion(tmp_path):
+    muon = {"match": 2, "name": "torch.optim.Muon", "lr": 0.02}
+    groups = [muon, {"match": 1, "weight_decay": 0}, {"match": "conv1", "lr": 0.006}]
+    (method,) = lines_of(tmp_path, mixed={"name": "adamw", "lr": 0.003, "weight_decay": 0.2, "groups": groups})
+    assert method.decoupled
+    written = method.override(method.setting(2, 5.0)).removeprefix("optimizer=")
+    of_muon, of_vectors, of_first = json.loads(written)["groups"]
+    assert json.loads(written) | {"groups": []} == {"name": "adamw", "lr": 0.03, "weight_decay": 0.1, "groups": []}
+    assert of_muon == muon | {"lr": 0.2, "weight_decay": 0.05}  # by default torch's Muon has 0.1
+    assert of_vectors == {"match": 1, "weight_decay": 0}
+    assert of_first == {"match": "conv1", "lr": 0.06}
+
+
+def test_what_an_optimizer_needs_stays_in_its_trials(tmp_path):
+    pytest.importorskip("pytorch_optimizer")
+    sam = {"name": "pytorch_optimizer.SAM", "base_optimizer": "sgd", "lr": 0.1, "needs": "closure"}
+    decay_without_rate = {"name": "pytorch_optimizer.Lion", "lr": 0.1, "weight_decay": 0.1, "fixed_decay": True}
+    adan = {"name": "pytorch_optimizer.Adan", "lr": 0.1, "weight_decay": 0.1}
+    soap = {"name": "pytorch_optimizer.SOAP", "lr": 0.003}
+    sam, lion, adan, soap = lines_of(tmp_path, sam=sam, lion=decay_without_rate, adan=adan, soap=soap)
+    assert json.loads(sam.override(sam.setting(0)).removeprefix("optimizer="))["needs"] == "closure"
+    assert (sam.decoupled, lion.decoupled, adan.decoupled, soap.decoupled) == (False, False, True, True)
+    assert soap.decay == 0.01  # its default is tuned as any other
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"needs": "closures"}, "needs"),
+        ({"groups": [{"match": 2, "name": "sgd", "momentums": 0.9}]}, "no setting 'momentums'"),
+        ({"groups": [{"match": 2, "name": "sgd", "lr": 1, "weight_decay": 0.1}]}, "one factor cannot tune"),
+        ({"weight_decay": 0, "groups": [{"match": 2, "weight_decay": 0.1}]}, "one factor cannot tune"),
+    ],
+)
+def test_lines_that_cannot_be_tuned_are_refused(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message) as caught:
+        lines_of(tmp_path, mine={"name": "adamw", "lr": 0.01, "weight_decay": 0.1, **settings})
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

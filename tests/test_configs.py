@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
+from meta_models import meta_model, needs_muon
 
-from optim import create_optimizer
+from engine.parameter_groups import create_grouped_optimizer
 from optim.lr_scheduler import create_schedule
 from scripts.jobs import plan
 from scripts.reporting.recipes import published_cells
@@ -36,15 +36,19 @@ def in_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("path", CELLS, ids=str)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[needs_muon] * path.stem.startswith("muon")) for path in CELLS], ids=str
+)
 def test_config_loads_and_its_optimizer_and_schedule_accept_their_settings(path):
     config = load_cell(path.parent.name, path)
     assert config.table == path.parent.name
     assert path.stem in (config.row, f"{config.row}_{config.schedule.name}")
-    settings = {key: value for key, value in config.optimizer.settings.items() if key != "groups"}
     if config.optimizer.name.startswith("pytorch_optimizer."):
         pytest.importorskip("pytorch_optimizer")
-    optimizer = create_optimizer(config.optimizer.name, [torch.nn.Parameter(torch.ones(2))], **settings)
+    model = meta_model(TASKS[path.parent.name], config)
+    optimizer = create_grouped_optimizer(model, config.optimizer, "cpu")
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert {id(parameter) for parameter in held} == {id(parameter) for parameter in model.parameters()}
     length = plan(path.parent.name, path, 1, Path("runs")).length
     create_schedule(optimizer, config.schedule.name, updates_per_unit=390, total=length, **config.schedule.settings)
 

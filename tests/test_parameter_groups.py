@@ -1,11 +1,13 @@
 """Groups of parameters by name: several optimizers behind one, alone and through the three training commands."""
 
 import copy
+import json
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from meta_models import needs_muon
 from nmt_cell import make_cell
 from torch import nn
 from training_runs import Cell, assert_same_end, recipe, saved
@@ -16,6 +18,7 @@ from engine.parameter_groups import create_grouped_optimizer, describe_groups, d
 from engine.precision import Precision
 from optim.lr_scheduler import create_schedule
 
+pytestmark = needs_muon
 MUON = "{name: torch.optim.Muon, lr: 0.02, weight_decay: 0.1, match: %s}"
 DIGITS = """
 table: digits
@@ -209,6 +212,14 @@ def test_stopped_and_resumed_it_ends_the_same(cells, name, tmp_path):
     assert shapes[0] == shapes[1] == shapes[2]
     close = directions(moved, whole)
     assert min(close) > 0.9, close
+
+
+def test_the_share_of_clamped_entries_is_logged_where_apollo_is_one_of_several(cells, tmp_path):
+    apollo = f"optimizer={{name: apollo, lr: 0.1, groups: [{MUON % 2}]}}"
+    run = cells["resnet"][0].complete(tmp_path / "run", apollo, "data.validation=0.8")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["clamped"] for line in lines if line["kind"] == "train"]
+    assert shares and all(0 < share <= 1 for share in shares)
 
 
 def parameter_count(checkpoint: dict) -> int:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from scripts.report import main, read, render
 from scripts.reporting.pictures import pictures
 from scripts.reporting.records import MOST_POINTS, read_record, updated, write_record
 from scripts.runs import read_runs
+from scripts.tables import load_settings
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -129,8 +132,35 @@ def test_marked_tables_are_written_anew_and_the_rest_is_left(record, tmp_path, c
     assert changed != text
     assert updated(document, changed, render) == text
     document.write_text(parts[0].replace(" results -->", " everything -->"))
-    with pytest.raises(UserError, match="table of kind 'everything'; valid: results, comparison"):
+    with pytest.raises(UserError, match="table of kind 'everything'; valid: results, comparison, searched"):
         main(["--update", str(document)])
+
+
+def test_table_of_optimizers_that_were_tuned(tmp_path, capsys):
+    for table, metric, rows in (("grammar", "fairseq_bleu", ["sgd"]), ("digits", "top1", ["apollo", "sgd"])):
+        for row in rows:
+            write_search(tmp_path / "runs", table, row, metric)
+            for seed in (1, 101, 201):
+                rate = METHODS[row] * (1 if table == "digits" else 2)
+                write_run(tmp_path / f"runs/{table}/{row}_milestone/seed{seed}", table, row, seed, rate, metric)
+    record, document = tmp_path / "tuned.json", tmp_path / "page.md"
+    document.write_text("<!-- table tuned.json searched -->\n<!-- end of table -->\n")
+    output(capsys, tmp_path / "runs", "--record", record, "--update", document)
+    runs = read_record(record)
+    assert render(runs, "searched") in document.read_text()
+    header, rule, sgd, apollo, *about = (
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in render(runs, "searched").splitlines()
+    )
+    assert header == ["optimizer", "command", "digits (top1)", "grammar (fairseq_bleu)"]
+    assert (sgd[0], apollo[0], apollo[3]) == ("sgd", "apollo", "-")
+    finals = [run.result.final for run in runs if (run.table, run.row, run.trial) == ("digits", "sgd", None)]
+    assert sgd[2] == f"{mean(finals):.2f} ({stdev(finals):.2f}, 3); 0.1 of 9"
+    assert sgd[3].endswith("3); 0.2 of 9")
+    # The command makes a config with the settings of the run.
+    path, *overrides = shlex.split(sgd[1].strip("`").partition("classification.train ")[2])
+    config = load_settings("classification", path, [text for text in overrides if text != "data.name=synthetic"])
+    assert (config.row, config.batch, config.optimizer.settings) == ("sgd", 128, {"lr": 0.1, "weight_decay": 0.0005})
+    assert config.schedule.settings == {"milestones": [8, 10], "decay_rate": 0.1}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

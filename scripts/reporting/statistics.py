@@ -20,6 +20,14 @@ class Difference(NamedTuple):
     p: float
 
 
+def spread(values: Sequence[float]) -> str:
+    """`mean (std)` with the sample standard deviation; for one value only the mean."""
+    if not values:
+        return ""
+    varies = len(values) > 1 and math.isfinite(mean(values))
+    return f"{mean(values):.2f}" + (f" ({stdev(values):.2f})" if varies else "")
+
+
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
     """The ends of Student's t-interval of the mean; None for fewer than two values, or if one is not finite."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
