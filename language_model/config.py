@@ -51,6 +51,5 @@ class Config(RunConfig):
     data: DataConfig
     model: Annotated[ModelConfig | TransformerConfig, Field(discriminator="name")]
     sequence_length: PositiveInt = 20  # tokens of each row in an update: for a Transformer, its window
-    gradient_clip: PositiveFloat | None = None
-    gradient_clip_norm: Literal["total", "tensor"] = "total"  # of all gradients together, or of each tensor's own
+    gradient_clip: PositiveFloat | None = None  # of the norm of all gradients together
     eval_rows: PositiveInt = 32  # that the test text is cut into; the state starts from zero in each

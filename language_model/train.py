@@ -108,27 +108,11 @@ def take_gradients(
         if not again:
             run.states[index] = state
             run.window.add(loss=loss * targets.numel(), tokens=targets.numel())
-    norm = clip_gradients(run)
-    if norm is not None and not again:
-        run.window.add(clipped=norm > config.gradient_clip, updates=1)
+    if config.gradient_clip:
+        norm = run.precision.clip(run.optimizer, run.model.parameters(), config.gradient_clip)
+        if not again:
+            run.window.add(clipped=norm > config.gradient_clip, updates=1)
     return total
-
-
-def clip_gradients(run: TextRun) -> torch.Tensor | None:
-    """Scale the gradients down to the norm `gradient_clip`: all of them together, or each tensor by itself.
-
-    Returns the norm before, where it is one of all gradients together.
-    """
-    limit = run.config.gradient_clip
-    if limit is None:
-        return None
-    parameters = list(run.model.parameters())
-    if run.config.gradient_clip_norm == "total":
-        return run.precision.clip(run.optimizer, parameters, limit)
-    run.precision.clip(run.optimizer, parameters, math.inf)  # takes the loss's scale off, and no more
-    for parameter in parameters:
-        torch.nn.utils.clip_grad_norm_(parameter, limit)
-    return None
 
 
 def log(run: TextRun, bar: tqdm) -> None:

@@ -134,7 +134,7 @@ def test_two_ranks_stopped_and_resumed_by_one(cell, one_rank, tmp_path):
     "overrides",
     [
         ["precision=bf16"],
-        ["precision=bf16", "batch=32", "passes=2", "gradient_clip_norm=tensor"],
+        ["precision=bf16", "batch=32", "passes=2"],
         ["precision=fp16", "model.name=gru", "optimizer={name: adam, lr: 0.01}"],
         ["model.name=rnn", "optimizer={name: sgd, lr: 1.0}", "gradient_clip=null"],
     ],
@@ -143,26 +143,6 @@ def test_other_precisions_cells_and_optimizers_learn(cell, tmp_path, overrides):
     run_dir = cell.complete(tmp_path / "run", "epochs=1", "checkpoint.minutes=60", *overrides)
     assert result(run_dir)["final"] < 0.25 * result(run_dir)["vocabulary"]
     assert saved(run_dir)["extra"]["state"].dtype == torch.float32
-
-
-@pytest.mark.parametrize("mode", ["total", "tensor"])
-def test_gradients_are_clipped_together_or_each(cell, tmp_path, mode):
-    settings = load_config(
-        Config, cell.config, [f"run_dir={tmp_path}", "gradient_clip=0.5", f"gradient_clip_norm={mode}"]
-    )
-    run = train_command.prepare(settings, setup("cpu"), RunRecord(settings, settings.folder, setup("cpu")))
-    gradients = [10.0 * torch.randn_like(parameter) for parameter in run.model.parameters()]
-    gradients[0] *= 1e-6
-    for parameter, gradient in zip(run.model.parameters(), gradients, strict=True):
-        parameter.grad = gradient.clone()
-    norm = train_command.clip_gradients(run)
-    norms = [parameter.grad.norm().item() for parameter in run.model.parameters()]
-    total = sum(gradient.norm() ** 2 for gradient in gradients).sqrt()
-    if mode == "total":
-        assert norm.item() == pytest.approx(total.item(), rel=1e-5)
-        assert norms == pytest.approx([gradient.norm().item() * 0.5 / total.item() for gradient in gradients], rel=1e-4)
-    else:
-        assert norms == pytest.approx([min(gradient.norm().item(), 0.5) for gradient in gradients], rel=1e-4)
 
 
 def test_number_of_test_rows_hardly_matters(cell, tmp_path, uninterrupted):
