@@ -43,9 +43,10 @@ def apollo(
         lists = _lists(tensors, settings)
     else:
         plan = _plan(owner, tensors, settings, name_of)
-        lists, tensors = plan.lists, replace(tensors, grads=apart_from(plan.written, tensors.grads, plan.apart))
+        lists, tensors.grads = plan.lists, apart_from(plan.written, tensors.grads, plan.apart)
     for step, device, indices, kept in lists:
-        part = replace(tensors if len(lists) == 1 else tensors.part(indices), kept=kept)
+        part = tensors if len(lists) == 1 else tensors.part(indices)
+        part.kept = kept
         scale = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
         if step not in UNFUSED:
             step(part, settings, scale, None if found_inf is None else found_inf.to(device, non_blocking=True))

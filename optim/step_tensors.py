@@ -48,7 +48,8 @@ class StepTensors:
         """This rank's part of each tensor, with numels and shards."""
         numels = list(map(Tensor.numel, self.params))
         if not any_sharded(self.params):
-            return replace(self, numels=numels, shards=[()] * len(numels))
+            columns = self.params, self.grads, self.exp_avgs, self.hessians, self.directions, self.sigmas, self.steps
+            return StepTensors(*columns, numels, [()] * len(numels))  # torch.compile of torch 2.6 knows no `replace`
         return replace(
             self,
             params=[local_shard(x) for x in self.params],

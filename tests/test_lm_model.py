@@ -147,6 +147,11 @@ def autocast_on_cuda():
 @pytest.mark.parametrize(("cell", "kind"), [("lstm", nn.LSTM), ("gru", nn.GRU)])
 def test_on_a_gpu_bf16_is_for_the_softmax_and_nothing_waits(autocast_on_cuda, monkeypatch, cell, kind):
     """The tensors claim to be on a GPU and hold no data: whatever looks at data, and would wait for it, raises."""
+    try:
+        with FakeTensorMode(), torch.device("cuda"):
+            torch.empty(1).uniform_()
+    except RuntimeError:
+        pytest.skip(f"torch {torch.__version__} asks the GPU's driver for random numbers, even where there is no data")
     recurrent, head = [], []
 
     def stand_in(self, x, before):

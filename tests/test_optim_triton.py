@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 STEPS = 12
+OLD_INTERPRETER = "only 0-dimensional arrays can be converted to Python scalars"
 SCRIPT = """
 import json
 import math
@@ -101,6 +102,8 @@ def results() -> dict[str, float]:
     tests = Path(__file__).parent
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=500)
+    if OLD_INTERPRETER in done.stderr:
+        pytest.skip("the interpreter of Triton 3.2 (torch 2.6) needs numpy < 2.4")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 from report_runs import EPOCHS, METHODS, UPDATES_PER_EPOCH, write_run, write_search
 
+from scripts.protocol import rounded
 from scripts.report import main, read
 from scripts.reporting.drawing import draw_all
 from scripts.reporting.pictures import grid_of, pictures, styles
@@ -109,11 +110,12 @@ def test_sensitivity_is_over_the_chosen_rate_with_diverged_trials_as_crosses(run
 
 
 def test_grid_may_keep_the_product_of_rate_and_decay(tmp_path):
-    rates = [0.1 * 10 ** (step / 2) for step in range(-2, 3)]
+    """Up to the three digits to which scripts/protocol.py rounds both."""
+    rates = [rounded(0.01 * 10 ** (step / 2)) for step in range(-2, 3)]
     for rate in rates:
-        write_run(tmp_path / "own/search/sgd" / f"{rate:g}", "own", "sgd", 7, rate, decay=5e-5 / rate)
+        write_run(tmp_path / "own/search/sgd" / f"{rate:g}", "own", "sgd", 7, rate, decay=rounded(5e-6 / rate))
     for decay in (1e-4, 2.5e-3):
-        write_run(tmp_path / "own/search/sgd" / f"decay{decay}", "own", "sgd", 7, 0.1, decay=decay)
+        write_run(tmp_path / "own/search/sgd" / f"decay{decay}", "own", "sgd", 7, 0.01, decay=decay)
     grid = grid_of(read_runs(tmp_path)[0])
     assert sorted(trial.rate for trial in grid) == pytest.approx(rates)
     assert all(not trial.trial.startswith("decay") for trial in grid)

@@ -251,14 +251,21 @@ def grid_of(trials: Sequence[Run]) -> list[Run]:
     """The trials in which only the rate varies: those with the settings that have the most rates.
 
     With decoupled decay a grid keeps the product of rate and decay. So both are tried: the same decay, and the same
-    product.
+    product, up to the rounding of both to three digits.
     """
+    products: list[float] = []
+
+    def same(product: float) -> float:
+        if near := [known for known in products if abs(product - known) <= 0.02 * known]:
+            return near[0]
+        products.append(product)
+        return product
 
     def others(trial: Run, product: bool) -> tuple:
         settings = flatten({"optimizer": trial.config["optimizer"]}, ignore=("optimizer.lr",))
         decay = settings.get("optimizer.weight_decay")
         if product and isinstance(decay, (int, float)):
-            settings["optimizer.weight_decay"] = f"{decay * trial.rate:.3g}"
+            settings["optimizer.weight_decay"] = same(decay * trial.rate)
         return product, *((key, repr(value)) for key, value in settings.items())
 
     tried = Counter(
