@@ -169,9 +169,18 @@ def results(metrics: dict[str, float], **names: str) -> dict[str, float]:
 
 def update_average(run: Run) -> None:
     """Take the weights into the exponential average, if the run has one."""
-    if run.average:
-        with eval_mode(run):
-            run.average.update_parameters(run.model)
+    average, model = run.average, run.model
+    if average is None:
+        return
+    with eval_mode(run):
+        if average.n_averaged == 0:
+            average.update_parameters(model)
+            return
+        # The same as update_parameters, which would copy its count to the GPU each time, and wait for that.
+        average.multi_avg_fn([*average.module.parameters()], [*model.parameters()], average.n_averaged)
+        for kept, buffer in zip(average.module.buffers(), model.buffers(), strict=True):
+            kept.copy_(buffer)
+        average.n_averaged += 1
 
 
 def is_kept(run: Run) -> bool:

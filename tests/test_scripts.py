@@ -219,8 +219,8 @@ def test_a_row_that_is_not_there_is_refused(monkeypatch):
 
 TASKS_SHORT = {
     "classification": ["epochs=1"],
-    "lm": ["--task", "lm", "epochs=1"],
-    "nmt": ["--task", "nmt", "updates=20"],
+    "lm": ["--task", "lm", "epochs=1", "model.embedding=32", "model.hidden=32"],
+    "nmt": ["--task", "nmt", "updates=20", "decoding.beam=1", "model.width=32", "model.inner_width=32"],
 }
 
 
