@@ -259,7 +259,7 @@ class Apollo(Optimizer):
                 hessian, bound = state["hessian"], state.get("sigma", group["sigma"])
                 numel += hessian.numel()
                 # In parts, because what a comparison makes would otherwise be as large as the tensor.
-                counts += [(part.abs() < bound).sum() for part in hessian.flatten().split(1 << 22)]
+                counts += [torch.count_nonzero(part.abs() < bound) for part in hessian.flatten().split(1 << 20)]
         return float(torch.stack([count.to(counts[0].device) for count in counts]).sum()) / numel if numel else None
 
 
