@@ -8,7 +8,6 @@ Schedules of others are in torch_schedule.py.
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from .settings import suggest
+from .foreign import is_number, suggest
 from .torch_schedule import create_torch_schedule
 
 # A setting with the default None must be given.
@@ -146,9 +145,6 @@ class UpdateSchedule(LRScheduler):
 
 
 def _check(name: str, settings: dict[str, Any]) -> None:
-    def is_number(x: Any) -> bool:
-        return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
-
     def is_count(x: Any) -> bool:
         return isinstance(x, int) and not isinstance(x, bool)
 
@@ -159,14 +155,12 @@ def _check(name: str, settings: dict[str, Any]) -> None:
     least_warmup = 1 if name == "inverse_sqrt" else 0  # inverse_sqrt decays from the end of its warmup
     warmup = settings["warmup_updates"]
     require(is_count(warmup) and warmup >= least_warmup, "warmup_updates", f"a whole number >= {least_warmup}")
-    require(
-        is_count(settings["updates_per_unit"]) and settings["updates_per_unit"] > 0,
-        "updates_per_unit",
-        "a whole number > 0",
-    )
+    unit = settings["updates_per_unit"]
+    require(is_count(unit) and unit > 0, "updates_per_unit", "a whole number > 0")
     for key in ("init_lr", "decay_rate", "last_lr"):
         if key in settings:
-            require(is_number(settings[key]) and settings[key] >= 0, key, "a finite number >= 0")
+            rate = settings[key]
+            require(is_number(rate) and 0 <= rate < math.inf, key, "a finite number >= 0")
     if name == "milestone":
         at = settings["milestones"]
         whole = isinstance(at, Sequence) and not isinstance(at, str) and all(is_count(x) and x > 0 for x in at)
@@ -177,7 +171,7 @@ def _check(name: str, settings: dict[str, Any]) -> None:
         share = settings["decay_share"]
         require(is_number(share) and 0 < share <= 1, "decay_share", "a number > 0 and <= 1")
     if name in ("linear", "wsd"):
-        length = settings["total"] * settings["updates_per_unit"]
+        length = settings["total"] * unit
         begin = decay_begin(name, length, warmup, settings.get("decay_share", 0.0))
         rule = f"below the training's {length} updates" if name == "linear" else f"<= {begin}, where the decay begins"
         require(warmup <= begin < length, "warmup_updates", rule)
