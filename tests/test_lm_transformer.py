@@ -14,7 +14,7 @@ from engine.config import load_config
 from engine.distributed import setup
 from engine.precision import Precision
 from language_model import evaluate as evaluate_command
-from language_model.config import Config, TransformerConfig
+from language_model.config import Config, ModelConfig, TransformerConfig
 from language_model.data import TextData, scored_batches
 from language_model.model import LanguageModel, create_model
 from language_model.scoring import score
@@ -179,7 +179,7 @@ def test_the_test_text_has_the_lstms_denominator():
     precision, world = Precision("fp32", torch.device("cpu")), setup("cpu")
     torch.manual_seed(0)
     transformer = Transformer(TransformerConfig(**SETTINGS), corpus.words, 20)
-    lstm = LanguageModel(corpus.words, embedding=8, hidden=16, cutoffs=[10, 50])
+    lstm = LanguageModel(ModelConfig(name="lstm", embedding=8, hidden=16, cutoffs=[10, 50]), corpus.words)
     found = [
         score(model, data.test_batches(32, steps=model.test_steps), precision, world) for model in (transformer, lstm)
     ]
