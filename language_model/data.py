@@ -155,24 +155,6 @@ class TextData:
             found.append((pinned.to(self.device, non_blocking=True), on_host))
         return found
 
-    def test_batches(
-        self,
-        rows: int,
-        rank: int = 0,
-        world_size: int = 1,
-        *,
-        steps: int = TEST_STEPS,
-        shards: Sequence[Shard] | None = None,
-    ) -> Iterator[ScoredBatch]:
-        """The sentences of `shards` (the test set) in `rows` rows, of which `rank` takes every world_size-th.
-
-        A batch has `steps` columns.
-        """
-        arrays = [shard.read() for shard in (self.corpus.test if shards is None else shards)]
-        tokens = np.concatenate([tokens for tokens, _ in arrays])
-        lengths = np.concatenate([np.diff(offsets) for _, offsets in arrays])
-        return scored_batches(tokens, lengths, rows, rank, world_size, steps=steps, device=self.device)
-
 
 def sentences_in_order(shard: Arrays, order: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Tokens `start` to `stop` of the shard's sentences one after the other in `order`; int64 [stop - start]."""
@@ -188,6 +170,12 @@ def sentences_in_order(shard: Arrays, order: np.ndarray, start: int, stop: int) 
     return tokens[places[start - begin : stop - begin]].astype(np.int64)
 
 
+def read_text(shards: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of all `shards` one after the other, and the lengths of their sentences."""
+    arrays = [shard.read() for shard in shards]
+    return np.concatenate([tokens for tokens, _ in arrays]), np.concatenate([np.diff(ends) for _, ends in arrays])
+
+
 def scored_batches(
     tokens: np.ndarray,
     lengths: np.ndarray,
@@ -198,7 +186,10 @@ def scored_batches(
     steps: int = TEST_STEPS,
     device: torch.device | str,
 ) -> Iterator[ScoredBatch]:
-    """Every token of a text as a target exactly once: `tokens` of sentences of these `lengths`, one after the other."""
+    """Every token of a text as a target exactly once: `tokens` of sentences of these `lengths`, one after the other.
+
+    The text is cut into `rows` rows, of which `rank` takes every world_size-th. A batch has up to `steps` columns.
+    """
     ends = np.cumsum(lengths)
     cuts = np.unique(ends[np.searchsorted(ends, np.linspace(0, ends[-1], rows + 1)[1:])])
     bounds = list(zip([0, *cuts[:-1]], cuts, strict=True))[rank::world_size]

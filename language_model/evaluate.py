@@ -20,7 +20,7 @@ from engine.errors import UserError, run_main, settings_of
 from engine.run import create_precision
 from engine.weights import read_weights
 from language_model.config import Config
-from language_model.data import load_corpus, scored_batches
+from language_model.data import load_corpus
 from language_model.model import create_model
 from language_model.raw_text import Part
 from language_model.scoring import perplexities, score
@@ -58,10 +58,8 @@ def evaluate_file(config: Config, run: Path, file: Path, world: World) -> dict[s
     require_same_shapes(model, weights.state, run)
     model.load_state_dict(weights.state)
     model.to(world.device)
-    batches = scored_batches(
-        tokens, lengths, config.eval_rows, world.rank, world.world_size, steps=model.test_steps, device=world.device
-    )
-    total = score(model, batches, create_precision(config.precision, world.device, _say), world)
+    precision = create_precision(config.precision, world.device, _say)
+    total = score(model, tokens, lengths, config.eval_rows, precision, world)
     words = len(tokens) - 2 * len(lengths)
     return {
         "sentences": len(lengths),

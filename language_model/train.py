@@ -23,7 +23,7 @@ from engine.metrics import require_finite
 from engine.run_record import RunRecord
 from engine.seed import seed_step
 from language_model.config import Config
-from language_model.data import TextData, TrainBatch, hold_out, load_corpus
+from language_model.data import TextData, TrainBatch, hold_out, load_corpus, read_text
 from language_model.model import Network, create_model
 from language_model.scoring import final_perplexities, perplexity, score
 from language_model.softmax import cluster_sizes
@@ -131,20 +131,12 @@ def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
 
 
 def evaluate(run: TextRun) -> dict[str, float]:
-    """Loss and perplexity on the test text and, where sentences are held out, on the validation text.
-
-    Each token is counted exactly once over all ranks.
-    """
+    """Loss and perplexity on the test text and, where sentences are held out, on the validation text."""
     found = {}
     for split, shards in (("test_", run.data.corpus.test), ("valid_", run.data.corpus.valid)):
         if shards:
-            rows, world, tokens = run.config.eval_rows, run.world, sum(shard.tokens for shard in shards)
-            steps = run.model.test_steps
-            batches = run.data.test_batches(rows, world.rank, world.world_size, steps=steps, shards=shards)
-            total = score(run.model, batches, run.precision, world)
-            if total["tokens"] != tokens:
-                raise RuntimeError(f"evaluated {total['tokens']:.0f} tokens of a text of {tokens}")
-            require_finite(total["loss"], run.progress.update)
+            total = score(run.model, *read_text(shards), run.config.eval_rows, run.precision, run.world)
+            require_finite(total["loss"], run.progress.update, f"{split}loss")
             found |= means(total, split)
     return found
 
