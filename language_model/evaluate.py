@@ -8,6 +8,7 @@ key=value changes the run's config, e.g. data.root=FOLDER if the data has moved,
 """
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,8 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments in (["-h"], ["--help"]) else 2
     run, file = Path(arguments[0]), Path(arguments[1])
     config = load_config(Config, run / "config.yaml", arguments[2:])
-    world = setup(config.device)
-    try:
+    with closing(setup(config.device)) as world:
         found = evaluate_file(config, run, file, world)
-    finally:
-        world.close()
     for name, value in found.items() if world.is_main else ():
         print(f"{name:<26}{value:>14,}" if isinstance(value, int) else f"{name:<26}{value:>14,.2f}")
     return 0

@@ -119,7 +119,8 @@ def wait_for_disk(entry: dict[str, Any], out: Path) -> None:
 
 def damage(entry: dict[str, Any], out: Path) -> str | None:
     """What is wrong with a shard's files, by their sizes; None if they are whole."""
-    for suffix, size in _sizes(entry).items():
+    sizes = entry["tokens"] * entry["bytes_per_token"], (entry["sentences"] + 1) * OFFSET.itemsize
+    for suffix, size in zip(SUFFIXES, sizes, strict=True):
         path = _with(out / entry["name"], suffix)
         try:
             found = path.stat().st_size
@@ -212,13 +213,13 @@ def summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _require_fields(path: Path, manifest: dict[str, Any]) -> None:
     """Raise UserError where a field that `open_corpus` reads is missing, or not of its kind."""
-    whole = isinstance(manifest["vocabulary"], dict) and manifest["dtype"] in ("<u2", "<u4")
-    whole = whole and isinstance(manifest["shards"], list)
-    fields = [(manifest["vocabulary"], {"words": int, "sha256": str})] if whole else []
-    fields += [(entry, ENTRY_FIELDS) for entry in manifest["shards"]] if whole else []
-    for values, kinds in fields:
-        whole = whole and isinstance(values, dict)
-        whole = whole and all(isinstance(values.get(name), kind) for name, kind in kinds.items())
+    try:
+        fields = [(manifest["vocabulary"], {"words": int, "sha256": str})]
+        fields += [(entry, ENTRY_FIELDS) for entry in manifest["shards"]]
+        whole = all(isinstance(values[name], kind) for values, kinds in fields for name, kind in kinds.items())
+        whole = whole and isinstance(manifest["shards"], list) and manifest["dtype"] in ("<u2", "<u4")
+    except (KeyError, TypeError):  # TypeError: something is not a mapping
+        whole = False
     if not whole:
         raise UserError(f"{path} is damaged (fields are missing): delete it, then prepare the data again")
 
@@ -231,13 +232,6 @@ def _read_shard(path: Path, dtype: np.dtype, expected: str) -> Arrays:
     if checksum.hexdigest() != expected:
         raise UserError(f"{path}.tokens or .offsets is damaged (checksum): delete both, then {PREPARE_COMMAND} again")
     return arrays[0], arrays[1]
-
-
-def _sizes(entry: dict[str, Any]) -> dict[str, int]:
-    return {
-        ".tokens": entry["tokens"] * entry["bytes_per_token"],
-        ".offsets": (entry["sentences"] + 1) * OFFSET.itemsize,
-    }
 
 
 def _with(path: Path, suffix: str) -> Path:

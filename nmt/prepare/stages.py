@@ -5,25 +5,21 @@ Each file of the work folder is whole or absent, so a killed preparation continu
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from hashlib import sha256
 from itertools import chain
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from engine.errors import UserError
+from engine.workers import worker_pool
 from nmt.codec import EOS, UNK, Codec, learn
 from nmt.prepare.raw_text import CHUNK, TextFile
 from nmt.prepare.recipes import Recipe
@@ -64,26 +60,12 @@ def make_chunks(split: str, pairs: Sequence[Pair], recipe: Recipe, work: Path) -
 
 @contextmanager
 def processes(workers: int) -> Iterator[Map]:
-    """A map over `workers` processes. UserError if the system kills one."""
+    """A map over `workers` processes."""
     if workers == 1:
         yield map
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker) as pool:
-        try:
-            yield pool.map
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed, for lack of memory perhaps: run the same command with fewer --workers"
-            ) from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _begin_worker() -> None:
-    """Use one thread, and end when the parent ends: a killed preparation leaves no process behind."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    with worker_pool(workers, {"TOKENIZERS_PARALLELISM": "false"}) as pool:  # one thread in each process
+        yield pool.map
 
 
 def tokenize(split: str, chunks: Sequence[Chunk], recipe: Recipe, each: Map) -> Counter[str]:
