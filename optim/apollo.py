@@ -104,23 +104,8 @@ class Apollo(Optimizer):
         capturable: bool = False,
         carry_sums: bool = True,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "beta": beta,
-            "eps": eps,
-            "sigma": sigma,
-            "warmup": warmup,
-            "init_lr": init_lr,
-            "weight_decay": weight_decay,
-            "weight_decay_type": weight_decay_type,
-            "rebound": rebound,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "carry_sums": carry_sums,
-        }
-        super().__init__(params, defaults)
+        given = locals()
+        super().__init__(params, {name: given[name] for name in Settings.__annotations__})
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
