@@ -6,6 +6,7 @@ device=cpu.
 """
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from engine.errors import UserError, run_main
@@ -25,11 +26,11 @@ def main(arguments: list[str]) -> int:
     sources = read_sentences(codec)
     filled = [ids for ids in sources if ids]
     decoding = config.decoding
-    found = iter(translate(model, filled, decoding.beam, decoding.length_penalty, config.eval_batch, progress=True))
+    with closing(world):
+        found = iter(translate(model, filled, decoding.beam, decoding.length_penalty, config.eval_batch, progress=True))
     sys.stdout.reconfigure(encoding="utf-8")
     for ids in sources:
         print(codec.decode(next(found).words) if ids else "")
-    world.close()
     return 0
 
 
