@@ -165,12 +165,7 @@ def finish(run: TextRun) -> None:
     with evaluated.final(run):
         found |= final_perplexities(run.data, run.model, run.config.eval_rows, run.precision, run.world, loss)
     runs.write_result(
-        run,
-        metric="ppl",
-        **found,
-        evaluated=run.data.test_tokens,
-        test_files=files,
-        vocabulary=run.data.corpus.words,
+        run, metric="ppl", **found, evaluated=run.data.test_tokens, test_files=files, vocabulary=run.data.corpus.words
     )
     run.record.say(
         f"done: perplexity {found['final']:.2f} at the end, {best:.2f} at best, over {run.data.test_tokens:,} tokens "

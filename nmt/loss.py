@@ -8,6 +8,7 @@ import math
 
 import torch
 from overrides import override
+from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import pad
 
@@ -17,8 +18,8 @@ BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # logits held at a time: a CPU's
 
 
 def smoothed_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, label_smoothing: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: Tensor, weight: Tensor, target: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
     """Sums over tokens, in nats, of the label-smoothed loss and of the plain negative log-likelihood.
 
     The target's distribution q has label_smoothing / V on every word, and the rest on the right word, as in
@@ -43,13 +44,8 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @override(check_signature=False)
     def forward(
-        ctx: FunctionCtx,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        target: torch.Tensor,
-        label_smoothing: float,
-        dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, label_smoothing: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         training = hidden.requires_grad
         words = len(weight)
         cast_weight, cast_hidden = weight.to(dtype), hidden.to(dtype)
@@ -80,11 +76,11 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @override(check_signature=False)
-    def backward(ctx: FunctionCtx, scale: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * scale, grad_weight * scale, None, None, None
 
 
-def _with_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+def _with_rows(x: Tensor, rows: int) -> Tensor:
     """`x` with so many rows of zeros below it. Without any it is `x`, where `pad` would copy it."""
     return pad(x, (0, 0, 0, rows)) if rows else x

@@ -5,6 +5,7 @@ megabytes that are kept. Rounding up leaves eight sizes to a power of two, at th
 """
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 
@@ -16,7 +17,7 @@ def rounded(rows: int, dtype: torch.dtype, device: torch.device) -> int:
     return -(-rows // step) * step
 
 
-def to_rows(x: torch.Tensor) -> torch.Tensor:
+def to_rows(x: Tensor) -> Tensor:
     """[B, T, width] to [R, width]. Row b * T + t is word t of sentence b. Rows from B * T on are idle: zeros."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

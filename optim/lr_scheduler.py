@@ -32,12 +32,7 @@ WARMUP = {"warmup_updates": 0, "init_lr": 0.0}
 
 
 def create_schedule(
-    optimizer: Optimizer,
-    name: str,
-    *,
-    updates_per_unit: int = 1,
-    total: int | None = None,
-    **settings: Any,
+    optimizer: Optimizer, name: str, *, updates_per_unit: int = 1, total: int | None = None, **settings: Any
 ) -> LRScheduler:
     """Makes the schedule `name` for `optimizer`, to be stepped once per update.
 
