@@ -22,15 +22,14 @@ from tqdm import tqdm
 from engine.errors import UserError, run_main
 from engine.files import hold, write_atomically
 from engine.machine import core_count
-from engine.manifest import MANIFEST, read_manifest
+from engine.manifest import MANIFEST
 from engine.workers import worker_pool
 from language_model.benchmark import TEST_FILE, warnings
 from language_model.prepared import (
-    FORMAT,
-    MANIFEST_KEYS,
     VOCABULARY,
     damage,
     disk_errors,
+    finished,
     summary,
     token_dtype,
     wait_for_disk,
@@ -111,7 +110,7 @@ def _resume(out: Path, made_from: dict[str, str]) -> tuple[str | None, dict[str,
     """
     for leftover in (*out.glob("*.tmp"), *out.glob("*/*.tmp")):
         leftover.unlink()
-    manifest = read_manifest(out, MANIFEST_KEYS, FORMAT)
+    manifest = finished(out)
     before, known, entries = made_from, None, []
     if manifest:
         before, known, entries = manifest["made_from"], manifest["vocabulary"]["sha256"], manifest["shards"]

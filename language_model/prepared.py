@@ -148,15 +148,31 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from None
 
 
+def finished(out: Path) -> dict[str, Any] | None:
+    """The manifest in `out`, None if there is none. Raises UserError if a field is missing, or not of its kind."""
+    manifest = read_manifest(out, MANIFEST_KEYS, FORMAT)
+    if manifest is None:
+        return None
+    try:
+        fields = [(manifest["vocabulary"], {"words": int, "sha256": str})]
+        fields += [(entry, ENTRY_FIELDS) for entry in manifest["shards"]]
+        whole = all(isinstance(values[name], kind) for values, kinds in fields for name, kind in kinds.items())
+        whole = whole and isinstance(manifest["shards"], list) and manifest["dtype"] in ("<u2", "<u4")
+    except (KeyError, TypeError):  # TypeError: something is not a mapping
+        whole = False
+    if not whole:
+        raise UserError(f"{out / MANIFEST} is damaged (fields are missing): delete it, then prepare the data again")
+    return manifest
+
+
 def open_corpus(root: Path) -> Corpus:
     """The corpus prepared in `root`. Raises UserError if something is missing or does not fit."""
-    manifest = read_manifest(root, MANIFEST_KEYS, FORMAT)
+    manifest = finished(root)
     if manifest is None:
         raise UserError(
             f"{root}: no finished corpus there (no {MANIFEST}): "
             f"bash scripts/prepare.sh one_billion_words SOURCE {root} (of other text: {PREPARE_COMMAND})"
         )
-    _require_fields(root / MANIFEST, manifest)
     again = f"run `{PREPARE_COMMAND.replace('OUT', str(root))}` as before: it makes what is missing"
     vocabulary, dtype = manifest["vocabulary"], np.dtype(manifest["dtype"])
     try:
@@ -209,19 +225,6 @@ def summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "sentences": sentences,
         "oov_rate": round(unknown / max(words, 1), 6),
     }
-
-
-def _require_fields(path: Path, manifest: dict[str, Any]) -> None:
-    """Raise UserError where a field that `open_corpus` reads is missing, or not of its kind."""
-    try:
-        fields = [(manifest["vocabulary"], {"words": int, "sha256": str})]
-        fields += [(entry, ENTRY_FIELDS) for entry in manifest["shards"]]
-        whole = all(isinstance(values[name], kind) for values, kinds in fields for name, kind in kinds.items())
-        whole = whole and isinstance(manifest["shards"], list) and manifest["dtype"] in ("<u2", "<u4")
-    except (KeyError, TypeError):  # TypeError: something is not a mapping
-        whole = False
-    if not whole:
-        raise UserError(f"{path} is damaged (fields are missing): delete it, then prepare the data again")
 
 
 def _read_shard(path: Path, dtype: np.dtype, expected: str) -> Arrays:

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -365,6 +366,16 @@ def test_missing_truncated_and_damaged_shards_are_named_and_made_again(corpus, p
         file.write(b"\1\2\3\4")
     with pytest.raises(UserError, match=f"{third.stem}.tokens or .offsets is damaged"):
         open_corpus(out).train[2].read()
+
+
+def test_a_manifest_without_a_field_is_called_damaged(corpus, prepared, tmp_path):
+    out = Path(shutil.copytree(prepared, tmp_path / "out"))
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["shards"][0]["tokens"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    for read in (open_corpus, partial(build, corpus)):
+        with pytest.raises(UserError, match="manifest.json is damaged .*: delete it, then prepare"):
+            read(out)
 
 
 def test_a_vocabulary_that_does_not_match_the_shards_is_refused(corpus, prepared, tmp_path):
