@@ -110,12 +110,8 @@ def sum_chunks(
         before = tl.load(_address(row, STEP, tl.float32, False)).to(tl.float64)
         offset = (eps * (1 - tl.exp(before * log_beta)) / one_minus_beta).to(tl.float32)
 
-    d4 = tl.zeros([BLOCK], tl.float32)
-    bdd = tl.zeros([BLOCK], tl.float32)
-    md = tl.zeros([BLOCK], tl.float32)
-    pd = tl.zeros([BLOCK], tl.float32)
-    gd = tl.zeros([BLOCK], tl.float32)
-    largest = tl.zeros([BLOCK], tl.float32)
+    zeros = tl.zeros([BLOCK], tl.float32)
+    d4, bdd, md, pd, gd, largest = zeros, zeros, zeros, zeros, zeros, zeros
     here = tl.minimum(tl.load(row + NUMEL) - begin, CHUNK).to(tl.int32)
     full = here // BLOCK * BLOCK
     for i in range(0, full, BLOCK):
@@ -297,11 +293,8 @@ def update_chunks(
     if FOUND_INF:
         here = tl.where(tl.load(found_inf) == 0, here, 0)
     full = here // BLOCK * BLOCK
-    curvatures = tl.zeros([BLOCK], tl.float32)
-    d4 = tl.zeros([BLOCK], tl.float32)
-    bdd = tl.zeros([BLOCK], tl.float32)
-    md = tl.zeros([BLOCK], tl.float32)
-    pd = tl.zeros([BLOCK], tl.float32)
+    zeros = tl.zeros([BLOCK], tl.float32)
+    curvatures, d4, bdd, md, pd = zeros, zeros, zeros, zeros, zeros
     for i in range(0, full, BLOCK):
         offsets = begin + i + tl.arange(0, BLOCK)
         curvatures, d4, bdd, md, pd = _update_block(
