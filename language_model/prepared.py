@@ -174,7 +174,7 @@ def open_corpus(root: Path) -> Corpus:
             f"bash scripts/prepare.sh one_billion_words SOURCE {root} (of other text: {PREPARE_COMMAND})"
         )
     again = f"run `{PREPARE_COMMAND.replace('OUT', str(root))}` as before: it makes what is missing"
-    vocabulary, dtype = manifest["vocabulary"], np.dtype(manifest["dtype"])
+    vocabulary = manifest["vocabulary"]
     try:
         content = (root / VOCABULARY).read_bytes()
     except OSError as error:
@@ -192,26 +192,19 @@ def open_corpus(root: Path) -> Corpus:
         if len(own) < len(entries["test"]):
             entries["all_test"] = entries["test"]
         entries["test"] = own
-    facts = {"vocabulary": {"words": vocabulary["words"], "sha256": vocabulary["sha256"]}}
+    words, sha256 = vocabulary["words"], vocabulary["sha256"]
+    facts = {"vocabulary": {"words": words, "sha256": sha256}}
     facts |= {name: summary(of_text) for name, of_text in entries.items()}
     facts["train"]["files"] = len(facts["train"]["files"])
-    shards = {
-        name: [
-            Shard(
-                entry["tokens"], entry["sentences"], partial(_read_shard, root / entry["name"], dtype, entry["digest"])
-            )
-            for entry in of_text
-            if entry["tokens"]  # an empty file cannot be mapped
-        ]
-        for name, of_text in entries.items()
-    }
-    return Corpus(
-        words=vocabulary["words"],
-        vocabulary_digest=vocabulary["sha256"],
-        load_vocabulary=partial(load_vocabulary, root / VOCABULARY),
-        facts=facts,
-        **shards,
-    )
+
+    def shard(entry: dict[str, Any]) -> Shard:
+        read = partial(_read_shard, root / entry["name"], np.dtype(manifest["dtype"]), entry["digest"])
+        return Shard(entry["tokens"], entry["sentences"], read)
+
+    # An empty file cannot be mapped.
+    shards = {name: [shard(entry) for entry in of_text if entry["tokens"]] for name, of_text in entries.items()}
+    load = partial(load_vocabulary, root / VOCABULARY)
+    return Corpus(**shards, words=words, vocabulary_digest=sha256, load_vocabulary=load, facts=facts)
 
 
 def summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
