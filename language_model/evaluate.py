@@ -1,9 +1,7 @@
 """Score a text with a trained model: python -m language_model.evaluate RUN|BUNDLE FILE [key=value ...]
 
 RUN is a run folder, whose newest checkpoint is used; BUNDLE is what `python -m scripts.report --bundle RUN` made of it.
-FILE holds tokenized text, one sentence a line, as the training text was. The three perplexities are those of
-`language_model.scoring.perplexities`.
-
+FILE holds text as the training text was: tokenized, one sentence a line. scoring.py explains the three perplexities.
 key=value changes the run's config, e.g. data.root=FOLDER if the data has moved, or precision, device, eval_rows.
 """
 

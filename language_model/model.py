@@ -1,9 +1,7 @@
 """The published language model: an embedding, an LSTM (or GRU, or plain RNN), and an adaptive softmax over all words.
 
-The network's state is one float32 tensor [parts, layers, rows, hidden]. The parts are h and c for an LSTM, and only h
-for the others. The state is detached; the training loop keeps it, and a checkpoint contains it.
-
-`create_model` makes it, or the Transformer of transformer.py, whose state has its rows in the same place.
+The network's state is one detached float32 tensor [parts, layers, rows, hidden]. The parts are h and c for an LSTM, and
+only h for the others. The Transformer of transformer.py is the other choice; its state has its rows in the same place.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Encode a text corpus for training: python -m language_model.prepare SOURCE OUT [--vocabulary FILE]
 
 SOURCE is the One Billion Word benchmark, unpacked or as its .tar.gz (raw_text.py lists what is read), or any text in
-the same layout: tokenized, one sentence per line, UTF-8. language_model/prepared.py describes the output.
+the same layout: tokenized, one sentence per line, UTF-8. prepared.py describes the output.
 
 After any interruption the same command continues: finished shards are kept. Memory does not grow with the corpus.
 """

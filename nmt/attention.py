@@ -1,9 +1,7 @@
 """Multi-head attention: projections, then torch's scaled_dot_product_attention.
 
 Queries, keys and values have one matrix each, as published. Apollo's sums go over a whole tensor, so one matrix for all
-three would be another method.
-
-Hidden states are rows (nmt/rows.py).
+three would be another method. Hidden states are rows (nmt/rows.py).
 """
 
 import torch

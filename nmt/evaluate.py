@@ -1,8 +1,8 @@
 """Score a run on its test set: python -m nmt.evaluate RUN|BUNDLE [key=value ...]     (also under torchrun)
 
 RUN is a run folder, finished or not: the average of the last weights kept translates the test set. BUNDLE is what
-`python -m scripts.report --bundle RUN` made of it. Overrides go on top of the run's config: average.last=5
-decoding.beam=4 decoding.length_penalty=1.0 eval_batch=8192 data.root=... device=cpu.
+`python -m scripts.report --bundle RUN` made of it. key=value changes the run's config: average.last=5 decoding.beam=4
+decoding.length_penalty=1.0 eval_batch=8192 data.root=... device=cpu.
 """
 
 from contextlib import closing

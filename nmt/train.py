@@ -1,10 +1,9 @@
 """Train a translation model: python -m nmt.train CONFIG [key=value ...]     (also under torchrun)
 
-The whole run, top to bottom: main, train, train_epoch with the loop itself, which validates every so many updates, the
-score of an average of the weights on the test set; `prepare`, below, makes all that they work with. `batch` counts
-tokens, those of the longer side with its padding; losses are in nats per target token, EOS counted, padding not.
-Interrupt it at any moment and run the same command again: it goes on where it was, and on the CPU it ends with
-bit-identical weights.
+The whole run, top to bottom: main, train, train_epoch with the loop itself, validation, the test set's scores;
+`prepare`, below, makes all that they work with. `batch` counts tokens, those of the longer side with its padding.
+Losses are in nats per target token, EOS counted, padding not. Interrupt it at any moment and run the same command
+again: it goes on where it was, and on the CPU it ends with bit-identical weights.
 """
 
 import math

@@ -1,8 +1,7 @@
 """Translate standard input, line by line: echo "A dog runs." | python -m nmt.translate RUN|BUNDLE [key=value ...]
 
-RUN is a run folder, BUNDLE what `python -m scripts.report --bundle RUN` made of it. Both carry their vocabulary. An
-empty line stays empty. Overrides go on top of the run's config: decoding.beam=4 average.last=1 eval_batch=8192
-device=cpu.
+RUN is a run folder, BUNDLE what `python -m scripts.report --bundle RUN` made of it. An empty line stays empty.
+key=value changes the run's config: decoding.beam=4 average.last=1 eval_batch=8192 device=cpu.
 """
 
 import sys

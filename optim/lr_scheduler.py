@@ -1,8 +1,7 @@
 """Learning-rate schedules in closed form, as functions of the update's index.
 
 After a linear warmup one of six rules follows. "milestone" and "cosine" count in "units": a unit is an epoch if the
-published learning rate changes once per epoch, and an update if it changes with every update. The others count updates.
-Schedules of others are in torch_schedule.py.
+published learning rate changes once per epoch, and an update otherwise. The other rules count updates.
 """
 
 import math
@@ -44,10 +43,10 @@ def create_schedule(
         updates_per_unit: number of updates in a unit: the updates of an epoch, or 1.
         total: length of the training in units; only "cosine", "linear" and "wsd" need it.
         settings: warmup_updates (default 0) and init_lr (0.0, of the first group; others have it in proportion to their
-            learning rates, and last_lr too). "milestone" also takes milestones, an increasing list
-            of units, and decay_rate (0.1). "cosine", "linear" and "wsd" also take last_lr (0.0). "wsd" also takes
-            decay_share (0.2), the share of the training's updates, at its end, in which the rate falls. A dotted path
-            also takes what its class takes, and counts updates from the end of the warmup.
+            learning rates, and last_lr too). "milestone" also takes milestones, an increasing list of units, and
+            decay_rate (0.1). "cosine", "linear" and "wsd" also take last_lr (0.0). "wsd" also takes decay_share (0.2),
+            the last share of the training's updates, in which the rate falls. A dotted path also takes what its class
+            takes, and counts updates from the end of the warmup.
 
     Raises:
         ValueError: an unknown name or setting, a value out of range, or a warmup in both schedule and optimizer.

@@ -1,8 +1,8 @@
 """Compiles a C++ file of this repository for this processor at first use, and keeps the result in a cache.
 
 The C++ has a plain C interface and includes nothing of torch, so that it compiles in seconds and works with any version
-of torch. The cache is in $TORCH_EXTENSIONS_DIR, or else in $XDG_CACHE_HOME or ~/.cache. Its key is made of the sources,
-the compiler with its flags, and the processor.
+of torch. The cache is in $TORCH_EXTENSIONS_DIR, $XDG_CACHE_HOME or ~/.cache. Its key is made of the sources, the
+compiler with its flags, and the processor.
 """
 
 import ctypes

@@ -4,14 +4,10 @@
     make_scalars    for each tensor: adds up its chunks, makes the scalars of its update, counts the step
     update_chunks   for each chunk: m, B, d, p
 
-The kernels (triton_kernels.py) find the tensors through a table of addresses on the device. The table is sent only when
-an address has changed. Nothing waits for the device: step counts, found_inf and learning rates that are tensors are
-read on the device.
-
-As on the CPU, sums are carried over (carried_sums.py). They are not carried with capturable=True: the replay of a CUDA
-graph cannot check whether the sums are still valid.
-
-Importing this file needs Triton.
+The kernels (triton_kernels.py) find the tensors through a table of addresses on the device, which is sent only when an
+address has changed. Nothing waits for the device: step counts, found_inf and learning rates that are tensors are read
+there. Sums are carried over (carried_sums.py), but not with capturable=True: the replay of a CUDA graph cannot check
+whether they are still valid. Importing this file needs Triton.
 """
 
 import math
