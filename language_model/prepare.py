@@ -23,7 +23,7 @@ from engine.errors import UserError, run_main
 from engine.files import hold, write_atomically
 from engine.machine import core_count
 from engine.manifest import MANIFEST
-from engine.workers import worker_pool
+from engine.workers import positive, worker_pool
 from language_model.benchmark import TEST_FILE, warnings
 from language_model.prepared import (
     VOCABULARY,
@@ -236,13 +236,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m language_model.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="the unpacked benchmark's folder, or its .tar.gz")
     parser.add_argument("out", type=Path, help="folder to write to")
-    parser.add_argument(
-        "--vocabulary", type=Path, metavar="FILE", help="`word count` lines; else counted from the text"
-    )
-    parser.add_argument("--threshold", type=int, default=3, help="count at which a counted word is taken (%(default)s)")
+    parser.add_argument("--vocabulary", type=Path, metavar="FILE", help="`word count` lines; else from the text")
+    parser.add_argument("--threshold", type=positive, default=3, help="least count of a counted word (%(default)s)")
     tests = {"dest": "tests", "nargs": "+", "metavar": "NAME", "default": [TEST_FILE]}
     parser.add_argument("--test", **tests, help=f"held-out files to test on, or {ALL} (%(default)s)")
-    parser.add_argument("--workers", type=int, default=core_count(), help="processes (%(default)s)")
+    parser.add_argument("--workers", type=positive, default=core_count(), help="processes (%(default)s)")
     return parser.parse_args(arguments)
 
 

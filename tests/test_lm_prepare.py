@@ -23,7 +23,7 @@ from lm_corpus import HELD_OUT, TEST_FILES, TRAIN, encode_line_by_line, make_cor
 
 from engine.errors import UserError
 from language_model import benchmark, raw_text, vocabulary
-from language_model.prepare import build
+from language_model.prepare import build, main
 from language_model.prepared import open_corpus, token_dtype
 from language_model.vocabulary import Vocabulary, count_words, counted_vocabulary, load_vocabulary, read_vocabulary
 
@@ -387,6 +387,13 @@ def test_a_vocabulary_that_does_not_match_the_shards_is_refused(corpus, prepared
         open_corpus(out)
     build(corpus, out)
     assert content(out) == content(prepared)
+
+
+@pytest.mark.parametrize("option", ["--workers", "--threshold"])
+def test_numbers_that_make_no_sense_are_refused_at_once(corpus, tmp_path, option, capsys):
+    with pytest.raises(SystemExit):
+        main([str(corpus), str(tmp_path / "out"), option, "0"])
+    assert f"{option}: a whole number above 0, not 0" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def command(*arguments) -> list[str]:

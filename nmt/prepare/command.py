@@ -21,6 +21,7 @@ from engine.errors import UserError
 from engine.files import hold
 from engine.machine import core_count
 from engine.manifest import MANIFEST, read_manifest
+from engine.workers import positive
 from nmt.codec import Codec
 from nmt.prepare import toy_text
 from nmt.prepare.download import get_archives
@@ -172,21 +173,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for command in (wmt14, files, own, verified):
         command.add_argument("out", type=Path, help="folder of the prepared data")
     for command in (wmt14, files):
-        command.add_argument("--workers", type=_positive, default=core_count(), help="processes (default: all cores)")
+        command.add_argument("--workers", type=positive, default=core_count(), help="processes (default: all cores)")
     files.add_argument("--name", required=True, help="data.name in the configs")
     files.add_argument("--train", required=True, nargs="+", metavar="PREFIX")
     files.add_argument("--valid", required=True, metavar="PREFIX")
     files.add_argument("--test", required=True, metavar="PREFIX")
-    files.add_argument("--merges", type=_positive, required=True, help="of the joint BPE, e.g. 8000 for 30,000 pairs")
-    files.add_argument("--max-length", type=_positive, default=250, help="pieces on a side (default: 250)")
+    files.add_argument("--merges", type=positive, required=True, help="of the joint BPE, e.g. 8000 for 30,000 pairs")
+    files.add_argument("--max-length", type=positive, default=250, help="pieces on a side (default: 250)")
     files.add_argument("--ratio", type=float, default=2.0, help="longer side to shorter, in pieces (default: 2)")
     files.add_argument("--source", default="en", help="language (default: en)")
     files.add_argument("--target", default="de", help="language (default: de)")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
