@@ -118,10 +118,10 @@ def take_gradients(
 def log(run: TextRun, bar: tqdm) -> None:
     """Record the training metrics since the last log line."""
     if sums := runs.close_window(run):
-        clipped = {}
+        own = means(sums)
         if sums["updates"]:
-            clipped["clipped"] = run.clipping.share(sums, run.progress.update, run.world.world_size)
-        runs.log_window(run, bar, **means(sums), **clipped)
+            own["clipped"] = run.clipping.share(sums, run.progress.update, run.world.world_size)
+        runs.log_window(run, bar, **own)
 
 
 def means(sums: dict[str, float], split: str = "") -> dict[str, float]:

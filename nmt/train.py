@@ -130,10 +130,9 @@ def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
 def validate(run: TranslationRun) -> dict[str, float]:
     """Loss, perplexity and BLEU on the validation set."""
     config, split = run.config, run.data.valid
-    valid = loss_sums(run.model, split, config.eval_batch, config.label_smoothing, run.precision, run.world)
-    valid = means(valid, "valid_")
-    hypotheses = translated(run, split)
-    bleu, _ = sacre_bleu([run.data.codec.decode(ids) for ids in hypotheses], split.references)
+    sums = loss_sums(run.model, split, config.eval_batch, config.label_smoothing, run.precision, run.world)
+    valid = means(sums, "valid_")
+    bleu, _ = sacre_bleu([run.data.codec.decode(ids) for ids in translated(run, split)], split.references)
     return valid | {"valid_ppl": math.exp(min(valid["valid_nll"], 700.0)), "valid_bleu": bleu}
 
 
