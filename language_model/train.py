@@ -208,20 +208,14 @@ def prepare(config: Config, world: World, record: RunRecord) -> TextRun:
     model, optimizer = runs.with_optimizer(model, config, precision)
 
     run = runs.assemble(
-        TextRun,
-        config,
-        world,
-        record,
-        precision,
-        model,
-        optimizer,
+        TextRun, config, world, record, precision, model, optimizer,
         total=config.epochs,
         updates_per_unit=data.updates_per_epoch,
         data=data,
         vocabulary=corpus.vocabulary_digest,
         clipping=ClippingWatch(config.optimizer, config.schedule, record.say),
         states={n: model.zero_state(config.batch) for n in range(world.rank, config.passes, world.world_size)},
-    )
+    )  # fmt: skip
     if saved := runs.restore(run):
         for index, state in run.states.items():
             state.copy_(saved["state"][:, :, rows_of(index, config.batch)])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import pad
 
-from nmt.rows import rounded
+from nmt.rows import product_dtype, rounded
 
 BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # logits held at a time: a CPU's cache, 1 GiB on a GPU
 
@@ -34,9 +34,8 @@ def smoothed_cross_entropy(
     Returns:
         Two 0-d float32 tensors. Only the first has gradients.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = product_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
         return _SmoothedCrossEntropy.apply(hidden, weight, target, label_smoothing, dtype)
 
 

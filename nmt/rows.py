@@ -17,9 +17,13 @@ def rounded(rows: int, dtype: torch.dtype, device: torch.device) -> int:
     return -(-rows // step) * step
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products of `x`: autocast's, if autocast is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def to_rows(x: Tensor) -> Tensor:
     """[B, T, width] to [R, width]. Row b * T + t is word t of sentence b. Rows from B * T on are idle: zeros."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     words = x.shape[0] * x.shape[1]
-    return pad(x.flatten(0, 1), (0, 0, 0, rounded(words, dtype, x.device) - words))
+    return pad(x.flatten(0, 1), (0, 0, 0, rounded(words, product_dtype(x), x.device) - words))

@@ -182,14 +182,9 @@ def score_test_set(run: TranslationRun) -> dict[str, object]:
 def finish(run: TranslationRun, scores: dict[str, object]) -> None:
     """Write result.json, and say what came out."""
     runs.write_result(
-        run,
-        metric=METRIC,
-        final=scores[METRIC],
-        updates=run.progress.update,
-        evaluated=len(run.data.test),
-        vocabulary=run.data.codec.size,
-        **scores,
-    )
+        run, metric=METRIC, final=scores[METRIC], updates=run.progress.update, evaluated=len(run.data.test),
+        vocabulary=run.data.codec.size, **scores,
+    )  # fmt: skip
     run.record.say(
         f"done: test BLEU {scores['fairseq_bleu']:.2f} as fairseq prints it, sacreBLEU {scores['sacrebleu']:.2f} "
         f"({scores['signature']}); {run.record.folder}/result.json"
@@ -211,31 +206,20 @@ def prepare(config: Config, world: World, record: RunRecord) -> TranslationRun:
             layer.compile(dynamic=True)
 
     run = runs.assemble(
-        TranslationRun,
-        config,
-        world,
-        record,
-        precision,
-        model,
-        optimizer,
+        TranslationRun, config, world, record, precision, model, optimizer,
         total=config.updates,
-        data=data,
-        clipping=ClippingWatch(config.optimizer, config.schedule, record.say),
         updates_per_epoch=updates_per_epoch(data.train, config.batch, config.passes),
+        data=data,
         vocabulary=data.codec.digest,
-    )
+        clipping=ClippingWatch(config.optimizer, config.schedule, record.say),
+    )  # fmt: skip
     runs.restore(run)
     if world.is_main:
         data.codec.save(record.folder)  # so that the run folder can translate without the data
     runs.write_environment(
-        run,
-        updates_per_epoch=run.updates_per_epoch,
-        vocabulary=data.codec.size,
-        codec=data.codec.digest,
-        train_pairs=len(data.train),
-        valid_pairs=len(data.valid),
-        test_pairs=len(data.test),
-    )
+        run, updates_per_epoch=run.updates_per_epoch, vocabulary=data.codec.size, codec=data.codec.digest,
+        train_pairs=len(data.train), valid_pairs=len(data.valid), test_pairs=len(data.test),
+    )  # fmt: skip
     return run
 
 
