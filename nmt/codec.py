@@ -61,11 +61,8 @@ class Codec:
     def save(self, folder: str | Path) -> None:
         write_atomically(Path(folder) / FILE, self._serialised())
 
-    def encode(self, line: str, language: str | None = None) -> list[int]:
-        """Ids of one raw line, without <s> and </s>. `language` None is the source's. An empty line gives []."""
-        return self.encode_tokens([self.tokenize(line, language or self.source)])[0]
-
     def encode_lines(self, lines: Iterable[str], language: str | None = None) -> list[list[int]]:
+        """Ids of raw lines, without <s> and </s>. `language` None is the source's. An empty line gives []."""
         return self.encode_tokens([self.tokenize(line, language or self.source) for line in lines])
 
     def encode_tokens(self, lines: Sequence[str]) -> list[list[int]]:
