@@ -103,7 +103,7 @@ def measure_training(options: argparse.Namespace) -> None:
 
 def padding_share(batches: Iterator[Batch]) -> float:
     padding = total = 0
-    for batch in (batch for batch in batches if batch.sentences):
+    for batch in (batch for batch in batches if batch.tokens):
         for side in (batch.source, batch.target_out):
             padding += int((side == PAD).sum())
             total += side.numel()

@@ -32,8 +32,7 @@ class Batch(NamedTuple):
     source: Tensor  # [B, S]: ids, EOS
     target_in: Tensor  # [B, T]: BOS, ids
     target_out: Tensor  # [B, T]: ids, EOS
-    tokens: int  # of the target, with EOS, without padding
-    sentences: int  # B; 0 for a pass without work
+    tokens: int  # of the target, with EOS, without padding; 0 for a pass without work
     update_tokens: int = 0  # as `tokens`, of all passes of the update, on all ranks; 0 in evaluation
 
     def to(self, device: torch.device) -> "Batch":
@@ -100,14 +99,14 @@ class Split:
         """These pairs, padded to the longest of each side. Without pairs it is one row whose loss is zero."""
         if not len(indices):
             one = torch.tensor([[EOS], [BOS], [PAD]])
-            return Batch(*one[:, None], tokens=0, sentences=0)
+            return Batch(*one[:, None], tokens=0)
         source, target_out = self.source.rows(indices), self.target.rows(indices)
         target_in = np.empty_like(target_out)
         target_in[:, 0] = BOS
         np.copyto(target_in[:, 1:], target_out[:, :-1])
         target_in[target_in == EOS] = PAD
-        tokens = int(self.target.lengths[indices].sum())
-        return Batch(*map(torch.from_numpy, (source, target_in, target_out)), tokens, len(indices))
+        tensors = map(torch.from_numpy, (source, target_in, target_out))
+        return Batch(*tensors, tokens=int(self.target.lengths[indices].sum()))
 
 
 class ParallelData:
