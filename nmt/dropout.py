@@ -7,7 +7,6 @@ probability is rounded to a multiple of 2**-16, and the scale 1 / (1 - p) is tha
 import torch
 from overrides import override
 from torch import Tensor, nn
-from torch.nn.functional import dropout as torch_dropout
 
 LEVELS = 2**16
 
@@ -25,7 +24,7 @@ class Dropout(nn.Module):
         if not self.training or not self.dropped_levels:
             return x
         if x.device.type != "cpu":
-            return torch_dropout(x, self.p)
+            return nn.functional.dropout(x, self.p)
         return x * self.mask(x)
 
     def mask(self, x: Tensor) -> Tensor:

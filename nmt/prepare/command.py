@@ -26,7 +26,7 @@ from nmt.codec import Codec
 from nmt.prepare import toy_text
 from nmt.prepare.download import get_archives
 from nmt.prepare.raw_text import scan_pair
-from nmt.prepare.recipes import GRAMMAR, RESERVED, WMT14, Recipe
+from nmt.prepare.recipes import GRAMMAR, WMT14, Recipe
 from nmt.prepare.sources import find_texts
 from nmt.prepare.stages import Pair, encode, file_sha256, learn_codec, make_chunks, processes, tokenize
 from nmt.prepared import MANIFEST_KEYS, SPLITS, write_json
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     elif options.command == WMT14.name:
         prepare(WMT14, options.source, options.out, options.workers)
     else:
-        if options.name in RESERVED:
+        if options.name in (WMT14.name, GRAMMAR.name):
             raise UserError(f"--name {options.name} is the name of a recipe that comes with this: choose another")
         given = {key: value for key, value in vars(options).items() if key in Recipe.__dataclass_fields__}
         prepare(Recipe(**given), Path(), options.out, options.workers)
