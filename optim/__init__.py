@@ -13,8 +13,9 @@ from torch.optim.optimizer import ParamsT
 
 from . import lr_scheduler
 from .apollo import Apollo
-from .foreign import construct, find, is_number, suggest
+from .foreign import construct, find, suggest
 from .lr_scheduler import create_schedule
+from .settings import is_number
 
 __all__ = [
     "OPTIMIZERS",

@@ -4,7 +4,6 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
-from numbers import Real
 from typing import Any
 
 EXTRA = ("pytorch_optimizer", "schedulefree")  # the packages of setup.py's extra `optimizers`
@@ -62,8 +61,3 @@ def suggest(name: object, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name).lower(), [v.lower() for v in valid], n=1)
     hint = f" did you mean {next(v for v in valid if v.lower() == near[0])!r}?" if near else ""
     return f";{hint} valid: {', '.join(valid)}"
-
-
-def is_number(value: object) -> bool:
-    """True is no number here."""
-    return isinstance(value, Real) and not isinstance(value, bool)

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from .foreign import is_number, suggest
+from .foreign import suggest
+from .settings import is_number
 from .torch_schedule import create_torch_schedule
 
 # A setting with the default None must be given.

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
-from .foreign import is_number, suggest
+from .foreign import suggest
 
 WEIGHT_DECAY_TYPES = ("L2", "decoupled", "stable")
 REBOUNDS = ("constant", "belief")
@@ -79,3 +80,8 @@ def check_settings(settings: dict[str, Any]) -> None:
     for name, choices in (("weight_decay_type", WEIGHT_DECAY_TYPES), ("rebound", REBOUNDS)):
         if settings[name] not in choices:
             raise ValueError(f"unknown {name} {settings[name]!r}{suggest(settings[name], choices)}")
+
+
+def is_number(value: object) -> bool:
+    """True is no number here."""
+    return isinstance(value, Real) and not isinstance(value, bool)
