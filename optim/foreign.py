@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+MOST_LISTED = 30  # names in an error; pytorch_optimizer has some 140 classes
 EXTRA = ("pytorch_optimizer", "schedulefree")  # the packages of setup.py's extra `optimizers`
 
 
@@ -56,8 +57,9 @@ def construct(what: str, maker: Callable[..., Any], subject: Any, settings: dict
 
 
 def suggest(name: object, valid: Iterable[str]) -> str:
-    """'; did you mean X? valid: X, Y' for an unknown `name`."""
+    """'; did you mean X? valid: X, Y' for an unknown `name`. A very long list is left out."""
     valid = list(valid)
     near = difflib.get_close_matches(str(name).lower(), [v.lower() for v in valid], n=1)
-    hint = f" did you mean {next(v for v in valid if v.lower() == near[0])!r}?" if near else ""
-    return f";{hint} valid: {', '.join(valid)}"
+    parts = [f"did you mean {next(v for v in valid if v.lower() == near[0])!r}?"] if near else []
+    parts += [f"valid: {', '.join(valid)}"] if len(valid) <= MOST_LISTED else []
+    return f"; {' '.join(parts)}" if parts else ""
