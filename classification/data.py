@@ -41,6 +41,7 @@ __all__ = ["DATASETS", "ImageData", "load_data"]
 log = logging.getLogger(__name__)
 
 NATURAL_IMAGES = Augmentation(padding=4, flip=True)
+DIGITS = Augmentation(padding=2, flip=False)  # half of one original pixel at most; a mirrored digit is not that digit
 
 
 class Dataset(NamedTuple):
@@ -122,10 +123,7 @@ def _unpacked_cifar(source: "type[CIFAR10]", name: str, root: Path) -> "CIFAR10"
 
 
 def read_digits(root: Path) -> Dataset:
-    """1,797 handwritten digits, scaled up from 8x8 pixels; of every class, each fifth image is a test image.
-
-    The shift is half of one original pixel at most, and there is no flip: a mirrored digit is not that digit.
-    """
+    """1,797 handwritten digits, scaled up from 8x8 pixels; of every class, each fifth image is a test image."""
     from sklearn.datasets import load_digits  # here, as the other sets do without scikit-learn
 
     digits = load_digits()
@@ -137,7 +135,7 @@ def read_digits(root: Path) -> Dataset:
     for digit in range(10):
         is_test[(labels == digit).nonzero()[4::5]] = True
     train, test = (Images(pixels[part], labels[part]) for part in (~is_test, is_test))
-    return Dataset(train, test, [str(digit) for digit in range(10)], Augmentation(padding=2, flip=False))
+    return Dataset(train, test, [str(digit) for digit in range(10)], DIGITS)
 
 
 def read_folder(root: Path) -> Dataset:
