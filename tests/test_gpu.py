@@ -13,9 +13,13 @@ import torch
 from training_runs import process
 
 from benchmarks.gpu import main as gpu
+from benchmarks.gpu import optimizer
 from benchmarks.gpu.data import noise, pack_digits, packed_digits
+from benchmarks.gpu.record import Part, Record
 from benchmarks.gpu.resuming import KILLED_AT
 from benchmarks.gpu.training import counted_waits
+from benchmarks.gpu.worker import Place
+from benchmarks.model_shapes import SETS
 from classification.data import read_digits
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +114,15 @@ def test_digits_in_one_file(tmp_path):
             assert torch.equal(one, other)
     assert (tmp_path / "digits.npz").stat().st_size < 2_000_000
     assert noise(20, 10).train.pixels.shape == (20, 32, 32, 3)
+
+
+def test_without_torchvision_one_set_of_shapes_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    part = Part(Record(tmp_path / "record.json"), "optimizer", seconds=-1)
+    optimizer.check(part, Place(torch.device("cpu"), dry=False, scratch=tmp_path, packages=tmp_path))
+    skipped = {name: case["skipped"] for name, case in part.cases.items()}
+    assert list(skipped) == list(SETS) and "torchvision" in skipped.pop("resnext50")
+    assert set(skipped.values()) == {"no time left"}
 
 
 def test_waits_are_counted_by_place(monkeypatch):
