@@ -29,6 +29,7 @@ from classification.config import IMAGENET_ALONE, DataConfig
 from classification.held_out import held_out
 from classification.image_files import IMG_EXTENSIONS, is_image, list_files, list_folders, printable, to_rgb
 from engine.errors import UserError, nearest
+from engine.files import hold
 from engine.machine import core_count
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ def _unpacked_cifar(source: "type[CIFAR10]", name: str, root: Path) -> "CIFAR10"
     except (RuntimeError, OSError):  # something is missing, damaged, or not to be read
         cifar.fetch(name, root)
     try:
-        return source(root, train=False, download=True)  # unpacks the archive, which is there
+        with hold(root, "unpacking", wait=True):
+            return source(root, train=False, download=True)  # unpacks the archive, if nobody has meanwhile
     except (RuntimeError, OSError, tarfile.TarError) as error:
         raise cifar.not_complete(name, root, error) from error
 

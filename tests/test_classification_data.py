@@ -3,7 +3,11 @@ and one error line for each thing that can be wrong with a folder or a download.
 
 import hashlib
 import pickle
+import shutil
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +16,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import functional as tv
+from training_runs import process
 
 from classification.augment import Augmentation, ImageData, Images, pixel_statistics
 from classification.cifar import ARCHIVES
@@ -410,6 +415,18 @@ def test_cifar_unpacks_the_archive_that_was_put_there(cifar):
     (cifar.root / "archive.tar.gz").rename(cifar.root / cifar.source.filename)
     data = load(cifar.name, cifar.root)
     assert (data.train_size, data.test_size) == (len(cifar.train_targets), len(cifar.test_targets))
+
+
+def test_cifar_waits_for_another_process_that_downloads_it(cifar):
+    """Without the lock it would ask the dead address, and fail at once."""
+    shutil.rmtree(cifar.folder)
+    program = "import sys, time; from pathlib import Path; from engine.files import hold; root = Path(sys.argv[1])\n"
+    program += "lock = hold(root, 'downloading'); print('held', flush=True); time.sleep(1)\n"
+    program += "(root / 'archive.tar.gz').rename(root / sys.argv[2])"
+    command = [sys.executable, "-c", program, str(cifar.root), cifar.source.filename]
+    with process(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent) as other:
+        assert other.stdout.readline() == "held\n"
+        assert load(cifar.name, cifar.root).train_size == len(cifar.train_targets)
 
 
 def test_cifar_never_opens_a_file_with_another_checksum(cifar, tmp_path):
