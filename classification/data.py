@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,7 +27,15 @@ from classification import cifar
 from classification.augment import Augmentation, ImageData, Images
 from classification.config import IMAGENET_ALONE, DataConfig
 from classification.held_out import held_out
-from classification.image_files import IMG_EXTENSIONS, is_image, list_files, list_folders, printable, to_rgb
+from classification.image_files import (
+    IMG_EXTENSIONS,
+    DamagedImage,
+    is_image,
+    list_files,
+    list_folders,
+    open_rgb,
+    printable,
+)
 from engine.errors import UserError, nearest
 from engine.files import hold
 from engine.machine import core_count
@@ -211,15 +219,10 @@ def _decode(paths: Sequence[str]) -> Tensor:
 
 
 def _open_rgb(path: str) -> Image.Image:
-    """Decode one file; UserError if it is not a whole image of 8 or 16 bits a channel."""
     try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except UnidentifiedImageError:
-        raise UserError(f"{printable(path)} is not an image that Pillow can read: replace or remove it") from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        how = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"{printable(path)} cannot be decoded ({how}): replace or remove it") from error
+        return open_rgb(path)
+    except DamagedImage as error:
+        raise UserError(f"{printable(path)} {error}: replace or remove it") from error
 
 
 DATASETS = {"cifar10": read_cifar10, "cifar100": read_cifar100, "folder": read_folder, "digits": read_digits}

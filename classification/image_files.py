@@ -1,16 +1,21 @@
 """Image files of any kind: the paths below a folder, and the pixels as RGB with 8 bits per channel."""
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from engine.errors import UserError
 
 # The files that torchvision's ImageFolder takes (torchvision/datasets/folder.py). Importing it takes seconds.
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class DamagedImage(Exception):
+    """An image that differs from what was stored, or that is no image. The message says which."""
 
 
 def list_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]:
@@ -50,6 +55,18 @@ def is_image(path: str) -> bool:
 def printable(path: str | Path) -> str:
     r"""A path for messages. Bytes that are not UTF-8 are shown as, for example, \xe9."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def open_rgb(image: str | bytes | memoryview) -> Image.Image:
+    """Decode a file, given by its path or its content, as RGB with 8 bits per channel. Raises DamagedImage."""
+    try:
+        with Image.open(image if isinstance(image, str) else io.BytesIO(image)) as picture:
+            return to_rgb(picture)
+    except UnidentifiedImageError:
+        raise DamagedImage("is no image that Pillow can read") from None
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        how = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DamagedImage(f"cannot be decoded ({how})") from error
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -13,10 +13,10 @@ from simplejpeg import encode_jpeg
 from torchvision import transforms
 from torchvision.transforms import functional
 
+from classification.image_files import DamagedImage
 from classification.imagenet import decode as imagenet_decode
 from classification.imagenet.data import MEAN, STD, ImageNetData
 from classification.imagenet.decode import DECODERS, central_view, exact, fast, random_view
-from classification.imagenet.lmdb import DamagedImage
 from classification.imagenet.prepare import build
 from engine.errors import UserError
 from engine.seed import derive

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from classification.augment import Batch, Normalise, whole_updates
 from classification.held_out import held_out
+from classification.image_files import DamagedImage
 from classification.imagenet.decode import DECODERS, central_view, random_view
-from classification.imagenet.lmdb import SPLITS, DamagedImage, LmdbSplit, open_splits
+from classification.imagenet.lmdb import SPLITS, LmdbSplit, open_splits
 from classification.imagenet.raw import FolderSplit, list_folder
 from classification.native.resize import native_resize
 from engine.allocator import keep_freed_memory, populate

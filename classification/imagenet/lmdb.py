@@ -23,6 +23,7 @@ import lmdb
 import numpy as np
 from xxhash import xxh3_64_digest
 
+from classification.image_files import DamagedImage
 from classification.imagenet.lookup import DamagedFile, LmdbFile
 from engine.errors import UserError
 from engine.files import write_atomically
@@ -45,10 +46,6 @@ class Record(NamedTuple):
 
     label: int
     image: bytes | memoryview
-
-
-class DamagedImage(Exception):
-    """An image that differs from what was stored, or that is no image. The message says which."""
 
 
 def image_key(index: int) -> bytes:

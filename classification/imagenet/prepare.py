@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from classification.imagenet.decode import open_rgb
+from classification.image_files import DamagedImage, open_rgb
 from classification.imagenet.items import Source
 from classification.imagenet.labels import KIT_2012, LabelFiles
 from classification.imagenet.lmdb import (
@@ -29,7 +29,6 @@ from classification.imagenet.lmdb import (
     FORMAT,
     MANIFEST_KEYS,
     SPLITS,
-    DamagedImage,
     LmdbSplit,
     Record,
     SplitWriter,

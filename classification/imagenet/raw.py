@@ -23,11 +23,11 @@ from typing import IO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from classification.image_files import IMG_EXTENSIONS, is_image, list_files, list_folders, printable
+from classification.image_files import IMG_EXTENSIONS, DamagedImage, is_image, list_files, list_folders, printable
 from classification.imagenet.hugging_face import hugging_face_files, list_hugging_face, locate_hugging_face
 from classification.imagenet.items import Item, Source
 from classification.imagenet.labels import LabelFiles, label_by_name, stem, wnid_at_end
-from classification.imagenet.lmdb import CHUNK, DamagedImage, Record
+from classification.imagenet.lmdb import CHUNK, Record
 from engine.errors import UserError
 from engine.nearest_folder import nearest_folder
 
