@@ -36,7 +36,7 @@ from classification.image_files import (
     open_rgb,
     printable,
 )
-from engine.errors import UserError, nearest
+from engine.errors import UserError
 from engine.files import hold
 from engine.machine import core_count
 
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
 
     from classification.imagenet.data import ImageNetData
-
-__all__ = ["DATASETS", "ImageData", "load_data"]
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +65,8 @@ class Dataset(NamedTuple):
 def load_data(config: DataConfig, device: torch.device | str, seed: int) -> "ImageData | ImageNetData":
     """Read the set `config.name` from `config.root` onto `device`; `config.mean` and `config.std` go before its own.
 
-    `seed` determines the order and the augmentation of every epoch. Raises UserError, in one line, for an unknown name
-    and for missing, corrupt or inconsistent data.
+    `seed` determines the order and the augmentation of every epoch. Raises UserError, in one line, for missing, corrupt
+    or inconsistent data.
     """
     if config.name == "imagenet":
         from classification.imagenet.data import ImageNetData  # here, as the other sets do without its libraries
@@ -76,9 +74,6 @@ def load_data(config: DataConfig, device: torch.device | str, seed: int) -> "Ima
         given = {name: getattr(config, name) for name in ("mean", "std", "validation", *IMAGENET_ALONE)}
         chosen = {name: value for name, value in given.items() if value is not None}
         return ImageNetData(Path(config.root), device=device, seed=seed, **chosen)
-    if config.name not in DATASETS:
-        valid = (*DATASETS, "imagenet")
-        raise UserError(f"unknown data set '{config.name}'{nearest(config.name, valid)}; valid: {', '.join(valid)}")
     data = DATASETS[config.name](Path(config.root))
     train, valid = data.train, None
     if config.validation:

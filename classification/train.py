@@ -14,11 +14,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from classification.augment import Batch
+from classification.augment import Batch, ImageData
 from classification.batch_norm import normalise_in_groups, renew_statistics, track_statistics
 from classification.config import Config
 from classification.cuda_graph import use_graphs, uses_graph
-from classification.data import ImageData, load_data
+from classification.data import load_data
 from classification.models import create_model
 from engine import evaluated
 from engine import run as runs
