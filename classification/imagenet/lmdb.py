@@ -26,7 +26,6 @@ from xxhash import xxh3_64_digest
 from classification.image_files import DamagedImage
 from classification.imagenet.lookup import DamagedFile, LmdbFile
 from engine.errors import UserError
-from engine.files import write_atomically
 from engine.manifest import MANIFEST, read_manifest
 
 FORMAT = 1
@@ -37,7 +36,6 @@ DIGEST_BYTES = 8
 FIRST_MAP = 1 << 30  # bytes of address space; it doubles when full
 # LMDB's errors about the file's content. Its other errors concern the system, and the file may be whole.
 WRONG_CONTENT = (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
-
 BUILD_COMMAND = "bash scripts/prepare.sh imagenet SOURCE OUT"
 
 
@@ -68,7 +66,9 @@ class SplitWriter:
         while path.exists() and self._map_size < path.stat().st_size:
             self._map_size *= 2
         with self._open() as env:
-            _require_whole(env, path)
+            # Reading a missing page would kill the process.
+            if path.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
+                raise _damaged(path, "its end is missing")
             with env.begin() as transaction:
                 self.images = int(transaction.get(b"images", b"0"))
                 found = {name: transaction.get(name) for name in (b"format", b"inputs")}
@@ -198,12 +198,6 @@ def _label(value: memoryview) -> int:
     return int.from_bytes(value[:4], "little", signed=True)
 
 
-def _require_whole(env: lmdb.Environment, path: Path) -> None:
-    """Raise UserError for a file that is shorter than it says, because reading a missing page kills the process."""
-    if path.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
-        raise _damaged(path, "its end is missing")
-
-
 def _damaged(path: Path, how: object) -> UserError:
     return UserError(f"{path} is truncated or damaged ({how}): delete it, and {MANIFEST} beside it, then build again")
 
@@ -224,12 +218,6 @@ def _not_opened(path: Path, error: lmdb.Error | OSError, map_size: int) -> UserE
     return UserError(f"{path} cannot be opened ({reason}): mend that, then run the same command again")
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest` in one step. Call this after everything else is written."""
-    text = json.dumps({"format": FORMAT, **manifest}, indent=1)
-    write_atomically(folder / MANIFEST, text + "\n")
-
-
 def open_splits(folder: Path) -> tuple[LmdbSplit, LmdbSplit]:
     """The training and validation splits of a finished build. Raises UserError if it is unfinished or not whole."""
     manifest = read_manifest(folder, MANIFEST_KEYS, FORMAT)
@@ -240,10 +228,10 @@ def open_splits(folder: Path) -> tuple[LmdbSplit, LmdbSplit]:
             f"{folder} holds an unfinished build ({MANIFEST} is missing): run `{BUILD_COMMAND}` to finish it"
         )
     train, val = (LmdbSplit(folder / f"{name}.lmdb", manifest["classes"]) for name in SPLITS)
-    for split, name in ((train, "train"), (val, "val")):
-        if len(split) != manifest["splits"][name]["images"]:
+    for split, facts in ((train, manifest["splits"]["train"]), (val, manifest["splits"]["val"])):
+        if len(split) != facts["images"]:
             raise UserError(
-                f"{split.path} holds {len(split):,} images and {MANIFEST} says "
-                f"{manifest['splits'][name]['images']:,}: they belong to different builds; build again"
+                f"{split.path} holds {len(split):,} images and {MANIFEST} says {facts['images']:,}: they belong to "
+                "different builds; build again"
             )
     return train, val
