@@ -65,15 +65,16 @@ def test_without_cuda_each_part_says_that_it_was_not_run(tmp_path):
 
 
 def test_a_fault_and_a_hang_cost_one_part_each(tmp_path, monkeypatch, capsys):
-    """The process is gone after the first part, and hangs in the second; what was found stays, and the third runs."""
+    """A process gives up after a part, the next one is gone in a part, the next one hangs; what was found stays."""
     monkeypatch.setattr(gpu, "WORKER", "gpu_worker")
     monkeypatch.setattr(gpu, "GRACE_S", 1)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     handler = gpu.signal.getsignal(gpu.signal.SIGTERM)
-    status = gpu.main([str(tmp_path), "--parts", "steps,training,resuming", "--minutes", "1"])
+    status = gpu.main([str(tmp_path), "--parts", "optimizer,steps,training,resuming", "--minutes", "1"])
     gpu.signal.signal(gpu.signal.SIGTERM, handler)
     parts = json.loads((tmp_path / "record.json").read_text())["parts"]
-    assert status == 1 and [part["status"] for part in parts.values()] == ["failed", "stopped", "done"]
+    assert status == 1 and [part["status"] for part in parts.values()] == ["failed", "failed", "stopped", "done"]
+    assert parts["optimizer"]["why"] == "the device refuses everything"
     assert "status 3: illegal memory access" in parts["steps"]["why"] and parts["steps"]["cases"]["a case"]["ok"]
     assert "last: share 0.5" in capsys.readouterr().out
 

@@ -112,7 +112,7 @@ def check(options: argparse.Namespace) -> int:
                 record.end(at_work, "stopped", "its time was over")
             elif at_work:
                 record.end(at_work, "failed", f"the process ended with status {worker.returncode}: {said}")
-            elif worker.returncode:  # before the first part
+            elif not any(name in record.parts for name in remaining):  # it ended before its first part
                 for name in remaining:
                     record.end(name, "failed", said)
             remaining = [name for name in remaining if name not in record.parts]

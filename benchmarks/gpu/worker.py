@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
             record.end(name, "not run", f"torch {torch.__version__} finds no CUDA device here")
         return 0
     place = Place(torch.device("cpu") if dry else torch.device("cuda", 0), dry, scratch, packages)
-    record.values["machine"] = describe()
+    record.values["machine"] = record.values.get("machine", {}) | describe()  # a process before may have measured it
     while names:
         name, *others = names
         share = SHARES[name] / sum(SHARES[each] for each in names)
