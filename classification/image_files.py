@@ -19,10 +19,7 @@ class DamagedImage(Exception):
 
 
 def list_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Every file below `folder`, to any depth, except hidden ones.
-
-    Raises UserError for a folder that cannot be read, and for a link that leads back to one of the folders `above`.
-    """
+    """Every file below `folder`, to any depth, except hidden ones. UserError for a link back to a folder `above` it."""
     here = os.path.realpath(folder)
     if here in above:
         raise UserError(f"{printable(folder)} leads back to {printable(here)}: remove the link on this way")

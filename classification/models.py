@@ -91,8 +91,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 def create_model(name: str, num_classes: int, depth: int | None = None) -> nn.Module:
     """Build MODELS[name], initialised from torch's global generator.
 
-    Raises ValueError (one line) for an unknown name, with the nearest valid one, and for a depth that the model does
-    not have.
+    Raises ValueError for an unknown name, and for a depth that the model does not have.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model '{name}'{nearest(name, MODELS)}; valid: {', '.join(MODELS)}")

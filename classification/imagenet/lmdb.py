@@ -203,10 +203,7 @@ def _damaged(path: Path, how: object) -> UserError:
 
 
 def _not_opened(path: Path, error: lmdb.Error | OSError, map_size: int) -> UserError:
-    """The UserError for a file that has not been opened, as `map_size` bytes of address space.
-
-    It must not advise to delete a good file because of a problem of the system.
-    """
+    """The UserError for a file that has not been opened; only wrong content may lead to the advice to delete it."""
     if isinstance(error, WRONG_CONTENT):
         return _damaged(path, error)
     reason = error.strerror or error if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
