@@ -37,7 +37,7 @@ from classification.image_files import is_image
 from classification.imagenet.data import MEAN, STD, TRAIN, ImageNetData, Request
 from classification.imagenet.decode import central_view, exact, fast, open_rgb, random_view
 from classification.imagenet.prepare import build
-from engine.distributed import World
+from engine.distributed import setup
 from engine.errors import UserError, run_main
 from engine.run_record import describe_environment
 
@@ -55,19 +55,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
     torch.set_num_threads(1)
 
-    environment = describe_environment(World(0, 1, 0, device))
+    environment = describe_environment(setup(options.device))
     place, load = f"{environment['device']}, torch {environment['torch']}", os.getloadavg()[0]
     print(f"{place}, {options.workers} workers; load average at the start {load:.1f}")
     with tempfile.TemporaryDirectory() as scratch:
         tree = make_tree(options.data, Path(scratch) / "tree", options.images)
         build(tree, Path(scratch) / "lmdb")
         files = [path.read_bytes() for path in sorted(tree.glob("train/*/*"))]
-        contenders = {"torchvision": torchvision_loader(tree, options, device)}
+        contenders = {"torchvision": torchvision_loader(tree, options)}
         for decoder in DECODERS:
-            contenders[decoder] = our_loader(Path(scratch) / "lmdb", decoder, options, device)
+            contenders[decoder] = our_loader(Path(scratch) / "lmdb", decoder, options)
         contenders["bare Pillow"] = bare(files, open_rgb)
         contenders[BARE] = bare(files, simplejpeg.decode_jpeg)
         for run in contenders.values():  # starts the workers
@@ -76,8 +75,8 @@ def main(arguments: list[str]) -> int:
         for name in turns(contenders, options.rounds):
             times[name].append(contenders[name]())
         report(times, len(files), options.workers)
-        milliseconds = device_part(Path(scratch) / "lmdb", options, device)
-        print(f"the device's part: {milliseconds:.3f} ms/image on {device.type}")
+        milliseconds = device_part(Path(scratch) / "lmdb", options)
+        print(f"the device's part: {milliseconds:.3f} ms/image on {options.device}")
         print_differences(files[:: max(1, len(files) // 300)])
     return 0
 
@@ -99,7 +98,7 @@ def make_tree(data: Path, tree: Path, images: int) -> Path:
     return tree
 
 
-def torchvision_loader(tree: Path, options: argparse.Namespace, device: torch.device) -> Contender:
+def torchvision_loader(tree: Path, options: argparse.Namespace) -> Contender:
     steps = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
     steps += [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     images = ImageFolder(str(tree / "train"), transforms.Compose(steps))
@@ -109,17 +108,17 @@ def torchvision_loader(tree: Path, options: argparse.Namespace, device: torch.de
         shuffle=True,
         num_workers=options.workers,
         persistent_workers=True,
-        pin_memory=device.type == "cuda",
+        pin_memory=options.device == "cuda",
     )
 
     def epoch() -> int:
-        return sum(len(images.to(device, non_blocking=True)) for images, _ in loader)
+        return sum(len(images.to(options.device, non_blocking=True)) for images, _ in loader)
 
     return timed(epoch, partial(workers_cpu_s, loader))
 
 
-def our_loader(root: Path, decoder: str, options: argparse.Namespace, device: torch.device) -> Contender:
-    data = ImageNetData(root, decoder=decoder, workers=options.workers, device=device)
+def our_loader(root: Path, decoder: str, options: argparse.Namespace) -> Contender:
+    data = ImageNetData(root, decoder=decoder, workers=options.workers, device=options.device)
     numbers = count()
 
     def epoch() -> int:
@@ -185,9 +184,9 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def device_part(root: Path, options: argparse.Namespace, device: torch.device) -> float:
+def device_part(root: Path, options: argparse.Namespace) -> float:
     """Milliseconds an image for mirroring and normalisation on the device."""
-    data = ImageNetData(root, workers=0, device=device)
+    data = ImageNetData(root, workers=0, device=options.device)
     raw = data._loader.dataset[Request(TRAIN, 0, range(min(options.batch, data.train_size)))]
     measured = []
     for _ in range(20):
