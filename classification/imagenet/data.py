@@ -131,8 +131,9 @@ class ImageNetData:
         updates = range(start_update, self.updates_per_epoch(batch, passes))
         own = range(rank, passes, world_size)
         firsts = ((update * passes + index) * batch for update in updates for index in own)
-        stream = self._load(Request(TRAIN, epoch, order[first : first + batch].tolist()) for first in firsts)
-        return ([(index, self._finish(next(stream), channels_last)) for index in own] for _ in updates)
+        requests = (Request(TRAIN, epoch, order[first : first + batch].tolist()) for first in firsts)
+        batches = self._load(requests, channels_last)
+        return ([(index, next(batches)) for index in own] for _ in updates)
 
     def test_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
@@ -150,15 +151,14 @@ class ImageNetData:
         self, split: int, indices: Sequence[int], batch_size: int, rank: int, world_size: int, channels_last: bool
     ) -> Iterator[Batch]:
         parts = parts_in_order(len(indices), batch_size, rank, world_size)
-        requests = (Request(split, 0, indices[part]) for part in parts)
-        return (self._finish(raw, channels_last) for raw in self._load(requests))
+        return self._load((Request(split, 0, indices[part]) for part in parts), channels_last)
 
     def take_damaged(self) -> int:
         """Training images replaced on this rank since this was last asked."""
         taken, self._untaken = self._untaken, 0
         return taken
 
-    def _load(self, requests: Iterator[Request]) -> Iterator[RawBatch]:
+    def _load(self, requests: Iterator[Request], channels_last: bool) -> Iterator[Batch]:
         self._requests.pending = requests
         mine = self._iteration = object()  # the workers are shared: who comes later has them
         for raw in self._loader:
@@ -166,7 +166,7 @@ class ImageNetData:
                 raise RuntimeError("another iteration over this data was begun: finish one before the next")
             for line in raw.damaged:
                 self._report(line, raw.split)
-            yield raw
+            yield self._finish(raw, channels_last)
 
     def _report(self, line: str, split: int) -> None:
         if split != TRAIN:
