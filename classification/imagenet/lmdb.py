@@ -121,28 +121,26 @@ class LmdbSplit:
     """One split, for reading: `split[index]` is a Record, `len(split)` the number of images.
 
     The file is opened for reading alone and without a lock, so any number of processes may read it, even on a read-only
-    disk. A process that is spawned opens it itself. Each read compares the image with its checksum, and raises
-    DamagedImage if they differ. No damage of the file ends the process: see lookup.py.
+    disk. Each read compares the image with its checksum, and raises DamagedImage if they differ. No damage of the file
+    ends the process: see lookup.py.
     """
 
     def __init__(self, path: Path, classes: Sequence[str]) -> None:
         """Raises UserError if the file is not whole."""
         self.path, self.classes = path, tuple(classes)
-        self._opened: _OpenFile | None = None
-        self._images = len(self._file.digests)
+        self._file, self._digests = _open_split(path)
 
     def __len__(self) -> int:
-        return self._images
+        return len(self._digests)
 
     def __getitem__(self, index: int) -> Record:
-        file = self._file
         try:
-            value = file.get(image_key(index))
+            value = self._file.get(image_key(index))
         except DamagedFile as error:
             raise DamagedImage(f"cannot be found ({error})") from None
         if value is None:
             raise DamagedImage("is missing")
-        if xxh3_64_digest(value) != file.digests[index].tobytes():
+        if xxh3_64_digest(value) != self._digests[index].tobytes():
             raise DamagedImage("differs from its checksum")
         return Record(_label(value), value[4:])
 
@@ -158,40 +156,32 @@ class LmdbSplit:
 
     def content_digest(self) -> str:
         """sha256 over the checksums of all images in order. The manifest holds this value."""
-        return sha256(self._file.digests.tobytes()).hexdigest()
+        return sha256(self._digests.tobytes()).hexdigest()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": None}
-
-    @property
-    def _file(self) -> "_OpenFile":
-        if self._opened is None:
-            self._opened = _OpenFile(self.path)
-        return self._opened
+    def __reduce__(self) -> tuple[Any, ...]:  # a process that is spawned opens the file itself
+        return LmdbSplit, (self.path, self.classes)
 
 
-class _OpenFile:
-    """A split's open file: `get`, and the checksums of all images, uint8 [images, DIGEST_BYTES]."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise UserError(f"{path} is not there: make it with `{BUILD_COMMAND}`")
-        try:
-            file = LmdbFile(path)
-            images = int(bytes((file.get(b"images") or b"0")[:20]))
-            if images * DIGEST_BYTES > file.size:
-                raise DamagedFile(f"it says that it holds {images:,} images")
-            self.digests = np.empty((images, DIGEST_BYTES), np.uint8)
-            for first in range(0, images, CHUNK):
-                digests, part = file.get(digests_key(first)), self.digests[first : first + CHUNK]
-                if digests is None or len(digests) != part.size:
-                    raise DamagedFile("its checksums are not whole")
-                part.reshape(-1)[:] = np.frombuffer(digests, np.uint8)
-        except ValueError as error:  # DamagedFile is one
-            raise _damaged(path, error) from None
-        except OSError as error:
-            raise _not_opened(path, error, path.stat().st_size) from None
-        self.get = file.get
+def _open_split(path: Path) -> tuple[LmdbFile, np.ndarray]:
+    """A split's file, and the checksums of all images, uint8 [images, DIGEST_BYTES]."""
+    if not path.is_file():
+        raise UserError(f"{path} is not there: make it with `{BUILD_COMMAND}`")
+    try:
+        file = LmdbFile(path)
+        images = int(bytes((file.get(b"images") or b"0")[:20]))
+        if images * DIGEST_BYTES > file.size:
+            raise DamagedFile(f"it says that it holds {images:,} images")
+        digests = np.empty((images, DIGEST_BYTES), np.uint8)
+        for first in range(0, images, CHUNK):
+            found, part = file.get(digests_key(first)), digests[first : first + CHUNK]
+            if found is None or len(found) != part.size:
+                raise DamagedFile("its checksums are not whole")
+            part.reshape(-1)[:] = np.frombuffer(found, np.uint8)
+    except ValueError as error:  # DamagedFile is one
+        raise _damaged(path, error) from None
+    except OSError as error:
+        raise _not_opened(path, error, path.stat().st_size) from None
+    return file, digests
 
 
 def _label(value: memoryview) -> int:

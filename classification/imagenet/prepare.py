@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -126,7 +126,8 @@ def verify(out: Path, decode: bool = False) -> list[str]:
         if split.content_digest() != manifest["splits"][name]["digest"]:
             bad.append(f"{split.path}: the checksums are not those that {MANIFEST} was written for")
         with ProcessPoolExecutor() as pool:
-            results = pool.map(partial(_check, split, decode), range(len(split)), chunksize=CHUNK)
+            check = partial(_check, split.path, split.classes, decode)
+            results = pool.map(check, range(len(split)), chunksize=CHUNK)
             bar = tqdm(results, split.path.name, len(split), unit="image", disable=None)
             bad += [problem for problem in bar if problem]
     return bad
@@ -150,8 +151,12 @@ def verify_archives(source: Path) -> list[str]:
     return bad
 
 
-def _check(split: LmdbSplit, decode: bool, index: int) -> str | None:
+_opened = cache(LmdbSplit)  # once in each process, as all checksums are read then
+
+
+def _check(path: Path, classes: tuple[str, ...], decode: bool, index: int) -> str | None:
     """A line that says what is wrong with an image, or None."""
+    split = _opened(path, classes)
     try:
         record = split[index]
         if not 0 <= record.label < len(split.classes):
