@@ -81,8 +81,8 @@ def _layout(root: Path) -> Layout | None:
         return Layout("folder", tree)
     if (root / TRAIN_TAR).is_file():
         return Layout("tar", root)
-    kind, folder = locate_hugging_face(root) or (None, None)
-    return Layout(kind, folder) if kind else None
+    found = locate_hugging_face(root)
+    return Layout(*found) if found else None
 
 
 def find_source(root: Path, label_files: LabelFiles | None = None) -> Source:
