@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.errors import UserError, run_main
 from scripts.arguments import Parser
+from scripts.reporting.rates import ABOUT_RATES, rates
 from scripts.reporting.recipes import (
     apart,
     changes_between,
@@ -144,10 +145,12 @@ def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
 
 
 def render(runs: Sequence[Run], kind: str) -> str:
-    """Tables of `runs` as Markdown: `results`, the `comparison`, or what was `searched`."""
+    """Tables of `runs` as Markdown: `results`, the `comparison`, what was `searched`, or its `rates`."""
     runs = apart(runs)
     if kind == "searched":
         return "\n".join([*format_table(*searched(runs), markdown=True), "", ABOUT_SEARCHED])
+    if kind == "rates":
+        return "\n".join([*format_table(*rates(runs), markdown=True), "", ABOUT_RATES])
     tables = {table: [run for run in runs if run.table == table] for table in dict.fromkeys(run.table for run in runs)}
     if kind == "results":
         return "\n\n".join(report(table, of_table, markdown=True) for table, of_table in tables.items())
