@@ -43,6 +43,7 @@ from engine.errors import UserError, run_main
 from engine.precision import Precision
 from engine.run_record import RunRecord, peak_memory_mb
 from language_model import prepare as preparation
+from language_model.config import ModelConfig
 from language_model.data import TextData
 from language_model.model import LanguageModel
 from language_model.prepared import open_corpus
@@ -271,7 +272,8 @@ def train_loop(row: str, precision: str, corpus: Path, options: argparse.Namespa
 def bare_loop(precision: str, corpus: Path, options: argparse.Namespace) -> Contender:
     keep_freed_memory()
     device = setup(options.device).device
-    model = LanguageModel(options.words, hidden=options.hidden, cutoffs=options.cutoffs).to(device)
+    config = ModelConfig(name="lstm", hidden=options.hidden, cutoffs=options.cutoffs)
+    model = LanguageModel(config, options.words).to(device)
     optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
     data = TextData(open_corpus(corpus), options.batch, LENGTH, device=device, seed=1)
     ((_, (tokens, targets, *_)),) = next(data.train_batches(0))
