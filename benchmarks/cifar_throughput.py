@@ -10,8 +10,7 @@
                 and a single-tensor Apollo. It has its own process, because train.py changes its process's settings
                 (glibc's allocator)
 
-All take turns of `--updates` updates, and every other round reverses the order. The images are noise, or those of
-`--data ROOT` (train/<class>/*).
+All take turns of `--updates` updates. The images are noise, or those of `--data ROOT` (train/<class>/*).
 """
 
 import argparse
@@ -19,7 +18,6 @@ import multiprocessing
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,22 +28,21 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from tqdm import tqdm
 
+from benchmarks.turns import COLUMNS, columns, end_of_epoch, machine, ratios, speeds
 from classification.models import create_model
 from classification.train import Config, prepare, train_epoch
 from engine.config import load_config
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main
 from engine.precision import Precision
-from engine.run import end_epoch
-from engine.run_record import RunRecord, describe_environment
+from engine.run_record import RunRecord
 from optim import SGD, Apollo
 
 CELL = Path(__file__).parents[1] / "configs" / "cifar10" / "apollo_milestone.yaml"
 CLASSES = 10
 
-Contender = Callable[[int], None]  # runs the given number of updates
+Contender = Callable[[], None]  # takes the updates of a round
 
 
 def main(arguments: list[str]) -> None:
@@ -61,20 +58,23 @@ def main(arguments: list[str]) -> None:
 
     world = setup(options.device)
     torch.manual_seed(0)
-    print(describe(options, world))
+    updates = f"{options.updates} updates x {options.rounds} rounds"
+    print(f"ResNet-{options.depth}, batch {options.batch}, {updates}, images: {options.data or 'noise'}")
+    print(f"{machine(world)}\n")
+    precisions, amount = options.precision.split(","), options.updates * options.batch
     with tempfile.TemporaryDirectory() as scratch:
         images = Path(scratch) / "images"
-        make_images(images, options.updates * options.batch, options.data)
+        make_images(images, amount, options.data)
         contenders = {"plain way, fp32": in_a_process_of_its_own(plain_way, images, options)}
-        for precision in options.precision.split(","):
+        for precision in precisions:
             contenders[f"bare loop, {precision}"] = bare_loop(precision, options, world)
             contenders[f"train.py, {precision}"] = train_loop(images, precision, options, world, Path(scratch))
-        speeds = measure(contenders, options, world)
-    report(speeds, options.precision.split(","))
+        found = speeds(contenders, amount, options.rounds, world)
+    report(found, precisions)
 
 
 def train_loop(images: Path, precision: str, options: argparse.Namespace, world: World, scratch: Path) -> Contender:
-    """The real loop: a round is one `train_epoch`."""
+    """The real loop: a round is a whole epoch."""
     config = load_config(
         Config,
         CELL,
@@ -88,15 +88,7 @@ def train_loop(images: Path, precision: str, options: argparse.Namespace, world:
         ],
     )
     run = prepare(config, world, RunRecord(config, config.folder, world))
-    bar = tqdm(disable=True)
-
-    def updates(count: int) -> None:
-        run.progress.update_in_epoch = options.updates - count
-        if not train_epoch(run, bar):
-            raise KeyboardInterrupt  # the loop has caught a signal: stop
-        end_epoch(run)  # no evaluation and no checkpoint
-
-    return updates
+    return lambda: end_of_epoch(run, train_epoch, options.updates)
 
 
 def bare_loop(precision: str, options: argparse.Namespace, world: World) -> Contender:
@@ -106,8 +98,8 @@ def bare_loop(precision: str, options: argparse.Namespace, world: World) -> Cont
     labels = torch.randint(CLASSES, (options.batch,), device=world.device)
     cast = Precision(precision, world.device)
 
-    def updates(count: int) -> None:
-        for _ in range(count):
+    def updates() -> None:
+        for _ in range(options.updates):
             optimizer.zero_grad()
             with cast.autocast():
                 loss = cross_entropy(model(images), labels)
@@ -154,8 +146,8 @@ def plain_way(images: Path, options: argparse.Namespace, world: World) -> Conten
     model = create_model("resnet", CLASSES, options.depth).to(world.device)
     optimizer = Apollo(model.parameters(), lr=0.5, weight_decay=5e-4, foreach=False, fused=False)
 
-    def updates(count: int) -> None:
-        for _, (images, labels) in zip(range(count), loader, strict=False):
+    def updates() -> None:
+        for images, labels in loader:
             images, labels = images.to(world.device), labels.to(world.device)
             optimizer.zero_grad()
             cross_entropy(model(images), labels).backward()
@@ -171,8 +163,8 @@ def in_a_process_of_its_own(make: Callable[..., Contender], images: Path, option
     spawn.Process(target=_serve, args=(theirs, make, images, options)).start()
     theirs.close()  # the child ends when `ours` is closed
 
-    def updates(count: int) -> None:
-        ours.send(count)
+    def updates() -> None:
+        ours.send("go")
         ours.recv()
 
     return updates
@@ -184,42 +176,22 @@ def _serve(pipe: Connection, make: Callable[..., Contender], images: Path, optio
     updates = make(images, options, world)
     while True:
         try:
-            count = pipe.recv()
+            pipe.recv()
         except EOFError:
             return
-        updates(count)
+        updates()
         world.synchronize()
         pipe.send("done")
 
 
-def measure(contenders: dict[str, Contender], options: argparse.Namespace, world: World) -> dict[str, list[float]]:
-    """Images per second of each contender in each round. Two updates of each run before and do not count."""
-    for run in contenders.values():
-        run(min(2, options.updates))
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in tqdm(range(options.rounds), unit="round", disable=None):
-        names = list(contenders) if number % 2 == 0 else list(reversed(contenders))
-        for name in names:
-            world.synchronize()
-            started = time.perf_counter()
-            contenders[name](options.updates)
-            world.synchronize()
-            speeds[name].append(options.updates * options.batch / (time.perf_counter() - started))
-    return speeds
-
-
-def report(speeds: dict[str, list[float]], precisions: list[str]) -> None:
-    print(f"{'images/s':<24}{'median':>9}{'mean':>9}{'std':>8}{'n':>4}")
-    for name, values in speeds.items():
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        print(
-            f"{name:<24}{statistics.median(values):>9.1f}{statistics.mean(values):>9.1f}{spread:>8.1f}{len(values):>4}"
-        )
+def report(found: dict[str, list[float]], precisions: list[str]) -> None:
+    print(f"{'images/s':<24}{COLUMNS}")
+    for name, values in found.items():
+        print(f"{name:<24}{columns(values)}")
     print(f"\n{'ratio in the same round':<44}{'median':>8}   lowest .. highest")
     for precision in precisions:
         for baseline in (f"bare loop, {precision}", "plain way, fp32"):
-            ours, theirs = speeds[f"train.py, {precision}"], speeds[baseline]
-            each = [a / b for a, b in zip(ours, theirs, strict=True)]
+            each = ratios(found[f"train.py, {precision}"], found[baseline])
             name = f"train.py, {precision}  /  {baseline}"
             print(f"{name:<44}{statistics.median(each):>8.3f}   {min(each):.3f} .. {max(each):.3f}")
 
@@ -241,15 +213,6 @@ def make_images(root: Path, count: int, source: str | None) -> None:
             else:
                 pixels = noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png", compress_level=0)
-
-
-def describe(options: argparse.Namespace, world: World) -> str:
-    found = describe_environment(world)
-    return (
-        f"ResNet-{options.depth}, batch {options.batch}, {options.updates} updates x {options.rounds} rounds, "
-        f"images: {options.data or 'noise'}\n"
-        f"{found['device']}, {found['cpu_threads']} CPU threads, torch {found['torch']}, {found['started']}\n"
-    )
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ LMDB.
     bare decode    the same bytes, from memory, decoded whole in one process: by simplejpeg, as exact and fast do, and
                    for comparison by Pillow
 
-All take turns, and every other round reverses the order. Measures are the clock and the workers' CPU time, which a busy
-machine disturbs less. Last comes the mean absolute difference between the pixels of fast and exact, in levels of 255.
+All take turns. Measures are the clock and the workers' CPU time, which a busy machine disturbs less. Last comes the
+mean absolute difference between the pixels of fast and exact, in levels of 255.
 """
 
 import argparse
@@ -20,7 +20,9 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
+from itertools import count
 from pathlib import Path
 from random import Random
 
@@ -29,13 +31,13 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from tqdm import tqdm
 
+from benchmarks.turns import ratios, turns
+from classification.image_files import is_image
 from classification.imagenet.data import MEAN, STD, TRAIN, ImageNetData, Request
 from classification.imagenet.decode import central_view, exact, fast, open_rgb, random_view
 from classification.imagenet.prepare import build
-from engine.distributed import World
+from engine.distributed import setup
 from engine.errors import UserError, run_main
 from engine.run_record import describe_environment
 
@@ -53,42 +55,38 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
     torch.set_num_threads(1)
 
-    environment = describe_environment(World(0, 1, 0, device))
+    environment = describe_environment(setup(options.device))
     place, load = f"{environment['device']}, torch {environment['torch']}", os.getloadavg()[0]
     print(f"{place}, {options.workers} workers; load average at the start {load:.1f}")
     with tempfile.TemporaryDirectory() as scratch:
         tree = make_tree(options.data, Path(scratch) / "tree", options.images)
         build(tree, Path(scratch) / "lmdb")
         files = [path.read_bytes() for path in sorted(tree.glob("train/*/*"))]
-        contenders = {"torchvision": torchvision_loader(tree, options, device)}
+        contenders = {"torchvision": torchvision_loader(tree, options)}
         for decoder in DECODERS:
-            contenders[decoder] = our_loader(Path(scratch) / "lmdb", decoder, options, device)
+            contenders[decoder] = our_loader(Path(scratch) / "lmdb", decoder, options)
         contenders["bare Pillow"] = bare(files, open_rgb)
         contenders[BARE] = bare(files, simplejpeg.decode_jpeg)
+        for run in contenders.values():  # starts the workers
+            run()
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-        for number in tqdm(range(options.rounds + 1), "rounds", disable=None):
-            order = list(contenders) if number % 2 else list(reversed(contenders))
-            measured = {name: contenders[name]() for name in order}
-            if number:  # the first round starts the workers
-                for name, seconds in measured.items():
-                    times[name].append(seconds)
+        for name in turns(contenders, options.rounds):
+            times[name].append(contenders[name]())
         report(times, len(files), options.workers)
-        print(
-            f"the device's part: {device_part(Path(scratch) / 'lmdb', options, device):.3f} ms/image on {device.type}"
-        )
+        milliseconds = device_part(Path(scratch) / "lmdb", options)
+        print(f"the device's part: {milliseconds:.3f} ms/image on {options.device}")
         print_differences(files[:: max(1, len(files) // 300)])
     return 0
 
 
-def make_tree(data: Path, tree: Path, count: int) -> Path:
-    """A tree of `count` images: those of `data`, repeated under new names. val has one image of each class."""
-    found = sorted(path for path in data.glob("train/*/*") if path.suffix.lower() in IMG_EXTENSIONS)
+def make_tree(data: Path, tree: Path, images: int) -> Path:
+    """A tree of so many images: those of `data`, repeated under new names. val has one image of each class."""
+    found = sorted(path for path in data.glob("train/*/*") if is_image(str(path)))
     if not found:
         raise UserError(f"{data} holds no images: give a folder with train/<class>/*")
-    for index in range(max(count, len(found))):
+    for index in range(max(images, len(found))):
         path = found[index % len(found)]
         folder = tree / "train" / path.parent.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +98,7 @@ def make_tree(data: Path, tree: Path, count: int) -> Path:
     return tree
 
 
-def torchvision_loader(tree: Path, options: argparse.Namespace, device: torch.device) -> Contender:
+def torchvision_loader(tree: Path, options: argparse.Namespace) -> Contender:
     steps = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
     steps += [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     images = ImageFolder(str(tree / "train"), transforms.Compose(steps))
@@ -110,44 +108,41 @@ def torchvision_loader(tree: Path, options: argparse.Namespace, device: torch.de
         shuffle=True,
         num_workers=options.workers,
         persistent_workers=True,
-        pin_memory=device.type == "cuda",
+        pin_memory=options.device == "cuda",
     )
 
-    def batches() -> Iterator[torch.Tensor]:
-        return (images.to(device, non_blocking=True) for images, _ in loader)
+    def epoch() -> int:
+        return sum(len(images.to(options.device, non_blocking=True)) for images, _ in loader)
 
-    return timed(batches, loader)
-
-
-def our_loader(root: Path, decoder: str, options: argparse.Namespace, device: torch.device) -> Contender:
-    data = ImageNetData(root, decoder=decoder, workers=options.workers, device=device)
-    epochs = iter(range(10**9))
-
-    def batches() -> Iterator[torch.Tensor]:
-        return (images for ((_, (images, _)),) in data.train_batches(next(epochs), options.batch))
-
-    return timed(batches, data._loader)
+    return timed(epoch, partial(workers_cpu_s, loader))
 
 
-def timed(batches: Callable[[], Iterator[torch.Tensor]], loader: DataLoader) -> Contender:
-    """Take all batches. Times are per image, because a loader may drop the last, incomplete batch."""
+def our_loader(root: Path, decoder: str, options: argparse.Namespace) -> Contender:
+    data = ImageNetData(root, decoder=decoder, workers=options.workers, device=options.device)
+    numbers = count()
 
-    def run() -> tuple[float, float]:
-        images, started, used = 0, time.perf_counter(), workers_cpu_s(loader)
-        for batch in batches():
-            images += len(batch)
-        seconds = time.perf_counter() - started, workers_cpu_s(loader) - used
-        return seconds[0] / images, seconds[1] / images
+    def epoch() -> int:
+        return sum(len(images) for ((_, (images, _)),) in data.train_batches(next(numbers), options.batch))
 
-    return run
+    return timed(epoch, partial(workers_cpu_s, data._loader))
 
 
 def bare(files: list[bytes], decode: Callable[[bytes], object]) -> Contender:
-    def run() -> tuple[float, float]:
-        started, used = time.perf_counter(), time.process_time()
+    def decode_all() -> int:
         for content in files:
             decode(content)
-        return (time.perf_counter() - started) / len(files), (time.process_time() - used) / len(files)
+        return len(files)
+
+    return timed(decode_all, time.process_time)
+
+
+def timed(work: Callable[[], int], cpu_s: Callable[[], float]) -> Contender:
+    """Times are per image: `work` returns how many there were, as a loader may drop the last, incomplete batch."""
+
+    def run() -> tuple[float, float]:
+        started, used = time.perf_counter(), cpu_s()
+        images = work()
+        return (time.perf_counter() - started) / images, (cpu_s() - used) / images
 
     return run
 
@@ -165,35 +160,33 @@ def report(times: dict[str, list[tuple[float, float]]], images: int, workers: in
     """Print medians over the rounds."""
     rounds = len(times["torchvision"])
     print(f"{images} images a round, {rounds} rounds, in turn; median (lowest to highest round)")
+    by_clock = {name: [1 / clock for clock, _ in measured] for name, measured in times.items()}
+    by_cpu = {name: [1 / cpu for _, cpu in measured] for name, measured in times.items()}
     print(f"{'by the clock':20} {'images/s a process':>22} {'x torchvision':>20} {'x bare decode':>20}")
-    print_table(times, workers, measure=0)
+    print_table(by_clock, workers)
     print(f"{'by CPU time':20} {'images/s of CPU':>22} {'x torchvision':>20} {'x bare decode':>20}")
-    print_table(times, 1, measure=1)
+    print_table(by_cpu, 1)
 
 
-def print_table(times: dict[str, list[tuple[float, float]]], workers: int, measure: int) -> None:
+def print_table(speeds: dict[str, list[float]], workers: int) -> None:
     """Ratios are taken round by round, for equal numbers of processes."""
-    for name, measured in times.items():
+    for name, values in speeds.items():
         is_bare = name.startswith("bare")
         processes = 1 if is_bare else workers
-        cells = [spread([1 / seconds[measure] / processes for seconds in measured], 0)]
-        cells.append("" if is_bare else spread(ratios(times, "torchvision", name, measure), 2))
+        cells = [spread([value / processes for value in values], 0)]
+        cells.append("" if is_bare else spread(ratios(values, speeds["torchvision"]), 2))
         if name in DECODERS:
-            cells.append(spread([ratio / processes for ratio in ratios(times, BARE, name, measure)], 2))
+            cells.append(spread([ratio / processes for ratio in ratios(values, speeds[BARE])], 2))
         print(f"  {name:18} {cells[0]:>22}" + "".join(f" {cell:>20}" for cell in cells[1:]))
-
-
-def ratios(times: dict[str, list[tuple[float, float]]], base: str, name: str, measure: int) -> list[float]:
-    return [one[measure] / other[measure] for one, other in zip(times[base], times[name], strict=True)]
 
 
 def spread(values: list[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def device_part(root: Path, options: argparse.Namespace, device: torch.device) -> float:
+def device_part(root: Path, options: argparse.Namespace) -> float:
     """Milliseconds an image for mirroring and normalisation on the device."""
-    data = ImageNetData(root, workers=0, device=device)
+    data = ImageNetData(root, workers=0, device=options.device)
     raw = data._loader.dataset[Request(TRAIN, 0, range(min(options.batch, data.train_size)))]
     measured = []
     for _ in range(20):
@@ -205,17 +198,12 @@ def device_part(root: Path, options: argparse.Namespace, device: torch.device) -
 
 
 def print_differences(files: list[bytes]) -> None:
-    def train_view(seed: int) -> Callable:
-        return lambda width, height: random_view(width, height, 224, Random(seed))
-
-    def val_view(width: int, height: int) -> tuple:
-        return central_view(width, height, 256, 224)
-
-    for name, views in (
-        ("training", [train_view(seed) for seed in range(len(files))]),
-        ("test", [val_view] * len(files)),
-    ):
-        pairs = [(fast(file, view, 224), exact(file, view, 224)) for file, view in zip(files, views, strict=True)]
+    views: dict[str, Callable[[int], Callable]] = {
+        "training": lambda number: partial(random_view, size=224, random=Random(number)),
+        "test": lambda number: partial(central_view, resize=256, size=224),
+    }
+    for name, view in views.items():
+        pairs = [(fast(file, view(n), 224), exact(file, view(n), 224)) for n, file in enumerate(files)]
         means = [(one.int() - other.int()).abs().float().mean().item() for one, other in pairs]
         print(
             f"fast against exact, {name} views of {len(means)} images: mean absolute difference "

@@ -8,7 +8,7 @@ prepare   `python -m language_model.prepare` with one and with two processes aga
           encodes line by line and pickles a list of lists for each file (benchmarks/lm_literal.py). Then the command's
           peak memory, with its workers, for longer texts.
 train     `train_epoch` of language_model/train.py against a bare loop: forward, backward and torch's fused AdamW on one
-          fixed batch, without clipping. Both take turns, and every other round reverses the order.
+          fixed batch, without clipping. Both take turns.
 --full-size  the published model, 793,470 words and 2 x 2048: each contender in its own process, and its memory.
           On a CPU only train.py runs: 5 updates need some 12 GB.
 
@@ -20,24 +20,28 @@ import argparse
 import itertools
 import multiprocessing
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from benchmarks.turns import end_of_epoch, machine, ratios, speeds, turns
 from engine.allocator import keep_freed_memory
 from engine.config import load_config
-from engine.distributed import World, setup
+from engine.distributed import setup
 from engine.errors import UserError, run_main
 from engine.precision import Precision
-from engine.run import end_epoch
-from engine.run_record import RunRecord, describe_environment, peak_memory_mb
+from engine.run_record import RunRecord, peak_memory_mb
 from language_model import prepare as preparation
 from language_model.config import ModelConfig
 from language_model.data import TextData
@@ -52,11 +56,12 @@ from optim import AdamW
 CONFIGS = Path(__file__).parents[1] / "configs" / "one_billion_words"
 FILE_BYTES = 8_200_000  # a fifth of a training file of the benchmark
 EXPONENT = 1.1  # of the word frequencies
+LENGTH = 20  # tokens of a row in an update
 
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    print(describe(setup(options.device)))
+    print(machine(setup(options.device)))
     if options.command == "prepare":
         measure_preparation(options)
     else:
@@ -95,54 +100,51 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def measure_preparation(options: argparse.Namespace) -> None:
     lines = text_lines(options.text)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        vocabulary = folder / "vocabulary.txt"
-        vocabulary.write_text(counted_vocabulary([count_words(lines)], 3).dump(), encoding="utf-8")
-        words = len(load_vocabulary(vocabulary))
-        source = write_source(folder / "text", lines, options.speed_tokens * 1_000_000)
-        tokens = source_tokens(source)
-        print(f"preparing {tokens:,} tokens, {words:,} words in the vocabulary, {options.rounds} rounds\n")
+        measure_speed(Path(scratch), lines, options)
+        measure_memory(Path(scratch), lines, options.tokens)
 
-        def ours(workers: int) -> tuple[list[str], Path]:
-            out = folder / f"out{workers}"
-            command = [sys.executable, "-m", "language_model.prepare", str(source), str(out)]
-            return [*command, "--vocabulary", str(vocabulary), "--workers", str(workers)], out
 
-        literal = [sys.executable, "-m", "benchmarks.lm_literal", str(source), str(folder / "literal"), str(vocabulary)]
-        contenders = {
-            "line by line, pickled": (literal, folder / "literal"),
-            "language_model.prepare, 1 process": ours(1),
-            "language_model.prepare, 2 processes": ours(2),
-        }
-        speeds: dict[str, list[float]] = {name: [] for name in contenders}
-        cpu_s = dict.fromkeys(contenders, 0.0)
-        for number in range(options.rounds):
-            for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
-                command, out = contenders[name]
-                subprocess.run(["rm", "-rf", str(out)], check=True)
-                started, cpu_started = time.perf_counter(), cpu_of_children()
-                subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-                speeds[name].append(tokens / (time.perf_counter() - started))
-                cpu_s[name] += cpu_of_children() - cpu_started
-        baseline = speeds["line by line, pickled"]
-        header = f"{'tokens/s':>12}{'lowest':>12}{'highest':>12}{'ratio':>8}{'CPU ns/token':>14}{'bytes/token':>13}"
-        print(f"{'':<36}{header}")
-        for name, values in speeds.items():
-            ratio = statistics.median(a / b for a, b in zip(values, baseline, strict=True))
-            size = sum(path.stat().st_size for path in contenders[name][1].rglob("*") if path.suffix != ".txt") / tokens
-            middle = statistics.median(values)
-            cpu = 1e9 * cpu_s[name] / options.rounds / tokens
-            line = f"{name:<36}{middle:>12,.0f}{min(values):>12,.0f}{max(values):>12,.0f}"
-            print(f"{line}{ratio:>8.2f}{cpu:>14.0f}{size:>13.2f}")
+def measure_speed(folder: Path, lines: list[str], options: argparse.Namespace) -> None:
+    vocabulary = folder / "vocabulary.txt"
+    vocabulary.write_text(counted_vocabulary([count_words(lines)], 3).dump(), encoding="utf-8")
+    words = len(load_vocabulary(vocabulary))
+    source = write_source(folder / "text", lines, options.speed_tokens * 1_000_000)
+    tokens = source_tokens(source)
+    print(f"preparing {tokens:,} tokens, {words:,} words in the vocabulary, {options.rounds} rounds\n")
+    baseline, out = "line by line, pickled", folder / "out"
+    ours = ["language_model.prepare", str(source), str(out), "--vocabulary", str(vocabulary), "--workers"]
+    contenders = {
+        baseline: ["benchmarks.lm_literal", str(source), str(out), str(vocabulary)],
+        "language_model.prepare, 1 process": [*ours, "1"],
+        "language_model.prepare, 2 processes": [*ours, "2"],
+    }
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    cpu_s, bytes_ = dict.fromkeys(contenders, 0.0), dict.fromkeys(contenders, 0)
+    for name in turns(contenders, options.rounds):
+        shutil.rmtree(out, ignore_errors=True)
+        started, cpu_started = time.perf_counter(), cpu_of_children()
+        subprocess.run([sys.executable, "-m", *contenders[name]], check=True, stderr=subprocess.DEVNULL)
+        found[name].append(tokens / (time.perf_counter() - started))
+        cpu_s[name] += cpu_of_children() - cpu_started
+        bytes_[name] = sum(path.stat().st_size for path in out.rglob("*") if path.suffix != ".txt")
+    header = f"{'tokens/s':>12}{'lowest':>12}{'highest':>12}{'ratio':>8}{'CPU ns/token':>14}{'bytes/token':>13}"
+    print(f"{'':<36}{header}")
+    for name, values in found.items():
+        ratio = statistics.median(ratios(values, found[baseline]))
+        cpu = 1e9 * cpu_s[name] / options.rounds / tokens
+        line = f"{name:<36}{statistics.median(values):>12,.0f}{min(values):>12,.0f}{max(values):>12,.0f}"
+        print(f"{line}{ratio:>8.2f}{cpu:>14.0f}{bytes_[name] / tokens:>13.2f}")
 
-        print(f"\n{'million tokens':<20}{'files':>8}{'peak memory, MiB: parent + 2 workers':>40}{'seconds':>10}")
-        for millions in options.tokens:
-            source = write_source(folder / f"text{millions}", lines, millions * 1_000_000)
-            command = [sys.executable, "-m", "language_model.prepare", str(source), str(folder / f"memory{millions}")]
-            started = time.perf_counter()
-            peak = peak_of_tree([*command, "--workers", "2"])
-            files = len(list((source / FOLDERS["train"]).iterdir()))
-            print(f"{millions:<20}{files:>8}{peak:>40,.0f}{time.perf_counter() - started:>10.1f}")
+
+def measure_memory(folder: Path, lines: list[str], millions: list[int]) -> None:
+    print(f"\n{'million tokens':<20}{'files':>8}{'peak memory, MiB: parent + 2 workers':>40}{'seconds':>10}")
+    for number in millions:
+        source = write_source(folder / f"text{number}", lines, number * 1_000_000)
+        command = [sys.executable, "-m", "language_model.prepare", str(source), str(folder / f"memory{number}")]
+        started = time.perf_counter()
+        peak = peak_of_tree([*command, "--workers", "2"])
+        files = len(list((source / FOLDERS["train"]).iterdir()))
+        print(f"{number:<20}{files:>8}{peak:>40,.0f}{time.perf_counter() - started:>10.1f}")
 
 
 def text_lines(files: list[Path] | None) -> list[str]:
@@ -212,45 +214,41 @@ def resident(pid: int) -> float:
 
 
 def measure_training(options: argparse.Namespace) -> None:
-    tokens = options.batch * 20
+    tokens = options.batch * LENGTH
     print(
         f"LSTM 2 x {options.hidden}, {options.words:,} words, {tokens:,} tokens an update, "
         f"{options.updates} updates x {options.rounds} rounds\n"
     )
-    names = [f"train.py, {row}, {p}" for p in options.precision for row in options.optimizers]
+    cells = [(row, precision) for precision in options.precision for row in options.optimizers]
+    makers: dict[str, Maker] = {f"train.py, {row}, {p}": partial(train_loop, row, p) for row, p in cells}
     if not (options.full_size and options.device == "cpu"):
-        names += [f"bare loop, adamw, {precision}" for precision in options.precision]
+        makers |= {f"bare loop, adamw, {precision}": partial(bare_loop, precision) for precision in options.precision}
     with tempfile.TemporaryDirectory() as scratch:
         corpus = make_corpus(Path(scratch), options)
         if options.full_size:
-            found = {name: alone(name, corpus, options) for name in names}
+            found = {name: alone(name, make, corpus, options) for name, make in makers.items()}
         else:
-            found = in_turn({name: contender(name, corpus, options) for name in names}, options)
+            found = in_turn({name: make(corpus, options) for name, make in makers.items()}, options)
     print(f"{'':<28}{'tokens/s':>10}{'lowest':>10}{'highest':>10}{'optimizer':>15}{'/ bare loop':>13}{'peak MiB':>10}")
-    for name, (seconds, optimizer_ms, memory) in found.items():
-        speeds = [tokens / each for each in seconds]
-        step_ms = 1000 * statistics.median(seconds)
+    for name, (values, optimizer_ms, memory) in found.items():
+        middle = statistics.median(values)
+        step_ms = 1000 * tokens / middle
         share = f"{optimizer_ms:.1f} ms {100 * optimizer_ms / step_ms:>3.0f} %" if optimizer_ms else ""
         bare = found.get(f"bare loop, adamw, {name.rsplit(', ')[-1]}")
-        ratio = statistics.median(b / a for a, b in zip(seconds, bare[0], strict=True)) if bare else None
-        line = f"{name:<28}{statistics.median(speeds):>10,.0f}{min(speeds):>10,.0f}{max(speeds):>10,.0f}{share:>15}"
-        print(line + (f"{ratio:>13.3f}" if ratio else " " * 13) + (f"{memory:>10,.0f}" if memory else ""))
+        ratio = f"{statistics.median(ratios(values, bare[0])):.3f}" if bare else ""
+        line = f"{name:<28}{middle:>10,.0f}{min(values):>10,.0f}{max(values):>10,.0f}{share:>15}{ratio:>13}"
+        print(line + (f"{memory:>10,.0f}" if memory else ""))
 
 
-class Contender:
-    """`run(count)` takes `count` updates. `optimizer_ms` has samples of the optimizer's part of an update."""
-
-    def __init__(self, run: Callable[[int], None], optimizer_ms: list[float]) -> None:
-        self.run, self.optimizer_ms = run, optimizer_ms
+class Contender(NamedTuple):
+    run: Callable[[], None]  # takes the updates of a round
+    optimizer_ms: list[float]  # samples of the optimizer's part of an update
 
 
-def contender(name: str, corpus: Path, options: argparse.Namespace) -> Contender:
-    kind, method, precision = name.split(", ")
-    make = train_loop if kind == "train.py" else bare_loop
-    return make(method, precision, corpus, options, setup(options.device))
+Maker = Callable[[Path, argparse.Namespace], Contender]  # from the corpus and the options
 
 
-def train_loop(row: str, precision: str, corpus: Path, options: argparse.Namespace, world: World) -> Contender:
+def train_loop(row: str, precision: str, corpus: Path, options: argparse.Namespace) -> Contender:
     """The real loop: a round is the end of a `train_epoch`."""
     config = load_config(
         Config,
@@ -266,29 +264,23 @@ def train_loop(row: str, precision: str, corpus: Path, options: argparse.Namespa
             f"run_dir={corpus / f'run_{row}_{precision}'}",
         ],
     )
+    world = setup(options.device)
     run = prepare(config, world, RunRecord(config, config.folder, world))
-    bar = tqdm(disable=True)
-
-    def updates(count: int) -> None:
-        run.progress.update_in_epoch = run.data.updates_per_epoch - count
-        if not train_epoch(run, bar):
-            raise KeyboardInterrupt  # the loop has caught a signal: stop
-        end_epoch(run)
-
-    return Contender(updates, run.optimizer_ms)
+    return Contender(lambda: end_of_epoch(run, train_epoch, options.updates), run.optimizer_ms)
 
 
-def bare_loop(method: str, precision: str, corpus: Path, options: argparse.Namespace, world: World) -> Contender:
+def bare_loop(precision: str, corpus: Path, options: argparse.Namespace) -> Contender:
     keep_freed_memory()
+    device = setup(options.device).device
     config = ModelConfig(name="lstm", hidden=options.hidden, cutoffs=options.cutoffs)
-    model = LanguageModel(config, options.words).to(world.device)
+    model = LanguageModel(config, options.words).to(device)
     optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
-    data = TextData(open_corpus(corpus), options.batch, 20, device=world.device, seed=1)
+    data = TextData(open_corpus(corpus), options.batch, LENGTH, device=device, seed=1)
     ((_, (tokens, targets, *_)),) = next(data.train_batches(0))
-    state, cast = model.zero_state(options.batch), Precision(precision, world.device)
+    state, cast = model.zero_state(options.batch), Precision(precision, device)
 
-    def updates(count: int) -> None:
-        for _ in range(count):
+    def updates() -> None:
+        for _ in range(options.updates):
             optimizer.zero_grad()
             with cast.autocast():
                 log_prob, _ = model(tokens, targets, state)
@@ -298,46 +290,31 @@ def bare_loop(method: str, precision: str, corpus: Path, options: argparse.Names
     return Contender(updates, [])
 
 
-Found = tuple[list[float], float | None, float | None]  # seconds an update in each round; optimizer ms; peak MiB
+Found = tuple[list[float], float | None, float | None]  # tokens/s in each round; optimizer ms; peak MiB
 
 
 def in_turn(contenders: dict[str, Contender], options: argparse.Namespace, warmup: bool = True) -> dict[str, Found]:
-    """Measure all in this process. With `warmup`, the first round does not count."""
-    world = setup(options.device)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for each in contenders.values() if warmup else ():
-        each.run(options.updates)
-        each.optimizer_ms.clear()
-    for number in tqdm(range(options.rounds), unit="round", disable=None):
-        for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
-            world.synchronize()
-            started = time.perf_counter()
-            contenders[name].run(options.updates)
-            world.synchronize()
-            seconds[name].append((time.perf_counter() - started) / options.updates)
+    """Measure all in this process. With `warmup`, the first round's speed does not count."""
+    runs = {name: each.run for name, each in contenders.items()}
+    found = speeds(runs, options.updates * options.batch * LENGTH, options.rounds, setup(options.device), warmup)
     return {
-        name: (seconds[name], statistics.median(each.optimizer_ms) if each.optimizer_ms else None, None)
+        name: (found[name], statistics.median(each.optimizer_ms) if each.optimizer_ms else None, None)
         for name, each in contenders.items()
     }
 
 
-def alone(name: str, corpus: Path, options: argparse.Namespace) -> Found:
+def alone(name: str, make: Maker, corpus: Path, options: argparse.Namespace) -> Found:
     """Measure one contender in its own process."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=serve, args=(theirs, name, corpus, options))
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    except EOFError:
-        process.join()
-        raise UserError(f"{name}: the process ended with status {process.exitcode} (out of memory?)") from None
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(with_memory, make, corpus, options).result()
+        except BrokenProcessPool:
+            raise UserError(f"{name}: its process was ended (out of memory?)") from None
 
 
-def serve(pipe: multiprocessing.connection.Connection, name: str, corpus: Path, options: argparse.Namespace) -> None:
-    seconds, optimizer_ms, _ = in_turn({name: contender(name, corpus, options)}, options, options.device != "cpu")[name]
-    pipe.send((seconds, optimizer_ms, peak_memory_mb(setup(options.device).device)))
+def with_memory(make: Maker, corpus: Path, options: argparse.Namespace) -> Found:
+    values, optimizer_ms, _ = in_turn({"": make(corpus, options)}, options, warmup=options.device != "cpu")[""]
+    return values, optimizer_ms, peak_memory_mb(setup(options.device).device)
 
 
 def make_corpus(folder: Path, options: argparse.Namespace) -> Path:
@@ -346,7 +323,7 @@ def make_corpus(folder: Path, options: argparse.Namespace) -> Path:
     words = [*(f"w{number}" for number in range(options.words - 3)), "<S>", "<UNK>", "</S>"]
     counts = np.sort((1e9 / np.arange(1, len(words) + 1) ** EXPONENT).astype(int))[::-1]
     (folder / "words.txt").write_text("".join(f"{w} {c}\n" for w, c in zip(words, counts, strict=True)))
-    drawn = draw_words((options.updates + 2) * options.batch * 20, options.words - 3, random)
+    drawn = draw_words((options.updates + 2) * options.batch * LENGTH, options.words - 3, random)
     lines = [" ".join(f"w{rank}" for rank in drawn[first : first + 25]) for first in range(0, len(drawn), 25)]
     source = write_source(folder / "text", lines, len(drawn))
     preparation.build(source, folder / "corpus", vocabulary=folder / "words.txt")
@@ -357,11 +334,6 @@ def draw_words(count: int, words: int, random: np.random.Generator) -> np.ndarra
     """Ranks of `count` words, int64."""
     shares = np.cumsum(1 / np.arange(1, words + 1) ** EXPONENT)
     return np.searchsorted(shares, random.random(count) * shares[-1])
-
-
-def describe(world: World) -> str:
-    found = describe_environment(world)
-    return f"{found['device']}, {found['cpu_threads']} CPU threads, torch {found['torch']}, {found['started']}"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from classification.models import create_model
+
 Shape = tuple[int, ...]
 
 BATCH = 2_560  # words of a batch of the language model
@@ -13,25 +15,13 @@ SEEN = 800  # steps in which Apollo's direction shrinks below all normal float32
 
 
 def resnet110() -> list[Shape]:
-    """CIFAR ResNet-110: 3 stages of 18 basic blocks, 1x1 convolutions where the width changes."""
-    shapes: list[Shape] = [(16, 3, 3, 3), (16,), (16,)]
-    before = 16
-    for width in (16, 32, 64):
-        for block in range(18):
-            inputs = before if block == 0 else width
-            shapes += [(width, inputs, 3, 3), (width,), (width,), (width, width, 3, 3), (width,), (width,)]
-            if inputs != width:
-                shapes += [(width, inputs, 1, 1), (width,), (width,)]
-        before = width
-    return [*shapes, (10, 64), (10,)]
+    with torch.device("meta"):
+        return shapes_of(create_model("resnet", num_classes=10, depth=110))
 
 
 def resnext50() -> list[Shape]:
-    """ResNeXt-50 32x4d, as in torchvision."""
-    import torchvision
-
     with torch.device("meta"):
-        return shapes_of(torchvision.models.resnext50_32x4d())
+        return shapes_of(create_model("resnext50_32x4d", num_classes=1000))
 
 
 def transformer_base() -> list[Shape]:

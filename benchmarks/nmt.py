@@ -14,7 +14,7 @@
                 hypotheses)
     full-size   updates of Transformer-base with the published vocabulary and batch: seconds, tokens per second, memory
 
-All take turns, and every other round reverses the order. For a GPU: device=cuda (train) or --device cuda.
+All take turns. For a GPU: device=cuda (train) or --device cuda.
 """
 
 import argparse
@@ -26,22 +26,22 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn.functional import cross_entropy, linear
-from tqdm import tqdm
 
+from benchmarks.turns import COLUMNS, columns, end_of_epoch, machine, ratios, speeds
 from engine.config import load_config
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main
 from engine.precision import Precision
-from engine.run_record import RunRecord, describe_environment, peak_memory_mb
+from engine.run_record import RunRecord, peak_memory_mb
 from nmt.beam_search import beam_search
 from nmt.codec import BOS, EOS, PAD
-from nmt.data import Batch, train_batches, updates_per_epoch
+from nmt.data import Batch, train_batches
 from nmt.model import ModelConfig, Transformer, create_model, sinusoids
 from nmt.train import Config, TranslationRun, prepare, train_epoch
 from optim import create_optimizer
 
 WORDS = 40_624  # the types of the author's log, which is the vocabulary of the published runs
-Contender = Callable[[], float]  # returns the number of tokens or sentences
+Contender = Callable[[], None]
 
 
 def main(arguments: list[str]) -> list[float] | None:
@@ -79,24 +79,19 @@ def measure_training(options: argparse.Namespace) -> None:
         world = setup(config.device)
         run = prepare(config, world, RunRecord(config, config.folder, world))
         describe(world, f"{options.config} {' '.join(options.overrides)}, {options.updates} updates a round")
-        of_update = (config.batch, config.passes)
-        epoch = [run.data.train, *of_update, config.seed, 0, world.rank, world.world_size]
-        start = updates_per_epoch(run.data.train, *of_update) - options.updates
+        epoch = [run.data.train, config.batch, config.passes, config.seed, 0, world.rank, world.world_size]
+        start = run.updates_per_epoch - options.updates
         if start < 0:
             raise UserError(f"--updates {options.updates}: an epoch of {options.config} has fewer")
         updates = [[batch for _, batch in passes] for passes in train_batches(*epoch, start_update=start)]
         tokens = sum(batch.tokens for passes in updates for batch in passes)
         there = [[batch.to(world.device) for batch in passes] for passes in updates]
-        speeds = in_turn(
-            {
-                "train.py": lambda: train_py(run, start, tokens),
-                "bare loop": bare_loop(run, there),
-                "torch's own": torchs_own(run, there),
-            },
-            options.rounds,
-            world,
-        )
-        report("target tokens/s", speeds, "train.py")
+        contenders = {
+            "train.py": lambda: train_py(run, options.updates),
+            "bare loop": bare_loop(run, there),
+            "torch's own": torchs_own(run, there),
+        }
+        report("target tokens/s", speeds(contenders, tokens, options.rounds, world), "train.py")
         share = padding_share(batch for passes in train_batches(*epoch) for _, batch in passes)
         print(f"\npadding: {100 * share:.1f} % of the tokens of both sides, batches of {config.batch:,} tokens")
 
@@ -110,25 +105,21 @@ def padding_share(batches: Iterator[Batch]) -> float:
     return padding / total
 
 
-def train_py(run: TranslationRun, start: int, tokens: int) -> float:
-    """The first epoch's updates from `start` on, with `tokens` tokens."""
+def train_py(run: TranslationRun, updates: int) -> None:
+    """The last updates of the first epoch, each time."""
     run.progress.update = run.progress.epoch = 0
-    run.progress.update_in_epoch = start
-    if not train_epoch(run, tqdm(disable=True)):
-        raise KeyboardInterrupt  # the loop has caught a signal: stop
-    return tokens
+    end_of_epoch(run, train_epoch, updates)
 
 
 def bare_loop(run: TranslationRun, updates: list[list[Batch]]) -> Contender:
     torch.manual_seed(0)
     model = create_model(run.config.model, run.data.codec.size).to(run.world.device).train()
-    optimizer = create_optimizer(run.config.optimizer.name, model.parameters(), **run.config.optimizer.settings)
     label_smoothing = run.config.label_smoothing
 
     def loss_of(batch: Batch) -> torch.Tensor:
         return model(batch.source, batch.target_in, batch.target_out, batch.tokens, label_smoothing)[0]
 
-    return plain_updates(run, model, optimizer, updates, loss_of)
+    return plain_updates(run, model, updates, loss_of)
 
 
 def torchs_own(run: TranslationRun, updates: list[list[Batch]]) -> Contender:
@@ -141,7 +132,6 @@ def torchs_own(run: TranslationRun, updates: list[list[Batch]]) -> Contender:
         batch_first=True, norm_first=config.norm == "pre",
     )  # fmt: skip
     model = torch.nn.ModuleList([embedding, transformer]).to(run.world.device).train()
-    optimizer = create_optimizer(run.config.optimizer.name, model.parameters(), **run.config.optimizer.settings)
     positions = sinusoids(1024, config.width, run.world.device)
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
@@ -161,19 +151,19 @@ def torchs_own(run: TranslationRun, updates: list[list[Batch]]) -> Contender:
         smoothing = run.config.label_smoothing
         return cross_entropy(logits, target, ignore_index=PAD, reduction="sum", label_smoothing=smoothing)
 
-    return plain_updates(run, model, optimizer, updates, loss_of)
+    return plain_updates(run, model, updates, loss_of)
 
 
 def plain_updates(
     run: TranslationRun,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
     updates: list[list[Batch]],
     loss_of: Callable[[Batch], torch.Tensor],
 ) -> Contender:
+    optimizer = create_optimizer(run.config.optimizer.name, model.parameters(), **run.config.optimizer.settings)
     cast = Precision(run.config.precision, run.world.device)
 
-    def one_round() -> float:
+    def one_round() -> None:
         for passes in updates:
             optimizer.zero_grad()
             tokens = sum(batch.tokens for batch in passes)
@@ -183,7 +173,6 @@ def plain_updates(
                 cast.backward(loss / tokens)
             cast.clip(optimizer, model.parameters(), run.config.gradient_clip)
             cast.step(optimizer)
-        return sum(batch.tokens for passes in updates for batch in passes)
 
     return one_round
 
@@ -234,15 +223,14 @@ def measure_decoding(options: argparse.Namespace) -> None:
         f"{options.precision}; {options.sentences} sentences, beam {options.beam}, {options.steps} forced steps",
     )
 
-    def decode(decoder: Transformer | WithoutCaches) -> float:
+    def decode(decoder: Transformer | WithoutCaches) -> None:
         with cast.autocast():
             found = beam_search(decoder, source, options.beam, 0.6, longest)
         if any(len(hypothesis.words) != options.steps - 1 for hypothesis in found):
             raise RuntimeError("a hypothesis ended before its last step: this random model will not do")
-        return options.sentences
 
     contenders = {"with caches": lambda: decode(model), "without": lambda: decode(WithoutCaches(model))}
-    report("sentences/s", in_turn(contenders, options.rounds, world), "with caches")
+    report("sentences/s", speeds(contenders, options.sentences, options.rounds, world), "with caches")
 
 
 def measure_full_size(options: argparse.Namespace) -> list[float]:
@@ -255,7 +243,7 @@ def measure_full_size(options: argparse.Namespace) -> list[float]:
     describe(world, f"Transformer-base, {parameters:,} parameters, {update}, {options.precision}")
     optimizer = create_optimizer("apollo", model.parameters(), lr=0.01, weight_decay=1e-8)
     cast = Precision(options.precision, world.device)
-    tokens, speeds = options.passes * options.batch, []
+    tokens, found = options.passes * options.batch, []
     print(f"{'update':>6}{'loss':>9}{'s':>9}{'tokens/s':>10}{'peak MiB':>10}")
     for number in range(1, options.updates + 1):
         started = time.perf_counter()
@@ -272,10 +260,10 @@ def measure_full_size(options: argparse.Namespace) -> list[float]:
         cast.step(optimizer)
         world.synchronize()
         seconds = time.perf_counter() - started
-        speeds.append(tokens / seconds)
+        found.append(tokens / seconds)
         memory = peak_memory_mb(world.device)
-        print(f"{number:>6}{total:>9.4f}{seconds:>9.2f}{speeds[-1]:>10.0f}{memory:>10.0f}", flush=True)
-    return speeds
+        print(f"{number:>6}{total:>9.4f}{seconds:>9.2f}{found[-1]:>10.0f}{memory:>10.0f}", flush=True)
+    return found
 
 
 def random_words(sentences: int, words: int, vocabulary: int) -> torch.Tensor:
@@ -285,36 +273,16 @@ def random_words(sentences: int, words: int, vocabulary: int) -> torch.Tensor:
     return ids
 
 
-def in_turn(contenders: dict[str, Contender], rounds: int, world: World) -> dict[str, list[float]]:
-    """How much each contender does a second in each round. One round of each runs before and does not count."""
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in tqdm(range(rounds + 1), unit="round", disable=None):
-        for name in list(contenders) if number % 2 == 0 else list(reversed(contenders)):
-            world.synchronize()
-            started = time.perf_counter()
-            done = contenders[name]()
-            world.synchronize()
-            if number:
-                speeds[name].append(done / (time.perf_counter() - started))
-    return speeds
-
-
-def report(unit: str, speeds: dict[str, list[float]], ours: str) -> None:
-    print(f"{unit:<18}{'median':>9}{'mean':>9}{'std':>8}{'n':>4}   {ours} / this, in the same round")
-    for name, values in speeds.items():
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        each = [a / b for a, b in zip(speeds[ours], values, strict=True)]
+def report(unit: str, found: dict[str, list[float]], ours: str) -> None:
+    print(f"{unit:<18}{COLUMNS}   {ours} / this, in the same round")
+    for name, values in found.items():
+        each = ratios(found[ours], values)
         ratio = "" if name == ours else f"   {statistics.median(each):.2f}   ({min(each):.2f} .. {max(each):.2f})"
-        print(
-            f"{name:<18}{statistics.median(values):>9.1f}{statistics.mean(values):>9.1f}{spread:>8.1f}{len(values):>4}"
-            f"{ratio}"
-        )
+        print(f"{name:<18}{columns(values)}{ratio}")
 
 
 def describe(world: World, what: str) -> None:
-    found = describe_environment(world)
-    machine = f"{found['device']}, {found['cpu_threads']} CPU threads, torch {found['torch']}"
-    print(f"{what}\n{machine}, {found['started']}\n", flush=True)
+    print(f"{what}\n{machine(world)}\n", flush=True)
 
 
 if __name__ == "__main__":

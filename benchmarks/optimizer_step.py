@@ -7,10 +7,9 @@ The contenders are Apollo single-tensor, foreach and fused; the published algori
 with random gradients that do not change. In the language model's embedding only the words of one batch have a gradient,
 as in training. --dense gives a gradient to all words.
 
-All run in one process, one turn each in a round, and every other round reverses the order. The table gives medians over
-the rounds. `/ AdamW` is the ratio to fused AdamW's median. `/ floor` compares the step with the least transfers of a
-tensor that it needs (Apollo: 9, SGD: 5), at the speed of fused AdamW's 7 transfers. It can be below 1 if caches or
-zeros help. `GB/s` is these transfers over the time.
+All run in one process and take turns. The table gives medians over the rounds. `/ AdamW` is the ratio to fused AdamW's
+median. `/ floor` compares the step with the least transfers of a tensor that it needs (Apollo: 9, SGD: 5), at the speed
+of fused AdamW's 7 transfers. It can be below 1 if caches or zeros help. `GB/s` is these transfers over the time.
 """
 
 import argparse
@@ -25,10 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from benchmarks.model_shapes import SETS, gradients, shapes
-from engine.distributed import setup
+from benchmarks.turns import seconds_of, turns
+from engine.distributed import World, setup
 from engine.errors import UserError, run_main
 from engine.run_record import describe_environment
 from optim import SGD, AdamW, Apollo, RAdam
@@ -46,30 +45,26 @@ class Contender(NamedTuple):
 
 
 def contenders() -> dict[str, Contender]:
-    def apollo(**how: Any) -> Callable[[list[Tensor], float], torch.optim.Optimizer]:
-        return lambda params, decay: Apollo(params, lr=LR, warmup=0, weight_decay=decay, **how)
-
-    def other(cls: type[torch.optim.Optimizer], **how: Any) -> Callable[[list[Tensor], float], torch.optim.Optimizer]:
+    def make(cls: type[torch.optim.Optimizer], **how: Any) -> Callable[[list[Tensor], float], torch.optim.Optimizer]:
         return lambda params, decay: cls(params, lr=LR, weight_decay=decay, **how)
 
     forms = {"single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
-    literal = lambda params, decay: LiteralApollo(params, lr=LR, warmup=0, weight_decay=decay)  # noqa: E731
-    found = {"Apollo literal": Contender(literal, 3, 1, None)}
-    found |= {
-        f"Apollo {form}": Contender(apollo(**how), 2, 4 if form == "foreach" else 1, 9 if form == "fused" else None)
-        for form, how in forms.items()
-    }
-    for name, cls, states, transfers, how in (
-        ("SGD", SGD, 1, 5, {"momentum": 0.9}),
-        ("AdamW", AdamW, 2, 7, {}),
-        ("RAdam", RAdam, 2, None, {}),
+    found = {"Apollo literal": Contender(make(LiteralApollo, warmup=0), 3, 1, None)}
+    for name, cls, states, temporaries, transfers, how in (
+        ("Apollo", Apollo, 2, 4, 9, {"warmup": 0}),
+        ("SGD", SGD, 1, 3, 5, {"momentum": 0.9}),
+        ("AdamW", AdamW, 2, 3, 7, {}),
+        ("RAdam", RAdam, 2, 3, None, {}),
     ):
         for form, choice in forms.items():
             if form == "fused" and cls is RAdam:
                 continue  # torch has no fused RAdam
-            temporaries = 3 if form == "foreach" else 1
-            least = transfers if form == "fused" else None
-            found[f"{name} {form}"] = Contender(other(cls, **how, **choice), states, temporaries, least)
+            found[f"{name} {form}"] = Contender(
+                make(cls, **how, **choice),
+                states,
+                temporaries if form == "foreach" else 1,
+                transfers if form == "fused" else None,
+            )
     return found
 
 
@@ -90,23 +85,24 @@ def main(arguments: list[str]) -> None:
     for name in options.shapes.split(","):
         if name not in SETS:
             raise UserError(f"--shapes: {name!r} is none of {', '.join(SETS)}")
-    for part in options.contenders.split(","):
-        if not any(part.lower() in name.lower() for name in contenders()):
-            raise UserError(f"--contenders: {part!r} is in none of the names: {', '.join(contenders())}")
+    known, parts = contenders(), options.contenders.split(",")
+    for part in parts:
+        if not any(part.lower() in name.lower() for name in known):
+            raise UserError(f"--contenders: {part!r} is in none of the names: {', '.join(known)}")
     kept = {
         name: contender
-        for name, contender in contenders().items()
-        if name == BASELINE or any(part.lower() in name.lower() for part in options.contenders.split(","))
+        for name, contender in known.items()
+        if name == BASELINE or any(part.lower() in name.lower() for part in parts)
     }
 
     world = setup(options.device)
     torch.manual_seed(0)
     record: dict[str, Any] = describe_environment(world)
-    record["copy_gb_per_s"] = copy_bandwidth(world.device)
-    print("\n".join(f"{key:13} {value}" for key, value in record.items()))
+    record["copy_gb_per_s"] = copy_bandwidth(world)
+    print("\n".join(f"{key:13} {value}" for key, value in record.items() if not isinstance(value, dict | list)))
     record["sets"] = {}
     for name in options.shapes.split(","):
-        record["sets"][name] = measure(name, kept, options, world.device)
+        record["sets"][name] = measure(name, kept, options, world)
         print(table(name, record["sets"][name]), flush=True)
         if options.json:
             Path(options.json).write_text(json.dumps(record, indent=1))
@@ -116,94 +112,89 @@ def main(arguments: list[str]) -> None:
 
 
 def measure(
-    name: str, kept: dict[str, Contender], options: argparse.Namespace, device: torch.device
+    name: str, kept: dict[str, Contender], options: argparse.Namespace, world: World
 ) -> dict[str, dict[str, Any]]:
     """For each contender: seconds a step in every round, bytes of state per parameter, launches on a GPU."""
-    decay = SETS[name][2]
+    device, decay = world.device, SETS[name][2]
     params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes(name)]
     so_far, following = gradients(name, device, options.dense)
     count = sum(param.numel() for param in params)
     # If all states together would fill the memory, each state is made for its turn and freed after it.
     together = 4 * count * sum(contender.states for contender in kept.values()) < free_memory(device) / 3
     made: dict[str, torch.optim.Optimizer] = {}
-    results: dict[str, dict[str, Any]] = {}
-    for i in tqdm(range(options.rounds), desc=name, unit="round", leave=False, disable=None):
-        for label in list(kept)[:: 1 if i % 2 == 0 else -1]:
-            contender, result = kept[label], results.setdefault(label, {"seconds": []})
+    results: dict[str, dict[str, Any]] = {label: {"seconds": []} for label in kept}
+    for label in turns(kept, options.rounds):
+        contender, result = kept[label], results[label]
+        if label not in made:
             needed = 4 * count * (contender.states + contender.temporaries)
-            if label not in made and needed > free_memory(device):
+            if needed > free_memory(device):
                 result["skipped"] = f"needs {needed / 2**30:.0f} GiB more memory than is free"
                 continue
-            if label not in made:
-                made[label] = contender.make(params, decay)
-                for grads in (so_far, following):  # makes the state and compiles kernels
-                    for param, grad in zip(params, grads, strict=True):
-                        param.grad = grad
-                    made[label].step()
-            optimizer = made[label]
-            result["seconds"].append(timed(optimizer, options.seconds, device))
-            if "bytes_per_parameter" not in result:
-                result["bytes_per_parameter"] = state_bytes(optimizer) / count
-                if contender.transfers:
-                    result["transfers"] = contender.transfers
-                    result["gb_per_step"] = 4 * count * result["transfers"] / 1e9
-                result["launches"] = launches(optimizer, device)
-            if not together:
-                made.clear()
-                del optimizer
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-    ordered = {label: results[label] for label in kept}
-    for result in ordered.values():
+            made[label] = contender.make(params, decay)
+            for grads in (so_far, following):  # makes the state and compiles kernels
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad
+                made[label].step()
+        result["seconds"].append(timed(made[label], options.seconds, world))
+        if "bytes_per_parameter" not in result:
+            result["bytes_per_parameter"] = state_bytes(made[label]) / count
+            if contender.transfers:
+                result["transfers"] = contender.transfers
+                result["gb_per_step"] = 4 * count * contender.transfers / 1e9
+            result["launches"] = launches(made[label], world)
+        if not together:
+            made.clear()
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    compare(results)
+    return results
+
+
+def compare(results: dict[str, dict[str, Any]]) -> None:
+    """Add the medians, and the ratios to BASELINE and to the floor."""
+    for result in results.values():
         if result["seconds"]:
             result["median_ms"] = 1e3 * statistics.median(result["seconds"])
-    base = ordered[BASELINE]
-    for result in ordered.values():
+    base = results[BASELINE]
+    for result in results.values():
         if "median_ms" in result and "median_ms" in base:
             result["ratio"] = result["median_ms"] / base["median_ms"]
             if "transfers" in result:
                 result["ratio_to_floor"] = result["ratio"] * base["transfers"] / result["transfers"]
                 result["gb_per_s"] = 1e3 * result["gb_per_step"] / result["median_ms"]
-    return ordered
 
 
-def timed(optimizer: torch.optim.Optimizer, seconds: float, device: torch.device) -> float:
+def timed(optimizer: torch.optim.Optimizer, seconds: float, world: World) -> float:
     """Seconds a step, over as many as fill `seconds`. One step before fills the caches and does not count."""
     optimizer.step()
-    synchronize(device)
+    world.synchronize()
     steps, start = 0, time.perf_counter()
     while True:
         optimizer.step()
         steps += 1
-        if device.type != "cuda" or steps % 10 == 0:
-            synchronize(device)
+        if world.device.type != "cuda" or steps % 10 == 0:
+            world.synchronize()
             spent = time.perf_counter() - start
             if spent >= seconds:
                 return spent / steps
 
 
-def copy_bandwidth(device: torch.device) -> float:
+def copy_bandwidth(world: World) -> float:
     """GB/s of copying a tensor of 256 MiB, reading and writing counted: the best of ten."""
-    source = torch.ones(2**26, device=device)
+    source = torch.ones(2**26, device=world.device)
     target = torch.empty_like(source).copy_(source)
-    best = math.inf
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
+    best = min(seconds_of(lambda: target.copy_(source), world) for _ in range(10))
     return 2 * source.nbytes / best / 1e9
 
 
-def launches(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+def launches(optimizer: torch.optim.Optimizer, world: World) -> int:
     from torch.profiler import ProfilerActivity, profile
 
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])]
     with profile(activities=activities) as profiled:
         optimizer.step()
-        synchronize(device)
+        world.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())
 
 
@@ -221,11 +212,6 @@ def free_memory(device: torch.device) -> float:
         return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return math.inf  # not Linux: unknown, so try
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def table(name: str, results: dict[str, dict[str, Any]]) -> str:

@@ -45,8 +45,7 @@ class Draws(NamedTuple):
 class ImageData:
     """A training and a test set on one device, and perhaps a validation set, `valid`.
 
-    `mean` and `std` are per channel, of pixels in 0..1; None: those of the training images. `image_size` is (height,
-    width).
+    `mean` and `std` are per channel, of pixels in 0..1; None: the training images' own. `image_size`: (height, width).
     """
 
     def __init__(
@@ -135,7 +134,7 @@ class ImageData:
     def test_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
     ) -> Iterator[Batch]:
-        """This rank's part of the test set in order: every image once in all."""
+        """This rank's part of the test set in order, the last batch as small as it comes: every image once in all."""
         return self._in_order(self._test, batch_size, rank, world_size, channels_last)
 
     def valid_batches(
@@ -146,9 +145,7 @@ class ImageData:
     def _in_order(
         self, images: Images, batch_size: int, rank: int, world_size: int, channels_last: bool
     ) -> Iterator[Batch]:
-        start, stop = (len(images.labels) * r // world_size for r in (rank, rank + 1))
-        for first in range(start, stop, batch_size):
-            part = slice(first, min(first + batch_size, stop))
+        for part in parts_in_order(len(images.labels), batch_size, rank, world_size):
             yield self._normalise(images.pixels[part], channels_last), images.labels[part]
 
     def take_damaged(self) -> int:
@@ -162,6 +159,12 @@ def whole_updates(images: int, batch: int, passes: int) -> int:
         update = f"batch={batch}" if passes == 1 else f"batch={batch} passes={passes}"
         raise UserError(f"{update}: an update is larger than the training set, {images} images")
     return images // (batch * passes)
+
+
+def parts_in_order(images: int, batch_size: int, rank: int, world_size: int) -> Iterator[slice]:
+    """The batches of a rank's part of so many images."""
+    start, stop = (images * r // world_size for r in (rank, rank + 1))
+    return (slice(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size))
 
 
 class Normalise:
@@ -189,10 +192,7 @@ class Normalise:
 
 
 def pixel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over all pixels of uint8 [N, H, W, 3], scaled to 0..1.
-
-    Histograms make the sums exact.
-    """
+    """Mean and standard deviation of each channel of uint8 [N, H, W, 3], scaled to 0..1; histograms make them exact."""
     counts = torch.zeros(3, 256, dtype=torch.int64)
     for chunk in pixels.split(1024):
         for channel in range(3):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from engine.download import download
 from engine.errors import UserError
+from engine.files import hold
 
 
 class Archive(NamedTuple):
@@ -46,7 +47,8 @@ def fetch(name: str, root: Path) -> None:
     archive = ARCHIVES[name]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        download(archive.url, root / archive.file, f"md5:{archive.md5}")
+        with hold(root, "downloading", wait=True):  # a second row that starts finds what the first one has downloaded
+            download(archive.url, root / archive.file, f"md5:{archive.md5}")
     except (UserError, OSError) as error:
         raise not_complete(name, root, error) from None
 

@@ -129,7 +129,9 @@ class RecordedStep:
         dtype = torch.float32 if device.type == "cuda" else torch.float64
         self.rates = [torch.zeros((), dtype=dtype, device=device) for _ in optimizer.param_groups]
         self.recorded = Recorded(self._step, device)
-        steps_to(optimizer, device)
+        for state in optimizer.state.values():  # a checkpoint may have left the counts of steps on the CPU
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(device)
 
     def __call__(self) -> bool:
         for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
@@ -159,13 +161,6 @@ def capturable(optimizer: Optimizer, rates: list[Tensor]) -> Iterator[None]:
     finally:
         for group, settings in zip(optimizer.param_groups, before, strict=True):
             group.update(settings)
-
-
-def steps_to(optimizer: Optimizer, device: torch.device) -> None:
-    """Bring the counts of steps, which a checkpoint may leave on the CPU, to the device."""
-    for state in optimizer.state.values():
-        if isinstance(state.get("step"), Tensor):
-            state["step"] = state["step"].to(device)
 
 
 @contextmanager

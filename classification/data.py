@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,8 +27,17 @@ from classification import cifar
 from classification.augment import Augmentation, ImageData, Images
 from classification.config import IMAGENET_ALONE, DataConfig
 from classification.held_out import held_out
-from classification.image_files import IMG_EXTENSIONS, is_image, list_files, list_folders, printable, to_rgb
-from engine.errors import UserError, nearest
+from classification.image_files import (
+    IMG_EXTENSIONS,
+    DamagedImage,
+    is_image,
+    list_files,
+    list_folders,
+    open_rgb,
+    printable,
+)
+from engine.errors import UserError
+from engine.files import hold
 from engine.machine import core_count
 
 if TYPE_CHECKING:
@@ -36,11 +45,10 @@ if TYPE_CHECKING:
 
     from classification.imagenet.data import ImageNetData
 
-__all__ = ["DATASETS", "ImageData", "load_data"]
-
 log = logging.getLogger(__name__)
 
 NATURAL_IMAGES = Augmentation(padding=4, flip=True)
+DIGITS = Augmentation(padding=2, flip=False)  # half of one original pixel at most; a mirrored digit is not that digit
 
 
 class Dataset(NamedTuple):
@@ -57,8 +65,8 @@ class Dataset(NamedTuple):
 def load_data(config: DataConfig, device: torch.device | str, seed: int) -> "ImageData | ImageNetData":
     """Read the set `config.name` from `config.root` onto `device`; `config.mean` and `config.std` go before its own.
 
-    `seed` determines the order and the augmentation of every epoch. Raises UserError, in one line, for an unknown name
-    and for missing, corrupt or inconsistent data.
+    `seed` determines the order and the augmentation of every epoch. Raises UserError, in one line, for missing, corrupt
+    or inconsistent data.
     """
     if config.name == "imagenet":
         from classification.imagenet.data import ImageNetData  # here, as the other sets do without its libraries
@@ -66,9 +74,6 @@ def load_data(config: DataConfig, device: torch.device | str, seed: int) -> "Ima
         given = {name: getattr(config, name) for name in ("mean", "std", "validation", *IMAGENET_ALONE)}
         chosen = {name: value for name, value in given.items() if value is not None}
         return ImageNetData(Path(config.root), device=device, seed=seed, **chosen)
-    if config.name not in DATASETS:
-        valid = (*DATASETS, "imagenet")
-        raise UserError(f"unknown data set '{config.name}'{nearest(config.name, valid)}; valid: {', '.join(valid)}")
     data = DATASETS[config.name](Path(config.root))
     train, valid = data.train, None
     if config.validation:
@@ -116,16 +121,14 @@ def _unpacked_cifar(source: "type[CIFAR10]", name: str, root: Path) -> "CIFAR10"
     except (RuntimeError, OSError):  # something is missing, damaged, or not to be read
         cifar.fetch(name, root)
     try:
-        return source(root, train=False, download=True)  # unpacks the archive, which is there
+        with hold(root, "unpacking", wait=True):
+            return source(root, train=False, download=True)  # unpacks the archive, if nobody has meanwhile
     except (RuntimeError, OSError, tarfile.TarError) as error:
         raise cifar.not_complete(name, root, error) from error
 
 
 def read_digits(root: Path) -> Dataset:
-    """1,797 handwritten digits, scaled up from 8x8 pixels; of every class, each fifth image is a test image.
-
-    The shift is half of one original pixel at most, and there is no flip: a mirrored digit is not that digit.
-    """
+    """1,797 handwritten digits, scaled up from 8x8 pixels; of every class, each fifth image is a test image."""
     from sklearn.datasets import load_digits  # here, as the other sets do without scikit-learn
 
     digits = load_digits()
@@ -137,7 +140,7 @@ def read_digits(root: Path) -> Dataset:
     for digit in range(10):
         is_test[(labels == digit).nonzero()[4::5]] = True
     train, test = (Images(pixels[part], labels[part]) for part in (~is_test, is_test))
-    return Dataset(train, test, [str(digit) for digit in range(10)], Augmentation(padding=2, flip=False))
+    return Dataset(train, test, [str(digit) for digit in range(10)], DIGITS)
 
 
 def read_folder(root: Path) -> Dataset:
@@ -211,15 +214,10 @@ def _decode(paths: Sequence[str]) -> Tensor:
 
 
 def _open_rgb(path: str) -> Image.Image:
-    """Decode one file; UserError if it is not a whole image of 8 or 16 bits a channel."""
     try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except UnidentifiedImageError:
-        raise UserError(f"{printable(path)} is not an image that Pillow can read: replace or remove it") from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        how = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"{printable(path)} cannot be decoded ({how}): replace or remove it") from error
+        return open_rgb(path)
+    except DamagedImage as error:
+        raise UserError(f"{printable(path)} {error}: replace or remove it") from error
 
 
 DATASETS = {"cifar10": read_cifar10, "cifar100": read_cifar100, "folder": read_folder, "digits": read_digits}

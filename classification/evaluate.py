@@ -6,13 +6,15 @@ key=value changes the run's config, e.g. data.root=FOLDER where the data have mo
 
 import sys
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from classification.augment import ImageData
 from classification.config import Config
-from classification.data import ImageData, load_data
+from classification.data import load_data
 from classification.models import create_model
 from classification.train import evaluate
 from engine.checkpoint import require_same_shapes
@@ -27,6 +29,8 @@ USAGE = "usage: python -m classification.evaluate RUN|BUNDLE [key=value ...]   e
 
 
 class Trained(NamedTuple):
+    """What `evaluate` needs of a run."""
+
     config: Config
     world: World
     precision: Precision
@@ -53,7 +57,8 @@ def main(arguments: list[str]) -> int:
 
 def open_trained(folder: Path, config: Config, world: World) -> Trained:
     """Raises UserError where model and data cannot be used or do not fit."""
-    weights = read_weights(folder, say=lambda line: print(line, file=sys.stderr))
+    say = partial(print, file=sys.stderr)
+    weights = read_weights(folder, say)
     with world.main_first():  # it may have to download
         data = load_data(config.data, world.device, config.seed)
     with settings_of("model"):
@@ -61,7 +66,7 @@ def open_trained(folder: Path, config: Config, world: World) -> Trained:
     require_same_shapes(model, weights.state, folder)
     model.load_state_dict(weights.state)
     model.to(world.device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-    precision = create_precision(config.precision, world.device, say=lambda line: print(line, file=sys.stderr))
+    precision = create_precision(config.precision, world.device, say)
     return Trained(config, world, precision, model, data, weights.update)
 
 

@@ -1,11 +1,12 @@
 """Image files of any kind: the paths below a folder, and the pixels as RGB with 8 bits per channel."""
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from engine.errors import UserError
 
@@ -13,11 +14,12 @@ from engine.errors import UserError
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-def list_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Every file below `folder`, to any depth, except hidden ones.
+class DamagedImage(Exception):
+    """An image that differs from what was stored, or that is no image. The message says which."""
 
-    Raises UserError for a folder that cannot be read, and for a link that leads back to one of the folders `above`.
-    """
+
+def list_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Every file below `folder`, to any depth, except hidden ones. UserError for a link back to a folder `above` it."""
     here = os.path.realpath(folder)
     if here in above:
         raise UserError(f"{printable(folder)} leads back to {printable(here)}: remove the link on this way")
@@ -50,6 +52,18 @@ def is_image(path: str) -> bool:
 def printable(path: str | Path) -> str:
     r"""A path for messages. Bytes that are not UTF-8 are shown as, for example, \xe9."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def open_rgb(image: str | bytes | memoryview) -> Image.Image:
+    """Decode a file, given by its path or its content, as RGB with 8 bits per channel. Raises DamagedImage."""
+    try:
+        with Image.open(image if isinstance(image, str) else io.BytesIO(image)) as picture:
+            return to_rgb(picture)
+    except UnidentifiedImageError:
+        raise DamagedImage("is no image that Pillow can read") from None
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        how = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DamagedImage(f"cannot be decoded ({how})") from error
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -9,14 +9,13 @@ The networks of the ImageNet table are torchvision's, without pretrained weights
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from overrides import override
 from torch import Tensor, nn
 
 from classification.native.norm_relu import norm_relu
 from engine.errors import nearest
-
-DEPTHS = (20, 32, 44, 56, 110)  # the usual depths; every depth 6n+2 works
 
 
 class BasicBlock(nn.Module):
@@ -41,10 +40,16 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Float images [N, 3, H, W] to logits [N, num_classes]; `depth` = 6n+2 with n blocks per stage."""
+    """Float images [N, 3, H, W] to logits [N, num_classes]. Raises ValueError unless `depth` is 6n+2 with n >= 1."""
 
-    def __init__(self, depth: int, num_classes: int) -> None:
+    def __init__(self, num_classes: int, depth: int | None = None) -> None:
         super().__init__()
+        usual = "20, 32, 44, 56, 110"
+        if depth is None:
+            raise ValueError(f"model 'resnet' needs a depth of the form 6n+2, such as {usual}")
+        if depth < 8 or depth % 6 != 2:
+            closest = max(8, round((depth - 2) / 6) * 6 + 2)
+            raise ValueError(f"model 'resnet' has depth 6n+2 (such as {usual}), not {depth}; the closest is {closest}")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
@@ -68,43 +73,25 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
     return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
 
-def cifar_resnet(num_classes: int, depth: int | None = None) -> CifarResNet:
-    """The CIFAR ResNet with `depth` layers. Raises ValueError unless depth = 6n+2 with n >= 1."""
-    usual = ", ".join(map(str, DEPTHS))
-    if depth is None:
-        raise ValueError(f"model 'resnet' needs a depth of the form 6n+2, such as {usual}")
-    if depth < 8 or depth % 6 != 2:
-        closest = max(8, round((depth - 2) / 6) * 6 + 2)
-        raise ValueError(f"model 'resnet' has depth 6n+2 (such as {usual}), not {depth}; the closest is {closest}")
-    return CifarResNet(depth, num_classes)
+def torchvision_model(name: str, num_classes: int, depth: int | None = None) -> nn.Module:
+    """torchvision's model `name`, for float images [N, 3, H, W] of at least 32x32 pixels."""
+    import torchvision  # here, as its import takes seconds, and the CIFAR ResNet does without
+
+    if depth is not None:
+        raise ValueError(f"model '{name}' comes in one depth: leave model.depth out")
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
 
 
-def from_torchvision(name: str) -> Callable[..., nn.Module]:
-    """A function that builds torchvision's model `name` for float images [N, 3, H, W] of at least 32x32 pixels."""
-
-    def build(num_classes: int, depth: int | None = None) -> nn.Module:
-        import torchvision  # here, as its import takes seconds, and the CIFAR ResNet does without
-
-        if depth is not None:
-            raise ValueError(f"model '{name}' comes in one depth: leave model.depth out")
-
-        return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-
-    return build
-
-
-IMAGENET_MODELS = ("resnet18", "resnet34", "resnet50", "resnext50_32x4d")
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "resnet": cifar_resnet,
-    **{name: from_torchvision(name) for name in IMAGENET_MODELS},
+    "resnet": CifarResNet,
+    **{name: partial(torchvision_model, name) for name in ("resnet18", "resnet34", "resnet50", "resnext50_32x4d")},
 }
 
 
 def create_model(name: str, num_classes: int, depth: int | None = None) -> nn.Module:
     """Build MODELS[name], initialised from torch's global generator.
 
-    Raises ValueError (one line) for an unknown name, with the nearest valid one, and for a depth that the model does
-    not have.
+    Raises ValueError for an unknown name, and for a depth that the model does not have.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model '{name}'{nearest(name, MODELS)}; valid: {', '.join(MODELS)}")

@@ -14,11 +14,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from classification.augment import Batch
+from classification.augment import Batch, ImageData
 from classification.batch_norm import normalise_in_groups, renew_statistics, track_statistics
 from classification.config import Config
 from classification.cuda_graph import use_graphs, uses_graph
-from classification.data import ImageData, load_data
+from classification.data import load_data
 from classification.models import create_model
 from engine import evaluated
 from engine import run as runs
@@ -136,13 +136,13 @@ def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
 
 def evaluate(run: ImageRun) -> dict[str, float]:
     """Loss and top-1 accuracy on the test images and, where some are held out, on the validation images."""
-    data, world, batch = run.data, run.world, run.config.eval_batch
+    config, data, world = run.config, run.data, run.world
     world.copy_buffers(run.model)
-    tested = score(run, data.test_batches(batch, world.rank, world.world_size), data.test_size)
-    if not data.valid_size:
-        return means(tested, "test_")
-    validated = score(run, data.valid_batches(batch, world.rank, world.world_size), data.valid_size)
-    return means(tested, "test_") | means(validated, "valid_")
+    part = (config.eval_batch, world.rank, world.world_size, config.channels_last)
+    found = means(score(run, data.test_batches(*part), data.test_size), "test_")
+    if data.valid_size:
+        found |= means(score(run, data.valid_batches(*part), data.valid_size), "valid_")
+    return found
 
 
 @torch.inference_mode()

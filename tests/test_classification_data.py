@@ -3,7 +3,11 @@ and one error line for each thing that can be wrong with a folder or a download.
 
 import hashlib
 import pickle
+import shutil
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +16,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import functional as tv
+from training_runs import process
 
 from classification.augment import Augmentation, ImageData, Images, pixel_statistics
 from classification.cifar import ARCHIVES
@@ -297,9 +302,9 @@ def test_folder_with_a_bad_image_names_the_file(folder):
     bad.write_bytes(whole[:70])
     assert refused(folder).startswith(f"{bad} cannot be decoded")
     bad.write_bytes(b"this is text")
-    assert refused(folder).startswith(f"{bad} is not an image")
+    assert refused(folder).startswith(f"{bad} is no image")
     bad.write_bytes(b"")
-    assert refused(folder).startswith(f"{bad} is not an image")
+    assert refused(folder).startswith(f"{bad} is no image")
     Image.fromarray(np.zeros((6, 8), dtype=np.float32)).save(bad, "TIFF")
     assert "not of 8 or 16 bits a channel" in refused(folder)
     Image.new("RGB", (8, 7)).save(bad)
@@ -412,6 +417,18 @@ def test_cifar_unpacks_the_archive_that_was_put_there(cifar):
     assert (data.train_size, data.test_size) == (len(cifar.train_targets), len(cifar.test_targets))
 
 
+def test_cifar_waits_for_another_process_that_downloads_it(cifar):
+    """Without the lock it would ask the dead address, and fail at once."""
+    shutil.rmtree(cifar.folder)
+    program = "import sys, time; from pathlib import Path; from engine.files import hold; root = Path(sys.argv[1])\n"
+    program += "lock = hold(root, 'downloading'); print('held', flush=True); time.sleep(1)\n"
+    program += "(root / 'archive.tar.gz').rename(root / sys.argv[2])"
+    command = [sys.executable, "-c", program, str(cifar.root), cifar.source.filename]
+    with process(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent) as other:
+        assert other.stdout.readline() == "held\n"
+        assert load(cifar.name, cifar.root).train_size == len(cifar.train_targets)
+
+
 def test_cifar_never_opens_a_file_with_another_checksum(cifar, tmp_path):
     class Canary:
         def __reduce__(self):
@@ -422,11 +439,6 @@ def test_cifar_never_opens_a_file_with_another_checksum(cifar, tmp_path):
     with pytest.raises(UserError, match="is not complete"):
         load(cifar.name, cifar.root)
     assert not (tmp_path / "opened").exists()
-
-
-def test_unknown_set_is_refused_with_the_nearest_name():
-    with pytest.raises(UserError, match=r"unknown data set 'cifra10' \(did you mean 'cifar10'\?\); valid: cifar10, "):
-        load("cifra10")
 
 
 # --- the validation split --------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from training_runs import (
     wait_until,
 )
 
-from classification import evaluate
+from classification import evaluate, train
+from classification.models import MODELS
 from engine.errors import UserError
 from scripts.reporting.bundle import write_bundle
 
@@ -165,6 +166,23 @@ def test_held_out_images_are_evaluated_beside_the_test_images(cell, uninterrupte
     assert outcome["validation"] == last["valid_top1"] != outcome["final"] == last["test_top1"]
     assert recipe(run_dir)["train_examples"] == 1442 - recipe(run_dir)["valid_examples"]
     assert "validation" not in result(uninterrupted) and "valid_top1" not in metrics(uninterrupted, "epoch")[-1]
+
+
+class Viewing(torch.nn.Module):
+    """Takes its images by `view`, which refuses channels-last tensors."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.fc = torch.nn.Linear(3 * 32 * 32, num_classes)
+
+    def forward(self, images):
+        return self.fc(images.view(len(images), -1))
+
+
+def test_without_channels_last_evaluation_too_gets_contiguous_images(cell, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "viewing", Viewing)
+    ours = ["model={name: viewing}", "channels_last=false", "epochs=1", "data.validation=0.8", "device=cpu"]
+    assert train.main([str(cell.config), f"run_dir={tmp_path / 'run'}", *ours]) == 0
 
 
 def test_two_ranks_stopped_and_resumed_by_the_real_torchrun(cell, tmp_path):

@@ -13,9 +13,13 @@ import torch
 from training_runs import process
 
 from benchmarks.gpu import main as gpu
+from benchmarks.gpu import optimizer
 from benchmarks.gpu.data import noise, pack_digits, packed_digits
+from benchmarks.gpu.record import Part, Record
 from benchmarks.gpu.resuming import KILLED_AT
 from benchmarks.gpu.training import counted_waits
+from benchmarks.gpu.worker import Place
+from benchmarks.model_shapes import SETS
 from classification.data import read_digits
 
 ROOT = Path(__file__).parent.parent
@@ -61,15 +65,16 @@ def test_without_cuda_each_part_says_that_it_was_not_run(tmp_path):
 
 
 def test_a_fault_and_a_hang_cost_one_part_each(tmp_path, monkeypatch, capsys):
-    """The process is gone after the first part, and hangs in the second; what was found stays, and the third runs."""
+    """A process gives up after a part, the next one is gone in a part, the next one hangs; what was found stays."""
     monkeypatch.setattr(gpu, "WORKER", "gpu_worker")
     monkeypatch.setattr(gpu, "GRACE_S", 1)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     handler = gpu.signal.getsignal(gpu.signal.SIGTERM)
-    status = gpu.main([str(tmp_path), "--parts", "steps,training,resuming", "--minutes", "1"])
+    status = gpu.main([str(tmp_path), "--parts", "optimizer,steps,training,resuming", "--minutes", "1"])
     gpu.signal.signal(gpu.signal.SIGTERM, handler)
     parts = json.loads((tmp_path / "record.json").read_text())["parts"]
-    assert status == 1 and [part["status"] for part in parts.values()] == ["failed", "stopped", "done"]
+    assert status == 1 and [part["status"] for part in parts.values()] == ["failed", "failed", "stopped", "done"]
+    assert parts["optimizer"]["why"] == "the device refuses everything"
     assert "status 3: illegal memory access" in parts["steps"]["why"] and parts["steps"]["cases"]["a case"]["ok"]
     assert "last: share 0.5" in capsys.readouterr().out
 
@@ -110,6 +115,15 @@ def test_digits_in_one_file(tmp_path):
             assert torch.equal(one, other)
     assert (tmp_path / "digits.npz").stat().st_size < 2_000_000
     assert noise(20, 10).train.pixels.shape == (20, 32, 32, 3)
+
+
+def test_without_torchvision_one_set_of_shapes_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    part = Part(Record(tmp_path / "record.json"), "optimizer", seconds=-1)
+    optimizer.check(part, Place(torch.device("cpu"), dry=False, scratch=tmp_path, packages=tmp_path))
+    skipped = {name: case["skipped"] for name, case in part.cases.items()}
+    assert list(skipped) == list(SETS) and "torchvision" in skipped.pop("resnext50")
+    assert set(skipped.values()) == {"no time left"}
 
 
 def test_waits_are_counted_by_place(monkeypatch):

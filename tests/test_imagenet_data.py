@@ -13,10 +13,10 @@ from simplejpeg import encode_jpeg
 from torchvision import transforms
 from torchvision.transforms import functional
 
+from classification.image_files import DamagedImage
 from classification.imagenet import decode as imagenet_decode
 from classification.imagenet.data import MEAN, STD, ImageNetData
 from classification.imagenet.decode import DECODERS, central_view, exact, fast, random_view
-from classification.imagenet.lmdb import DamagedImage
 from classification.imagenet.prepare import build
 from engine.errors import UserError
 from engine.seed import derive
@@ -210,14 +210,15 @@ def same(one, other):
     )
 
 
-@pytest.mark.parametrize("settings", [{"workers": 1}, {"workers": 2}, {"workers": 1, "start_method": "spawn"}])
-def test_workers_change_nothing_and_stay_over_epochs(root, settings):
-    alone, data = load(root), load(root, **settings)
+@pytest.mark.parametrize(("workers", "method"), [(1, None), (2, None), (1, "spawn")])
+def test_workers_change_nothing_and_stay_over_epochs(root, workers, method):
+    alone, data = load(root), load(root, workers=workers)
+    data._loader.multiprocessing_context = method
     for number in range(2):
         assert same(epoch(data, number), epoch(alone, number))
         assert same(list(data.test_batches(4)), list(alone.test_batches(4)))
-    workers = data._loader._iterator._workers
-    assert len(workers) == settings["workers"] and all(worker.is_alive() for worker in workers)
+    processes = data._loader._iterator._workers
+    assert len(processes) == workers and all(process.is_alive() for process in processes)
 
 
 def test_folder_tree_gives_what_the_lmdb_gives(root, tree):

@@ -280,6 +280,12 @@ def test_parquet_with_other_labels_columns_or_without_images_is_refused(tmp_path
     from pyarrow import parquet
 
     download = write(hugging_face_parquet, tmp_path / "download")
+    val = download.source / "data" / "validation-00000-of-00002.parquet"
+    whole, rows = val.read_bytes(), parquet.read_table(val).to_pylist()
+    rows[1] = {"image": rows[1]["image"] | {"path": None}, "label": None}
+    parquet.write_table(pyarrow.Table.from_pylist(rows), val)
+    assert "row 1, without a name, has the label -1" in refused(download)
+    val.write_bytes(whole)
     path = download.source / "data" / "train-00001-of-00004.parquet"
     rows = parquet.read_table(path).to_pylist()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from classification.augment import Images
-from classification.data import DATASETS, NATURAL_IMAGES, Dataset, read_digits
+from classification.data import DATASETS, DIGITS, NATURAL_IMAGES, Dataset, read_digits
 
 PACKED = "digits.npz"
 
@@ -18,7 +18,8 @@ PACKED = "digits.npz"
 def pack_digits(folder: Path) -> None:
     """Write the digits as one small file: scikit-learn and scipy, which have them, are large."""
     digits = read_digits(folder)
-    arrays = {f"{split}_{name}": getattr(getattr(digits, split), name).numpy() for split, name in _ARRAYS}
+    parts = {"train": digits.train, "test": digits.test}
+    arrays = {f"{split}_{name}": x.numpy() for split, part in parts.items() for name, x in part._asdict().items()}
     np.savez_compressed(folder / PACKED, **arrays)
 
 
@@ -27,10 +28,7 @@ def packed_digits(folder: Path) -> Dataset:
     with np.load(folder / PACKED, allow_pickle=False) as file:
         parts = {key: torch.from_numpy(file[key]) for key in file.files}
     train, test = (Images(parts[f"{split}_pixels"], parts[f"{split}_labels"]) for split in ("train", "test"))
-    return Dataset(train, test, [str(digit) for digit in range(10)], NATURAL_IMAGES._replace(padding=2, flip=False))
-
-
-_ARRAYS = [(split, name) for split in ("train", "test") for name in ("pixels", "labels")]
+    return Dataset(train, test, [str(digit) for digit in range(10)], DIGITS)
 
 
 def noise(train: int, test: int) -> Dataset:
@@ -46,8 +44,7 @@ def noise(train: int, test: int) -> Dataset:
 
 @contextmanager
 def images_in_memory(packages: Path, train: int, test: int) -> Iterator[None]:
-    """Inside, `data.name=folder` is noise, as writing and reading 50,000 files takes a minute, and `digits` needs no
-    scikit-learn where they were packed."""
+    """Inside, `data.name=folder` is noise (to write 50,000 files takes a minute), and `digits` are the packed ones."""
     readers = {"folder": lambda root: noise(train, test)}
     if (packages / PACKED).exists():
         readers["digits"] = lambda root: packed_digits(packages)

@@ -95,11 +95,10 @@ def check(options: argparse.Namespace) -> int:
         record.values["unpacked"] = unpack(options.packages, Path(scratch) / "site")
         record.write()
         environment = environment_of(options, Path(scratch))
-        remaining = options.parts.split(",")
+        remaining, mode = options.parts.split(","), "dry" if options.dry_run else "gpu"
         while remaining:
-            mode = "dry" if options.dry_run else "gpu"
-            command = [sys.executable, "-m", WORKER, path, scratch, options.packages, str(until)]
-            command += [",".join(remaining), mode]
+            arguments = [path, scratch, options.packages, str(until), ",".join(remaining), mode]
+            command = [sys.executable, "-m", WORKER, *arguments]
             worker = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
             try:
                 stopped = supervise(worker, path, until)
@@ -107,14 +106,15 @@ def check(options: argparse.Namespace) -> int:
                 worker.kill()
                 worker.wait()
             record = Record(path)
+            said = last_line(options.out / "log.txt")
             at_work = next((name for name in remaining if record.parts.get(name, {}).get("status") == "running"), None)
-            if at_work:
-                log.flush()
-                ended = f"the process ended with status {worker.returncode}: {last_line(options.out / 'log.txt')}"
-                record.end(at_work, "stopped" if stopped else "failed", "its time was over" if stopped else ended)
-            elif worker.returncode:  # before the first part
+            if at_work and stopped:
+                record.end(at_work, "stopped", "its time was over")
+            elif at_work:
+                record.end(at_work, "failed", f"the process ended with status {worker.returncode}: {said}")
+            elif not any(name in record.parts for name in remaining):  # it ended before its first part
                 for name in remaining:
-                    record.end(name, "failed", last_line(options.out / "log.txt"))
+                    record.end(name, "failed", said)
             remaining = [name for name in remaining if name not in record.parts]
             write_summary(record, options.out / "summary.md")
     print((options.out / "summary.md").read_text())

@@ -21,25 +21,27 @@ from benchmarks.gpu.worker import Place
 from classification.cuda_graph import RecordedStep
 from optim import Apollo
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "L2": {"weight_decay": 0.1},
-    "decoupled": {"weight_decay": 0.1, "weight_decay_type": "decoupled"},
-    "stable": {"weight_decay": 0.1, "weight_decay_type": "stable"},
-    "belief": {"weight_decay": 0.1, "rebound": "belief"},
-    "belief stable": {"weight_decay": 0.1, "weight_decay_type": "stable", "rebound": "belief"},
-    "maximize": {"weight_decay": 0.1, "maximize": True},
+# Of lr: 0.1 in float32 and in float64 differ, and the two forms may round it at different places.
+PLAIN: dict[str, Any] = {"lr": 0.125, "warmup": 2, "init_lr": 0.01}
+L2 = PLAIN | {"weight_decay": 0.1}
+BELIEF = L2 | {"rebound": "belief"}
+VARIANTS = {
+    "plain": PLAIN,
+    "L2": L2,
+    "decoupled": L2 | {"weight_decay_type": "decoupled"},
+    "stable": L2 | {"weight_decay_type": "stable"},
+    "belief": BELIEF,
+    "belief stable": BELIEF | {"weight_decay_type": "stable"},
+    "maximize": L2 | {"maximize": True},
 }
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 STEPS = 6
 
 
 def check(part: Part, place: Place) -> None:
-    # Of lr: 0.1 in float32 and in float64 differ, and the two forms may round it at different places.
-    settings = {"lr": 0.125, "warmup": 2, "init_lr": 0.01}
     with triton_on_the_cpu() if place.dry else nullcontext():
         require_triton(place.device)
-        compare(part, place, "float32", [*VARIANTS], settings)
+        compare(part, place, "float32", [*VARIANTS])
         for name, case in {
             "GradScaler, two steps skipped": scaled,
             "the same bits when repeated": repeated,
@@ -50,19 +52,19 @@ def check(part: Part, place: Place) -> None:
             if case is sharded and place.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
                 continue  # FSDP2 of torch 2.6 does not work on the CPU
             if part.has_time(name):
-                part.add(name, **case(place, settings))
+                part.add(name, **case(place))
         for dtype in ("bfloat16", "float16"):
-            compare(part, place, dtype, ["stable"] if place.dry else ["L2", "decoupled", "stable", "belief"], settings)
+            compare(part, place, dtype, ["stable"] if place.dry else ["L2", "decoupled", "stable", "belief"])
     if part.has_time("torch.compile of the step", 0 if place.dry else 40):
-        part.add("torch.compile of the step", **compiled(place, settings))
+        part.add("torch.compile of the step", **compiled(place))
 
 
-def compare(part: Part, place: Place, dtype: str, variants: list[str], settings: dict[str, Any]) -> None:
+def compare(part: Part, place: Place, dtype: str, variants: list[str]) -> None:
+    kind = getattr(torch, dtype)
     for name in variants:
         if part.has_time(f"{name}, {dtype}"):
-            given = settings | VARIANTS[name]
-            kind = getattr(torch, dtype)
-            part.add(f"{name}, {dtype}", **difference(train(place, given, kind), alone(place, given, kind), kind))
+            ours, theirs = (form(place, VARIANTS[name], kind) for form in (train, alone))
+            part.add(f"{name}, {dtype}", **difference(ours, theirs, kind))
 
 
 def parameters(place: Place, dtype: torch.dtype) -> list[nn.Parameter]:
@@ -94,7 +96,8 @@ def train(
             optimizer.param_groups[0]["lr"] = rate
         step()
         between()
-    return state_of(optimizer, params)
+    states = [optimizer.state[param] for param in params]
+    return flat([*params, *(state["direction"] for state in states), states[0]["step"]])
 
 
 def alone(place: Place, settings: dict[str, Any], dtype: torch.dtype = torch.float32, **more: Any) -> Tensor:
@@ -102,9 +105,7 @@ def alone(place: Place, settings: dict[str, Any], dtype: torch.dtype = torch.flo
     return train(place, settings, dtype, fused=False, foreach=False, **more)
 
 
-def state_of(optimizer: Apollo, params: list[nn.Parameter]) -> Tensor:
-    states = [optimizer.state[param] for param in params]
-    tensors = [*params, *(state["direction"] for state in states), states[0]["step"]]
+def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([x.detach().double().cpu().view(-1) for x in tensors])
 
 
@@ -117,7 +118,7 @@ def same_bits(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
     return {"differing": int((ours != theirs).sum()), "of": len(ours), "ok": torch.equal(ours, theirs)}
 
 
-def scaled(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
+def scaled(place: Place) -> dict[str, Any]:
     """Through torch's own GradScaler, which leaves unscaling and skipping to the step."""
 
     def step_of(optimizer: Apollo) -> Callable[[], None]:
@@ -135,54 +136,42 @@ def scaled(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
 
         return step
 
-    given = settings | VARIANTS["belief"]
-    return difference(train(place, given, step_of=step_of), alone(place, given, step_of=step_of))
+    return difference(train(place, BELIEF, step_of=step_of), alone(place, BELIEF, step_of=step_of))
 
 
-def repeated(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
-    given = settings | VARIANTS["L2"]
-    return same_bits(train(place, given), train(place, given))
+def repeated(place: Place) -> dict[str, Any]:
+    return same_bits(train(place, L2), train(place, L2))
 
 
-def taken_anew(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
+def taken_anew(place: Place) -> dict[str, Any]:
     from optim.fused import cuda as fused_cuda
 
-    given = settings | VARIANTS["L2"]
-    return same_bits(train(place, given, between=fused_cuda._carried._left.clear), train(place, given))
+    return same_bits(train(place, L2, between=fused_cuda._carried._left.clear), train(place, L2))
 
 
-def from_a_graph(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
+def from_a_graph(place: Place) -> dict[str, Any]:
     """With a learning rate that changes after the capture. The eager step takes its rate on the device too."""
-    given = settings | VARIANTS["L2"]
-
-    def recorded(optimizer: Apollo) -> RecordedStep:
-        return RecordedStep(optimizer, place.device)
-
-    return same_bits(
-        train(place, given, step_of=recorded, rate=0.0625), train(place, given, rate=0.0625, carry_sums=False)
-    )
+    ours = train(place, L2, step_of=lambda optimizer: RecordedStep(optimizer, place.device), rate=0.0625)
+    return same_bits(ours, train(place, L2, rate=0.0625, carry_sums=False))
 
 
-def sharded(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
+def sharded(place: Place) -> dict[str, Any]:
     """The kernels' own path for shards, whose sums are joined by a collective over the ranks: here a single one."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-
-    given = settings | VARIANTS["belief stable"]
 
     def trained(shard: bool) -> Tensor:
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(place.device)
         if shard:
             fully_shard(network, mesh=init_device_mesh(place.device.type, (1,)))
-        optimizer = Apollo(network.parameters(), **given, fused=shard, foreach=False)
+        optimizer = Apollo(network.parameters(), **VARIANTS["belief stable"], fused=shard, foreach=False)
         draw = torch.Generator().manual_seed(1)
         for _ in range(STEPS):
             optimizer.zero_grad()
             network(torch.randn(8, 5, generator=draw).to(place.device)).square().mean().backward()
             optimizer.step()
-        found = [param.full_tensor() if shard else param for param in network.parameters()]
-        return torch.cat([x.detach().double().cpu().view(-1) for x in found])
+        return flat([param.full_tensor() if shard else param for param in network.parameters()])
 
     expected = trained(shard=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -194,13 +183,13 @@ def sharded(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
             dist.destroy_process_group()
 
 
-def compiled(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
+def compiled(place: Place) -> dict[str, Any]:
     backend = "aot_eager" if place.dry else "inductor"
 
     def step_of(optimizer: Apollo) -> Callable[[], None]:
         return torch.compile(lambda: optimizer.step(), backend=backend)
 
-    given = settings | VARIANTS["L2"] | {"lr": torch.tensor(settings["lr"], device=place.device)}
+    given = L2 | {"lr": torch.tensor(L2["lr"], device=place.device)}
     form = {"fused": False, "foreach": False, "capturable": True}
     return difference(train(place, given, step_of=step_of, **form), train(place, given, **form))
 
@@ -223,9 +212,3 @@ def triton_on_the_cpu() -> Iterator[None]:
         patch.object(optim.dispatch, "fused_step", lambda device, dtype: step if dtype in fused_cuda.DTYPES else None),
     ):
         yield
-
-
-@contextmanager
-def single_tensor() -> Iterator[None]:
-    """In a dry run the fused step stands in for the others too; here it does not."""
-    yield

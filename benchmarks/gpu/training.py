@@ -5,11 +5,9 @@ the device. The third is timed. `loss` is the last window's. It must be finite a
 the places in the code that waited, the log line's own excepted, at the end of the window.
 """
 
-import gc
 import json
 import math
 import sys
-import time
 import warnings
 from argparse import Namespace
 from collections import Counter
@@ -21,7 +19,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from tqdm import tqdm
 
 import classification.train
 import language_model.train
@@ -31,10 +28,11 @@ from benchmarks import nmt as nmt_benchmark
 from benchmarks.gpu.data import images_in_memory
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.worker import Place, is_usable
+from benchmarks.turns import end_of_epoch, seconds_of
 from classification import cuda_graph
 from engine.config import load_config
 from engine.distributed import setup
-from engine.run import Run, end_epoch, parameter_count
+from engine.run import parameter_count
 from engine.run_record import RunRecord, peak_memory_mb
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -74,10 +72,11 @@ def check(part: Part, place: Place) -> None:
             if place.dry and (precision == "tf32" or "compile" in more or case == "words fp16"):
                 part.add(case, skipped="not on the CPU")  # it has no such thing, or compiles for a minute
             elif part.has_time(case, 0 if place.dry else seconds):
-                number = len(part.cases)
-                settings = SETTINGS[task](place, corpus) + more.split() + [f"precision={precision}"]
+                module, settings_of = TASKS[task]
+                run_dir = place.scratch / f"training{len(part.cases)}"
+                own = [*more.split(), f"precision={precision}", f"run_dir={run_dir}"]
                 try:
-                    found = measure(task, [*settings, f"run_dir={place.scratch / f'training{number}'}"], place)
+                    found = measure(module, [*settings_of(place, corpus), *own], place)
                     found |= compare(found, part.cases.get(first_of(task), found), precision)
                 except Exception as error:
                     found = {"ok": False, "error": f"{type(error).__name__}: {error}"}
@@ -121,12 +120,11 @@ def of_sentences(place: Place, corpus: Path) -> list[str]:
     return [str(CONFIGS / "wmt14_en_de/apollo.yaml"), data, *never, *(toy if place.dry else ["batch=4096"])]
 
 
-SETTINGS: dict[str, Callable[[Place, Path], list[str]]] = {
-    "images": of_images,
-    "words": of_words,
-    "sentences": of_sentences,
+TASKS: dict[str, tuple[Any, Callable[[Place, Path], list[str]]]] = {
+    "images": (classification.train, of_images),
+    "words": (language_model.train, of_words),
+    "sentences": (nmt.train, of_sentences),
 }
-MODULES: dict[str, Any] = {"images": classification.train, "words": language_model.train, "sentences": nmt.train}
 
 
 def make_words(place: Place) -> Path:
@@ -137,59 +135,33 @@ def make_words(place: Place) -> Path:
     return lm.make_corpus(folder, Namespace(words=words, updates=TOY_WINDOW if place.dry else WINDOW, batch=batch))
 
 
-def measure(task: str, settings: list[str], place: Place) -> dict[str, Any]:
+def measure(module: Any, settings: list[str], place: Place) -> dict[str, Any]:
     """Three windows of one config: loss, examples or tokens a second, memory, what waited."""
-    module, world = MODULES[task], setup(place.device.type)
-    updates = TOY_WINDOW if place.dry else WINDOW
-    config = load_config(
-        module.Config, settings[0], [*settings[1:], f"device={place.device.type}", f"log_every={updates}"]
-    )
-    record = RunRecord(config, config.folder, world)
-    run = module.prepare(config, world, record)
+    world, updates = setup(place.device.type), TOY_WINDOW if place.dry else WINDOW
+    own = [f"device={place.device.type}", f"log_every={updates}"]
+    config = load_config(module.Config, settings[0], [*settings[1:], *own])
+    run = module.prepare(config, world, RunRecord(config, config.folder, world))
     if place.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    window(task, run, updates)
+
+    def window() -> None:
+        end_of_epoch(run, module.train_epoch, updates)
+
+    window()
     with counted_waits(place.device, module.log) as waits:
-        window(task, run, updates)
-    world.synchronize()
-    started = time.perf_counter()
-    window(task, run, updates)
-    world.synchronize()
-    seconds = time.perf_counter() - started
+        window()
+    seconds = seconds_of(window, world)
     lines = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
-    trained = [line for line in lines if line["kind"] == "train"]
-    found = {
-        "loss": trained[-1]["loss"],
+    counted = run.progress.since_evaluation[run.COUNTED] / 3  # of a window; sentences differ in length: the mean
+    return {
+        "loss": [line["loss"] for line in lines if line["kind"] == "train"][-1],
         "updates_per_s": updates / seconds,
-        f"{run.COUNTED}_per_s": counted(run, task) / seconds,
+        f"{run.COUNTED}_per_s": counted / seconds,
         "optimizer_ms": run.optimizer_ms[-1],
         "peak_memory_mb": peak_memory_mb(place.device),
         "parameters": parameter_count(run.model),
         "waits": dict(waits),
     }
-    del run
-    gc.collect()
-    return found
-
-
-def window(task: str, run: Run, updates: int) -> None:
-    """The last so many updates of the task's epoch."""
-    run.progress.update_in_epoch = updates_per_epoch(task, run) - updates
-    if not MODULES[task].train_epoch(run, tqdm(disable=True)):
-        raise KeyboardInterrupt  # the loop has caught a signal
-    if task != "sentences":  # there train_epoch ends its epoch itself
-        end_epoch(run)
-
-
-def updates_per_epoch(task: str, run: Run) -> int:
-    if task == "images":
-        return run.data.updates_per_epoch(run.config.batch, run.config.passes)
-    return run.data.updates_per_epoch if task == "words" else run.updates_per_epoch
-
-
-def counted(run: Run, task: str) -> float:
-    """Images or tokens of a window. Sentences differ in length: there it is the mean over the three."""
-    return run.progress.since_evaluation[run.COUNTED] / 3
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import gc
 import sys
 import time
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> int:
             record.end(name, "not run", f"torch {torch.__version__} finds no CUDA device here")
         return 0
     place = Place(torch.device("cpu") if dry else torch.device("cuda", 0), dry, scratch, packages)
-    record.values["machine"] = describe()
+    record.values["machine"] = record.values.get("machine", {}) | describe()  # a process before may have measured it
     while names:
         name, *others = names
         share = SHARES[name] / sum(SHARES[each] for each in names)
@@ -54,7 +55,7 @@ def run_part(name: str, place: Place, record: Record, seconds: float) -> bool:
     part = Part(record, name, seconds)
     print(f"\n== {name}, {seconds:.0f} s", flush=True)
     try:
-        __import__(f"benchmarks.gpu.{name}", fromlist=["check"]).check(part, place)
+        import_module(f"benchmarks.gpu.{name}").check(part, place)
     except Exception as error:
         traceback.print_exc()
         record.end(name, "failed", f"{type(error).__name__}: {error}")
@@ -67,17 +68,13 @@ def is_usable(device: torch.device) -> bool:
     """Free what the part has left on the device; False where that fails."""
     gc.collect()
     try:
-        free(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
     except RuntimeError:
         traceback.print_exc()
         return False
     return True
-
-
-def free(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
 
 
 def describe() -> dict[str, str | float | None]:

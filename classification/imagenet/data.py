@@ -1,8 +1,8 @@
 """ImageNet in training: worker processes read and decode, the device mirrors and normalises.
 
 Reads the LMDB that `classification/imagenet/prepare.py` makes, or a folder tree as it is. What image k of epoch e looks
-like is a function of (seed, e, k): the number of workers, of ranks, of passes and of interruptions do not
-change it. Workers hand over uint8 pixels, a quarter of what float32 would take to move.
+like is a function of (seed, e, k): workers, ranks, passes and interruptions do not change it. Workers hand over uint8
+pixels, a quarter of what float32 would take to move.
 """
 
 import logging
@@ -18,10 +18,11 @@ from overrides import override
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from classification.augment import Batch, Normalise, whole_updates
+from classification.augment import Batch, Normalise, parts_in_order, whole_updates
 from classification.held_out import held_out
+from classification.image_files import DamagedImage
 from classification.imagenet.decode import DECODERS, central_view, random_view
-from classification.imagenet.lmdb import SPLITS, DamagedImage, LmdbSplit, open_splits
+from classification.imagenet.lmdb import SPLITS, LmdbSplit, open_splits
 from classification.imagenet.raw import FolderSplit, list_folder
 from classification.native.resize import native_resize
 from engine.allocator import keep_freed_memory, populate
@@ -80,16 +81,13 @@ class ImageNetData:
         validation: float = 0.0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        start_method: str | None = None,
     ) -> None:
         splits = _open(root)
-        self.classes = splits[TRAIN].classes
-        self.num_classes = len(self.classes)
+        self.num_classes = len(splits[TRAIN].classes)
         images, self.test_size = (len(split) for split in splits)
         held = held_out(torch.zeros(images, dtype=torch.int64), validation) if validation else torch.zeros(images) > 0
         self._kept, self._held_out = (part.nonzero()[:, 0] for part in (~held, held))
         self.train_size, self.valid_size = len(self._kept), len(self._held_out)
-        self.image_size = (size, size)
         resize = round(size * 256 / 224) if resize is None else resize
         if resize < size:
             raise UserError(f"data.resize={resize} is smaller than data.size={size}: nothing could be cut out of it")
@@ -97,7 +95,8 @@ class ImageNetData:
         self.seed, self.device, self.on_damaged = seed, torch.device(device), on_damaged
 
         native_resize()  # compiled here, once, rather than by every worker
-        workers = _default_workers() if workers is None else workers
+        if workers is None:  # one for each core that this rank may call its own, up to 16
+            workers = max(1, min(16, core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         self._requests = _Requests()
         self._loader = DataLoader(
             _Batches((*splits, splits[TRAIN]), seed, size, resize, decoder),
@@ -107,7 +106,6 @@ class ImageNetData:
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_start_worker,
-            multiprocessing_context=start_method if workers else None,
             generator=torch.Generator(),  # DataLoader draws a number an epoch: not from the generator that trains
         )
         self._damaged: set[str] = set()
@@ -128,44 +126,39 @@ class ImageNetData:
         start_update: int = 0,
         channels_last: bool = True,
     ) -> Iterator[list[tuple[int, Batch]]]:
-        """The epoch's updates from `start_update` on: for each, this rank's passes, as (index in the update, batch).
-
-        Pass k of update u is order[first : first + batch] with first = (u * passes + k) * batch, whatever the number of
-        ranks; a rank takes those numbered rank, rank + world_size, ... UserError if an update exceeds the set.
-        One iteration at a time, of either split.
-        """
+        """As `ImageData.train_batches`. One iteration at a time, of any split."""
         order = self._kept[torch.randperm(self.train_size, generator=generator(self.seed, "order", epoch))]
         updates = range(start_update, self.updates_per_epoch(batch, passes))
         own = range(rank, passes, world_size)
         firsts = ((update * passes + index) * batch for update in updates for index in own)
-        stream = self._load(Request(TRAIN, epoch, order[first : first + batch].tolist()) for first in firsts)
-        return ([(index, self._finish(next(stream), channels_last)) for index in own] for _ in updates)
+        requests = (Request(TRAIN, epoch, order[first : first + batch].tolist()) for first in firsts)
+        batches = self._load(requests, channels_last)
+        return ([(index, next(batches)) for index in own] for _ in updates)
 
     def test_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
     ) -> Iterator[Batch]:
-        """This rank's part of the validation set in order, the last batch as small as it comes: every image once."""
+        """This rank's part of ImageNet's validation images, as `ImageData.test_batches`."""
         return self._in_order(VAL, range(self.test_size), batch_size, rank, world_size, channels_last)
 
     def valid_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
     ) -> Iterator[Batch]:
-        """As `test_batches`, of the training images that are held out."""
+        """This rank's part of the training images that are held out."""
         return self._in_order(HELD_OUT, self._held_out.tolist(), batch_size, rank, world_size, channels_last)
 
     def _in_order(
         self, split: int, indices: Sequence[int], batch_size: int, rank: int, world_size: int, channels_last: bool
     ) -> Iterator[Batch]:
-        start, stop = (len(indices) * r // world_size for r in (rank, rank + 1))
-        parts = (indices[first : min(first + batch_size, stop)] for first in range(start, stop, batch_size))
-        return (self._finish(raw, channels_last) for raw in self._load(Request(split, 0, part) for part in parts))
+        parts = parts_in_order(len(indices), batch_size, rank, world_size)
+        return self._load((Request(split, 0, indices[part]) for part in parts), channels_last)
 
     def take_damaged(self) -> int:
         """Training images replaced on this rank since this was last asked."""
         taken, self._untaken = self._untaken, 0
         return taken
 
-    def _load(self, requests: Iterator[Request]) -> Iterator[RawBatch]:
+    def _load(self, requests: Iterator[Request], channels_last: bool) -> Iterator[Batch]:
         self._requests.pending = requests
         mine = self._iteration = object()  # the workers are shared: who comes later has them
         for raw in self._loader:
@@ -173,7 +166,7 @@ class ImageNetData:
                 raise RuntimeError("another iteration over this data was begun: finish one before the next")
             for line in raw.damaged:
                 self._report(line, raw.split)
-            yield raw
+            yield self._finish(raw, channels_last)
 
     def _report(self, line: str, split: int) -> None:
         if split != TRAIN:
@@ -221,10 +214,9 @@ class _Batches(Dataset[RawBatch]):
             for candidate in candidates:
                 try:
                     labels[place], mirror[place] = self._view(request, candidate % len(split), pixels[place])
+                    break
                 except DamagedImage as error:
                     damaged.append(f"{split.name_of(candidate % len(split))} {error}")
-                    continue
-                break
         return RawBatch(pixels, labels, mirror, request.split, damaged)
 
     def _view(self, request: Request, index: int, out: Tensor) -> tuple[int, bool]:
@@ -254,11 +246,6 @@ def _open(root: Path) -> tuple[Split, Split]:
     if (root / MANIFEST).exists() or any((root / f"{name}.lmdb").exists() for name in SPLITS):
         return open_splits(root)
     return list_folder(root)
-
-
-def _default_workers() -> int:
-    """One for each core that this rank may call its own, up to 16."""
-    return max(1, min(16, core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def _start_worker(worker: int) -> None:

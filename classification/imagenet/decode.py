@@ -20,11 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from classification.image_files import to_rgb
-from classification.imagenet.lmdb import DamagedImage
+from classification.image_files import open_rgb
 from classification.native.resize import resized_square
 
 BASELINE, PROGRESSIVE, START_OF_SCAN = (0xC0, 0xC1), (0xC2,), 0xDA  # markers of a JPEG's sections
@@ -153,17 +152,6 @@ def _is_pillows_decoder() -> bool:
         if not np.array_equal(simplejpeg.decode_jpeg(file.getvalue()), np.asarray(open_rgb(file.getvalue()))):
             return False
     return True
-
-
-def open_rgb(image: bytes | memoryview) -> Image.Image:
-    """Decode any file that Pillow reads to 8-bit RGB. Raises DamagedImage if that is impossible."""
-    try:
-        with Image.open(io.BytesIO(image)) as picture:
-            return to_rgb(picture)
-    except UnidentifiedImageError:
-        raise DamagedImage("is no image") from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        raise DamagedImage(f"cannot be decoded ({error})") from None
 
 
 DECODERS = {"exact": exact, "fast": fast}

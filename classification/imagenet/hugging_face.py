@@ -58,12 +58,10 @@ def hugging_face_files(folder: Path, kind: str) -> list[str]:
 
 def list_hugging_face(folder: Path, kind: str) -> Source:
     """The images of imagenet-1k in `folder`. Raises UserError if a file is missing or damaged."""
-    if kind == "parquet":
-        return _find_parquet(folder, [entry.name for entry in scan(folder)])
-    return _find_archives(folder)
+    return _list_parquet(folder) if kind == "parquet" else _list_archives(folder)
 
 
-def _find_archives(folder: Path) -> Source:
+def _list_archives(folder: Path) -> Source:
     paths = [folder / name for name in (*TRAIN_ARCHIVES, VAL_ARCHIVE)]
     _require(paths)
     with ThreadPoolExecutor() as pool, tqdm(desc="listing archives", unit="image", disable=None) as bar:
@@ -85,14 +83,12 @@ def _list_archive(path: Path, bar: tqdm) -> list[Item]:
 def read_archives(items: Sequence[Item]) -> Iterator[Record]:
     """The images of `items`, which must be in the order of the archives."""
     for path, group in groupby(items, attrgetter("path")):
-        rest = iter(list(group))
-        wanted = next(rest)
+        wanted = {item.offset: item for item in group}
         for number, (name, file) in enumerate(_stream(path)):
-            if wanted and number == wanted.offset:
-                if name != wanted.name:
+            if item := wanted.get(number):
+                if name != item.name:
                     raise UserError(f"{path} has changed since it was listed: run the same command again")
-                yield Record(wanted.label, file.read())
-                wanted = next(rest, None)
+                yield Record(item.label, file.read())
 
 
 def _stream(path: str) -> Iterator[tuple[str, IO[bytes]]]:
@@ -110,9 +106,9 @@ def _stream(path: str) -> Iterator[tuple[str, IO[bytes]]]:
         raise UserError(f"{path} is truncated or damaged ({error}): download it again") from None
 
 
-def _find_parquet(folder: Path, names: Sequence[str]) -> Source:
+def _list_parquet(folder: Path) -> Source:
     _pyarrow(folder)
-    train, val = (_list_shards(folder, names, split) for split in ("train", "validation"))
+    train, val = (_list_shards(folder, split) for split in ("train", "validation"))
     wnids = [wnid_at_end(item.name) or _wnid_at_start(item.name) for item in train]
     for item, wnid in zip(train, wnids, strict=True):
         if wnid is None:
@@ -129,12 +125,12 @@ def _wnid_at_start(name: str) -> str | None:
     return found and found[1]
 
 
-def _list_shards(folder: Path, names: Sequence[str], split: str) -> list[Item]:
+def _list_shards(folder: Path, split: str) -> list[Item]:
     """Names and labels of all images of a split. It does not read the images themselves."""
-    found = [match for match in map(SHARD.fullmatch, names) if match and match[1] == split]
-    if not found:
+    shards = [SHARD.fullmatch(entry.name) for entry in scan(folder)]
+    counts = sorted({shard[3] for shard in shards if shard and shard[1] == split})
+    if not counts:
         raise UserError(f"{folder} holds no {split}-*.parquet: download them too")
-    counts = sorted({match[3] for match in found})
     if len(counts) > 1:
         raise UserError(f"{folder} holds two sets of {split}-*.parquet, of {counts[0]} and of {counts[1]} files")
     paths = [folder / f"{split}-{number:0{len(counts[0])}}-of-{counts[0]}.parquet" for number in range(int(counts[0]))]
@@ -186,9 +182,8 @@ def _pyarrow(folder: Path) -> ModuleType:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(
-            f"reading the parquet files in {folder} needs pyarrow: {sys.executable} -m pip install pyarrow"
-        ) from None
+        install = f"{sys.executable} -m pip install pyarrow"
+        raise UserError(f"reading the parquet files in {folder} needs pyarrow: {install}") from None
     return pyarrow
 
 
@@ -201,17 +196,15 @@ def _labelled(kind: str, train: list[Item], val: list[Item], wnids: list[str], r
     """The source whose training images have the classes `wnids`. An image's label and its name must agree."""
     classes = sorted(set(wnids))
     label_of = {wnid: label for label, wnid in enumerate(classes)}
-    known = [(item, label_of[wnid]) for item, wnid in zip(train, wnids, strict=True)]
-    for item in val:
-        wnid = wnid_at_end(item.name)
-        if wnid is not None and wnid not in label_of:
+    labelled = []
+    for item, wnid in zip(train + val, wnids + [wnid_at_end(item.name) for item in val], strict=True):
+        label = item.label if wnid is None else label_of.get(wnid)
+        if label is None:
             raise UserError(f"{item.path}: {item.name} is of a class that the training images have not")
-        known.append((item, item.label if wnid is None else label_of[wnid]))
-    for item, label in known:
-        if kind == "parquet" and not label == item.label < len(classes):
+        if kind == "parquet" and not 0 <= label == item.label < len(classes):
             raise UserError(
                 f"{item.path}: row {item.offset}, {item.name or 'without a name'}, has the label {item.label}, and its "
                 f"class is number {label} of {len(classes):,} in sorted order"
             )
-    labelled = [item._replace(label=label) for item, label in known]
+        labelled.append(item._replace(label=label))
     return Source(kind, classes, labelled[: len(train)], labelled[len(train) :], read)

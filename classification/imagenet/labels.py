@@ -27,6 +27,7 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,9 +65,9 @@ class LabelFiles(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A label file: its full path, its content, and the other files of its development kit."""
+    """A label file."""
 
-    place: str
+    place: str  # its full path
     content: bytes
     kit: dict[str, bytes]  # the files of the same development kit by full path
 
@@ -94,8 +95,7 @@ def label_by_name(
     """
     if not names:
         raise UserError(f"{what} holds no image")
-    twice = next((name for name, next_ in zip(names, names[1:], strict=False) if stem(name) == stem(next_)), None)
-    if twice:
+    if twice := next((name for name, following in pairwise(names) if stem(name) == stem(following)), None):
         raise UserError(f"{what} holds two images of the name {printable(stem(twice))}")
     found = [_Found(str(given.val_labels), _read(given.val_labels), {})] if given.val_labels else _find(places)
     answers = {one.place: _read_labels(one, names, classes, places, given) for one in found}

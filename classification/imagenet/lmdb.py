@@ -23,9 +23,9 @@ import lmdb
 import numpy as np
 from xxhash import xxh3_64_digest
 
+from classification.image_files import DamagedImage
 from classification.imagenet.lookup import DamagedFile, LmdbFile
 from engine.errors import UserError
-from engine.files import write_atomically
 from engine.manifest import MANIFEST, read_manifest
 
 FORMAT = 1
@@ -36,7 +36,6 @@ DIGEST_BYTES = 8
 FIRST_MAP = 1 << 30  # bytes of address space; it doubles when full
 # LMDB's errors about the file's content. Its other errors concern the system, and the file may be whole.
 WRONG_CONTENT = (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
-
 BUILD_COMMAND = "bash scripts/prepare.sh imagenet SOURCE OUT"
 
 
@@ -45,10 +44,6 @@ class Record(NamedTuple):
 
     label: int
     image: bytes | memoryview
-
-
-class DamagedImage(Exception):
-    """An image that differs from what was stored, or that is no image. The message says which."""
 
 
 def image_key(index: int) -> bytes:
@@ -71,7 +66,9 @@ class SplitWriter:
         while path.exists() and self._map_size < path.stat().st_size:
             self._map_size *= 2
         with self._open() as env:
-            _require_whole(env, path)
+            # Reading a missing page would kill the process.
+            if path.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
+                raise _damaged(path, "its end is missing")
             with env.begin() as transaction:
                 self.images = int(transaction.get(b"images", b"0"))
                 found = {name: transaction.get(name) for name in (b"format", b"inputs")}
@@ -124,28 +121,26 @@ class LmdbSplit:
     """One split, for reading: `split[index]` is a Record, `len(split)` the number of images.
 
     The file is opened for reading alone and without a lock, so any number of processes may read it, even on a read-only
-    disk. A process that is spawned opens it itself. Each read compares the image with its checksum, and raises
-    DamagedImage if they differ. No damage of the file ends the process: see lookup.py.
+    disk. Each read compares the image with its checksum, and raises DamagedImage if they differ. No damage of the file
+    ends the process: see lookup.py.
     """
 
     def __init__(self, path: Path, classes: Sequence[str]) -> None:
         """Raises UserError if the file is not whole."""
         self.path, self.classes = path, tuple(classes)
-        self._opened: _OpenFile | None = None
-        self._images = len(self._file.digests)
+        self._file, self._digests = _open_split(path)
 
     def __len__(self) -> int:
-        return self._images
+        return len(self._digests)
 
     def __getitem__(self, index: int) -> Record:
-        file = self._file
         try:
-            value = file.get(image_key(index))
+            value = self._file.get(image_key(index))
         except DamagedFile as error:
             raise DamagedImage(f"cannot be found ({error})") from None
         if value is None:
             raise DamagedImage("is missing")
-        if xxh3_64_digest(value) != file.digests[index].tobytes():
+        if xxh3_64_digest(value) != self._digests[index].tobytes():
             raise DamagedImage("differs from its checksum")
         return Record(_label(value), value[4:])
 
@@ -161,50 +156,36 @@ class LmdbSplit:
 
     def content_digest(self) -> str:
         """sha256 over the checksums of all images in order. The manifest holds this value."""
-        return sha256(self._file.digests.tobytes()).hexdigest()
+        return sha256(self._digests.tobytes()).hexdigest()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": None}
-
-    @property
-    def _file(self) -> "_OpenFile":
-        if self._opened is None:
-            self._opened = _OpenFile(self.path)
-        return self._opened
+    def __reduce__(self) -> tuple[Any, ...]:  # a process that is spawned opens the file itself
+        return LmdbSplit, (self.path, self.classes)
 
 
-class _OpenFile:
-    """A split's open file: `get`, and the checksums of all images, uint8 [images, DIGEST_BYTES]."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise UserError(f"{path} is not there: make it with `{BUILD_COMMAND}`")
-        try:
-            file = LmdbFile(path)
-            images = int(bytes((file.get(b"images") or b"0")[:20]))
-            if images * DIGEST_BYTES > file.size:
-                raise DamagedFile(f"it says that it holds {images:,} images")
-            self.digests = np.empty((images, DIGEST_BYTES), np.uint8)
-            for first in range(0, images, CHUNK):
-                digests, part = file.get(digests_key(first)), self.digests[first : first + CHUNK]
-                if digests is None or len(digests) != part.size:
-                    raise DamagedFile("its checksums are not whole")
-                part.reshape(-1)[:] = np.frombuffer(digests, np.uint8)
-        except ValueError as error:  # DamagedFile is one
-            raise _damaged(path, error) from None
-        except OSError as error:
-            raise _not_opened(path, error, path.stat().st_size) from None
-        self.get = file.get
+def _open_split(path: Path) -> tuple[LmdbFile, np.ndarray]:
+    """A split's file, and the checksums of all images, uint8 [images, DIGEST_BYTES]."""
+    if not path.is_file():
+        raise UserError(f"{path} is not there: make it with `{BUILD_COMMAND}`")
+    try:
+        file = LmdbFile(path)
+        images = int(bytes((file.get(b"images") or b"0")[:20]))
+        if images * DIGEST_BYTES > file.size:
+            raise DamagedFile(f"it says that it holds {images:,} images")
+        digests = np.empty((images, DIGEST_BYTES), np.uint8)
+        for first in range(0, images, CHUNK):
+            found, part = file.get(digests_key(first)), digests[first : first + CHUNK]
+            if found is None or len(found) != part.size:
+                raise DamagedFile("its checksums are not whole")
+            part.reshape(-1)[:] = np.frombuffer(found, np.uint8)
+    except ValueError as error:  # DamagedFile is one
+        raise _damaged(path, error) from None
+    except OSError as error:
+        raise _not_opened(path, error, path.stat().st_size) from None
+    return file, digests
 
 
 def _label(value: memoryview) -> int:
     return int.from_bytes(value[:4], "little", signed=True)
-
-
-def _require_whole(env: lmdb.Environment, path: Path) -> None:
-    """Raise UserError for a file that is shorter than it says, because reading a missing page kills the process."""
-    if path.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
-        raise _damaged(path, "its end is missing")
 
 
 def _damaged(path: Path, how: object) -> UserError:
@@ -212,10 +193,7 @@ def _damaged(path: Path, how: object) -> UserError:
 
 
 def _not_opened(path: Path, error: lmdb.Error | OSError, map_size: int) -> UserError:
-    """The UserError for a file that has not been opened, as `map_size` bytes of address space.
-
-    It must not advise to delete a good file because of a problem of the system.
-    """
+    """The UserError for a file that has not been opened; only wrong content may lead to the advice to delete it."""
     if isinstance(error, WRONG_CONTENT):
         return _damaged(path, error)
     reason = error.strerror or error if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
@@ -225,12 +203,6 @@ def _not_opened(path: Path, error: lmdb.Error | OSError, map_size: int) -> UserE
             "may not have them: raise the limit (ulimit -v unlimited), then run the same command again"
         )
     return UserError(f"{path} cannot be opened ({reason}): mend that, then run the same command again")
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest` in one step. Call this after everything else is written."""
-    text = json.dumps({"format": FORMAT, **manifest}, indent=1)
-    write_atomically(folder / MANIFEST, text + "\n")
 
 
 def open_splits(folder: Path) -> tuple[LmdbSplit, LmdbSplit]:
@@ -243,10 +215,10 @@ def open_splits(folder: Path) -> tuple[LmdbSplit, LmdbSplit]:
             f"{folder} holds an unfinished build ({MANIFEST} is missing): run `{BUILD_COMMAND}` to finish it"
         )
     train, val = (LmdbSplit(folder / f"{name}.lmdb", manifest["classes"]) for name in SPLITS)
-    for split, name in ((train, "train"), (val, "val")):
-        if len(split) != manifest["splits"][name]["images"]:
+    for split, facts in ((train, manifest["splits"]["train"]), (val, manifest["splits"]["val"])):
+        if len(split) != facts["images"]:
             raise UserError(
-                f"{split.path} holds {len(split):,} images and {MANIFEST} says "
-                f"{manifest['splits'][name]['images']:,}: they belong to different builds; build again"
+                f"{split.path} holds {len(split):,} images and {MANIFEST} says {facts['images']:,}: they belong to "
+                "different builds; build again"
             )
     return train, val

@@ -10,18 +10,18 @@ it was. docs/data.md says how to get ImageNet and how long this takes.
 """
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from functools import partial
-from hashlib import md5
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from classification.imagenet.decode import open_rgb
+from classification.image_files import DamagedImage, open_rgb
 from classification.imagenet.items import Source
 from classification.imagenet.labels import KIT_2012, LabelFiles
 from classification.imagenet.lmdb import (
@@ -29,16 +29,15 @@ from classification.imagenet.lmdb import (
     FORMAT,
     MANIFEST_KEYS,
     SPLITS,
-    DamagedImage,
     LmdbSplit,
     Record,
     SplitWriter,
     open_splits,
-    write_manifest,
 )
 from classification.imagenet.raw import IMAGENET, TRAIN_TAR, VAL_TAR, find_source, inputs_digest
+from engine.download import matches
 from engine.errors import UserError
-from engine.files import hold
+from engine.files import hold, write_atomically
 from engine.manifest import MANIFEST, read_manifest
 
 MD5 = {  # of the official files; torchvision/datasets/imagenet.py has the same values
@@ -88,12 +87,10 @@ def build(source: Path, out: Path, label_files: LabelFiles | None = None) -> Non
         for name in SPLITS:
             _build_split(found, name, out / f"{name}.lmdb", inputs[name])
             split = LmdbSplit(out / f"{name}.lmdb", found.classes)
-            splits[name] = {
-                "images": len(split),
-                "bytes": split.path.stat().st_size,
-                "digest": split.content_digest(),
-            }
-        write_manifest(out, {"source": found.kind, "inputs": inputs, "splits": splits, "classes": found.classes})
+            size, digest = split.path.stat().st_size, split.content_digest()
+            splits[name] = {"images": len(split), "bytes": size, "digest": digest}
+        manifest = {"source": found.kind, "inputs": inputs, "splits": splits, "classes": found.classes}
+        write_atomically(out / MANIFEST, json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")
     logging.info("%s is complete", out)
 
 
@@ -129,7 +126,8 @@ def verify(out: Path, decode: bool = False) -> list[str]:
         if split.content_digest() != manifest["splits"][name]["digest"]:
             bad.append(f"{split.path}: the checksums are not those that {MANIFEST} was written for")
         with ProcessPoolExecutor() as pool:
-            results = pool.map(partial(_check, split, decode), range(len(split)), chunksize=CHUNK)
+            check = partial(_check, split.path, split.classes, decode)
+            results = pool.map(check, range(len(split)), chunksize=CHUNK)
             bar = tqdm(results, split.path.name, len(split), unit="image", disable=None)
             bad += [problem for problem in bar if problem]
     return bad
@@ -142,26 +140,23 @@ def verify_archives(source: Path) -> list[str]:
         raise UserError(f"{source} holds none of {', '.join(MD5)}: give the folder that has them")
     bad = []
     for path in paths:
-        digest = md5(usedforsecurity=False)
-        bar = tqdm(desc=path.name, total=path.stat().st_size, unit="B", unit_scale=True, disable=None)
         try:
-            with bar, open(path, "rb") as file:
-                while part := file.read(1 << 22):
-                    digest.update(part)
-                    bar.update(len(part))
+            is_published = matches(path, f"md5:{MD5[path.name]}")
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror})") from None
-        if digest.hexdigest() != MD5[path.name]:
-            bad.append(
-                f"{path}: its MD5 is {digest.hexdigest()}, and the published file's {MD5[path.name]}: download it again"
-            )
-        else:
+        if is_published:
             logging.info("%s is the published file", path)
+        else:
+            bad.append(f"{path}: its MD5 is not the published file's, {MD5[path.name]}: download it again")
     return bad
 
 
-def _check(split: LmdbSplit, decode: bool, index: int) -> str | None:
+_opened = cache(LmdbSplit)  # once in each process, as all checksums are read then
+
+
+def _check(path: Path, classes: tuple[str, ...], decode: bool, index: int) -> str | None:
     """A line that says what is wrong with an image, or None."""
+    split = _opened(path, classes)
     try:
         record = split[index]
         if not 0 <= record.label < len(split.classes):
@@ -178,29 +173,19 @@ def _in_words(counts: dict[str, int]) -> str:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m classification.prepare_imagenet", description=__doc__.splitlines()[0]
-    )
+    program = "python -m classification.prepare_imagenet"
+    parser = argparse.ArgumentParser(prog=program, description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="make the LMDB files from a download, whichever way it is laid out")
     command.add_argument("source", type=Path, help="folder that holds the download")
     command.add_argument("out", type=Path, help="folder to write to")
-    command.add_argument(
-        "--val-labels",
-        type=Path,
-        metavar="FILE",
-        help="labels of a val without class folders, if they are not where they are looked for; of any kind",
-    )
-    command.add_argument(
-        "--ids", type=Path, metavar="FILE", help="map_clsloc.txt, or the class of each official id, one a line"
-    )
+    of_val = "labels of a val without class folders, if they are not where they are looked for; of any kind"
+    command.add_argument("--val-labels", type=Path, metavar="FILE", help=of_val)
+    of_id = "map_clsloc.txt, or the class of each official id, one a line"
+    command.add_argument("--ids", type=Path, metavar="FILE", help=of_id)
     command = commands.add_parser("verify", help="compare a finished build with its checksums")
-    command.add_argument(
-        "out", type=Path, metavar="FOLDER", help="folder that was built; with --archives, the download"
-    )
+    command.add_argument("out", type=Path, metavar="FOLDER", help="the build; with --archives, the download")
     how = command.add_mutually_exclusive_group()
     how.add_argument("--decode", action="store_true", help="also decode every image")
-    how.add_argument(
-        "--archives", action="store_true", help="FOLDER is a download: compare the official tar files instead"
-    )
+    how.add_argument("--archives", action="store_true", help="compare the official tar files of a download instead")
     return parser.parse_args(arguments)

@@ -23,11 +23,11 @@ from typing import IO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from classification.image_files import IMG_EXTENSIONS, is_image, list_files, list_folders, printable
+from classification.image_files import IMG_EXTENSIONS, DamagedImage, is_image, list_files, list_folders, printable
 from classification.imagenet.hugging_face import hugging_face_files, list_hugging_face, locate_hugging_face
 from classification.imagenet.items import Item, Source
 from classification.imagenet.labels import LabelFiles, label_by_name, stem, wnid_at_end
-from classification.imagenet.lmdb import CHUNK, DamagedImage, Record
+from classification.imagenet.lmdb import CHUNK, Record
 from engine.errors import UserError
 from engine.nearest_folder import nearest_folder
 
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
         if self.kind == "folder":
             for split in ("train", "val", "validation"):
                 if (self.place / split).is_dir():
-                    yield from filter(is_image, list_files(self.place / split))
+                    yield from _list_images(self.place / split)
         elif self.kind == "tar":
             yield from (str(self.place / name) for name in (TRAIN_TAR, VAL_TAR) if (self.place / name).is_file())
         else:
@@ -81,8 +81,8 @@ def _layout(root: Path) -> Layout | None:
         return Layout("folder", tree)
     if (root / TRAIN_TAR).is_file():
         return Layout("tar", root)
-    kind, folder = locate_hugging_face(root) or (None, None)
-    return Layout(kind, folder) if kind else None
+    found = locate_hugging_face(root)
+    return Layout(*found) if found else None
 
 
 def find_source(root: Path, label_files: LabelFiles | None = None) -> Source:
@@ -180,7 +180,7 @@ def _list_train_folder(folder: Path) -> tuple[list[str], list[Item]]:
     """Class folders, or images whose names end with their class, as Hugging Face's archives unpack them."""
     if list_folders(folder):
         return _list_classes(folder)
-    paths = [path for path in list_files(folder) if is_image(path)]
+    paths = _list_images(folder)
     if not paths or not all(map(wnid_at_end, paths)):
         raise UserError(f"{folder} holds no folders: it must hold one for each class")
     classes = sorted(set(map(wnid_at_end, paths)))
@@ -189,13 +189,17 @@ def _list_train_folder(folder: Path) -> tuple[list[str], list[Item]]:
     return classes, sorted(items, key=lambda item: (item.label, *_by_name(item)))
 
 
+def _list_images(folder: Path) -> list[str]:
+    return [path for path in list_files(folder) if is_image(path)]
+
+
 def _list_classes(split: Path) -> tuple[list[str], list[Item]]:
     """Every image of `split`/<class>/, to any depth, by class and then by name."""
     classes = list_folders(split)
     folders = [split / name for name in classes]
     with ThreadPoolExecutor(READERS) as pool:  # on a network disk, listing is mostly waiting
-        listing = pool.map(lambda folder: [path for path in list_files(folder) if is_image(path)], folders)
-        found = list(tqdm(listing, f"listing {split.name}", len(folders), unit="class", disable=None))
+        bar = tqdm(pool.map(_list_images, folders), f"listing {split.name}", len(folders), unit="class", disable=None)
+        found = list(bar)
     for folder, paths in zip(folders, found, strict=True):
         if not paths:
             raise UserError(f"{printable(folder)} holds no image (files ending in {' '.join(IMG_EXTENSIONS)})")
@@ -215,18 +219,14 @@ def _list_val_folder(root: Path, tree: Path, classes: list[str], label_files: La
             raise UserError(f"{printable(val)} has the class '{printable(unknown[0])}', which {tree / 'train'} has not")
         label = {name: at for at, name in enumerate(classes)}
         return sorted((item._replace(label=label[names[item.label]]) for item in items), key=_by_name)
-    items = sorted((Item(path, -1) for path in list_files(val) if is_image(path)), key=_by_name)
+    items = sorted((Item(path, -1) for path in _list_images(val)), key=_by_name)
     return _label(items, classes, _label_places(root, tree, val), label_files, val)
 
 
 def _label_places(root: Path, tree: Path, val: Path) -> list[Path]:
     """The folders that may hold label files. Kaggle's lies beside ILSVRC/, three folders above ILSVRC/Data/CLS-LOC."""
-    places = [root, tree, val]
     above = tree.resolve()
-    if above.name == "CLS-LOC":
-        data, ilsvrc, beside = above.parents[:3] if len(above.parents) >= 3 else [above] * 3
-        places = [beside, ilsvrc, data, *places]
-    return places
+    return [*(reversed(above.parents[:3]) if above.name == "CLS-LOC" else ()), root, tree, val]
 
 
 def _label(
@@ -288,6 +288,5 @@ def _open_tar(path: Path, file: IO[bytes] | None = None) -> Iterator[tarfile.Tar
     except tarfile.TarError as error:
         raise UserError(f"{path} is truncated, or not a plain tar file ({error}): download it again") from None
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): mend that, then run the same command again"
-        ) from None
+        reason = error.strerror
+        raise UserError(f"{path} cannot be read ({reason}): mend that, then run the same command again") from None

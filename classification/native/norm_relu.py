@@ -5,7 +5,7 @@ ResNet's time. norm_relu.cpp passes over memory twice forward and twice backward
 """
 
 import ctypes
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ def _is_native(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool
         and x.shape[1] % LANES == 0
         and x.numel() > x.shape[1]
         and x.is_contiguous(memory_format=torch.channels_last)
-        and all(map(partial(_is_of_rows, like=x), (x,) if shortcut is None else (x, shortcut)))
-        and all(map(partial(_is_of_channels, x=x), (norm.weight, norm.bias, norm.running_mean, norm.running_var)))
+        and (shortcut is None or _is_of_rows(shortcut, like=x))
+        and all(_is_of_channels(each, x) for each in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
     )
 
 

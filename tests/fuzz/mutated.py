@@ -161,7 +161,8 @@ def lmdb_case(work: Path) -> Case:
     """A changed LMDB of a few images: each record is read as it was, or refused."""
     from PIL import Image
 
-    from classification.imagenet.lmdb import DamagedImage, LmdbSplit, Record, SplitWriter
+    from classification.image_files import DamagedImage
+    from classification.imagenet.lmdb import LmdbSplit, Record, SplitWriter
 
     images = []
     for number in range(6):
@@ -260,8 +261,8 @@ def image_case(work: Path) -> Case:
     """Changed images of several formats: a square of pixels, or DamagedImage in one line."""
     from PIL import Image
 
+    from classification.image_files import DamagedImage
     from classification.imagenet.decode import DECODERS, central_view, random_view
-    from classification.imagenet.lmdb import DamagedImage
 
     images = []
     for mode in ("L", "RGB", "CMYK"):
