@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import ConfigError, RunConfig, Strict, differences, load_config, read_yaml, save_config
+from engine.config import ConfigError, RunConfig, Strict, differences, load_config, save_config
+from engine.core_yaml import read_yaml
 
 
 class Data(Strict):
