@@ -2,11 +2,12 @@
 
 import errno
 import fcntl
+import json
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from engine.errors import UserError
+from engine.errors import UserError, explain
 
 # What lockf reports on Lustre without `flock`, on NFS without a lock daemon, and the like.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
@@ -20,6 +21,21 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def read_json(path: Path, advice: str = "delete it, then run the same command again") -> dict[str, Any] | None:
+    """The mapping in a JSON file, or None without a file. Raises UserError, with `advice`, where it is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {explain(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): {advice}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged (it is no mapping): {advice}")
+    return values
 
 
 def hold(folder: Path, doing: str, wait: bool = False) -> IO[str]:

@@ -23,7 +23,7 @@ from engine.files import write_atomically
 from engine.metrics import DIVERGED
 from engine.run_record import read_result
 from scripts.arguments import Parser, positive, seeds
-from scripts.jobs import Job, division, job_of, refuse_other_settings, write_list
+from scripts.jobs import Job, division, job_of, write_list
 from scripts.live import Display, columns
 from scripts.methods import read_methods
 from scripts.pool import Places, State, Turn, places_for, run_jobs
@@ -91,7 +91,6 @@ class Comparison:
     def _job(self, method: Method, setting: Setting, seed: int, folder: Path) -> Job:
         overrides = (*self.overrides, f"row={method.row}", method.override(setting), f"seed={seed}")
         settings = load_settings(self.task, self.config, overrides)
-        refuse_other_settings(self.task, folder, settings)
         return job_of(self.task, self.config, overrides, folder, settings)
 
 
