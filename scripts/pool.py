@@ -21,7 +21,8 @@ from types import FrameType
 from typing import IO
 
 from engine.errors import UserError
-from engine.files import hold
+from engine.files import is_held
+from engine.machine import core_count
 from scripts.jobs import Job, torchrun
 
 # torchrun passes these signals on to the ranks, if it is new enough for this setting, and gives them time to save.
@@ -57,9 +58,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Places:
-    devices: Sequence[str | None] = (
-        None,
-    )  # for each job at a time: its CUDA_VISIBLE_DEVICES, or None for all there are
+    # for each job at a time: its CUDA_VISIBLE_DEVICES, or None for all there are
+    devices: Sequence[str | None] = (None,)
     gpus: int = 1  # processes of one job
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -122,7 +122,7 @@ def places_for(at_once: int | None, gpus: int, on_cpu: bool = False) -> Places:
     if found:
         groups = [",".join(found[first : first + gpus]) for first in range(0, len(found) - gpus + 1, gpus)]
         return Places(list(islice(cycle(groups), at_once)), gpus)
-    threads = max(1, (os.cpu_count() or 1) // (at_once * gpus))
+    threads = max(1, core_count() // (at_once * gpus))
     alone = at_once * gpus == 1 or "OMP_NUM_THREADS" in os.environ
     return Places([None] * at_once, gpus, {} if alone else {"OMP_NUM_THREADS": str(threads)})
 
@@ -164,18 +164,6 @@ def last_error(log: Path, begin: int) -> str:
         return ""
     errors = [line for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
     return (errors or lines or [""])[-1]
-
-
-def is_held(folder: Path) -> bool:
-    if not (folder / ".lock").exists():
-        return False
-    try:
-        hold(folder, "running").close()
-    except UserError:
-        return True
-    except OSError:  # the folder is gone, or we may not write in it: its run will report that
-        return False
-    return False
 
 
 def _begin(turn: Turn, devices: str | None, places: Places, show_output: bool) -> bool:

@@ -18,8 +18,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from engine.errors import UserError
+from engine.files import is_held
 from scripts.jobs import Job, torchrun
-from scripts.pool import State, Turn, is_held, last_error, open_log, start
+from scripts.pool import State, Turn, last_error, open_log, start
 
 if TYPE_CHECKING:
     from submitit import DelayedSubmission
