@@ -15,23 +15,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
 
 from engine.config import ConfigError
 from engine.errors import UserError, nearest, run_main
 from engine.files import write_atomically
 from engine.metrics import DIVERGED
 from engine.run_record import read_result
-from scripts.arguments import Parser, positive, seeds
-from scripts.jobs import Job, division, job_of, write_list
-from scripts.live import Display, columns
+from scripts.arguments import Parser, positive, seeds, words
+from scripts.execution import add_options, carry_out, places_of, print_failures
+from scripts.jobs import Job, division, job_of, refuse, write_list
+from scripts.live import Display
 from scripts.methods import read_methods
-from scripts.pool import Places, State, Turn, places_for, run_jobs
+from scripts.pool import State, Turn
 from scripts.protocol import FACTORS, FURTHEST, Method, Setting, best_factor, best_step, widened
 from scripts.quickstart import EXPERIMENTS
-from scripts.reproduce import print_failures, sbatch_options, words
+from scripts.reporting.statistics import spread
 from scripts.runs import lower_is_better, worst
 from scripts.tables import CONFIGS, TASKS, load_settings, published, seeds_of
+from scripts.text_table import format_table
 
 COMPARISONS = CONFIGS / "comparison"
 METHODS = ("sgd", "adam", "radam", "apollo")
@@ -110,7 +111,7 @@ def main(arguments: list[str]) -> int:
             method.row: [comparison.final(method, chosen[method.row], seed) for seed in final_seeds]
             for method in comparison.methods
         }
-        carry_out([job for jobs in finals.values() for job in jobs], comparison, "final", options)
+        run_stage("final", [job for jobs in finals.values() for job in jobs], comparison, options)
     except Stopped as stopped:
         return stopped.args[0]
     print(table(comparison, chosen, tried, finals))
@@ -125,20 +126,7 @@ def search(
 ) -> tuple[dict[str, Setting], dict[str, list[Setting]], list[str]]:
     """Tune every method. Returns by row the chosen setting, and all that were tried; and notes for the reader."""
     methods, notes = comparison.methods, []
-    low, high = steps[0], steps[-1]
-    while True:
-        steps = range(low, high + 1)
-        jobs = [comparison.trial(method, method.setting(step)) for method in methods for step in steps]
-        carry_out(jobs, comparison, "rates", options)
-        scores = {
-            method.row: {step: comparison.score(method, method.setting(step)) for step in steps} for method in methods
-        }
-        if widened(scores.values()) == (low, high):
-            break
-        low, high = widened(scores.values())
-        print(f"the best rate of a method is at an edge: {high - low + 1} rates for all", file=sys.stderr, flush=True)
-    best = {row: best_step(of_row) for row, of_row in scores.items()}
-    tried = {method.row: [method.setting(step) for step in steps] for method in methods}
+    steps, best = search_rates(comparison, steps, options)
     if len(steps) > options.rates:
         notes.append(
             f"The best rate of a method was at an edge: the grid of all methods went on to {len(steps)} rates."
@@ -146,23 +134,25 @@ def search(
     for row, step in best.items():
         if step is None:
             notes.append(f"{row}: diverged at all its rates.")
-        elif step in (low, high):
+        elif step in (steps[0], steps[-1]):
             notes.append(
                 f"{row}: the best rate is at the edge of {FURTHEST} half decades: a better one may lie beyond."
             )
 
-    best = {row: low if step is None else step for row, step in best.items()}
+    best = {row: steps[0] if step is None else step for row, step in best.items()}
     chosen = {method.row: method.setting(best[method.row]) for method in methods}
+    tried = {method.row: [method.setting(step) for step in steps] for method in methods}
     if without := [method.row for method in methods if method.decay is None]:
         notes.append(f"Weight decay was tuned for no method, as there is none in {', '.join(without)}.")
         return chosen, tried, notes
-    jobs = [comparison.trial(method, method.setting(best[method.row], f)) for method in methods for f in FACTORS]
-    carry_out(jobs, comparison, "decays", options)
+    settings = {method.row: {f: method.setting(best[method.row], f) for f in FACTORS} for method in methods}
+    jobs = [comparison.trial(method, setting) for method in methods for setting in settings[method.row].values()]
+    run_stage("decays", jobs, comparison, options)
     for method in methods:
-        settings = {factor: method.setting(best[method.row], factor) for factor in FACTORS}
-        scores = {factor: comparison.score(method, setting) for factor, setting in settings.items()}
-        chosen[method.row] = settings[best_factor(scores)]
-        tried[method.row] += [setting for factor, setting in settings.items() if factor != 1]
+        of_method = settings[method.row]
+        scores = {factor: comparison.score(method, setting) for factor, setting in of_method.items()}
+        chosen[method.row] = of_method[best_factor(scores)]
+        tried[method.row] += [setting for factor, setting in of_method.items() if factor != 1]
     if decoupled := [method.row for method in methods if method.decoupled]:
         notes.append(
             f"Decoupled weight decay, whose product with the rate was the same at all rates: {', '.join(decoupled)}."
@@ -170,7 +160,28 @@ def search(
     return chosen, tried, notes
 
 
-def carry_out(jobs: Sequence[Job], comparison: Comparison, stage: str, options: argparse.Namespace) -> None:
+def search_rates(
+    comparison: Comparison, steps: range, options: argparse.Namespace
+) -> tuple[range, dict[str, int | None]]:
+    """Try every method at all `steps`, and at further ones while a best one is at an edge.
+
+    Returns the steps, and by row the best one; None where the method diverged at all.
+    """
+    while True:
+        jobs = [comparison.trial(method, method.setting(step)) for method in comparison.methods for step in steps]
+        run_stage("rates", jobs, comparison, options)
+        scores = {
+            method.row: {step: comparison.score(method, method.setting(step)) for step in steps}
+            for method in comparison.methods
+        }
+        low, high = widened(scores.values())
+        if (low, high) == (steps[0], steps[-1]):
+            return steps, {row: best_step(of_row) for row, of_row in scores.items()}
+        steps = range(low, high + 1)
+        print(f"the best rate of a method is at an edge: {len(steps)} rates for all", file=sys.stderr, flush=True)
+
+
+def run_stage(stage: str, jobs: Sequence[Job], comparison: Comparison, options: argparse.Namespace) -> None:
     """Run those of `jobs` that are not complete. Raises Stopped if some have failed, or if a signal came."""
     path = write_list(jobs, options.runs / "lists", f"{comparison.table}_{stage}")
     display = Display()
@@ -179,19 +190,10 @@ def carry_out(jobs: Sequence[Job], comparison: Comparison, stage: str, options: 
         accept_diverged(turns, METRICS[comparison.task])
         display(turns)
 
-    if options.executor == "slurm":
-        from scripts.slurm import Request, run_in_queue
-
-        on_cpu = "device=cpu" in comparison.overrides
-        request = Request(options.jobs or 8, options.gpus, options.nodes, on_cpu, options.slurm)
-        status, turns = run_in_queue(jobs, path.stem, options.runs / "slurm", request, watch)
-    else:
-        status, turns = run_jobs(jobs, places(options), watch=watch)
-    if status > 128 and not any(turn.state is State.FAILED for turn in turns):
-        print("stopped; the same command carries on from here", file=sys.stderr)
+    status, turns = carry_out(jobs, path.stem, options, watch)
+    print_failures(turns)
+    if status:
         raise Stopped(status)
-    if print_failures(turns):
-        raise Stopped(1)
 
 
 def accept_diverged(turns: Sequence[Turn], metric: str) -> None:
@@ -211,28 +213,27 @@ def table(
 ) -> str:
     """A line for each method: the chosen setting, the number of trials, and the results."""
     metric = METRICS[comparison.task]
-    lines = [("method", "rate", "weight decay", "trials", "validation", f"test {metric}: mean (std)", "n")]
+    header = ["method", "rate", "weight decay", "trials", "validation", f"test {metric}: mean (std)", "n"]
+    lines = []
     for method in comparison.methods:
         setting, settings = chosen[method.row], tried[method.row]
         diverged = sum(comparison.score(method, other) == -math.inf for other in settings)
         validation = abs(comparison.score(method, setting))
         results = [read_result(Path(job.folder)) for job in finals[method.row]]
-        ended = [result["final"] for result in results if math.isfinite(result.get("final", math.nan))]
-        lost = len(results) - len(ended)
-        values = ended + lost * [worst(metric)]
-        spread = f" ({stdev(values):.2f})" if len(values) > 1 and all(map(math.isfinite, values)) else ""
+        lost = sum(result.get("diverged", False) for result in results)
+        values = [result.get("final", worst(metric)) for result in results]
         lines.append(
-            (
+            [
                 method.row,
                 f"{setting.rate:g}",
                 "-" if setting.decay is None else f"{setting.decay:g}",
                 f"{len(settings)}" + (f", {diverged} diverged" if diverged else ""),
                 "diverged" if validation == math.inf else f"{validation:.2f}",
-                f"{mean(values):.2f}{spread}",
+                spread(values),
                 f"{len(values)}" + (f", {lost} diverged" if lost else ""),
-            )
+            ]
         )
-    return "\n".join(columns(lines))
+    return "\n".join(format_table(header, lines))
 
 
 def dry_run(comparison: Comparison, steps: range, final_seeds: Sequence[int], options: argparse.Namespace) -> str:
@@ -251,27 +252,19 @@ def dry_run(comparison: Comparison, steps: range, final_seeds: Sequence[int], op
         f"{len(comparison.methods)} methods: each {len(steps)} rates, {2 * tunes_decay} weight decays, "
         f"{len(final_seeds)} final runs. Where a best rate is at an edge, another one for each method comes on top."
     )
-    return f"{estimate(jobs, places(options))}\n{said}"
-
-
-def places(options: argparse.Namespace) -> Places:
-    return places_for(options.jobs, options.gpus, "device=cpu" in options.overrides)
+    return f"{estimate(jobs, places_of(jobs, options))}\n{said}"
 
 
 def read_comparison(options: argparse.Namespace) -> Comparison:
     """Raises UserError for any mistake, before any run."""
-    for key in (override.partition("=")[0] for override in options.overrides):
-        if (first := key.partition(".")[0]) in REFUSED:
-            raise UserError(
-                f"{key}= cannot be set for a comparison, whose runs each have their own: use {REFUSED[first]}"
-            )
+    refuse(options.overrides, REFUSED, "a comparison")
     config = options.config or config_of(options.task)
-    stand_in = ("row=sgd", "optimizer={name: sgd, lr: 1.0}")
-    task = task_of(config, (*options.overrides, *stand_in))
-    settings = load_settings(task, config, (*options.overrides, *stand_in))
+    overrides = (*options.overrides, "row=sgd", "optimizer={name: sgd, lr: 1.0}")  # in place of those of a method
+    task = task_of(config, overrides)
+    settings = load_settings(task, config, overrides)
     held_out = [f"data.validation={HELD_OUT}"] if getattr(settings.data, "validation", None) == 0 else []
     methods = read_methods(CONFIGS / "search" / f"{task}.yaml", options.methods)
-    divided = division(task, config, (*options.overrides, *stand_in), options.gpus * options.nodes)
+    divided = division(task, config, overrides, options.gpus * options.nodes)
     overrides = (*options.overrides, *held_out, *divided)
     return Comparison(task, config, settings.table, settings.schedule.name, methods, overrides, options.runs)
 
@@ -325,16 +318,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--rates", type=odd, default=7, metavar="N", help="in the grid, half a decade apart; default: 7"
     )
-    parser.add_argument("--jobs", type=positive, metavar="N", help="runs at a time; default: one for each --gpus GPUs")
-    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="processes of a run; default: 1")
-    parser.add_argument("--dry-run", action="store_true", help="say which runs there will be, and what they take")
-    parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="default: %(default)s")
-    parser.add_argument(
-        "--nodes", type=positive, default=1, metavar="N", help="of SLURM: machines of a run; default: 1"
-    )
-    parser.add_argument("--slurm", type=sbatch_options, default=(), help="options of sbatch; time: minutes of a job")
-    parser.add_argument("--runs", type=Path, default="runs/compare", metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, e.g. epochs=3")
+    add_options(parser, runs="runs/compare")
     return parser.parse_intermixed_args(arguments)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from scripts.jobs import Job
 from scripts.pool import State, Turn
+from scripts.text_table import format_table
 
 METRICS = {"classification": "test_top1", "language_model": "test_ppl", "nmt": "valid_bleu"}
 TAIL_BYTES = 65_536  # read from the end of metrics.jsonl
@@ -91,7 +92,7 @@ class Display:
     def _draw(self, turns: Sequence[Turn]) -> None:
         size = shutil.get_terminal_size()
         order = sorted(turns, key=lambda turn: SHOWN_FIRST.index(turn.state))
-        lines = columns([HEADER, *(self.line(turn) for turn in order[: max(1, size.lines - 4)])])
+        lines = format_table(HEADER, [self.line(turn) for turn in order[: max(1, size.lines - 4)]])
         lines = [line[: size.columns - 1] for line in (*lines, counts(turns, self.started))]
         up = f"\x1b[{self.drawn}F" if self.drawn else ""
         sys.stderr.write(f"{up}\x1b[J" + "\n".join(lines) + "\n")
@@ -147,9 +148,3 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / divisor:.{digits}f} {unit}"
     return f"{seconds / 86400:.1f} d"
-
-
-def columns(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]

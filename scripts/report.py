@@ -25,6 +25,7 @@ from scripts.reporting.searched import ABOUT_SEARCHED, searched
 from scripts.reporting.statistics import interval, spread, welch
 from scripts.runs import Run, author_log, order, read_runs
 from scripts.tables import ROWS, SCHEDULES, position, published
+from scripts.text_table import format_table
 
 MOST_CHANGES = 8  # that a note names
 Cell = tuple[str, str, int]  # row, schedule, variant
@@ -329,16 +330,6 @@ def _shortened(changes: Sequence[str]) -> str:
 
 def _seeds(runs: Sequence[Run]) -> str:
     return f"seed{'s' if len(runs) > 1 else ''} {' '.join(str(run.seed) for run in runs)}"
-
-
-def format_table(header: Sequence[str], lines: Sequence[Sequence[str]], markdown: bool = False) -> list[str]:
-    """Aligned columns with the header first, for Markdown also bars and rule."""
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    texts = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in (header, *lines)]
-    if not markdown:
-        return ["  ".join(line).rstrip() for line in texts]
-    texts.insert(1, ["-" * width for width in widths])
-    return [f"| {' | '.join(line)} |" for line in texts]
 
 
 def page_tables(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
