@@ -3,7 +3,6 @@
 import errno
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -31,12 +30,6 @@ def settings_of(what: str) -> Iterator[None]:
 
 def one_line(text: object) -> str:
     return " ".join(str(text).split())
-
-
-def raised_at(error: BaseException) -> str:
-    """An error of foreign code in one line, with the line of code that raised it."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:

@@ -42,12 +42,6 @@ def has_modes(optimizer: torch.optim.Optimizer) -> bool:
     return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
 
 
-def begin_training(optimizer: torch.optim.Optimizer) -> None:
-    """Put the optimizer into train mode, if it has modes: some begin in eval mode."""
-    if has_modes(optimizer):
-        optimizer.train()
-
-
 def exponential_average(model: torch.nn.Module, config: RunConfig) -> AveragedModel | None:
     """A model to take averages in, where the config asks for an exponential one."""
     if not (config.average and config.average.decay):

@@ -135,7 +135,9 @@ class RunRecord:
             self._show(line)
 
     def _show(self, line: dict[str, Any]) -> None:
-        for name, value in line.items() if self._board else ():
+        if self._board is None:
+            return
+        for name, value in line.items():
             if isinstance(value, (int, float)) and name != "update":
                 self._board.add_scalar(f"{line['kind']}/{name}", value, line["update"])
 
