@@ -1,10 +1,8 @@
 """Trains whole tables, or any list of runs, several runs at a time, and prints them beside the published numbers.
 
-    bash scripts/reproduce.sh TABLE|all|LIST [--rows "sgd apollo"] [--schedules "milestone"] [--seeds "1 101"]
-        [--jobs N] [--gpus N] [--executor local|slurm] [--nodes N] [--slurm OPTIONS] [--dry-run] [--runs FOLDER]
-        [key=value ...]
+    bash scripts/reproduce.sh TABLE|all|LIST      --help lists the options
 
-The runs are written as a list in FOLDER/lists. The run folders say what is done, so the same command continues after a
+The runs are written as a list in runs/lists. The run folders say what is done, so the same command continues after a
 kill. LIST is such a file, which you may also write yourself.
 """
 
@@ -18,8 +16,8 @@ from scripts.arguments import Parser, seeds, words
 from scripts.execution import add_options, carry_out, places_of, print_failures
 from scripts.jobs import Job, division, plan, read_list, write_list
 from scripts.live import Display
-from scripts.report import report
-from scripts.runs import read_runs
+from scripts.reporting.tables import report
+from scripts.runs import by_table, read_runs
 from scripts.tables import TASKS, cells, later_rows, published, rows, seeds_of
 
 ALL = "all"  # all published tables
@@ -92,8 +90,8 @@ def require_known(option: str, names: Sequence[str] | None, there: Sequence[str]
 
 def print_tables(jobs: Sequence[Job]) -> None:
     runs, problems = read_runs(*sorted({Path(job.folder) for job in jobs}))
-    for table in dict.fromkeys(run.table for run in runs):
-        print(report(table, [run for run in runs if run.table == table]), end="\n\n")
+    for table, of_table in by_table(runs).items():
+        print(report(table, of_table), end="\n\n")
     for problem in problems:
         print(f"skipped: {problem}")
 

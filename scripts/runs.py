@@ -24,15 +24,24 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from engine.config import Named
+from engine.errors import one_line
 from engine.run_record import NEUTRAL_KEYS
 from scripts.tables import ROWS, SCHEDULES, position, published
 
 # Keys that may differ within a cell: the seed, keys that change no result, and keys that change only the speed.
 NOT_OF_THE_RECIPE = (*NEUTRAL_KEYS, "seed", "compile", "channels_last")
-LOWER_IS_BETTER = ("ppl", "loss", "nll")
 FILES = ("config.yaml", "result.json", "metrics.jsonl")  # a folder with one of these may be a run
 EVALUATIONS = ("epoch", "validation")  # kinds of lines in metrics.jsonl
 YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the loader in C is about ten times as fast
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric in ("ppl", "loss", "nll")
+
+
+def worst(metric: str) -> float:
+    """The worst value of `metric`: infinity for a perplexity or a loss, 0 for an accuracy or BLEU."""
+    return math.inf if lower_is_better(metric) else 0.0
 
 
 class Identity(BaseModel):
@@ -75,15 +84,6 @@ class Result(BaseModel):
         if not self.diverged and not all(map(math.isfinite, values)):
             raise ValueError("every number must be finite")
         return self
-
-
-def lower_is_better(metric: str) -> bool:
-    return metric in LOWER_IS_BETTER
-
-
-def worst(metric: str) -> float:
-    """The worst value of `metric`: infinity for a perplexity or a loss, 0 for an accuracy or BLEU."""
-    return math.inf if lower_is_better(metric) else 0.0
 
 
 class Environment(BaseModel):
@@ -137,8 +137,7 @@ class Run:
         return self.read_lines(("train",))
 
     def logged(self, key: str, updates: Sequence[int]) -> list[float]:
-        """`key` of the log lines at these updates, interpolated between two lines. NaN before the first and after the
-        last line."""
+        """`key` of the log lines at these updates, interpolated; NaN before the first and after the last line."""
         lines = [line for line in self.training if isinstance(line.get(key), (int, float))]
         if not lines:
             return [math.nan] * len(updates)
@@ -148,7 +147,9 @@ class Run:
 
 def read_runs(*folders: Path) -> tuple[list[Run], list[str]]:
     """Every run at or below `folders`, in the order of the tables; and one line for each file that cannot be used.
-    These lines grow when evaluations are read later and are damaged."""
+
+    These lines grow when evaluations are read later and are damaged.
+    """
     problems: list[str] = []
     found = sorted({folder for top in folders for folder in _run_folders(top)})
     runs = [run for folder in found if (run := _read_run(folder, problems))]
@@ -160,9 +161,12 @@ def order(run: Run) -> tuple:
     return run.table, *place, run.trial or "", run.seed, str(run.folder)
 
 
+def by_table(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    return {table: [run for run in runs if run.table == table] for table in dict.fromkeys(run.table for run in runs)}
+
+
 def author_log(table: str, runs: Sequence[Run]) -> tuple[dict[str, Any], list[Run]]:
-    """The training log that the table's author published, and those of `runs` that can be compared with it; both empty
-    if there is none."""
+    """The training log that the table's author published, and the `runs` of its cell; both empty if there is none."""
     log = (published(table) or {}).get("log_of_author", {})
     place = (table, log.get("row"), log.get("schedule"))
     return log, [run for run in runs if (run.table, *run.cell) == place and not run.trial and run.training]
@@ -216,7 +220,7 @@ def _read(path: Path, problems: list[str]) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        problems.append(f"{path}: {' '.join(str(error).split())}")
+        problems.append(f"{path}: {one_line(error)}")
         return None
 
 
@@ -232,7 +236,7 @@ def _check(model: type[ModelT], values: Any, path: Path, problems: list[str]) ->
         return None
 
 
-def read_metrics(path: Path, problems: list[str], kinds: Sequence[str] = EVALUATIONS) -> list[dict[str, Any]]:
+def read_metrics(path: Path, problems: list[str], kinds: Sequence[str]) -> list[dict[str, Any]]:
     """The lines of these kinds. The last line may be unfinished."""
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines(keepends=True)

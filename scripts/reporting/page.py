@@ -74,23 +74,19 @@ def write_page(
 
 def _table(table: dict[str, Any]) -> str:
     header = table["header"]
-    foreign = [name in NOT_MEASURED for name in header]
-    mark = {True: ' class="published"', False: ""}
-    head = "".join(
-        f"<th{mark[is_foreign]}>{escape(name)}</th>" for name, is_foreign in zip(header, foreign, strict=True)
-    )
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{mark[is_foreign]}>{escape(text)}</td>" for text, is_foreign in zip(line, foreign, strict=True))
-        + "</tr>"
-        for line in table["lines"]
-    )
     title = f"<h3>{escape(table['title'])}</h3>" if table["title"] else ""
+    body = "".join(_row("td", line, header) for line in table["lines"])
     notes = "".join(f"<p class=note>{escape(note)}</p>" for note in table["notes"])
     return (
-        f"{title}<div class=wide><table class=sortable><thead><tr>{head}</tr></thead>"
+        f"{title}<div class=wide><table class=sortable><thead>{_row('th', header, header)}</thead>"
         f"<tbody>{body}</tbody></table></div>{notes}"
     )
+
+
+def _row(tag: str, texts: Sequence[str], header: Sequence[str]) -> str:
+    marks = (' class="published"' if name in NOT_MEASURED else "" for name in header)
+    cells = (f"<{tag}{mark}>{escape(text)}</{tag}>" for mark, text in zip(marks, texts, strict=True))
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def _settings(runs: Sequence[Run]) -> str:
@@ -100,10 +96,7 @@ def _settings(runs: Sequence[Run]) -> str:
         cells.setdefault(f"{run.label} {run.schedule}", []).append(run)
     found = {
         "Settings": lambda run: flatten(run.config, ignore=("seed", *NEUTRAL_KEYS)),
-        "Environment": lambda run: (
-            flatten(run.recipe)
-            | {key: value for key, value in flatten(run.environment).items() if key not in OF_ONE_START}
-        ),
+        "Environment": lambda run: flatten(run.recipe) | flatten(run.environment, ignore=OF_ONE_START),
     }
     return "".join(_differences(title, cells, values) for title, values in found.items()) if cells else ""
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from engine.errors import UserError
 from engine.files import write_atomically
 from engine.run_record import NEUTRAL_KEYS
-from scripts.runs import EVALUATIONS, Environment, Identity, Result, Run
+from scripts.runs import EVALUATIONS, Identity, Result, Run
 from scripts.tables import published
 
 FORMAT = 1
@@ -127,7 +127,6 @@ def flatten(values: dict[str, Any], ignore: Sequence[str] = (), prefix: str = ""
 def _run(path: Path, record: _Record, entry: _RecordedRun) -> Run:
     config = record.configs[entry.config] | {"seed": entry.seed}
     identity = Identity.model_validate(config)
-    environment = Environment.model_validate(record.environments[entry.environment])
     lines = [
         {key: value for key, value in zip(entry.curves, values, strict=True) if value is not None}
         for values in zip(*entry.curves.values(), strict=True)
@@ -139,7 +138,7 @@ def _run(path: Path, record: _Record, entry: _RecordedRun) -> Run:
         identity.schedule.name,
         identity.seed,
         config,
-        environment.model_dump(exclude={"recipe"}),
+        record.environments[entry.environment],
         entry.recipe,
         entry.result,
         read_lines=lambda kinds: lines if kinds == EVALUATIONS else [],

@@ -6,7 +6,6 @@ evaluations in a row outside the band are a departure.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from engine.config import differences
 from scripts.reporting.pictures import Curve, Panel, curve_keys, points
@@ -41,8 +40,10 @@ def compare(runs: Sequence[Run], record: Sequence[Run]) -> tuple[list[str], bool
             panel = panels.setdefault((place, key), Panel("reference", place, "updates", label, [], y_log=index == 0))
             if not panel.curves:
                 panel.curves.append(_band_curve(band, len(others)))
-            found = [(update, value) for update, _, value in points(run, key)]
-            panel.curves.append(Curve(f"seed {run.seed}", *map(list, zip(*found, strict=True))))
+            found = points(run, key)
+            panel.curves.append(
+                Curve(f"seed {run.seed}", [update for update, _, _ in found], [value for _, _, value in found])
+            )
     return lines, left, list(panels.values())
 
 
@@ -53,7 +54,7 @@ def _same_cell(run: Run, record: Sequence[Run]) -> list[Run]:
     return same or [other for other in of_cell if other.variant == 1]
 
 
-def _band(others: Sequence[Run], key: str) -> dict[int, Any]:
+def _band(others: Sequence[Run], key: str) -> Band:
     """Update to prediction interval, for the updates at which all of `others` were evaluated."""
     values: dict[int, list[float]] = {}
     for other in others:
