@@ -1,8 +1,6 @@
 """Compares optimizers. Each is tuned by the same protocol, with as many trials, and judged on data unused in tuning.
 
-    bash scripts/compare.sh --task TASK | --config CONFIG [--methods "sgd adam radam apollo mypackage.MyOptimizer"]
-        [--seeds "1 101"] [--rates N] [--jobs N] [--gpus N] [--executor local|slurm] [--nodes N] [--slurm OPTIONS]
-        [--dry-run] [--runs FOLDER] [key=value ...]
+    bash scripts/compare.sh --task digits --methods "adam apollo mypackage.MyOptimizer"      --help lists the options
 
 Trials are ordinary runs in <runs>/<table>/search/<row>/<setting>/. The next step is a function of the complete run
 folders (scripts/protocol.py), so the same command continues after a kill and gives the same table.

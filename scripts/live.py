@@ -49,7 +49,6 @@ class Progress:
 
 
 def read_progress(job: Job) -> Progress:
-    """The progress of `job`."""
     try:
         with open(Path(job.folder) / "metrics.jsonl", "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
@@ -109,19 +108,15 @@ class Display:
             if turn.state is before and not (remind and turn.state is State.RUNNING):
                 continue
             self.states[turn.job.folder] = turn.state
-            _, done, loss, metric, eta, state = self.line(turn)
-            detail = "  ".join(
-                f"{name} {value}" for name, value in zip(HEADER[1:-1], (done, loss, metric, eta), strict=True) if value
-            )
-            print(f"[{number}/{len(turns)}] {turn.job.folder}: {state}  {detail}".rstrip(), file=sys.stderr, flush=True)
+            folder, *values, state = self.line(turn)
+            detail = "  ".join(f"{name} {value}" for name, value in zip(HEADER[1:-1], values, strict=True) if value)
+            print(f"[{number}/{len(turns)}] {folder}: {state}  {detail}".rstrip(), file=sys.stderr, flush=True)
 
     def line(self, turn: Turn) -> tuple[str, ...]:
         job, progress = turn.job, read_progress(turn.job)
         total = progress.updates(job)
-        loss, metric = (
-            "" if value is None else f"{value:.{digits}f}"
-            for value, digits in ((progress.loss, 4), (progress.metric, 2))
-        )
+        loss = "" if progress.loss is None else f"{progress.loss:.4f}"
+        metric = "" if progress.metric is None else f"{progress.metric:.2f}"
         eta = ""
         if turn.state is State.RUNNING:
             now = time.monotonic()

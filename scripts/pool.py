@@ -154,8 +154,10 @@ def open_log(job: Job) -> IO[bytes]:
 
 
 def last_error(log: Path, begin: int) -> str:
-    """The line of a log, from byte `begin` on, that says why its process failed: the last `error:` line, or the last.
-    torchrun prints much after it."""
+    """The line of a log, from byte `begin` on, that says why its process failed.
+
+    It is the last `error:` line, because torchrun prints much after it, or else the last line.
+    """
     try:
         with open(log, "rb") as file:
             file.seek(begin)
