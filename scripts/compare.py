@@ -72,7 +72,10 @@ class Comparison:
         return self._job(method, setting, TRIAL_SEED, self.trial_folder(method, setting))
 
     def final(self, method: Method, setting: Setting, seed: int) -> Job:
-        return self._job(method, setting, seed, self.folder / f"{method.row}_{self.schedule}" / f"seed{seed}")
+        return self._job(method, setting, seed, self.final_folder(method, seed))
+
+    def final_folder(self, method: Method, seed: int) -> Path:
+        return self.folder / f"{method.row}_{self.schedule}" / f"seed{seed}"
 
     def score(self, method: Method, setting: Setting) -> float:
         """How good the complete trial is on the validation split: higher is better, -inf where it diverged."""
@@ -93,6 +96,16 @@ class Comparison:
         return job_of(self.task, self.config, overrides, folder, settings)
 
 
+@dataclass
+class Tuned:
+    """A method and what its search found."""
+
+    method: Method
+    step: int  # of the best rate
+    setting: Setting  # the chosen one
+    tried: list[Setting]
+
+
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     comparison = read_comparison(options)
@@ -104,79 +117,65 @@ def main(arguments: list[str]) -> int:
         print(dry_run(comparison, steps, final_seeds, options))
         return 0
     try:
-        chosen, tried, notes = search(comparison, steps, options)
-        finals = {
-            method.row: [comparison.final(method, chosen[method.row], seed) for seed in final_seeds]
-            for method in comparison.methods
-        }
-        run_stage("final", [job for jobs in finals.values() for job in jobs], comparison, options)
+        tuned, notes = search_rates(comparison, steps, options)
+        notes += search_decays(comparison, tuned, options)
+        finals = [comparison.final(one.method, one.setting, seed) for one in tuned for seed in final_seeds]
+        run_stage("final", finals, comparison, options)
     except Stopped as stopped:
         return stopped.args[0]
-    print(table(comparison, chosen, tried, finals))
+    print(table(comparison, tuned, final_seeds))
     print("\n".join(["", *notes]))
     place = comparison.folder
     print(f"\ntables, pictures and a page of all this: python -m scripts.report {place} --html {place}/report.html")
     return 0
 
 
-def search(
-    comparison: Comparison, steps: range, options: argparse.Namespace
-) -> tuple[dict[str, Setting], dict[str, list[Setting]], list[str]]:
-    """Tune every method. Returns by row the chosen setting, and all that were tried; and notes for the reader."""
-    methods, notes = comparison.methods, []
-    steps, best = search_rates(comparison, steps, options)
-    if len(steps) > options.rates:
+def search_rates(comparison: Comparison, steps: range, options: argparse.Namespace) -> tuple[list[Tuned], list[str]]:
+    """Try every method at all `steps`, and at further ones while a best one is at an edge. Returns notes too."""
+    methods, asked = comparison.methods, len(steps)
+    while True:
+        jobs = [comparison.trial(method, method.setting(step)) for method in methods for step in steps]
+        run_stage("rates", jobs, comparison, options)
+        scores = [{step: comparison.score(method, method.setting(step)) for step in steps} for method in methods]
+        low, high = widened(scores)
+        if (low, high) == (steps[0], steps[-1]):
+            break
+        steps = range(low, high + 1)
+        print(f"the best rate of a method is at an edge: {len(steps)} rates for all", file=sys.stderr, flush=True)
+    tuned, notes = [], []
+    if len(steps) > asked:
         notes.append(
             f"The best rate of a method was at an edge: the grid of all methods went on to {len(steps)} rates."
         )
-    for row, step in best.items():
+    for method, of_method in zip(methods, scores, strict=True):
+        step = best_step(of_method)
         if step is None:
-            notes.append(f"{row}: diverged at all its rates.")
-        elif step in (steps[0], steps[-1]):
+            notes.append(f"{method.row}: diverged at all its rates.")
+            step = low
+        elif step in (low, high):
             notes.append(
-                f"{row}: the best rate is at the edge of {FURTHEST} half decades: a better one may lie beyond."
+                f"{method.row}: the best rate is at the edge of {FURTHEST} half decades: a better one may lie beyond."
             )
+        tuned.append(Tuned(method, step, method.setting(step), [method.setting(tried) for tried in steps]))
+    return tuned, notes
 
-    best = {row: steps[0] if step is None else step for row, step in best.items()}
-    chosen = {method.row: method.setting(best[method.row]) for method in methods}
-    tried = {method.row: [method.setting(step) for step in steps] for method in methods}
-    if without := [method.row for method in methods if method.decay is None]:
-        notes.append(f"Weight decay was tuned for no method, as there is none in {', '.join(without)}.")
-        return chosen, tried, notes
-    settings = {method.row: {f: method.setting(best[method.row], f) for f in FACTORS} for method in methods}
-    jobs = [comparison.trial(method, setting) for method in methods for setting in settings[method.row].values()]
+
+def search_decays(comparison: Comparison, tuned: Sequence[Tuned], options: argparse.Namespace) -> list[str]:
+    """Try the weight decays at the best rates, and put the best ones into `tuned`. Returns notes for the reader."""
+    if without := [one.method.row for one in tuned if one.method.decay is None]:
+        return [f"Weight decay was tuned for no method, as there is none in {', '.join(without)}."]
+    jobs = [comparison.trial(one.method, one.method.setting(one.step, f)) for one in tuned for f in FACTORS]
     run_stage("decays", jobs, comparison, options)
-    for method in methods:
-        of_method = settings[method.row]
-        scores = {factor: comparison.score(method, setting) for factor, setting in of_method.items()}
-        chosen[method.row] = of_method[best_factor(scores)]
-        tried[method.row] += [setting for factor, setting in of_method.items() if factor != 1]
-    if decoupled := [method.row for method in methods if method.decoupled]:
-        notes.append(
+    for one in tuned:
+        settings = {factor: one.method.setting(one.step, factor) for factor in FACTORS}
+        scores = {factor: comparison.score(one.method, setting) for factor, setting in settings.items()}
+        one.setting = settings[best_factor(scores)]
+        one.tried += [setting for factor, setting in settings.items() if factor != 1]
+    if decoupled := [one.method.row for one in tuned if one.method.decoupled]:
+        return [
             f"Decoupled weight decay, whose product with the rate was the same at all rates: {', '.join(decoupled)}."
-        )
-    return chosen, tried, notes
-
-
-def search_rates(
-    comparison: Comparison, steps: range, options: argparse.Namespace
-) -> tuple[range, dict[str, int | None]]:
-    """Try every method at all `steps`, and at further ones while a best one is at an edge.
-
-    Returns the steps, and by row the best one; None where the method diverged at all.
-    """
-    while True:
-        jobs = [comparison.trial(method, method.setting(step)) for method in comparison.methods for step in steps]
-        run_stage("rates", jobs, comparison, options)
-        scores = {
-            method.row: {step: comparison.score(method, method.setting(step)) for step in steps}
-            for method in comparison.methods
-        }
-        low, high = widened(scores.values())
-        if (low, high) == (steps[0], steps[-1]):
-            return steps, {row: best_step(of_row) for row, of_row in scores.items()}
-        steps = range(low, high + 1)
-        print(f"the best rate of a method is at an edge: {len(steps)} rates for all", file=sys.stderr, flush=True)
+        ]
+    return []
 
 
 def run_stage(stage: str, jobs: Sequence[Job], comparison: Comparison, options: argparse.Namespace) -> None:
@@ -203,32 +202,25 @@ def accept_diverged(turns: Sequence[Turn], metric: str) -> None:
             turn.state, turn.status, turn.error = State.COMPLETE, 0, "diverged"
 
 
-def table(
-    comparison: Comparison,
-    chosen: dict[str, Setting],
-    tried: dict[str, list[Setting]],
-    finals: dict[str, list[Job]],
-) -> str:
+def table(comparison: Comparison, tuned: Sequence[Tuned], final_seeds: Sequence[int]) -> str:
     """A line for each method: the chosen setting, the number of trials, and the results."""
     metric = METRICS[comparison.task]
     header = ["method", "rate", "weight decay", "trials", "validation", f"test {metric}: mean (std)", "n"]
     lines = []
-    for method in comparison.methods:
-        setting, settings = chosen[method.row], tried[method.row]
-        diverged = sum(comparison.score(method, other) == -math.inf for other in settings)
+    for method, setting, tried in ((one.method, one.setting, one.tried) for one in tuned):
+        diverged = sum(comparison.score(method, other) == -math.inf for other in tried)
         validation = abs(comparison.score(method, setting))
-        results = [read_result(Path(job.folder)) for job in finals[method.row]]
+        results = [read_result(comparison.final_folder(method, seed)) for seed in final_seeds]
         lost = sum(result.get("diverged", False) for result in results)
-        values = [result.get("final", worst(metric)) for result in results]
         lines.append(
             [
                 method.row,
                 f"{setting.rate:g}",
                 "-" if setting.decay is None else f"{setting.decay:g}",
-                f"{len(settings)}" + (f", {diverged} diverged" if diverged else ""),
+                f"{len(tried)}" + (f", {diverged} diverged" if diverged else ""),
                 "diverged" if validation == math.inf else f"{validation:.2f}",
-                spread(values),
-                f"{len(values)}" + (f", {lost} diverged" if lost else ""),
+                spread([result.get("final", worst(metric)) for result in results]),
+                f"{len(results)}" + (f", {lost} diverged" if lost else ""),
             ]
         )
     return "\n".join(format_table(header, lines))
@@ -244,7 +236,7 @@ def dry_run(comparison: Comparison, steps: range, final_seeds: Sequence[int], op
         centre = comparison.trial(method, method.setting(0))
         folders = [str(comparison.trial_folder(method, method.setting(step))) for step in steps]
         folders += [f"{centre.folder}_{factor}" for factor in FACTORS if factor != 1 and tunes_decay]
-        folders += [comparison.final(method, method.setting(0), seed).folder for seed in final_seeds]
+        folders += [str(comparison.final_folder(method, seed)) for seed in final_seeds]
         jobs += [replace(centre, folder=folder) for folder in folders]
     said = (
         f"{len(comparison.methods)} methods: each {len(steps)} rates, {2 * tunes_decay} weight decays, "
