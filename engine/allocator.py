@@ -1,7 +1,7 @@
 """On the CPU, the process keeps the memory that a training step frees, and reuses it in the next step.
 
-Otherwise glibc returns large free blocks to the system at once, and the system clears each page again. For a ResNet-110
-this costs tens of thousands of page faults per step.
+Otherwise glibc returns large free blocks to the system, which clears each page again. For a ResNet-110 this costs tens
+of thousands of page faults per step.
 """
 
 import ctypes

@@ -17,8 +17,7 @@ BLOCK = 1 << 20
 def download(url: str, path: Path, checksum: str | None = None) -> None:
     """Make `path` hold the file of `url`. `checksum` is "sha256:…" or "md5:…", or None if none is published.
 
-    An existing file is compared and not downloaded again. Raises UserError if the download fails or the file has
-    another checksum.
+    An existing file is compared and not downloaded again. Raises UserError for a failure, or another checksum.
     """
     if path.exists():
         if checksum and not matches(path, checksum):

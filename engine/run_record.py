@@ -170,7 +170,6 @@ class RunRecord:
                     self._show(line)
 
     def finish(self, **result: Any) -> None:
-        """Write result.json."""
         if self.world.is_main:
             finite = {name: _finite(value) for name, value in result.items()}
             self.result = finite | {"wall_s": round(self.wall_s, 1), "complete": True}

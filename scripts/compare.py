@@ -21,7 +21,7 @@ from engine.metrics import DIVERGED
 from engine.run_record import read_result
 from scripts.arguments import Parser, positive, seeds, words
 from scripts.execution import add_options, carry_out, places_of, print_failures
-from scripts.jobs import Job, division, job_of, refuse, write_list
+from scripts.jobs import REFUSED, Job, division, job_of, refuse, write_list
 from scripts.live import Display
 from scripts.methods import read_methods
 from scripts.pool import State, Turn
@@ -38,13 +38,7 @@ TRIAL_SEED = 8191  # of every trial, and not of any final run
 SEEDS = [1, 101, 201]  # of the final runs, if nobody published the table
 HELD_OUT = 0.1  # share of the training data, if the data set has no validation split and the config names no share
 METRICS = {"classification": "top1", "language_model": "ppl", "nmt": "fairseq_bleu"}
-REFUSED = {
-    "seed": "--seeds",
-    "run_dir": "--runs",
-    "row": "--methods",
-    "optimizer": "a line in configs/search",
-    "table": "--config",
-}
+NOT_SET = REFUSED | {"row": "--methods", "optimizer": "a line in configs/search", "table": "--config"}
 
 
 class Stopped(Exception):
@@ -247,7 +241,7 @@ def dry_run(comparison: Comparison, steps: range, final_seeds: Sequence[int], op
 
 def read_comparison(options: argparse.Namespace) -> Comparison:
     """Raises UserError for any mistake, before any run."""
-    refuse(options.overrides, REFUSED, "a comparison")
+    refuse(options.overrides, NOT_SET, "a comparison")
     config = options.config or config_of(options.task)
     overrides = (*options.overrides, "row=sgd", "optimizer={name: sgd, lr: 1.0}")  # in place of those of a method
     task = task_of(config, overrides)

@@ -22,7 +22,7 @@ from typing import Any
 from engine.errors import UserError
 from scripts.jobs import Job, torchrun
 from scripts.live import read_progress
-from scripts.pool import Places, last_error, open_log, start
+from scripts.pool import Places, last_error, nvidia_smi, open_log, start
 from scripts.synthetic import MAKERS, SIZES, make_data
 from scripts.tables import load_settings
 from scripts.text_table import format_table
@@ -173,11 +173,8 @@ def whole_length(job: Job, run: Path, settings: Any, size: int | None) -> int:
 
 def gpu_memory_mb(devices: str) -> float:
     """Memory in use, in MiB, on the one of `devices` (comma-separated) that uses most; 0 if it is unknown."""
-    command = ["nvidia-smi", f"--id={devices}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        return max(map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()))
-    except (OSError, subprocess.CalledProcessError, ValueError):
-        return 0.0
+    used = nvidia_smi(f"--id={devices}", "--query-gpu=memory.used")
+    return max((float(text) for text in used if text.isdecimal()), default=0.0)
 
 
 def resident_mb(pid: int) -> float:

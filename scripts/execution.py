@@ -53,12 +53,10 @@ def runs_on_cpu(jobs: Sequence[Job]) -> bool:
 
 
 def places_of(jobs: Sequence[Job], options: argparse.Namespace) -> Places:
-    """The places for `jobs` on this machine."""
     return places_for(options.jobs, options.gpus, runs_on_cpu(jobs))
 
 
 def print_failures(turns: Sequence[Turn]) -> None:
-    """Print the failed runs."""
     failed = [turn for turn in turns if turn.state is State.FAILED]
     for turn in failed:
         print(f"failed: {turn.job.folder}: {turn.error} (log: {turn.job.log})")

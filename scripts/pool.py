@@ -131,9 +131,14 @@ def visible_gpus() -> list[str]:
     """The GPUs by CUDA's names, without importing torch, which takes seconds."""
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in chosen.split(",") if name and name != "-1"]
+    return nvidia_smi("--query-gpu=index")
+
+
+def nvidia_smi(*options: str) -> list[str]:
+    """What nvidia-smi answers to a query, a line for each GPU; nothing if it cannot answer."""
+    command = ["nvidia-smi", *options, "--format=csv,noheader,nounits"]
     try:
-        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, CalledProcessError):
         return []
 
@@ -148,7 +153,6 @@ def start(command: Sequence[str], log: IO[bytes] | None = None, environment: dic
 
 
 def open_log(job: Job) -> IO[bytes]:
-    """The job's log, opened for appending."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     return open(job.log, "ab")
 

@@ -2,9 +2,8 @@
 
     bash scripts/prepare.sh cifar10|imagenet|one_billion_words|wmt14 [SOURCE] [DEST] [--workers N]
 
-SOURCE is the download, in any form that docs/data.md names. Without SOURCE the published files are downloaded (except
-ImageNet's). DEST is by default the folder where the configs look for the data. After an interruption, the same command
-continues.
+SOURCE is the download, in any form that docs/data.md names. Without it the published files are downloaded (except
+ImageNet's). DEST is by default where the configs look for the data. After an interruption, the same command continues.
 """
 
 import argparse

@@ -1,13 +1,9 @@
 """Reads run folders in any state: whole, unfinished, still being written, damaged, or not runs at all.
 
-A trial of a search (scripts/compare.sh) is in
-
-    <runs>/<table>/search/<row>/<trial>/
-
-A run of a table is anywhere else. config.yaml holds its settings (`optimizer.lr` is its rate). result.json holds
-`validation`, its value on the split that the search selects by (which is not the test set), and `final`, its value on
-the test set. A run that diverged is complete too: its result.json has `"complete": true, "diverged": true`. It counts
-with the worst value of its metric.
+A trial of a search (scripts/compare.sh) is in <runs>/<table>/search/<row>/<trial>/, a run of a table anywhere else.
+config.yaml holds its settings (`optimizer.lr` is its rate). result.json holds `validation`, its value on the split that
+the search selects by, and `final`, its value on the test set. A run that diverged is complete too: its result.json has
+`"diverged": true`, and it counts with the worst value of its metric.
 """
 
 import json
@@ -23,7 +19,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from engine.config import Named
+from engine.config import Named, value_at
 from engine.errors import one_line
 from engine.run_record import NEUTRAL_KEYS
 from scripts.tables import ROWS, SCHEDULES, position, published
@@ -122,8 +118,7 @@ class Run:
 
     @property
     def rate(self) -> float | None:
-        optimizer = self.config.get("optimizer")
-        rate = optimizer.get("lr") if isinstance(optimizer, dict) else None
+        rate = value_at(self.config, "optimizer.lr")
         return rate if isinstance(rate, (int, float)) and rate > 0 else None
 
     @cached_property
@@ -167,7 +162,7 @@ def by_table(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def author_log(table: str, runs: Sequence[Run]) -> tuple[dict[str, Any], list[Run]]:
     """The training log that the table's author published, and the `runs` of its cell; both empty if there is none."""
-    log = (published(table) or {}).get("log_of_author", {})
+    log = published(table).get("log_of_author", {})
     place = (table, log.get("row"), log.get("schedule"))
     return log, [run for run in runs if (run.table, *run.cell) == place and not run.trial and run.training]
 
@@ -185,20 +180,15 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
         if not (folder / "config.yaml").exists():
             problems.append(f"{folder}: no config.yaml: not a run, or cut off before it began")
         return None
-    identity = _check(Identity, config, folder / "config.yaml", problems)
-    if identity is None:
+    if _check(Identity, config, folder / "config.yaml", problems) is None:
         return None
     result, environment = (
         _check(model, _read(folder / name, problems), folder / name, problems)
         for model, name in ((Result, "result.json"), (Environment, "environment.json"))
     )
     place = folder.absolute()
-    return Run(
+    return make_run(
         folder,
-        identity.table,
-        identity.row,
-        identity.schedule.name,
-        identity.seed,
         config,
         environment=environment.model_dump(exclude={"recipe"}) if environment else {},
         recipe=environment.recipe if environment else {},
@@ -206,6 +196,12 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
         read_lines=partial(read_metrics, folder / "metrics.jsonl", problems),
         trial=place.name if place.parent.parent.name == "search" else None,
     )
+
+
+def make_run(folder: Path, config: dict[str, Any], **rest: Any) -> Run:
+    """The run of `config`; `rest` are its further fields. Raises ValidationError if the config lacks its identity."""
+    identity = Identity.model_validate(config)
+    return Run(folder, identity.table, identity.row, identity.schedule.name, identity.seed, config, **rest)
 
 
 ModelT = TypeVar("ModelT", bound=BaseModel)

@@ -56,8 +56,7 @@ def published_cells(table: str) -> dict[tuple[str, str], list[float]]:
 
     A row has the value of the first table that has the row.
     """
-    facts = published(table) or {"cells": {}}
-    return _later_cells(table) | _by_cell(facts["cells"])
+    return _later_cells(table) | _by_cell(published(table).get("cells", {}))
 
 
 def first_published_cells(table: str) -> list[tuple[str, str]]:
@@ -88,7 +87,7 @@ def sources(table: str, shown: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _later_cells(table: str) -> dict[tuple[str, str], list[float]]:
-    return _by_cell((published(table) or {}).get("later", {}).get("cells", {}))
+    return _by_cell(published(table).get("later", {}).get("cells", {}))
 
 
 def _by_cell(rows: dict[str, dict[str, list[float]]]) -> dict[tuple[str, str], list[float]]:

@@ -107,7 +107,7 @@ def results(
 
     Where runs average their weights, `final` is the average's score, and `unaveraged` that of the last weights.
     """
-    facts, targets = published(table) or {}, published_cells(table)
+    facts, targets = published(table), published_cells(table)
     also = facts.get("also", {})
     averages = any(_scores(runs, "final_unaveraged") for runs in groups.values())
     header = ["row", "schedule", "final", *(["unaveraged"] if averages else []), "best", "n"]
