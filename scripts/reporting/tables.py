@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
 from typing import Any
 
+from scripts.reporting.page import Table
 from scripts.reporting.recipes import (
     apart,
     changes_between,
@@ -74,29 +75,22 @@ def render(runs: Sequence[Run], kind: str) -> str:
     return "\n\n".join([*compared, ABOUT_WELCH] if any(TEST in text for text in compared) else compared)
 
 
-def page_tables(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
+def page_tables(runs: Sequence[Run]) -> dict[str, list[Table]]:
     """The tables of the HTML page, by table of the paper."""
     tables = {}
     for table, of_table in by_table(runs).items():
-        groups = by_cell(of_table)
-        means = results(table, groups, first_published_cells(table))
-        facts = published(table)
+        groups, facts = by_cell(of_table), published(table)
         words = f"{facts['metric_in_words']}, " if facts else ""
-        compared = comparisons(groups)
-        trials = "Trials of the search"
+        means, compared = results(table, groups, first_published_cells(table)), comparisons(groups)
         parts = [
-            (f"{words}mean (std) over n seeds", means, _all_notes(table, groups, means[1])),
-            ("Intervals, tests and costs", compared, [ABOUT_WELCH] if TEST in compared[0] else []),
-            (trials, trial_lines(of_table), []),
+            Table(f"{words}mean (std) over n seeds", *means, _all_notes(table, groups, means[1])),
+            Table("Intervals, tests and costs", *compared, [ABOUT_WELCH] if TEST in compared[0] else []),
+            Table("Trials of the search", *trial_lines(of_table), folded=True),
         ]
         log, of_cell = author_log(table, of_table)
         if of_cell:
-            parts.append((_of_log(log), log_lines(log, of_cell), [_about_log(log)]))
-        tables[table] = [
-            {"title": title, "header": header, "lines": lines, "notes": notes, "folded": title == trials}
-            for title, (header, lines), notes in parts
-            if lines
-        ]
+            parts.append(Table(_of_log(log), *log_lines(log, of_cell), [_about_log(log)]))
+        tables[table] = [part for part in parts if part.lines]
     return tables
 
 
