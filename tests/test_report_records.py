@@ -218,7 +218,7 @@ def test_run_without_values_of_a_curve_is_drawn_without_it(record, tmp_path, cap
     edit_metrics(tmp_path / "run", lambda line: line.update(train_loss=None))
     drawn = tmp_path / "curves.png"
     text = output(capsys, tmp_path / "run", "--reference", record, "--plot", drawn, "--out", tmp_path / "out")[1]
-    assert "train_loss: cannot be compared with the record: no update in common" in text
+    assert "train_loss cannot be compared with the record: no update in common" in text
     assert "test_top1 within the band" in text
     assert drawn.exists()
 
