@@ -26,8 +26,8 @@ from scripts.tables import CONFIGS
 
 EXPERIMENTS = {  # task to table and rows
     "classification": ("digits", ("sgd", "adam", "radam", "apollo")),
-    "lm": ("pydoc_topics", ("adam", "radam", "apollo")),
-    "nmt": ("grammar", ("adam", "radam", "apollo")),
+    "lm": ("pydoc_topics", ("sgd", "adam", "radam", "apollo")),
+    "nmt": ("grammar", ("sgd", "adam", "radam", "apollo")),
 }
 
 
