@@ -7,7 +7,7 @@ different settings are listed separately. Unfinished runs and unreadable files a
 import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
-from typing import Any
+from typing import NamedTuple
 
 from scripts.reporting.page import Table
 from scripts.reporting.recipes import (
@@ -25,7 +25,6 @@ from scripts.tables import ROWS, SCHEDULES, position, published
 from scripts.text_table import format_table
 
 MOST_CHANGES = 8  # that a note names
-Cell = tuple[str, str, int]  # row, schedule, variant
 Lines = tuple[list[str], list[list[str]]]  # header and lines of a table
 TEST = "apollo − row"  # the column of Welch's test
 ABOUT_WELCH = (
@@ -33,6 +32,20 @@ ABOUT_WELCH = (
     "runs on both sides), not corrected for the number of rows. A few seeds prove little: with 3 on each side only a "
     "difference of several standard deviations can be told from chance."
 )
+
+
+class Cell(NamedTuple):
+    row: str
+    schedule: str
+    variant: int = 1  # as of a Run
+
+    @property
+    def label(self) -> str:
+        return self.row if self.variant == 1 else f"{self.row} #{self.variant}"
+
+    @property
+    def position(self) -> tuple:
+        return position(self.row, ROWS), position(self.schedule, SCHEDULES), self.variant
 
 
 def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] = (), markdown: bool = False) -> str:
@@ -57,11 +70,11 @@ def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
 
 def log_table(table: str, runs: Sequence[Run], markdown: bool = False) -> str | None:
     """The author's training log beside those of `runs`; None if there is no such log or no run of its cell."""
-    log, of_cell = author_log(table, runs)
-    if not of_cell:
+    log = of_author(table, runs)
+    if log is None:
         return None
-    lines = format_table(*log_lines(log, of_cell), markdown)
-    return "\n".join([f"{table}: {_of_log(log)}", *([""] if markdown else []), *lines, "", _about_log(log)])
+    lines = format_table(log.header, log.lines, markdown)
+    return "\n".join([f"{table}: {log.title}", *([""] if markdown else []), *lines, "", *log.notes])
 
 
 def render(runs: Sequence[Run], kind: str) -> str:
@@ -87,9 +100,7 @@ def page_tables(runs: Sequence[Run]) -> dict[str, list[Table]]:
             Table("Intervals, tests and costs", *compared, [ABOUT_WELCH] if TEST in compared[0] else []),
             Table("Trials of the search", *trial_lines(of_table), folded=True),
         ]
-        log, of_cell = author_log(table, of_table)
-        if of_cell:
-            parts.append(Table(_of_log(log), *log_lines(log, of_cell), [_about_log(log)]))
+        parts += [log] if (log := of_author(table, of_table)) else []
         tables[table] = [part for part in parts if part.lines]
     return tables
 
@@ -107,20 +118,14 @@ def results(
     header = ["row", "schedule", "final", *(["unaveraged"] if averages else []), "best", "n"]
     header += ["published", "difference", *also.values()] if facts else []
     lines = []
-    for cell in sorted({*((*pair, 1) for pair in expected), *_with_line(groups)}, key=_cell_position):
+    for cell in sorted({*(Cell(*pair) for pair in expected), *_with_line(groups)}, key=lambda cell: cell.position):
         complete = [run for run in groups.get(cell, ()) if run.result]
         finals = _scores(complete, "final")
-        unaveraged = [spread(_scores(complete, "final_unaveraged"))] if averages else []
-        line = [
-            _label(cell),
-            cell[1],
-            spread(finals),
-            *unaveraged,
-            spread(_scores(complete, "best")),
-            f"{len(complete)}",
-        ]
+        line = [cell.label, cell.schedule, spread(finals)]
+        line += [spread(_scores(complete, "final_unaveraged"))] if averages else []
+        line += [spread(_scores(complete, "best")), str(len(complete))]
         if facts:
-            target = targets.get(cell[:2])
+            target = targets.get((cell.row, cell.schedule))
             value = f"{target[0]:.2f} ({target[1]:.2f})" if target else ""
             line.append(f"*{value}*" if value and markdown else value)
             line.append(f"{mean(finals) - target[0]:+.2f}" if target and finals else "")
@@ -133,17 +138,17 @@ def comparisons(groups: dict[Cell, list[Run]]) -> Lines:
     """Header and lines of the second table (see `comparison`), without empty columns."""
     header = ["row", "schedule", "95 % interval", TEST, "p (n)", "time a run", "memory", "optimizer's share"]
     lines = []
-    for cell in sorted(_with_line(groups), key=_cell_position):
+    for cell in sorted(_with_line(groups), key=lambda cell: cell.position):
         complete = [run for run in groups[cell] if run.result]
         finals = _scores(complete, "final")
-        usual = ("apollo", cell[1], 1)
+        usual = Cell("apollo", cell.schedule)
         apollo = _scores(groups.get(usual, ()), "final")
         ends = interval(finals)
         test = None if cell == usual else welch(apollo, finals)
         lines.append(
             [
-                _label(cell),
-                cell[1],
+                cell.label,
+                cell.schedule,
                 f"{ends[0]:.2f} to {ends[1]:.2f}" if ends else "",
                 f"{test.mean:+.2f} ({test.low:+.2f} to {test.high:+.2f})" if test else "",
                 f"{test.p:.2g} ({len(apollo)}, {len(finals)})" if test else "",
@@ -156,8 +161,11 @@ def comparisons(groups: dict[Cell, list[Run]]) -> Lines:
     return [header[place] for place in kept], [[line[place] for place in kept] for line in lines]
 
 
-def log_lines(log: dict[str, Any], of_cell: Sequence[Run]) -> Lines:
-    """Header and lines of the table of a published training log, with two columns for each run."""
+def of_author(table: str, runs: Sequence[Run]) -> Table | None:
+    """The published training log, and two columns for each of `runs` of its cell; None if there is no such run."""
+    log, of_cell = author_log(table, runs)
+    if not of_cell:
+        return None
     updates = list(log["bits"])
     header = ["update", "published"]
     columns = [[f"{update:,}" for update in updates], [f"{bits:.2f}" for bits in log["bits"].values()]]
@@ -166,7 +174,9 @@ def log_lines(log: dict[str, Any], of_cell: Sequence[Run]) -> Lines:
         losses = run.logged("loss", updates)
         columns.append(["" if math.isnan(nats) else f"{nats / math.log(2):.2f}" for nats in losses])
         columns.append(["" if math.isnan(share) else f"{share:.0%}" for share in run.logged("clipped", updates)])
-    return header, list(map(list, zip(*columns, strict=True)))
+    title = f"{log['row']} {log['schedule']}, training loss in bits per target token, share of clipped updates"
+    lines = list(zip(*columns, strict=True))
+    return Table(title, header, lines, [f"published: {log['source']}; {log['in_words']}"])
 
 
 def trial_lines(runs: Sequence[Run]) -> Lines:
@@ -185,21 +195,13 @@ def by_cell(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
     groups: dict[Cell, list[Run]] = {}
     for run in apart(runs):
         if not run.trial:
-            groups.setdefault((*run.cell, run.variant), []).append(run)
+            groups.setdefault(Cell(*run.cell, run.variant), []).append(run)
     return groups
 
 
 def _with_line(groups: dict[Cell, list[Run]]) -> list[Cell]:
     """The cells with a line. A further recipe has none before one of its runs is complete."""
-    return [cell for cell, runs in groups.items() if cell[2] == 1 or any(run.result for run in runs)]
-
-
-def _cell_position(cell: Cell) -> tuple:
-    return position(cell[0], ROWS), position(cell[1], SCHEDULES), cell[2]
-
-
-def _label(cell: Cell) -> str:
-    return cell[0] if cell[2] == 1 else f"{cell[0]} #{cell[2]}"
+    return [cell for cell, runs in groups.items() if cell.variant == 1 or any(run.result for run in runs)]
 
 
 def _scores(runs: Sequence[Run], name: str) -> list[float]:
@@ -240,14 +242,6 @@ def optimizer_share(run: Run) -> float | None:
     return share if share < 1 else None
 
 
-def _of_log(log: dict[str, Any]) -> str:
-    return f"{log['row']} {log['schedule']}, training loss in bits per target token, share of clipped updates"
-
-
-def _about_log(log: dict[str, Any]) -> str:
-    return f"published: {log['source']}; {log['in_words']}"
-
-
 def _all_notes(table: str, groups: dict[Cell, list[Run]], lines: Sequence[Sequence[str]]) -> list[str]:
     """The notes below the table of means that has these lines."""
     notes = [note for of_cell in groups.values() for note in _notes(of_cell, groups)]
@@ -264,7 +258,7 @@ def _notes(of_cell: Sequence[Run], groups: dict[Cell, list[Run]]) -> list[str]:
     if complete and (changes := changes_to_recipe(first)):
         notes.append(f"{cell}, {_seeds(complete)}: not the published recipe: {_shortened(changes)}")
     elif complete and first.variant > 1:
-        usual = groups[(*first.cell, 1)][0]
+        usual = groups[Cell(*first.cell)][0]
         changes = changes_between(first, usual)
         notes.append(f"{cell}, {_seeds(complete)}: another recipe than {usual.row}'s: {_shortened(changes)}")
     if diverged := [run for run in complete if run.result.diverged]:
