@@ -45,11 +45,18 @@ def read_yaml(text: str) -> Any:
             return None
         if _checked_size(node, {}) > MOST_VALUES:
             raise yaml.YAMLError(f"its aliases stand for more than {MOST_VALUES:,} values")
-        return loader.construct_document(node)
+        return _unshared(loader.construct_document(node))
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
     finally:
         loader.dispose()
+
+
+def _unshared(value: Any) -> Any:
+    """`value` with copies of what aliases repeat, because an override changes one place alone."""
+    if isinstance(value, dict):
+        return {key: _unshared(child) for key, child in value.items()}
+    return [_unshared(child) for child in value] if isinstance(value, list) else value
 
 
 def write_yaml(value: Any) -> str:

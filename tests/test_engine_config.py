@@ -144,6 +144,12 @@ def test_yaml_that_is_refused(text):
         read_yaml(text)
 
 
+def test_what_an_alias_repeats_is_changed_in_one_place_alone():
+    found = read_yaml("{a: &a {b: {c: 1}}, d: *a, e: {<<: *a}}")
+    found["d"]["b"]["c"] = 2
+    assert found["a"] == found["e"] == {"b": {"c": 1}}
+
+
 def test_aliases_of_aliases_are_refused_before_they_fill_the_memory():
     lists = "".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 10)}]\n" for n in range(1, 12))
     with pytest.raises(yaml.YAMLError, match="stand for more than"):
