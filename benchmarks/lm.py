@@ -39,6 +39,7 @@ from engine.precision import Precision
 from engine.run import end_epoch
 from engine.run_record import RunRecord, describe_environment, peak_memory_mb
 from language_model import prepare as preparation
+from language_model.config import ModelConfig
 from language_model.data import TextData
 from language_model.model import LanguageModel
 from language_model.prepared import open_corpus
@@ -279,7 +280,8 @@ def train_loop(row: str, precision: str, corpus: Path, options: argparse.Namespa
 
 def bare_loop(method: str, precision: str, corpus: Path, options: argparse.Namespace, world: World) -> Contender:
     keep_freed_memory()
-    model = LanguageModel(options.words, hidden=options.hidden, cutoffs=options.cutoffs).to(world.device)
+    config = ModelConfig(name="lstm", hidden=options.hidden, cutoffs=options.cutoffs)
+    model = LanguageModel(config, options.words).to(world.device)
     optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
     data = TextData(open_corpus(corpus), options.batch, 20, device=world.device, seed=1)
     ((_, (tokens, targets, *_)),) = next(data.train_batches(0))

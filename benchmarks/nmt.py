@@ -22,7 +22,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn.functional import cross_entropy, linear
@@ -35,7 +35,7 @@ from engine.precision import Precision
 from engine.run_record import RunRecord, describe_environment, peak_memory_mb
 from nmt.beam_search import beam_search
 from nmt.codec import BOS, EOS, PAD
-from nmt.data import Batch, padding_share, train_batches, updates_per_epoch
+from nmt.data import Batch, train_batches, updates_per_epoch
 from nmt.model import ModelConfig, Transformer, create_model, sinusoids
 from nmt.train import Config, TranslationRun, prepare, train_epoch
 from optim import create_optimizer
@@ -99,6 +99,15 @@ def measure_training(options: argparse.Namespace) -> None:
         report("target tokens/s", speeds, "train.py")
         share = padding_share(batch for passes in train_batches(*epoch) for _, batch in passes)
         print(f"\npadding: {100 * share:.1f} % of the tokens of both sides, batches of {config.batch:,} tokens")
+
+
+def padding_share(batches: Iterator[Batch]) -> float:
+    padding = total = 0
+    for batch in (batch for batch in batches if batch.tokens):
+        for side in (batch.source, batch.target_out):
+            padding += int((side == PAD).sum())
+            total += side.numel()
+    return padding / total
 
 
 def train_py(run: TranslationRun, start: int, tokens: int) -> float:

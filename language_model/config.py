@@ -16,22 +16,22 @@ class DataConfig(Strict):
 
 
 class ModelConfig(Strict):
-    """The settings under `model:` in a config. LanguageModel explains them."""
+    """The settings under `model:` in a config. The defaults are the published sizes."""
 
-    name: Literal["lstm", "gru", "rnn"]
-    cutoffs: list[PositiveInt]
+    name: Literal["lstm", "gru", "rnn"]  # rnn: with tanh
+    cutoffs: list[PositiveInt]  # ids where the adaptive softmax starts a new cluster
     embedding: PositiveInt = 300
     hidden: PositiveInt = 2048
     layers: PositiveInt = 2
-    dropout: float = Field(0.1, ge=0, lt=1)
-    div_value: float = Field(4.0, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)  # of the embeddings, between the layers, and of the last layer's output
+    div_value: float = Field(4.0, ge=1)  # the projection of cluster i has hidden / div_value**i dimensions
 
 
 class TransformerConfig(Strict):
-    """The settings under `model:` in a config."""
+    """The settings under `model:` in a config, for the other network."""
 
     name: Literal["transformer"]
-    cutoffs: list[PositiveInt]  # ids where the adaptive softmax starts a new cluster
+    cutoffs: list[PositiveInt]
     width: PositiveInt = 512
     inner_width: PositiveInt = 2048  # of the feed-forward parts
     layers: PositiveInt = 6

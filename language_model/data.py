@@ -1,13 +1,12 @@
 """Batches of token ids: contiguous rows of a shard for training, rows of whole sentences for testing.
 
-Training follows the published batching. In every epoch the shards come in a new order, and the sentences of a shard in
-a new order within it, both a function of (seed, epoch). A shard's tokens are laid out as batch x passes contiguous
-rows, and an update takes the next sequence_length columns of all rows. The network's state goes on in each row, and
-starts from zero at a new shard. What does not fill a last update is dropped. Pass k of every update has the rows from k
-x batch on, and the ranks divide the passes.
+Training follows the published batching. The order of the shards, and of the sentences in each, is a function of (seed,
+epoch). A shard's tokens are laid out as batch x passes contiguous rows, and an update takes the next sequence_length
+columns of all rows. Pass k has the rows from k x batch on; the ranks divide the passes. The network's state goes on in
+each row, and starts from zero at a new shard. What does not fill a last update is dropped.
 
-Testing predicts every token exactly once. The test text is cut, where sentences start, into rows of about the same
-length, whose state starts from zero; a row's first <S> is predicted from the </S> that went before it.
+Testing predicts every token exactly once. The text is cut, where sentences start, into rows of about the same length,
+whose state starts from zero. A row's first <S> is predicted from the </S> before it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -80,7 +79,7 @@ def _read_part(shard: Shard, sentences: np.ndarray) -> Arrays:
 class TextData:
     """Batches of `corpus` on `device`.
 
-    Raises UserError where no shard fills a single batch, or there is nothing to test on.
+    Raises UserError where no shard fills an update, or there is nothing to test on.
     """
 
     def __init__(
@@ -114,10 +113,7 @@ class TextData:
     def train_batches(
         self, epoch: int, rank: int = 0, world_size: int = 1, *, start_update: int = 0
     ) -> Iterator[list[tuple[int, TrainBatch]]]:
-        """The epoch's updates from `start_update` on: for each, this rank's passes, as (index in the update, batch).
-
-        A rank takes the passes rank, rank + world_size, ...
-        """
+        """The epoch's updates from `start_update` on: for each, this rank's passes, as (index in the update, batch)."""
         own = range(rank, self.passes, world_size)
         shards = self.corpus.train
         skip = start_update
@@ -139,8 +135,8 @@ class TextData:
     def _columns(self, epoch: int, index: int, length: int, own: range) -> list[tuple[Tensor, Tensor]]:
         """The rows of each pass of `own` in shard `index`, `length` tokens of each and the token after them.
 
-        Each is [length + 1, batch]: tokens and targets lie in it one after the other, and batches are views of it. It
-        is there twice, on the device and on the host; if the device is the CPU, both are the same tensor.
+        Each is [length + 1, batch], on the device and on the host; on the CPU both are the same tensor. Batches are
+        views of it.
         """
         shard = self.corpus.train[index]
         order = torch.randperm(shard.sentences, generator=generator(self.seed, "sentences", epoch, index)).numpy()
@@ -154,24 +150,6 @@ class TextData:
             pinned = on_host.pin_memory() if torch.device(self.device).type == "cuda" else on_host
             found.append((pinned.to(self.device, non_blocking=True), on_host))
         return found
-
-    def test_batches(
-        self,
-        rows: int,
-        rank: int = 0,
-        world_size: int = 1,
-        *,
-        steps: int = TEST_STEPS,
-        shards: Sequence[Shard] | None = None,
-    ) -> Iterator[ScoredBatch]:
-        """The sentences of `shards` (the test set) in `rows` rows, of which `rank` takes every world_size-th.
-
-        A batch has `steps` columns.
-        """
-        arrays = [shard.read() for shard in (self.corpus.test if shards is None else shards)]
-        tokens = np.concatenate([tokens for tokens, _ in arrays])
-        lengths = np.concatenate([np.diff(offsets) for _, offsets in arrays])
-        return scored_batches(tokens, lengths, rows, rank, world_size, steps=steps, device=self.device)
 
 
 def sentences_in_order(shard: Arrays, order: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -188,6 +166,12 @@ def sentences_in_order(shard: Arrays, order: np.ndarray, start: int, stop: int) 
     return tokens[places[start - begin : stop - begin]].astype(np.int64)
 
 
+def read_text(shards: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of all `shards` one after the other, and the lengths of their sentences."""
+    arrays = [shard.read() for shard in shards]
+    return np.concatenate([tokens for tokens, _ in arrays]), np.concatenate([np.diff(ends) for _, ends in arrays])
+
+
 def scored_batches(
     tokens: np.ndarray,
     lengths: np.ndarray,
@@ -198,7 +182,10 @@ def scored_batches(
     steps: int = TEST_STEPS,
     device: torch.device | str,
 ) -> Iterator[ScoredBatch]:
-    """Every token of a text as a target exactly once: `tokens` of sentences of these `lengths`, one after the other."""
+    """Every token of a text as a target exactly once: `tokens` of sentences of these `lengths`, one after the other.
+
+    The text is cut into `rows` rows, of which `rank` takes every world_size-th. A batch has up to `steps` columns.
+    """
     ends = np.cumsum(lengths)
     cuts = np.unique(ends[np.searchsorted(ends, np.linspace(0, ends[-1], rows + 1)[1:])])
     bounds = list(zip([0, *cuts[:-1]], cuts, strict=True))[rank::world_size]

@@ -1,13 +1,12 @@
 """Score a text with a trained model: python -m language_model.evaluate RUN|BUNDLE FILE [key=value ...]
 
 RUN is a run folder, whose newest checkpoint is used; BUNDLE is what `python -m scripts.report --bundle RUN` made of it.
-FILE holds tokenized text, one sentence a line, as the training text was. The three perplexities are those of
-`language_model.scoring.perplexities`.
-
+FILE holds text as the training text was: tokenized, one sentence a line. scoring.py explains the three perplexities.
 key=value changes the run's config, e.g. data.root=FOLDER if the data has moved, or precision, device, eval_rows.
 """
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from engine.errors import UserError, run_main, settings_of
 from engine.run import create_precision
 from engine.weights import read_weights
 from language_model.config import Config
-from language_model.data import load_corpus, scored_batches
+from language_model.data import load_corpus
 from language_model.model import create_model
 from language_model.raw_text import Part
 from language_model.scoring import perplexities, score
@@ -35,11 +34,8 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments in (["-h"], ["--help"]) else 2
     run, file = Path(arguments[0]), Path(arguments[1])
     config = load_config(Config, run / "config.yaml", arguments[2:])
-    world = setup(config.device)
-    try:
+    with closing(setup(config.device)) as world:
         found = evaluate_file(config, run, file, world)
-    finally:
-        world.close()
     for name, value in found.items() if world.is_main else ():
         print(f"{name:<26}{value:>14,}" if isinstance(value, int) else f"{name:<26}{value:>14,.2f}")
     return 0
@@ -58,10 +54,8 @@ def evaluate_file(config: Config, run: Path, file: Path, world: World) -> dict[s
     require_same_shapes(model, weights.state, run)
     model.load_state_dict(weights.state)
     model.to(world.device)
-    batches = scored_batches(
-        tokens, lengths, config.eval_rows, world.rank, world.world_size, steps=model.test_steps, device=world.device
-    )
-    total = score(model, batches, create_precision(config.precision, world.device, _say), world)
+    precision = create_precision(config.precision, world.device, _say)
+    total = score(model, tokens, lengths, config.eval_rows, precision, world)
     words = len(tokens) - 2 * len(lengths)
     return {
         "sentences": len(lengths),

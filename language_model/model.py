@@ -1,9 +1,7 @@
 """The published language model: an embedding, an LSTM (or GRU, or plain RNN), and an adaptive softmax over all words.
 
-The network's state is one float32 tensor [parts, layers, rows, hidden]. The parts are h and c for an LSTM, and only h
-for the others. The state is detached; the training loop keeps it, and a checkpoint contains it.
-
-`create_model` makes it, or the Transformer of transformer.py, whose state has its rows in the same place.
+The network's state is one detached float32 tensor [parts, layers, rows, hidden]. The parts are h and c for an LSTM, and
+only h for the others. The Transformer of transformer.py is the other choice; its state has its rows in the same place.
 """
 
 from collections.abc import Sequence
@@ -23,44 +21,23 @@ CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
 class LanguageModel(nn.Module):
-    """Predicts each token from those before it.
+    """Predicts each token of a text from those before it. The ids of words go from the most to the least frequent.
 
-    Args:
-        words: size of the vocabulary. The ids go from the most to the least frequent word.
-        cell: lstm, gru or rnn (tanh).
-        embedding, hidden, layers: sizes; published: 300, 2048, 2.
-        dropout: on the embeddings, between the layers, and on the last layer's output.
-        cutoffs: ids where the adaptive softmax starts a new cluster; published: 60000, 100000, 640000. The projection
-            of cluster i = 1, 2, ... after the first cutoff has hidden / div_value**i dimensions.
-
-    Raises:
-        ValueError: an unknown cell, or cutoffs that do not fit the vocabulary.
+    Raises ValueError for cutoffs that do not fit the vocabulary of `words` words.
     """
 
-    def __init__(
-        self,
-        words: int,
-        cell: str = "lstm",
-        *,
-        embedding: int = 300,
-        hidden: int = 2048,
-        layers: int = 2,
-        dropout: float = 0.1,
-        cutoffs: Sequence[int] = (60_000, 100_000, 640_000),
-        div_value: float = 4.0,
-    ) -> None:
+    def __init__(self, config: ModelConfig, words: int) -> None:
         super().__init__()
         self.test_steps = TEST_STEPS
-        if cell not in CELLS:
-            raise ValueError(f"unknown cell '{cell}'; valid: {', '.join(CELLS)}")
-        self.parts = 2 if cell == "lstm" else 1
-        self.hidden = hidden
-        self.embedding = nn.Embedding(words, embedding)
+        self.parts = 2 if config.name == "lstm" else 1
+        self.hidden = config.hidden
+        self.embedding = nn.Embedding(words, config.embedding)
         # One module for each layer, and dropout between them by torch. cuDNN's dropout keeps random numbers of its own:
         # to seed them, as we do in every pass, makes the host wait for the device.
-        self.rnn = nn.ModuleList(CELLS[cell](hidden if layer else embedding, hidden) for layer in range(layers))
-        self.softmax = create_softmax(hidden, words, cutoffs, div_value)
-        self.dropout = nn.Dropout(dropout)
+        inputs = [config.embedding, *[config.hidden] * (config.layers - 1)]
+        self.rnn = nn.ModuleList(CELLS[config.name](width, config.hidden) for width in inputs)
+        self.softmax = create_softmax(config.hidden, words, config.cutoffs, config.div_value)
+        self.dropout = nn.Dropout(config.dropout)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -79,8 +56,7 @@ class LanguageModel(nn.Module):
 
     def zero_state(self, rows: int) -> Tensor:
         """The state at the start of a text."""
-        shape = self.parts, len(self.rnn), rows, self.hidden
-        return self.embedding.weight.new_zeros(shape, dtype=torch.float32)
+        return self.embedding.weight.new_zeros(self.parts, len(self.rnn), rows, self.hidden, dtype=torch.float32)
 
     @override(check_signature=False)  # torch declares that forward returns None
     def forward(
@@ -106,7 +82,7 @@ class LanguageModel(nn.Module):
         return log_prob.view_as(targets), torch.cat(after, 1).detach().float()
 
     def _needs_float32(self, x: Tensor) -> bool:
-        """Whether the recurrent layers must not run under the autocast that is on.
+        """Whether the recurrent layers must not run under the autocast that is on now.
 
         On CUDA, autocast to bfloat16 also gives cuDNN float16 (torch's aten/src/ATen/cudnn/AutocastRNN.cpp), in which
         small gradients underflow without a loss scale. On the CPU, the processor may lack an LSTM in bfloat16.
@@ -121,13 +97,10 @@ Network = LanguageModel | Transformer
 
 
 def create_model(config: ModelConfig | TransformerConfig, words: int, window: int) -> Network:
-    """The network of `config` for a vocabulary of `words` words; a Transformer sees `window` tokens.
-
-    Raises ValueError for cutoffs that do not fit the vocabulary.
-    """
+    """The network of `config`; a Transformer sees `window` tokens. ValueError as from the network's class."""
     if isinstance(config, TransformerConfig):
         return Transformer(config, words, window)
-    return LanguageModel(words, config.name, **config.model_dump(exclude={"name"}))
+    return LanguageModel(config, words)
 
 
 @cache

@@ -1,7 +1,7 @@
 """Encode a text corpus for training: python -m language_model.prepare SOURCE OUT [--vocabulary FILE]
 
 SOURCE is the One Billion Word benchmark, unpacked or as its .tar.gz (raw_text.py lists what is read), or any text in
-the same layout: tokenized, one sentence per line, UTF-8. language_model/prepared.py describes the output.
+the same layout: tokenized, one sentence per line, UTF-8. prepared.py describes the output.
 
 After any interruption the same command continues: finished shards are kept. Memory does not grow with the corpus.
 """
@@ -9,14 +9,10 @@ After any interruption the same command continues: finished shards are kept. Mem
 import argparse
 import json
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,14 +22,14 @@ from tqdm import tqdm
 from engine.errors import UserError, run_main
 from engine.files import hold, write_atomically
 from engine.machine import core_count
-from engine.manifest import MANIFEST, read_manifest
+from engine.manifest import MANIFEST
+from engine.workers import positive, worker_pool
 from language_model.benchmark import TEST_FILE, warnings
 from language_model.prepared import (
-    FORMAT,
-    MANIFEST_KEYS,
     VOCABULARY,
     damage,
     disk_errors,
+    finished,
     summary,
     token_dtype,
     wait_for_disk,
@@ -59,14 +55,7 @@ T = TypeVar("T")
 def main(arguments: list[str]) -> None:
     options = _parse(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    build(
-        options.source,
-        options.out,
-        vocabulary=options.vocabulary,
-        threshold=options.threshold,
-        tests=options.test,
-        workers=options.workers,
-    )
+    build(**vars(options))
 
 
 def build(
@@ -121,7 +110,7 @@ def _resume(out: Path, made_from: dict[str, str]) -> tuple[str | None, dict[str,
     """
     for leftover in (*out.glob("*.tmp"), *out.glob("*/*.tmp")):
         leftover.unlink()
-    manifest = read_manifest(out, MANIFEST_KEYS, FORMAT)
+    manifest = finished(out)
     before, known, entries = made_from, None, []
     if manifest:
         before, known, entries = manifest["made_from"], manifest["vocabulary"]["sha256"], manifest["shards"]
@@ -232,52 +221,26 @@ def _in_parallel(function: Callable[[Part], T], parts: Iterable[Part], workers: 
         yield from map(function, parts)
         return
     pending: set[Future[T]] = set()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, _start_worker) as pool:
-        try:
-            for part in parts:
-                pending.add(pool.submit(function, part))
-                if len(pending) > workers:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            while pending:
+    with worker_pool(workers) as pool:
+        for part in parts:
+            pending.add(pool.submit(function, part))
+            if len(pending) > workers:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed (out of memory?): run the same command again, with fewer --workers"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end this worker if the parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def _die_with(process: multiprocessing.process.BaseProcess) -> None:
-    process.join()
-    os._exit(1)
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m language_model.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="the unpacked benchmark's folder, or its .tar.gz")
     parser.add_argument("out", type=Path, help="folder to write to")
-    parser.add_argument(
-        "--vocabulary", type=Path, metavar="FILE", help="`word count` lines; else counted from the text"
-    )
-    parser.add_argument("--threshold", type=int, default=3, help="count at which a counted word is taken (%(default)s)")
-    parser.add_argument(
-        "--test",
-        nargs="+",
-        metavar="NAME",
-        default=[TEST_FILE],
-        help=f"held-out files to test on, or {ALL} (%(default)s)",
-    )
-    parser.add_argument("--workers", type=int, default=core_count(), help="processes (%(default)s)")
+    parser.add_argument("--vocabulary", type=Path, metavar="FILE", help="`word count` lines; else from the text")
+    parser.add_argument("--threshold", type=positive, default=3, help="least count of a counted word (%(default)s)")
+    tests = {"dest": "tests", "nargs": "+", "metavar": "NAME", "default": [TEST_FILE]}
+    parser.add_argument("--test", **tests, help=f"held-out files to test on, or {ALL} (%(default)s)")
+    parser.add_argument("--workers", type=positive, default=core_count(), help="processes (%(default)s)")
     return parser.parse_args(arguments)
 
 

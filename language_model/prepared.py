@@ -119,7 +119,8 @@ def wait_for_disk(entry: dict[str, Any], out: Path) -> None:
 
 def damage(entry: dict[str, Any], out: Path) -> str | None:
     """What is wrong with a shard's files, by their sizes; None if they are whole."""
-    for suffix, size in _sizes(entry).items():
+    sizes = entry["tokens"] * entry["bytes_per_token"], (entry["sentences"] + 1) * OFFSET.itemsize
+    for suffix, size in zip(SUFFIXES, sizes, strict=True):
         path = _with(out / entry["name"], suffix)
         try:
             found = path.stat().st_size
@@ -147,17 +148,33 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from None
 
 
+def finished(out: Path) -> dict[str, Any] | None:
+    """The manifest in `out`, None if there is none. Raises UserError if a field is missing, or not of its kind."""
+    manifest = read_manifest(out, MANIFEST_KEYS, FORMAT)
+    if manifest is None:
+        return None
+    try:
+        fields = [(manifest["vocabulary"], {"words": int, "sha256": str})]
+        fields += [(entry, ENTRY_FIELDS) for entry in manifest["shards"]]
+        whole = all(isinstance(values[name], kind) for values, kinds in fields for name, kind in kinds.items())
+        whole = whole and isinstance(manifest["shards"], list) and manifest["dtype"] in ("<u2", "<u4")
+    except (KeyError, TypeError):  # TypeError: something is not a mapping
+        whole = False
+    if not whole:
+        raise UserError(f"{out / MANIFEST} is damaged (fields are missing): delete it, then prepare the data again")
+    return manifest
+
+
 def open_corpus(root: Path) -> Corpus:
     """The corpus prepared in `root`. Raises UserError if something is missing or does not fit."""
-    manifest = read_manifest(root, MANIFEST_KEYS, FORMAT)
+    manifest = finished(root)
     if manifest is None:
         raise UserError(
             f"{root}: no finished corpus there (no {MANIFEST}): "
             f"bash scripts/prepare.sh one_billion_words SOURCE {root} (of other text: {PREPARE_COMMAND})"
         )
-    _require_fields(root / MANIFEST, manifest)
     again = f"run `{PREPARE_COMMAND.replace('OUT', str(root))}` as before: it makes what is missing"
-    vocabulary, dtype = manifest["vocabulary"], np.dtype(manifest["dtype"])
+    vocabulary = manifest["vocabulary"]
     try:
         content = (root / VOCABULARY).read_bytes()
     except OSError as error:
@@ -175,26 +192,19 @@ def open_corpus(root: Path) -> Corpus:
         if len(own) < len(entries["test"]):
             entries["all_test"] = entries["test"]
         entries["test"] = own
-    facts = {"vocabulary": {"words": vocabulary["words"], "sha256": vocabulary["sha256"]}}
+    words, sha256 = vocabulary["words"], vocabulary["sha256"]
+    facts = {"vocabulary": {"words": words, "sha256": sha256}}
     facts |= {name: summary(of_text) for name, of_text in entries.items()}
     facts["train"]["files"] = len(facts["train"]["files"])
-    shards = {
-        name: [
-            Shard(
-                entry["tokens"], entry["sentences"], partial(_read_shard, root / entry["name"], dtype, entry["digest"])
-            )
-            for entry in of_text
-            if entry["tokens"]  # an empty file cannot be mapped
-        ]
-        for name, of_text in entries.items()
-    }
-    return Corpus(
-        words=vocabulary["words"],
-        vocabulary_digest=vocabulary["sha256"],
-        load_vocabulary=partial(load_vocabulary, root / VOCABULARY),
-        facts=facts,
-        **shards,
-    )
+
+    def shard(entry: dict[str, Any]) -> Shard:
+        read = partial(_read_shard, root / entry["name"], np.dtype(manifest["dtype"]), entry["digest"])
+        return Shard(entry["tokens"], entry["sentences"], read)
+
+    # An empty file cannot be mapped.
+    shards = {name: [shard(entry) for entry in of_text if entry["tokens"]] for name, of_text in entries.items()}
+    load = partial(load_vocabulary, root / VOCABULARY)
+    return Corpus(**shards, words=words, vocabulary_digest=sha256, load_vocabulary=load, facts=facts)
 
 
 def summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -210,19 +220,6 @@ def summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _require_fields(path: Path, manifest: dict[str, Any]) -> None:
-    """Raise UserError where a field that `open_corpus` reads is missing, or not of its kind."""
-    whole = isinstance(manifest["vocabulary"], dict) and manifest["dtype"] in ("<u2", "<u4")
-    whole = whole and isinstance(manifest["shards"], list)
-    fields = [(manifest["vocabulary"], {"words": int, "sha256": str})] if whole else []
-    fields += [(entry, ENTRY_FIELDS) for entry in manifest["shards"]] if whole else []
-    for values, kinds in fields:
-        whole = whole and isinstance(values, dict)
-        whole = whole and all(isinstance(values.get(name), kind) for name, kind in kinds.items())
-    if not whole:
-        raise UserError(f"{path} is damaged (fields are missing): delete it, then prepare the data again")
-
-
 def _read_shard(path: Path, dtype: np.dtype, expected: str) -> Arrays:
     arrays = [np.memmap(_with(path, s), t, "r") for s, t in zip(SUFFIXES, (dtype, OFFSET), strict=True)]
     checksum = xxh3_64()
@@ -231,13 +228,6 @@ def _read_shard(path: Path, dtype: np.dtype, expected: str) -> Arrays:
     if checksum.hexdigest() != expected:
         raise UserError(f"{path}.tokens or .offsets is damaged (checksum): delete both, then {PREPARE_COMMAND} again")
     return arrays[0], arrays[1]
-
-
-def _sizes(entry: dict[str, Any]) -> dict[str, int]:
-    return {
-        ".tokens": entry["tokens"] * entry["bytes_per_token"],
-        ".offsets": (entry["sentences"] + 1) * OFFSET.itemsize,
-    }
 
 
 def _with(path: Path, suffix: str) -> Path:

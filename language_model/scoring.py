@@ -1,42 +1,49 @@
 """Loss and perplexity of texts."""
 
 import math
-from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from engine.distributed import World
 from engine.metrics import Sums
 from engine.precision import Precision
-from language_model.data import ScoredBatch, TextData
+from language_model.data import TextData, read_text, scored_batches
 from language_model.model import Network
 
 
 @torch.inference_mode()
-def score(model: Network, batches: Iterable[ScoredBatch], precision: Precision, world: World) -> dict[str, float]:
-    """Sums over all ranks: `loss`, the negative log-probabilities of all tokens counted in `batches`, and `tokens`."""
+def score(
+    model: Network, tokens: np.ndarray, lengths: np.ndarray, rows: int, precision: Precision, world: World
+) -> dict[str, float]:
+    """Sums over all ranks: `loss`, the negative log-probabilities of all tokens of a text, and `tokens`, their number.
+
+    The text is that of `scored_batches`. Raises RuntimeError unless each token was counted exactly once.
+    """
     model.eval()
     sums, state = Sums(("loss", "tokens"), world.device), None
-    for tokens, targets, counted in batches:
-        state = model.zero_state(tokens.shape[1]) if state is None else state
+    for inputs, targets, counted in scored_batches(
+        tokens, lengths, rows, world.rank, world.world_size, steps=model.test_steps, device=world.device
+    ):
+        state = model.zero_state(inputs.shape[1]) if state is None else state
         with precision.autocast():
-            log_prob, state = model(tokens, targets, state)
+            log_prob, state = model(inputs, targets, state)
         sums.add(loss=-torch.where(counted, log_prob, 0.0).sum(dtype=torch.float64), tokens=counted.sum())
-    return sums.reduce(world)
+    total = sums.reduce(world)
+    if total["tokens"] != len(tokens):
+        raise RuntimeError(f"evaluated {total['tokens']:.0f} tokens of a text of {len(tokens)}")
+    return total
 
 
 def final_perplexities(
     data: TextData, model: Network, rows: int, precision: Precision, world: World, test_loss: float
 ) -> dict[str, float]:
-    """By each denominator: of the test set, whose mean loss is `test_loss`; and of all held-out files (all_...),
-    if they were prepared.
-    """
+    """By each denominator: of the test set, whose mean loss is `test_loss`, and of all held-out files, if prepared."""
     corpus = data.corpus
     sentences = sum(shard.sentences for shard in corpus.test)
     found = perplexities(test_loss * data.test_tokens, data.test_tokens, sentences)
     if corpus.all_test:
-        batches = data.test_batches(rows, world.rank, world.world_size, steps=model.test_steps, shards=corpus.all_test)
-        loss = score(model, batches, precision, world)["loss"]
+        loss = score(model, *read_text(corpus.all_test), rows, precision, world)["loss"]
         facts = corpus.facts["all_test"]
         found |= {"all_files": len(facts["files"]), "all_tokens": facts["tokens"]}
         of_all = perplexities(loss, facts["tokens"], facts["sentences"])

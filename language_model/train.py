@@ -23,7 +23,7 @@ from engine.metrics import require_finite
 from engine.run_record import RunRecord
 from engine.seed import seed_step
 from language_model.config import Config
-from language_model.data import TextData, TrainBatch, hold_out, load_corpus
+from language_model.data import TextData, TrainBatch, hold_out, load_corpus, read_text
 from language_model.model import Network, create_model
 from language_model.scoring import final_perplexities, perplexity, score
 from language_model.softmax import cluster_sizes
@@ -118,10 +118,10 @@ def take_gradients(
 def log(run: TextRun, bar: tqdm) -> None:
     """Record the training metrics since the last log line."""
     if sums := runs.close_window(run):
-        clipped = {}
+        own = means(sums)
         if sums["updates"]:
-            clipped["clipped"] = run.clipping.share(sums, run.progress.update, run.world.world_size)
-        runs.log_window(run, bar, **means(sums), **clipped)
+            own["clipped"] = run.clipping.share(sums, run.progress.update, run.world.world_size)
+        runs.log_window(run, bar, **own)
 
 
 def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
@@ -131,20 +131,12 @@ def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
 
 
 def evaluate(run: TextRun) -> dict[str, float]:
-    """Loss and perplexity on the test text and, where sentences are held out, on the validation text.
-
-    Each token is counted exactly once over all ranks.
-    """
+    """Loss and perplexity on the test text and, where sentences are held out, on the validation text."""
     found = {}
     for split, shards in (("test_", run.data.corpus.test), ("valid_", run.data.corpus.valid)):
         if shards:
-            rows, world, tokens = run.config.eval_rows, run.world, sum(shard.tokens for shard in shards)
-            steps = run.model.test_steps
-            batches = run.data.test_batches(rows, world.rank, world.world_size, steps=steps, shards=shards)
-            total = score(run.model, batches, run.precision, world)
-            if total["tokens"] != tokens:
-                raise RuntimeError(f"evaluated {total['tokens']:.0f} tokens of a text of {tokens}")
-            require_finite(total["loss"], run.progress.update)
+            total = score(run.model, *read_text(shards), run.config.eval_rows, run.precision, run.world)
+            require_finite(total["loss"], run.progress.update, f"{split}loss")
             found |= means(total, split)
     return found
 
@@ -173,12 +165,7 @@ def finish(run: TextRun) -> None:
     with evaluated.final(run):
         found |= final_perplexities(run.data, run.model, run.config.eval_rows, run.precision, run.world, loss)
     runs.write_result(
-        run,
-        metric="ppl",
-        **found,
-        evaluated=run.data.test_tokens,
-        test_files=files,
-        vocabulary=run.data.corpus.words,
+        run, metric="ppl", **found, evaluated=run.data.test_tokens, test_files=files, vocabulary=run.data.corpus.words
     )
     run.record.say(
         f"done: perplexity {found['final']:.2f} at the end, {best:.2f} at best, over {run.data.test_tokens:,} tokens "
@@ -221,20 +208,14 @@ def prepare(config: Config, world: World, record: RunRecord) -> TextRun:
     model, optimizer = runs.with_optimizer(model, config, precision)
 
     run = runs.assemble(
-        TextRun,
-        config,
-        world,
-        record,
-        precision,
-        model,
-        optimizer,
+        TextRun, config, world, record, precision, model, optimizer,
         total=config.epochs,
         updates_per_unit=data.updates_per_epoch,
         data=data,
         vocabulary=corpus.vocabulary_digest,
         clipping=ClippingWatch(config.optimizer, config.schedule, record.say),
         states={n: model.zero_state(config.batch) for n in range(world.rank, config.passes, world.world_size)},
-    )
+    )  # fmt: skip
     if saved := runs.restore(run):
         for index, state in run.states.items():
             state.copy_(saved["state"][:, :, rows_of(index, config.batch)])

@@ -5,11 +5,10 @@ Each layer normalises before its attention and before its feed-forward part (pre
 and adaptive embeddings (Press and Wolf 2017, arXiv 1608.05859; Baevski and Auli 2019, arXiv 1809.10853).
 
 The network sees at most `window` tokens, which is the config's sequence_length. In training each row of a batch is a
-window of its own, and nothing is carried over: the first token of a row is the only one before the second. In
-evaluation the state holds the last half of a window, so that every token is predicted from at least as many tokens
-before it, where the text has them.
+window of its own, and nothing is carried over. In evaluation the state holds the last half of a window, so that every
+token is predicted from at least as many tokens before it, where the text has them.
 
-All matrices are single parameters of their own, without biases, because some optimizers (Muon) treat each by itself.
+Each matrix is a parameter of its own, without a bias, because some optimizers (Muon) treat each by itself.
 """
 
 from collections.abc import Sequence
@@ -46,8 +45,8 @@ class Transformer(nn.Module):
 
         What the two parts of each layer add is smaller, by the square root of their number (Radford et al. 2019,
         section 2.3), so that the sum of all has the variance of one. Word vectors have width**-0.5, in the head and,
-        after the cluster's projection, in every cluster. So the scores of words have a variance of 1, and the input
-        word is too small in the sum to be predicted as the next one. Gains are 1.
+        after its projection, in every cluster. So the scores of words have a variance of 1, and the input word is too
+        small in the sum to be predicted as the next one.
         """
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
@@ -72,9 +71,8 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of `targets`, float32 [steps, rows], and the state after the last step.
 
-        `tokens` and `targets`: int64 [steps, rows]. A target is the token that follows. Those in the state and the
-        steps are at most `window` together. `sizes` are cluster_sizes of the targets; without them they are counted
-        here, and on a GPU the host waits for that.
+        `tokens` and `targets`: int64 [steps, rows]. The state and `tokens` together have at most `window` tokens a row.
+        `sizes` are those of LanguageModel.forward.
         """
         seen = torch.cat([state[0, 0], tokens.T], 1)  # [rows, tokens]
         x = self.dropout(word_vectors(self.softmax, seen))

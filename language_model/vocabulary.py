@@ -1,8 +1,8 @@
 """The words that a model knows, most frequent first, and their ids.
 
 Every sentence is wrapped in <S> and </S>, and a word outside the vocabulary becomes <UNK>. A file holds one
-`word count` line per word. The standard vocabulary of One Billion Words has no line for </S>. It then gets the count of
-<S> and becomes the last word, as in the published preprocessing.
+`word count` line per word. The standard vocabulary of One Billion Words has no line for </S>, which then gets the count
+of <S> and becomes the last word, as in the published preprocessing.
 """
 
 import heapq

@@ -1,13 +1,12 @@
 """Multi-head attention: projections, then torch's scaled_dot_product_attention.
 
 Queries, keys and values have one matrix each, as published. Apollo's sums go over a whole tensor, so one matrix for all
-three would be another method.
-
-Hidden states are rows (nmt/rows.py).
+three would be another method. Hidden states are rows (nmt/rows.py).
 """
 
 import torch
 from overrides import override
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from nmt.decoding_state import DecodingState
@@ -17,36 +16,31 @@ from nmt.rows import to_rows
 Size = tuple[int, int]  # of a batch: sentences and words, or sentences and hypotheses
 
 
-class Attention(torch.nn.Module):
+class Attention(nn.Module):
     """The part common to both kinds of attention."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value, self.output = (torch.nn.Linear(width, width) for _ in range(4))
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
         self.dropout = Dropout(dropout)
 
     @torch.no_grad()
     def initialise(self) -> None:
         """As fairseq's MultiheadAttention.reset_parameters. Biases of queries, keys and values stay Linear's."""
         for projection in (self.query, self.key, self.value):
-            torch.nn.init.xavier_uniform_(projection.weight, gain=2**-0.5)
-        torch.nn.init.xavier_uniform_(self.output.weight)
-        torch.nn.init.zeros_(self.output.bias)
+            nn.init.xavier_uniform_(projection.weight, gain=2**-0.5)
+        nn.init.xavier_uniform_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
 
-    def split(self, rows: torch.Tensor, size: Size) -> torch.Tensor:
+    def split(self, rows: Tensor, size: Size) -> Tensor:
         """Projected rows as [B, heads, T, width / heads]."""
         batch, words = size
         return rows[: batch * words].view(batch, words, self.heads, -1).transpose(1, 2)
 
     def attend(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-        causal: bool = False,
-    ) -> torch.Tensor:
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False
+    ) -> Tensor:
         """[B, heads, T, width / heads] to rows. `mask` is boolean: True where a query may look."""
         if queries.device.type == "cpu" and queries.requires_grad:
             attended = self._spelled_out(queries, keys, values, mask, causal)
@@ -55,14 +49,7 @@ class Attention(torch.nn.Module):
             attended = scaled_dot_product_attention(queries, keys, values, mask, p, causal)
         return self.output(to_rows(attended.transpose(1, 2).flatten(2)))
 
-    def _spelled_out(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-        causal: bool,
-    ) -> torch.Tensor:
+    def _spelled_out(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """The same in plain operations, for training on the CPU.
 
         There the fused kernel has no dropout, and its backward pass is slow on sentences.
@@ -77,27 +64,23 @@ class Attention(torch.nn.Module):
 
 class SelfAttention(Attention):
     @override(check_signature=False)
-    def forward(
-        self, x: torch.Tensor, size: Size, mask: torch.Tensor | None = None, causal: bool = False
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, size: Size, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         return self.attend(*self._project(x, size), mask, causal)
 
-    def step(self, x: torch.Tensor, size: Size, state: DecodingState, layer: int) -> torch.Tensor:
+    def step(self, x: Tensor, size: Size, state: DecodingState, layer: int) -> Tensor:
         """Attention of the newest words alone, of size [B, K]. `layer` is the decoder layer's number in the state."""
         queries, keys, values = self._project(x, size)
         return self.attend(queries, *state.append(layer, keys, values), state.mask)
 
-    def _project(self, x: torch.Tensor, size: Size) -> tuple[torch.Tensor, ...]:
+    def _project(self, x: Tensor, size: Size) -> tuple[Tensor, ...]:
         return tuple(self.split(projection(x), size) for projection in (self.query, self.key, self.value))
 
 
 class CrossAttention(Attention):
-    def keys_values(self, memory: torch.Tensor, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_values(self, memory: Tensor, size: Size) -> tuple[Tensor, Tensor]:
         """Keys and values of the source words, [B, heads, S, width / heads] each."""
         return self.split(self.key(memory), size), self.split(self.value(memory), size)
 
     @override(check_signature=False)
-    def forward(
-        self, x: torch.Tensor, size: Size, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, size: Size, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         return self.attend(self.split(self.query(x), size), keys, values, mask)

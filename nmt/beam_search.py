@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -66,11 +67,7 @@ def translate(
 
 @torch.no_grad()
 def beam_search(
-    model: Transformer,
-    source: torch.Tensor,
-    beam_size: int,
-    length_penalty: float,
-    longest: torch.Tensor | None = None,
+    model: Transformer, source: Tensor, beam_size: int, length_penalty: float, longest: Tensor | None = None
 ) -> list[Hypothesis]:
     """The best hypothesis for each sentence of `source`, [B, S] int64 on the model's device, padded with PAD.
 
@@ -81,7 +78,7 @@ def beam_search(
         longest = (source != PAD).sum(1) + LONGER
     state = model.start(source, k)
 
-    def penalty(length: torch.Tensor | int) -> torch.Tensor | float:
+    def penalty(length: Tensor | int) -> Tensor | float:
         return length**length_penalty
 
     # For each sentence in the batch: its number, its K hypotheses with their scores, and its best end.
@@ -135,6 +132,6 @@ def beam_search(
     return [found[i] for i in range(len(source))]
 
 
-def _hypotheses(number: torch.Tensor, words: torch.Tensor, scores: torch.Tensor) -> dict[int, Hypothesis]:
+def _hypotheses(number: Tensor, words: Tensor, scores: Tensor) -> dict[int, Hypothesis]:
     rows = zip(number.tolist(), words.cpu().numpy(), scores.tolist(), strict=True)
     return {i: Hypothesis(row[row != PAD].tolist(), score) for i, row, score in rows}

@@ -8,6 +8,7 @@ data, checkpoints and translations belong together if its digest is the same.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,14 @@ class Codec:
             raise UserError(f"{path} is not there: prepare the data first (python -m nmt.prepare --help)") from None
         except Exception as error:  # tokenizers raises a bare Exception if pieces and merges do not fit together
             raise UserError(f"{path}: not a codec ({error}); prepare the data again") from None
-        moses(codec.source), moses(codec.target)
+        moses(codec.source), moses(codec.target)  # UserError for a language without rules
         return codec
 
     def save(self, folder: str | Path) -> None:
         write_atomically(Path(folder) / FILE, self._serialised())
 
-    def encode(self, line: str, language: str | None = None) -> list[int]:
-        """Ids of one raw line, without <s> and </s>. `language` None is the source's. An empty line gives []."""
-        return self.encode_tokens([self.tokenize(line, language or self.source)])[0]
-
     def encode_lines(self, lines: Iterable[str], language: str | None = None) -> list[list[int]]:
+        """Ids of raw lines, without <s> and </s>. `language` None is the source's. An empty line gives []."""
         return self.encode_tokens([self.tokenize(line, language or self.source) for line in lines])
 
     def encode_tokens(self, lines: Sequence[str]) -> list[list[int]]:
@@ -72,18 +70,13 @@ class Codec:
 
     def decode(self, ids: Iterable[int], language: str | None = None) -> str:
         """The text of `ids` up to the first </s>, without special tokens. `language` None is the target's."""
-        language = language or self.target
-        return moses(language).detokenize(self.decode_tokens(ids))
+        return moses(language or self.target).detokenize(self.decode_tokens(ids))
 
     def decode_tokens(self, ids: Iterable[int]) -> str:
         """The Moses tokens of `ids`, separated by spaces."""
-        pieces = []
-        for index in map(int, ids):
-            if index == EOS:
-                break
-            if index >= len(SPECIALS):
-                pieces.append(self.pieces[index])
-        return " ".join("".join(pieces).replace(WORD_START, " ").split())
+        sentence = takewhile(lambda index: index != EOS, map(int, ids))
+        pieces = "".join(self.pieces[index] for index in sentence if index >= len(SPECIALS))
+        return " ".join(pieces.replace(WORD_START, " ").split())
 
     def tokenize(self, line: str, language: str | None = None, normalize: bool = True) -> str:
         """The Moses tokens of a raw line, as Moses.tokenize. `language` None is the target's."""
@@ -94,9 +87,7 @@ class Codec:
         return json.dumps(kept, ensure_ascii=False, indent=0) + "\n"
 
 
-def learn(
-    files: Sequence[Path], characters: Mapping[str, int], merges: int, source: str, target: str, progress: bool = False
-) -> Codec:
+def learn(files: Sequence[Path], characters: Mapping[str, int], merges: int, source: str, target: str) -> Codec:
     """Learn at most `merges` merges from `files` (Moses tokens, UTF-8) of both languages together.
 
     `characters` counts all characters in these files. The MAX_CHARACTERS most frequent ones get a piece each. The
@@ -112,7 +103,7 @@ def learn(
         special_tokens=list(SPECIALS),
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
-        show_progress=progress,
+        show_progress=False,
     )
     tokenizer.train([str(path) for path in files], trainer)
     learned: dict[str, Any] = json.loads(tokenizer.to_str())["model"]

@@ -5,7 +5,7 @@ An epoch is cut into batches of sentences of about one length, and the batches a
 The batches of an update are a function of the seed and the epoch alone, and the ranks divide them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from engine.seed import derive
 from nmt.codec import BOS, EOS, PAD, Codec
 from nmt.prepare.command import prepare_grammar
 from nmt.prepare.recipes import GRAMMAR, WMT14
-from nmt.prepared import EVALUATED, MANIFEST_KEYS
+from nmt.prepared import MANIFEST_KEYS
 
 JITTER = 1.0  # tokens; measured on Multi30k at 4,096 tokens a batch: 3.9 % padding instead of 3.1 %
 ROWS_MULTIPLE = 8  # a batch has a multiple of this many sentences if so many fit, as in fairseq
@@ -32,8 +32,7 @@ class Batch(NamedTuple):
     source: Tensor  # [B, S]: ids, EOS
     target_in: Tensor  # [B, T]: BOS, ids
     target_out: Tensor  # [B, T]: ids, EOS
-    tokens: int  # of the target, with EOS, without padding
-    sentences: int  # B; 0 for a pass without work
+    tokens: int  # of the target, with EOS, without padding; 0 for a pass without work
     update_tokens: int = 0  # as `tokens`, of all passes of the update, on all ranks; 0 in evaluation
 
     def to(self, device: torch.device) -> "Batch":
@@ -49,18 +48,19 @@ class Side:
 
     def __init__(self, folder: Path, split: str, language: str, entry: dict[str, Any]) -> None:
         array, offsets = (folder / f"{split}.{language}.{kind}" for kind in ("bin", "offsets"))
-        expected = {
-            array: entry[language]["tokens"] * entry[language]["token_bytes"],
-            offsets: 8 * (entry["pairs"] + 1),
-        }
-        for path, size in expected.items():
+        tokens, token_bytes = entry[language]["tokens"], entry[language]["token_bytes"]
+        for path, size in ((array, tokens * token_bytes), (offsets, 8 * (entry["pairs"] + 1))):
             found = path.stat().st_size if path.exists() else 0
             if found != size:
                 raise UserError(f"{path} has {found:,} bytes, not {size:,}: prepare the data again")
-        mapped = np.memmap(array, f"<u{entry[language]['token_bytes']}", mode="r")
-        self.flat = np.asarray(mapped)  # still mapped; indexing a memmap object is slower
+        self.flat = np.asarray(np.memmap(array, f"<u{token_bytes}", "r"))  # indexing a memmap object is slower
         boundaries = np.fromfile(offsets, "<i8")
         self.starts, self.lengths = boundaries[:-1], np.diff(boundaries).astype(np.int32)
+
+    def sentence(self, index: int) -> np.ndarray:
+        """The ids of one sentence without its EOS."""
+        start = self.starts[index]
+        return self.flat[start : start + self.lengths[index] - 1]
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Sentences with their EOS, padded: int64 [len(indices), longest]."""
@@ -72,70 +72,41 @@ class Side:
 
 
 class Split:
-    """The pairs of one split. Lengths and ids exclude special tokens. `sources` and `references` are raw text."""
+    """The pairs of one split."""
 
     def __init__(self, folder: Path, name: str, manifest: dict[str, Any]) -> None:
-        self.folder, self.name, self.manifest = folder, name, manifest
-        entry = manifest["splits"][name]
-        self.source_side, self.target_side = (
-            Side(folder, name, manifest[side], entry) for side in ("source", "target")
-        )
+        entry, languages = manifest["splits"][name], (manifest["source"], manifest["target"])
+        self.source, self.target = (Side(folder, name, language, entry) for language in languages)
+        self.raw = folder / f"{name}.{manifest['target']}.txt"
 
     def __len__(self) -> int:
-        return len(self.source_side.lengths)
-
-    def source(self, index: int) -> np.ndarray:
-        return self._sentence(self.source_side, index)
-
-    def target(self, index: int) -> np.ndarray:
-        return self._sentence(self.target_side, index)
-
-    @property
-    def source_lengths(self) -> np.ndarray:
-        return self.source_side.lengths - 1
-
-    @property
-    def target_lengths(self) -> np.ndarray:
-        return self.target_side.lengths - 1
+        return len(self.source.lengths)
 
     @cached_property
-    def sources(self) -> list[str]:
-        return self._raw("source")
+    def longest(self) -> np.ndarray:
+        """The length of each pair's longer side, with EOS."""
+        return np.maximum(self.source.lengths, self.target.lengths)
 
     @cached_property
     def references(self) -> list[str]:
-        return self._raw("target")
+        """The raw text of the target side. Only the valid and the test split have it."""
+        lines = self.raw.read_bytes().decode().removesuffix("\n").split("\n")
+        if len(lines) != len(self):
+            raise UserError(f"{self.raw} has {len(lines):,} lines, not {len(self):,}: prepare the data again")
+        return lines
 
     def batch(self, indices: np.ndarray) -> Batch:
         """These pairs, padded to the longest of each side. Without pairs it is one row whose loss is zero."""
         if not len(indices):
             one = torch.tensor([[EOS], [BOS], [PAD]])
-            return Batch(*one[:, None], tokens=0, sentences=0)
-        source, target_out = self.source_side.rows(indices), self.target_side.rows(indices)
+            return Batch(*one[:, None], tokens=0)
+        source, target_out = self.source.rows(indices), self.target.rows(indices)
         target_in = np.empty_like(target_out)
         target_in[:, 0] = BOS
         np.copyto(target_in[:, 1:], target_out[:, :-1])
         target_in[target_in == EOS] = PAD
-        tokens = int(self.target_side.lengths[indices].sum())
-        return Batch(*map(torch.from_numpy, (source, target_in, target_out)), tokens, len(indices))
-
-    @cached_property
-    def longest(self) -> np.ndarray:
-        """The length of each pair's longer side, with EOS."""
-        return np.maximum(self.source_side.lengths, self.target_side.lengths)
-
-    def _sentence(self, side: Side, index: int) -> np.ndarray:
-        start = side.starts[index]
-        return side.flat[start : start + side.lengths[index] - 1]
-
-    def _raw(self, side: str) -> list[str]:
-        if self.name not in EVALUATED:
-            raise ValueError("raw text is kept for valid and test only")
-        path = self.folder / f"{self.name}.{self.manifest[side]}.txt"
-        lines = path.read_bytes().decode().removesuffix("\n").split("\n")
-        if len(lines) != len(self):
-            raise UserError(f"{path} has {len(lines):,} lines, not {len(self):,}: prepare the data again")
-        return lines
+        tensors = map(torch.from_numpy, (source, target_in, target_out))
+        return Batch(*tensors, tokens=int(self.target.lengths[indices].sum()))
 
 
 class ParallelData:
@@ -190,7 +161,7 @@ def train_batches(
     order = _by_length(split, _random(seed, "pairs", epoch).uniform(-JITTER, JITTER, len(split)))
     cuts = _cuts(split.longest[order], max_tokens)
     shuffled = _random(seed, "batches", epoch).permutation(len(cuts) - 1)
-    tokens = np.add.reduceat(split.target_side.lengths[order], cuts[:-1], dtype=np.int64)[shuffled]
+    tokens = np.add.reduceat(split.target.lengths[order], cuts[:-1], dtype=np.int64)[shuffled]
     for first in range(start_update * passes, len(shuffled), passes):
         update, total = [], int(tokens[first : first + passes].sum())
         for index in range(rank, passes, world_size):
@@ -217,22 +188,13 @@ def eval_batches(
         yield split.batch(rows), rows
 
 
-def padding_share(batches: Iterable[Batch]) -> float:
-    padding = total = 0
-    for batch in (batch for batch in batches if batch.sentences):
-        for side in (batch.source, batch.target_out):
-            padding += int((side == PAD).sum())
-            total += side.numel()
-    return padding / total
-
-
 def _by_length(split: Split, noise: np.ndarray | float) -> np.ndarray:
     """All pairs, sorted by their longer side, then by the difference of the sides.
 
     The difference rises at one length and falls at the next, so that neighbours never differ much. `noise` is added to
     it, so that other pairs come together in each epoch.
     """
-    source, target = split.source_side.lengths, split.target_side.lengths
+    source, target = split.source.lengths, split.target.lengths
     difference = np.where(split.longest % 2, source - target, target - source)
     return np.lexsort((difference + noise, split.longest))
 

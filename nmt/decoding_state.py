@@ -7,10 +7,11 @@ cache with a slot for every hypothesis and step. Only the mask of a hypothesis's
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 FIRST_STEPS = 32  # words that the first cache has room for
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -19,13 +20,13 @@ class DecodingState:
 
     hypotheses: int  # K
     cross: list[Pair]  # of each layer: keys and values of the source words, [B, heads, S, width / heads]
-    source_mask: torch.Tensor | None  # [B, 1, 1, S], as from Transformer.encode
+    source_mask: Tensor | None  # [B, 1, 1, S], as from Transformer.encode
     own: list[Pair] = field(default_factory=list)  # of each layer: as `cross`, with K slots a step
-    slots: torch.Tensor | None = None  # [B, 1, K, slots]: which slots are a hypothesis's ancestors, or itself
+    slots: Tensor | None = None  # [B, 1, K, slots]: which slots are a hypothesis's ancestors, or itself
     length: int = 0  # words so far
 
     @property
-    def mask(self) -> torch.Tensor | None:
+    def mask(self) -> Tensor | None:
         """The slots that each hypothesis attends to, [B, 1, K, slots so far]. None means all."""
         return None if self.hypotheses == 1 else self.slots[..., : self.length * self.hypotheses]
 
@@ -40,7 +41,7 @@ class DecodingState:
             self.slots[..., start : start + k] = torch.eye(k, dtype=torch.bool, device=self.slots.device)
         self.length += 1
 
-    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> Pair:
         """Store the newest word's keys and values, [B, heads, K, width / heads]. Returns those of all words so far."""
         end, k = self.length * self.hypotheses, self.hypotheses
         if layer == len(self.own):
@@ -52,13 +53,13 @@ class DecodingState:
             cache[:, :, end - k : end] = new
         return tuple(cache[:, :, :end] for cache in self.own[layer])
 
-    def reorder(self, parents: torch.Tensor) -> None:
+    def reorder(self, parents: Tensor) -> None:
         """Hypothesis k of sentence b becomes a child of hypothesis parents[b, k], [B, K] int64."""
         if self.hypotheses > 1:
             past = self.slots[..., : self.length * self.hypotheses]
             past.copy_(past.gather(2, parents[:, None, :, None].expand_as(past)))
 
-    def keep(self, sentences: torch.Tensor) -> None:
+    def keep(self, sentences: Tensor) -> None:
         """Go on with these sentences alone, [B'] int64."""
         self.cross = [(keys[sentences], values[sentences]) for keys, values in self.cross]
         self.own = [(keys[sentences], values[sentences]) for keys, values in self.own]
@@ -66,6 +67,6 @@ class DecodingState:
         self.slots = None if self.slots is None else self.slots[sentences]
 
 
-def _doubled(cache: torch.Tensor, dim: int) -> torch.Tensor:
+def _doubled(cache: Tensor, dim: int) -> Tensor:
     """The cache with twice the room along `dim`."""
     return torch.cat((cache, torch.zeros_like(cache)), dim)

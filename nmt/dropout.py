@@ -6,12 +6,12 @@ probability is rounded to a multiple of 2**-16, and the scale 1 / (1 - p) is tha
 
 import torch
 from overrides import override
-from torch.nn.functional import dropout as torch_dropout
+from torch import Tensor, nn
 
 LEVELS = 2**16
 
 
-class Dropout(torch.nn.Module):
+class Dropout(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         if not 0 <= p < 1:
@@ -20,14 +20,14 @@ class Dropout(torch.nn.Module):
         self.dropped_levels = min(round(p * LEVELS), LEVELS - 1)
 
     @override(check_signature=False)
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.dropped_levels:
             return x
         if x.device.type != "cpu":
-            return torch_dropout(x, self.p)
+            return nn.functional.dropout(x, self.p)
         return x * self.mask(x)
 
-    def mask(self, x: torch.Tensor) -> torch.Tensor:
+    def mask(self, x: Tensor) -> Tensor:
         """0 or 1 / (1 - p) for each element of `x`, in its shape and dtype."""
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         levels = words.view(torch.int16)[: x.numel()].view(x.shape)

@@ -8,17 +8,18 @@ import math
 
 import torch
 from overrides import override
+from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import pad
 
-from nmt.rows import rounded
+from nmt.rows import product_dtype, rounded
 
 BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # logits held at a time: a CPU's cache, 1 GiB on a GPU
 
 
 def smoothed_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, label_smoothing: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: Tensor, weight: Tensor, target: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
     """Sums over tokens, in nats, of the label-smoothed loss and of the plain negative log-likelihood.
 
     The target's distribution q has label_smoothing / V on every word, and the rest on the right word, as in
@@ -33,9 +34,8 @@ def smoothed_cross_entropy(
     Returns:
         Two 0-d float32 tensors. Only the first has gradients.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = product_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
         return _SmoothedCrossEntropy.apply(hidden, weight, target, label_smoothing, dtype)
 
 
@@ -43,13 +43,8 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @override(check_signature=False)
     def forward(
-        ctx: FunctionCtx,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        target: torch.Tensor,
-        label_smoothing: float,
-        dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, label_smoothing: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         training = hidden.requires_grad
         words = len(weight)
         cast_weight, cast_hidden = weight.to(dtype), hidden.to(dtype)
@@ -80,11 +75,11 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @override(check_signature=False)
-    def backward(ctx: FunctionCtx, scale: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * scale, grad_weight * scale, None, None, None
 
 
-def _with_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+def _with_rows(x: Tensor, rows: int) -> Tensor:
     """`x` with so many rows of zeros below it. Without any it is `x`, where `pad` would copy it."""
     return pad(x, (0, 0, 0, rows)) if rows else x

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 from overrides import override
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from nmt.attention import Attention, CrossAttention, SelfAttention, Size
@@ -30,18 +31,18 @@ def create_model(config: ModelConfig, vocabulary_size: int) -> "Transformer":
     return model
 
 
-class Transformer(torch.nn.Module):
+class Transformer(nn.Module):
     """Word ids are int64. Sentences are padded at their end with PAD."""
 
     def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
         super().__init__()
         self.config = config
-        self.embedding = torch.nn.Embedding(vocabulary_size, config.width, padding_idx=PAD)
+        self.embedding = nn.Embedding(vocabulary_size, config.width, padding_idx=PAD)
         self.dropout = Dropout(config.dropout)
-        self.encoder = torch.nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
-        self.decoder = torch.nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         # Unlike pre-norm layers, post-norm layers end with a normalisation.
-        last_norm = torch.nn.LayerNorm if config.norm == "pre" else torch.nn.Identity
+        last_norm = nn.LayerNorm if config.norm == "pre" else nn.Identity
         self.encoder_norm, self.decoder_norm = last_norm(config.width), last_norm(config.width)
 
     @torch.no_grad()
@@ -50,7 +51,7 @@ class Transformer(torch.nn.Module):
 
         As in fairseq's transformer of September 2020, on which the published code was built.
         """
-        torch.nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5)
+        nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5)
         self.embedding.weight[PAD].zero_()
         for module in self.modules():
             if isinstance(module, Attention):
@@ -59,12 +60,12 @@ class Transformer(torch.nn.Module):
     @override(check_signature=False)
     def forward(
         self,
-        source: torch.Tensor,
-        target_in: torch.Tensor,
-        target_out: torch.Tensor | None = None,
+        source: Tensor,
+        target_in: Tensor,
+        target_out: Tensor | None = None,
         tokens: int = 0,
         label_smoothing: float = 0.0,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, T, V] for the words that follow `target_in`. With `target_out`, the two sums of the loss instead.
 
         Args:
@@ -82,7 +83,7 @@ class Transformer(torch.nn.Module):
         hidden, words = hidden.index_select(0, real), target_out.flatten()[real]
         return smoothed_cross_entropy(hidden, self.embedding.weight, words, label_smoothing)
 
-    def encode(self, source: torch.Tensor) -> tuple[torch.Tensor, Size, torch.Tensor | None]:
+    def encode(self, source: Tensor) -> tuple[Tensor, Size, Tensor | None]:
         """Memory as rows, its size [B, S], and the mask [B, 1, 1, S] of the words to attend to (None: all)."""
         mask = (source != PAD)[:, None, None]
         if source.device.type == "cpu" and mask.all():  # on a GPU this test would make the host wait
@@ -92,22 +93,20 @@ class Transformer(torch.nn.Module):
             x = layer(x, source.shape, mask)
         return self.encoder_norm(x), source.shape, mask
 
-    def decode(
-        self, target_in: torch.Tensor, memory: torch.Tensor, memory_size: Size, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def decode(self, target_in: Tensor, memory: Tensor, memory_size: Size, mask: Tensor | None) -> Tensor:
         """Decoder output for whole sentences, as rows. A word sees only words before it, so padding needs no mask."""
         x = self.embed(target_in, self.positions(target_in.shape[1], target_in.device))
         for layer in self.decoder:
             x = layer(x, target_in.shape, *layer.cross_attention.keys_values(memory, memory_size), mask)
         return self.decoder_norm(x)
 
-    def start(self, source: torch.Tensor, hypotheses: int) -> DecodingState:
+    def start(self, source: Tensor, hypotheses: int) -> DecodingState:
         """Encode, and make the state for the first `step` of `hypotheses` translations of each sentence."""
         memory, size, mask = self.encode(source)
         cross = [layer.cross_attention.keys_values(memory, size) for layer in self.decoder]
         return DecodingState(hypotheses, cross, mask)
 
-    def step(self, words: torch.Tensor, state: DecodingState) -> torch.Tensor:
+    def step(self, words: Tensor, state: DecodingState) -> Tensor:
         """Logits [B, K, V] for the words that follow `words` [B, K], each hypothesis's newest word (at first BOS)."""
         state.next_word()
         x = self.embed(words, self.positions(state.length, words.device)[-1])
@@ -115,16 +114,16 @@ class Transformer(torch.nn.Module):
             x = layer.step(x, words.shape, state, index)
         return linear(self.decoder_norm(x), self.embedding.weight)[: words.numel()].view(*words.shape, -1)
 
-    def embed(self, words: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def embed(self, words: Tensor, positions: Tensor) -> Tensor:
         """Scaled embeddings of `words` [B, T] plus `positions` [T, width] or [width], after dropout, as rows."""
         return self.dropout(to_rows(self.embedding(words) * math.sqrt(self.config.width) + positions))
 
-    def positions(self, length: int, device: torch.device) -> torch.Tensor:
+    def positions(self, length: int, device: torch.device) -> Tensor:
         room = 256 * math.ceil(length / 256)  # a multiple of 256, so that few tables are made and kept
         return sinusoids(room, self.config.width, device)[:length]
 
 
-class EncoderLayer(torch.nn.Module):
+class EncoderLayer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.self_attention = SelfAttention(config.width, config.heads, config.attention_dropout)
@@ -132,12 +131,12 @@ class EncoderLayer(torch.nn.Module):
         self.attention_residual, self.feed_forward_residual = Residual(config), Residual(config)
 
     @override(check_signature=False)
-    def forward(self, x: torch.Tensor, size: Size, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: Tensor, size: Size, mask: Tensor | None) -> Tensor:
         x = self.attention_residual(x, lambda y: self.self_attention(y, size, mask))
         return self.feed_forward_residual(x, self.feed_forward)
 
 
-class DecoderLayer(torch.nn.Module):
+class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.self_attention = SelfAttention(config.width, config.heads, config.attention_dropout)
@@ -146,55 +145,51 @@ class DecoderLayer(torch.nn.Module):
         self.self_residual, self.cross_residual, self.feed_forward_residual = (Residual(config) for _ in range(3))
 
     @override(check_signature=False)
-    def forward(
-        self, x: torch.Tensor, size: Size, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, size: Size, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Whole target sentences of `size` [B, T]."""
         x = self.self_residual(x, lambda y: self.self_attention(y, size, causal=True))
         return self._rest(x, size, keys, values, mask)
 
-    def step(self, x: torch.Tensor, size: Size, state: DecodingState, index: int) -> torch.Tensor:
+    def step(self, x: Tensor, size: Size, state: DecodingState, index: int) -> Tensor:
         """This layer, number `index`, on the newest words alone, of `size` [B, K]."""
         x = self.self_residual(x, lambda y: self.self_attention.step(y, size, state, index))
         return self._rest(x, size, *state.cross[index], state.source_mask)
 
-    def _rest(
-        self, x: torch.Tensor, size: Size, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _rest(self, x: Tensor, size: Size, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         x = self.cross_residual(x, lambda y: self.cross_attention(y, size, keys, values, mask))
         return self.feed_forward_residual(x, self.feed_forward)
 
 
-class Residual(torch.nn.Module):
+class Residual(nn.Module):
     """x + dropout(sublayer(x)), with layer normalisation of the sum (post) or of the sublayer's input (pre)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = torch.nn.LayerNorm(config.width)
+        self.norm = nn.LayerNorm(config.width)
         self.dropout = Dropout(config.dropout)
         self.norm_first = config.norm == "pre"
 
     @override(check_signature=False)
-    def forward(self, x: torch.Tensor, sublayer: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         if self.norm_first:
             return x + self.dropout(sublayer(self.norm(x)))
         return self.norm(x + self.dropout(sublayer(x)))
 
 
-class FeedForward(torch.nn.Module):
+class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.inner = torch.nn.Linear(config.width, config.inner_width)
-        self.outer = torch.nn.Linear(config.inner_width, config.width)
+        self.inner = nn.Linear(config.width, config.inner_width)
+        self.outer = nn.Linear(config.inner_width, config.width)
         self.dropout = Dropout(config.activation_dropout)
 
     @override(check_signature=False)
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.outer(self.dropout(self.inner(x).relu()))
 
 
 @lru_cache(maxsize=16)
-def sinusoids(length: int, width: int, device: torch.device) -> torch.Tensor:
+def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
     """Positions of the first `length` words, [length, width]: sines of all wavelengths, then the cosines.
 
     The wavelengths are a geometric series from 2 pi to 10,000 * 2 pi, as in fairseq's SinusoidalPositionalEmbedding.

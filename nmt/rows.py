@@ -5,6 +5,7 @@ megabytes that are kept. Rounding up leaves eight sizes to a power of two, at th
 """
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 
@@ -16,9 +17,13 @@ def rounded(rows: int, dtype: torch.dtype, device: torch.device) -> int:
     return -(-rows // step) * step
 
 
-def to_rows(x: torch.Tensor) -> torch.Tensor:
-    """[B, T, width] to [R, width]. Row b * T + t is word t of sentence b. Rows from B * T on are idle: zeros."""
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products of `x`: autocast's, if autocast is on."""
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def to_rows(x: Tensor) -> Tensor:
+    """[B, T, width] to [R, width]. Row b * T + t is word t of sentence b. Rows from B * T on are idle: zeros."""
     words = x.shape[0] * x.shape[1]
-    return pad(x.flatten(0, 1), (0, 0, 0, rounded(words, dtype, x.device) - words))
+    return pad(x.flatten(0, 1), (0, 0, 0, rounded(words, product_dtype(x), x.device) - words))

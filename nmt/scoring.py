@@ -44,7 +44,7 @@ def translate_split(
 ) -> list[list[int]]:
     """The ids of the translations of all of `split`, made by all ranks together, known to each; always in fp32."""
     share = range(world.rank, len(split), world.world_size)
-    sources = [split.source(i) for i in share]
+    sources = [split.source.sentence(i) for i in share]
     hypotheses = translate(model, sources, decoding.beam, decoding.length_penalty, max_tokens, world.is_main)
     longest = world.max(max((len(hypothesis.words) for hypothesis in hypotheses), default=0))
     rows = torch.zeros(len(split), longest + 1, dtype=torch.int64)

@@ -1,10 +1,9 @@
 """Train a translation model: python -m nmt.train CONFIG [key=value ...]     (also under torchrun)
 
-The whole run, top to bottom: main, train, train_epoch with the loop itself, which validates every so many updates, the
-score of an average of the weights on the test set; `prepare`, below, makes all that they work with. `batch` counts
-tokens, those of the longer side with its padding; losses are in nats per target token, EOS counted, padding not.
-Interrupt it at any moment and run the same command again: it goes on where it was, and on the CPU it ends with
-bit-identical weights.
+The whole run, top to bottom: main, train, train_epoch with the loop itself, validation, the test set's scores;
+`prepare`, below, makes all that they work with. `batch` counts tokens, those of the longer side with its padding.
+Losses are in nats per target token, EOS counted, padding not. Interrupt it at any moment and run the same command
+again: it goes on where it was, and on the CPU it ends with bit-identical weights.
 """
 
 import math
@@ -131,10 +130,9 @@ def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
 def validate(run: TranslationRun) -> dict[str, float]:
     """Loss, perplexity and BLEU on the validation set."""
     config, split = run.config, run.data.valid
-    valid = loss_sums(run.model, split, config.eval_batch, config.label_smoothing, run.precision, run.world)
-    valid = means(valid, "valid_")
-    hypotheses = translated(run, split)
-    bleu, _ = sacre_bleu([run.data.codec.decode(ids) for ids in hypotheses], split.references)
+    sums = loss_sums(run.model, split, config.eval_batch, config.label_smoothing, run.precision, run.world)
+    valid = means(sums, "valid_")
+    bleu, _ = sacre_bleu([run.data.codec.decode(ids) for ids in translated(run, split)], split.references)
     return valid | {"valid_ppl": math.exp(min(valid["valid_nll"], 700.0)), "valid_bleu": bleu}
 
 
@@ -184,14 +182,9 @@ def score_test_set(run: TranslationRun) -> dict[str, object]:
 def finish(run: TranslationRun, scores: dict[str, object]) -> None:
     """Write result.json, and say what came out."""
     runs.write_result(
-        run,
-        metric=METRIC,
-        final=scores[METRIC],
-        updates=run.progress.update,
-        evaluated=len(run.data.test),
-        vocabulary=run.data.codec.size,
-        **scores,
-    )
+        run, metric=METRIC, final=scores[METRIC], updates=run.progress.update, evaluated=len(run.data.test),
+        vocabulary=run.data.codec.size, **scores,
+    )  # fmt: skip
     run.record.say(
         f"done: test BLEU {scores['fairseq_bleu']:.2f} as fairseq prints it, sacreBLEU {scores['sacrebleu']:.2f} "
         f"({scores['signature']}); {run.record.folder}/result.json"
@@ -213,31 +206,20 @@ def prepare(config: Config, world: World, record: RunRecord) -> TranslationRun:
             layer.compile(dynamic=True)
 
     run = runs.assemble(
-        TranslationRun,
-        config,
-        world,
-        record,
-        precision,
-        model,
-        optimizer,
+        TranslationRun, config, world, record, precision, model, optimizer,
         total=config.updates,
-        data=data,
-        clipping=ClippingWatch(config.optimizer, config.schedule, record.say),
         updates_per_epoch=updates_per_epoch(data.train, config.batch, config.passes),
+        data=data,
         vocabulary=data.codec.digest,
-    )
+        clipping=ClippingWatch(config.optimizer, config.schedule, record.say),
+    )  # fmt: skip
     runs.restore(run)
     if world.is_main:
         data.codec.save(record.folder)  # so that the run folder can translate without the data
     runs.write_environment(
-        run,
-        updates_per_epoch=run.updates_per_epoch,
-        vocabulary=data.codec.size,
-        codec=data.codec.digest,
-        train_pairs=len(data.train),
-        valid_pairs=len(data.valid),
-        test_pairs=len(data.test),
-    )
+        run, updates_per_epoch=run.updates_per_epoch, vocabulary=data.codec.size, codec=data.codec.digest,
+        train_pairs=len(data.train), valid_pairs=len(data.valid), test_pairs=len(data.test),
+    )  # fmt: skip
     return run
 
 

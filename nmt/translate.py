@@ -1,11 +1,11 @@
 """Translate standard input, line by line: echo "A dog runs." | python -m nmt.translate RUN|BUNDLE [key=value ...]
 
-RUN is a run folder, BUNDLE what `python -m scripts.report --bundle RUN` made of it. Both carry their vocabulary. An
-empty line stays empty. Overrides go on top of the run's config: decoding.beam=4 average.last=1 eval_batch=8192
-device=cpu.
+RUN is a run folder, BUNDLE what `python -m scripts.report --bundle RUN` made of it. An empty line stays empty.
+key=value changes the run's config: decoding.beam=4 average.last=1 eval_batch=8192 device=cpu.
 """
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from engine.errors import UserError, run_main
@@ -25,11 +25,11 @@ def main(arguments: list[str]) -> int:
     sources = read_sentences(codec)
     filled = [ids for ids in sources if ids]
     decoding = config.decoding
-    found = iter(translate(model, filled, decoding.beam, decoding.length_penalty, config.eval_batch, progress=True))
+    with closing(world):
+        found = iter(translate(model, filled, decoding.beam, decoding.length_penalty, config.eval_batch, progress=True))
     sys.stdout.reconfigure(encoding="utf-8")
     for ids in sources:
         print(codec.decode(next(found).words) if ids else "")
-    world.close()
     return 0
 
 

@@ -3,10 +3,8 @@
 This package needs torch alone and nothing else of the repository.
 """
 
-import importlib
 import inspect
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -15,8 +13,9 @@ from torch.optim.optimizer import ParamsT
 
 from . import lr_scheduler
 from .apollo import Apollo
+from .foreign import construct, find, suggest
 from .lr_scheduler import create_schedule
-from .settings import construct, suggest
+from .settings import is_number
 
 __all__ = [
     "OPTIMIZERS",
@@ -67,12 +66,16 @@ def create_optimizer(name: str, params: ParamsT, **settings: Any) -> Optimizer:
 
 def optimizer_class(name: str) -> Callable[..., Optimizer]:
     """The class, or the function that makes an optimizer, called `name`. Raises ValueError where there is none."""
-    cls = _import(name) if "." in name else OPTIMIZERS.get(name)
-    if cls is None:
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    if "." not in name:
         raise ValueError(
             f"unknown optimizer {name!r}{suggest(name, OPTIMIZERS)}, or a dotted path, package.module.Class"
         )
-    return cls
+    found = find(f"optimizer {name!r}", name, Optimizer)
+    if isinstance(found, type) and not hasattr(found, "step"):
+        raise ValueError(f"optimizer {name!r} is not a class or function that makes an optimizer")
+    return found
 
 
 def _broken_rule(default: Any, value: Any) -> str | None:
@@ -88,24 +91,4 @@ def _broken_rule(default: Any, value: Any) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (Real, Tensor)) and not isinstance(value, bool)
-
-
-def _import(path: str) -> Callable[..., Optimizer]:
-    module, _, attribute = path.rpartition(".")
-    if not module or not attribute:
-        raise ValueError(f"optimizer {path!r} is no dotted path, package.module.Class")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # the import runs foreign code, which may raise anything
-        if isinstance(error, ModuleNotFoundError) and error.name in ("pytorch_optimizer", "schedulefree"):
-            raise ValueError(
-                f"optimizer {path!r} needs the package {error.name}: pip install {error.name} "
-                "(the extra `optimizers` of setup.py)"
-            ) from error
-        raise ValueError(
-            f"optimizer {path!r} cannot be imported: {type(error).__name__}: {error}; is it on PYTHONPATH?"
-        ) from error
-    if not callable(found) or (isinstance(found, type) and not hasattr(found, "step")):
-        raise ValueError(f"optimizer {path!r} is not a class or function that makes an optimizer")
-    return found
+    return isinstance(value, Tensor) or is_number(value)

@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from torch.optim.optimizer import Optimizer, ParamsT
 from typing_extensions import override
 
-from .apollo_math import curvature_offset
+from .apollo_math import average_of
 from .checks import state_dtype
 from .dispatch import apollo, fused_step
 from .settings import Settings, check_settings
@@ -104,23 +104,8 @@ class Apollo(Optimizer):
         capturable: bool = False,
         carry_sums: bool = True,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "beta": beta,
-            "eps": eps,
-            "sigma": sigma,
-            "warmup": warmup,
-            "init_lr": init_lr,
-            "weight_decay": weight_decay,
-            "weight_decay_type": weight_decay_type,
-            "rebound": rebound,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "carry_sums": carry_sums,
-        }
-        super().__init__(params, defaults)
+        given = locals()
+        super().__init__(params, {name: given[name] for name in Settings.__annotations__})
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -202,20 +187,17 @@ class Apollo(Optimizer):
 
     def _init_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
         """Adds the missing state that the group's settings need."""
-        belief, dtype = group["rebound"] == "belief", state_dtype(param)
+        dtype = state_dtype(param)
         if not state:
             device = param.device if _counts_on_device(group, param) else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state["hessian"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["direction"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        if belief and "sigma" not in state:
+        if group["rebound"] == "belief" and "sigma" not in state:
             # The bound of the last step; m is computed from it. While d is 0, any bound is right.
             state["sigma"] = torch.full((), group["sigma"], dtype=dtype, device=param.device)
         if group["weight_decay"] != 0 and group["weight_decay_type"] != "L2" and "exp_avg" not in state:
-            # With weight decay, d is more than m / D.
-            bound = float(state["sigma"]) if belief else group["sigma"]
-            offset = curvature_offset(group["eps"], group["beta"], float(state["step"]), group["rebound"])
-            state["exp_avg"] = state["direction"] * (state["hessian"].abs().clamp_(min=bound) + offset)
+            state["exp_avg"] = average_of(state, group)  # from now on, d is more than m / D
 
     @torch.no_grad()
     @override

@@ -1,4 +1,6 @@
-"""Scalar rules of Apollo's single-tensor and foreach steps, for numbers or (capturable) for 0-d tensors."""
+"""Rules that several forms of Apollo's step share. Scalars are numbers, or 0-d tensors if the step is capturable."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,3 +35,10 @@ def curvature_offset(eps: float, beta: float, step: float | Tensor, rebound: str
     The product form gives 0 before the first step.
     """
     return eps * (1 - beta**step) / (1 - beta) if rebound == "belief" else 0.0
+
+
+def average_of(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """m = d * D, for the state of a parameter that does not store m."""
+    bound = float(state["sigma"]) if group["rebound"] == "belief" else group["sigma"]
+    offset = curvature_offset(group["eps"], group["beta"], float(state["step"]), group["rebound"])
+    return state["direction"] * (state["hessian"].abs().clamp_(min=bound) + offset)

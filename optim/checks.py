@@ -6,7 +6,7 @@ parameter. The fused steps work with addresses. So every form of the step takes 
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -63,13 +63,9 @@ def check_tensors(tensors: StepTensors, name_of: NameOf) -> None:
 
 def written_ranges(tensors: StepTensors) -> Ranges:
     """The ranges of memory that a step writes to. Ranges that overlap are joined."""
-    begins, ends = [], []
-    for begin, end in sorted(_range_of(x) for x in chain(_of_shape(tensors), _scalars(tensors)) if x.numel()):
-        if ends and begin < ends[-1]:
-            ends[-1] = max(ends[-1], end)
-        else:
-            begins.append(begin), ends.append(end)
-    return begins, ends
+    ranges = [_range_of(x) for x in chain(_of_shape(tensors), _scalars(tensors)) if x.numel()]
+    clusters = list(_clusters(ranges))
+    return [cluster[0][0] for cluster in clusters], [max(end for _, end in cluster) for cluster in clusters]
 
 
 def apart_from(ranges: Ranges, grads: list[Tensor], known: list[int]) -> list[Tensor]:
@@ -130,14 +126,22 @@ def _check_overlap(tensors: StepTensors, name_of: NameOf) -> None:
         for key, x in [("", param), *_state(tensors, i).items()]:
             if x.numel() and x.data_ptr():
                 named.append((*_range_of(x), x, f"{key} of {name_of(i)}" if key else name_of(i)))
-    named.sort(key=lambda entry: entry[:2])
-    cluster: list[tuple] = []  # entries whose ranges overlap
-    for entry in [*named, None]:
-        if cluster and (entry is None or entry[0] >= max(end for _, end, *_ in cluster)):
-            if len(cluster) > 1 or not cluster[0][2].is_contiguous():
-                _check_cluster(cluster)
+    for cluster in _clusters(named):
+        if len(cluster) > 1 or not cluster[0][2].is_contiguous():
+            _check_cluster(cluster)
+
+
+def _clusters(entries: list[tuple]) -> Iterator[list[tuple]]:
+    """The entries (begin, end, ...) by clusters, in which their ranges of memory overlap."""
+    cluster, stop = [], 0
+    for entry in sorted(entries, key=lambda entry: entry[:2]):
+        if cluster and entry[0] >= stop:
+            yield cluster
             cluster = []
+        stop = max(stop, entry[1])
         cluster.append(entry)
+    if cluster:
+        yield cluster
 
 
 def _check_cluster(cluster: list[tuple]) -> None:

@@ -20,6 +20,8 @@ from .fused.layout import is_dense, lay_out_states
 from .settings import Settings
 from .step_tensors import StepTensors
 
+UNFUSED = (_single_tensor_apollo, _multi_tensor_apollo)  # these take their scalars on the host
+
 
 def apollo(
     tensors: StepTensors,
@@ -53,9 +55,6 @@ def apollo(
         elif found_inf is None or not found_inf.item():
             on_host = isinstance(settings.lr, Tensor) and not settings.capturable
             step(part, replace(settings, lr=settings.lr.item()) if on_host else settings, scale)
-
-
-UNFUSED = (_single_tensor_apollo, _multi_tensor_apollo)  # these take their scalars on the host
 
 
 class _List(NamedTuple):

@@ -1,14 +1,12 @@
 """Learning-rate schedules in closed form, as functions of the update's index.
 
 After a linear warmup one of six rules follows. "milestone" and "cosine" count in "units": a unit is an epoch if the
-published learning rate changes once per epoch, and an update if it changes with every update. The others count updates.
-Schedules of others are in torch_schedule.py.
+published learning rate changes once per epoch, and an update otherwise. The other rules count updates.
 """
 
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from .settings import suggest
+from .foreign import suggest
+from .settings import is_number
 from .torch_schedule import create_torch_schedule
 
 # A setting with the default None must be given.
@@ -33,12 +32,7 @@ WARMUP = {"warmup_updates": 0, "init_lr": 0.0}
 
 
 def create_schedule(
-    optimizer: Optimizer,
-    name: str,
-    *,
-    updates_per_unit: int = 1,
-    total: int | None = None,
-    **settings: Any,
+    optimizer: Optimizer, name: str, *, updates_per_unit: int = 1, total: int | None = None, **settings: Any
 ) -> LRScheduler:
     """Makes the schedule `name` for `optimizer`, to be stepped once per update.
 
@@ -50,10 +44,10 @@ def create_schedule(
         updates_per_unit: number of updates in a unit: the updates of an epoch, or 1.
         total: length of the training in units; only "cosine", "linear" and "wsd" need it.
         settings: warmup_updates (default 0) and init_lr (0.0, of the first group; others have it in proportion to their
-            learning rates, and last_lr too). "milestone" also takes milestones, an increasing list
-            of units, and decay_rate (0.1). "cosine", "linear" and "wsd" also take last_lr (0.0). "wsd" also takes
-            decay_share (0.2), the share of the training's updates, at its end, in which the rate falls. A dotted path
-            also takes what its class takes, and counts updates from the end of the warmup.
+            learning rates, and last_lr too). "milestone" also takes milestones, an increasing list of units, and
+            decay_rate (0.1). "cosine", "linear" and "wsd" also take last_lr (0.0). "wsd" also takes decay_share (0.2),
+            the last share of the training's updates, in which the rate falls. A dotted path also takes what its class
+            takes, and counts updates from the end of the warmup.
 
     Raises:
         ValueError: an unknown name or setting, a value out of range, or a warmup in both schedule and optimizer.
@@ -146,9 +140,6 @@ class UpdateSchedule(LRScheduler):
 
 
 def _check(name: str, settings: dict[str, Any]) -> None:
-    def is_number(x: Any) -> bool:
-        return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
-
     def is_count(x: Any) -> bool:
         return isinstance(x, int) and not isinstance(x, bool)
 
@@ -159,14 +150,12 @@ def _check(name: str, settings: dict[str, Any]) -> None:
     least_warmup = 1 if name == "inverse_sqrt" else 0  # inverse_sqrt decays from the end of its warmup
     warmup = settings["warmup_updates"]
     require(is_count(warmup) and warmup >= least_warmup, "warmup_updates", f"a whole number >= {least_warmup}")
-    require(
-        is_count(settings["updates_per_unit"]) and settings["updates_per_unit"] > 0,
-        "updates_per_unit",
-        "a whole number > 0",
-    )
+    unit = settings["updates_per_unit"]
+    require(is_count(unit) and unit > 0, "updates_per_unit", "a whole number > 0")
     for key in ("init_lr", "decay_rate", "last_lr"):
         if key in settings:
-            require(is_number(settings[key]) and settings[key] >= 0, key, "a finite number >= 0")
+            rate = settings[key]
+            require(is_number(rate) and 0 <= rate < math.inf, key, "a finite number >= 0")
     if name == "milestone":
         at = settings["milestones"]
         whole = isinstance(at, Sequence) and not isinstance(at, str) and all(is_count(x) and x > 0 for x in at)
@@ -177,7 +166,7 @@ def _check(name: str, settings: dict[str, Any]) -> None:
         share = settings["decay_share"]
         require(is_number(share) and 0 < share <= 1, "decay_share", "a number > 0 and <= 1")
     if name in ("linear", "wsd"):
-        length = settings["total"] * settings["updates_per_unit"]
+        length = settings["total"] * unit
         begin = decay_begin(name, length, warmup, settings.get("decay_share", 0.0))
         rule = f"below the training's {length} updates" if name == "linear" else f"<= {begin}, where the decay begins"
         require(warmup <= begin < length, "warmup_updates", rule)

@@ -1,8 +1,8 @@
 """Compiles a C++ file of this repository for this processor at first use, and keeps the result in a cache.
 
 The C++ has a plain C interface and includes nothing of torch, so that it compiles in seconds and works with any version
-of torch. The cache is in $TORCH_EXTENSIONS_DIR, or else in $XDG_CACHE_HOME or ~/.cache. Its key is made of the sources,
-the compiler with its flags, and the processor.
+of torch. The cache is in $TORCH_EXTENSIONS_DIR, $XDG_CACHE_HOME or ~/.cache. Its key is made of the sources, the
+compiler with its flags, and the processor.
 """
 
 import ctypes
@@ -16,9 +16,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-Signatures = dict[
-    str, tuple[type | None, list[type]]
-]  # name of a function to its result and arguments, as ctypes types
+Signatures = dict[str, tuple[type | None, list[type]]]  # by a function's name: its result and arguments, of ctypes
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 
 
@@ -26,9 +24,7 @@ class NotCompiled(Exception):
     """The reason, in one line, why there is no library."""
 
 
-def load_library(
-    source: Path, signatures: dict[str, tuple[type | None, list[type]]], instead: str
-) -> ctypes.CDLL | None:
+def load_library(source: Path, signatures: Signatures, instead: str) -> ctypes.CDLL | None:
     """The library of one C++ file. If there is none: None, after a warning that says what is used `instead`.
 
     Callers keep the result (functools.cache), so that they warn only once.

@@ -1,19 +1,20 @@
 """Converts optimizer state between `optim.Apollo` and the published implementation of Apollo.
 
 The published implementation keeps three tensors for each parameter: `exp_avg_grad` (m), `approx_hessian` (B) and
-`update` (the direction d of the last step). It counts steps in a Python int. There sigma is a constant of the era and
-not a setting.
+`update` (the direction d of the last step). It counts steps in a Python int. Its sigma is a constant and not a setting.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .apollo_math import curvature_offset
+from .apollo_math import average_of
 
-# Settings that have the same name in both. Only `optim.Apollo` has the others (sigma, foreach, ...).
+# What a group holds in both. Only `optim.Apollo` has the other settings (sigma, foreach, ...).
 SHARED = ("lr", "beta", "eps", "warmup", "init_lr", "weight_decay", "weight_decay_type", "rebound")
+SHARED += ("initial_lr", "param_names", "params")
+DEFAULTS = {"weight_decay_type": "L2", "rebound": "constant", "maximize": False, "foreach": None, "fused": None}
+DEFAULTS |= {"capturable": False, "carry_sums": True}
 
 
 def from_published(state_dict: dict[str, Any], **settings: Any) -> dict[str, Any]:
@@ -33,30 +34,15 @@ def from_published(state_dict: dict[str, Any], **settings: Any) -> dict[str, Any
         )
     if not {"state", "param_groups"} <= set(state_dict):
         raise ValueError("not an optimizer's state dict: it has no state or no param_groups")
-    defaults = {"weight_decay_type": "L2", "rebound": "constant", "maximize": False, "foreach": None, "fused": None}
-    defaults |= {"capturable": False, "carry_sums": True}
     groups, state = [], {}
-    for group in state_dict["param_groups"]:
-        known = {key: group[key] for key in SHARED if key in group}
-        extra = {key: group[key] for key in ("initial_lr", "param_names") if key in group}
-        group = {
-            **defaults,
-            "capturable": False,
-            "carry_sums": True,
-            **known,
-            **extra,
-            **settings,
-            "params": group["params"],
-        }
+    for published in state_dict["param_groups"]:
+        group = DEFAULTS | _shared(published) | settings
         groups.append(group)
         # With "belief" m is kept for every decay type: the last bound of D, max|g - m|, is not in the published state.
         stores = group["rebound"] == "belief" or (group["weight_decay"] != 0 and group["weight_decay_type"] != "L2")
-        for i in group["params"]:
-            if i not in state_dict["state"]:
-                continue
+        for i in (i for i in group["params"] if i in state_dict["state"]):
             old = state_dict["state"][i]
-            missing = {"step", "exp_avg_grad", "approx_hessian", "update"} - set(old)
-            if missing:
+            if missing := {"step", "exp_avg_grad", "approx_hessian", "update"} - set(old):
                 raise ValueError(
                     f"not a state of the published Apollo: parameter {i} has no {', '.join(sorted(missing))}"
                 )
@@ -74,24 +60,17 @@ def to_published(state_dict: dict[str, Any]) -> dict[str, Any]:
     """The published optimizer's state dict from `Apollo.state_dict()`, without the settings that only `Apollo` has."""
     groups, state = [], {}
     for group in state_dict["param_groups"]:
-        extra = {key: group[key] for key in ("initial_lr", "param_names") if key in group}
-        known = {key: group[key] for key in SHARED}
-        groups.append({**known, **extra, "base_lr": group.get("initial_lr", group["lr"]), "params": group["params"]})
-        for i in group["params"]:
-            if i in state_dict["state"]:
-                old = state_dict["state"][i]
-                state[i] = {
-                    "step": int(old["step"]),
-                    "exp_avg_grad": _exp_avg(old, group),
-                    "approx_hessian": old["hessian"].clone(),
-                    "update": old["direction"].clone(),
-                }
+        groups.append({**_shared(group), "base_lr": group.get("initial_lr", group["lr"])})
+        for i in (i for i in group["params"] if i in state_dict["state"]):
+            old = state_dict["state"][i]
+            state[i] = {
+                "step": int(old["step"]),
+                "exp_avg_grad": old["exp_avg"].clone() if "exp_avg" in old else average_of(old, group),
+                "approx_hessian": old["hessian"].clone(),
+                "update": old["direction"].clone(),
+            }
     return {"state": state, "param_groups": groups}
 
 
-def _exp_avg(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    if "exp_avg" in state:
-        return state["exp_avg"].clone()
-    bound = state["sigma"] if group["rebound"] == "belief" else group["sigma"]
-    offset = curvature_offset(group["eps"], group["beta"], float(state["step"]), group["rebound"])
-    return state["direction"] * (state["hessian"].abs().clamp_(min=bound) + offset)
+def _shared(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: group[key] for key in SHARED if key in group}

@@ -1,14 +1,14 @@
-"""The settings of a group of Apollo's parameters, their valid values, and how anyone's class is made from settings."""
+"""The settings of a group of Apollo's parameters, and their valid values."""
 
-import difflib
-import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 from torch import Tensor
+
+from .foreign import suggest
 
 WEIGHT_DECAY_TYPES = ("L2", "decoupled", "stable")
 REBOUNDS = ("constant", "belief")
@@ -74,7 +74,7 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise ValueError("foreach and fused cannot both be True")
     for name, (holds, rule) in rules.items():
         value = settings[name]
-        number = isinstance(value, Real) and not isinstance(value, bool) or (name == "lr" and isinstance(value, Tensor))
+        number = is_number(value) or (name == "lr" and isinstance(value, Tensor))
         if not (number and math.isfinite(value) and holds(value)):
             raise ValueError(f"{name} must be a finite number {rule}, got {value!r}")
     for name, choices in (("weight_decay_type", WEIGHT_DECAY_TYPES), ("rebound", REBOUNDS)):
@@ -82,30 +82,6 @@ def check_settings(settings: dict[str, Any]) -> None:
             raise ValueError(f"unknown {name} {settings[name]!r}{suggest(settings[name], choices)}")
 
 
-def construct(what: str, maker: Callable[..., Any], subject: Any, settings: dict[str, Any]) -> Any:
-    """`maker(subject, **settings)`.
-
-    Raises ValueError, which begins with `what`, for a setting that is unknown, missing or refused.
-    """
-    accepted = list(inspect.signature(maker).parameters.values())[1:]
-    named = {parameter.name: parameter.default for parameter in accepted if parameter.kind != parameter.VAR_KEYWORD}
-    for key in settings:
-        if key not in named and len(named) == len(accepted):
-            raise ValueError(f"{what} has no setting {key!r}{suggest(key, named)}")
-    for key, default in named.items():
-        if default is inspect.Parameter.empty and key not in settings:
-            raise ValueError(f"{what} needs the setting {key!r}")
-    try:
-        return maker(subject, **settings)
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
-    except Exception as error:  # foreign classes may check their settings in any way, or not at all
-        raise ValueError(f"{what}: {error or type(error).__name__}; its settings: {settings}") from error
-
-
-def suggest(name: object, valid: Iterable[str]) -> str:
-    """'; did you mean X? valid: X, Y' for an unknown `name`."""
-    valid = list(valid)
-    near = difflib.get_close_matches(str(name).lower(), [v.lower() for v in valid], n=1)
-    hint = f" did you mean {next(v for v in valid if v.lower() == near[0])!r}?" if near else ""
-    return f";{hint} valid: {', '.join(valid)}"
+def is_number(value: object) -> bool:
+    """True is no number here."""
+    return isinstance(value, Real) and not isinstance(value, bool)

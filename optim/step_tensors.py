@@ -30,11 +30,11 @@ class StepTensors:
     kept: dict[str, Any] = field(default_factory=dict)  # what a step keeps while only gradients change
 
     def part(self, indices: Sequence[int]) -> "StepTensors":
-        columns = (
-            self.params, self.grads, self.exp_avgs, self.hessians, self.directions, self.sigmas, self.steps,
-            self.numels, self.shards,
-        )  # fmt: skip
-        return StepTensors(*[[column[i] for i in indices] for column in columns])
+        return StepTensors(*[[column[i] for i in indices] for column in (*self.tensors, self.numels, self.shards)])
+
+    @property
+    def tensors(self) -> tuple[list, ...]:
+        return self.params, self.grads, self.exp_avgs, self.hessians, self.directions, self.sigmas, self.steps
 
     @property
     def stores_average(self) -> bool:
@@ -48,8 +48,8 @@ class StepTensors:
         """This rank's part of each tensor, with numels and shards."""
         numels = list(map(Tensor.numel, self.params))
         if not any_sharded(self.params):
-            columns = self.params, self.grads, self.exp_avgs, self.hessians, self.directions, self.sigmas, self.steps
-            return StepTensors(*columns, numels, [()] * len(numels))  # torch.compile of torch 2.6 knows no `replace`
+            # Not by `replace`, which torch.compile of torch 2.6 does not know.
+            return StepTensors(*self.tensors, numels, [()] * len(numels))
         return replace(
             self,
             params=[local_shard(x) for x in self.params],

@@ -4,8 +4,6 @@ They count updates. A warmup can go before them: it rises to the rate that the s
 takes its first step after the warmup's end.
 """
 
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
 
-from .settings import construct, suggest
+from .foreign import construct, find
 
 
 def create_torch_schedule(
@@ -27,7 +25,7 @@ def create_torch_schedule(
         ValueError: a path that does not import, a setting that is unknown, missing or refused, a schedule that waits
             for a metric, or one that ends before the training.
     """
-    cls = _import(name)
+    cls = find(f"schedule {name!r}", name, LRScheduler)
     if isinstance(cls, type) and issubclass(cls, ReduceLROnPlateau):
         raise ValueError(
             f"schedule {name!r} waits for a metric, and a schedule is stepped once per update here, without one: "
@@ -86,20 +84,3 @@ class AfterWarmup(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.last_epoch, self.first = state_dict["last_epoch"], state_dict["first"]
         self.schedule.load_state_dict(state_dict["schedule"])
-
-
-def _import(path: str) -> Callable[..., LRScheduler]:
-    module_path, _, attribute = path.rpartition(".")
-    try:
-        module = importlib.import_module(module_path)
-    except Exception as error:  # the import runs foreign code, which may raise anything
-        raise ValueError(
-            f"schedule {path!r} cannot be imported: {type(error).__name__}: {error}; is it on PYTHONPATH?"
-        ) from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        kinds = [
-            key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, LRScheduler)
-        ]
-        raise ValueError(f"schedule {path!r}: {module_path} has no {attribute!r}{suggest(attribute, kinds)}")
-    return found

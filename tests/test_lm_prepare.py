@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from lm_corpus import HELD_OUT, TEST_FILES, TRAIN, encode_line_by_line, make_cor
 
 from engine.errors import UserError
 from language_model import benchmark, raw_text, vocabulary
-from language_model.prepare import build
+from language_model.prepare import build, main
 from language_model.prepared import open_corpus, token_dtype
 from language_model.vocabulary import Vocabulary, count_words, counted_vocabulary, load_vocabulary, read_vocabulary
 
@@ -367,6 +368,16 @@ def test_missing_truncated_and_damaged_shards_are_named_and_made_again(corpus, p
         open_corpus(out).train[2].read()
 
 
+def test_a_manifest_without_a_field_is_called_damaged(corpus, prepared, tmp_path):
+    out = Path(shutil.copytree(prepared, tmp_path / "out"))
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["shards"][0]["tokens"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    for read in (open_corpus, partial(build, corpus)):
+        with pytest.raises(UserError, match="manifest.json is damaged .*: delete it, then prepare"):
+            read(out)
+
+
 def test_a_vocabulary_that_does_not_match_the_shards_is_refused(corpus, prepared, tmp_path):
     out = tmp_path / "out"
     build(corpus, out)
@@ -376,6 +387,13 @@ def test_a_vocabulary_that_does_not_match_the_shards_is_refused(corpus, prepared
         open_corpus(out)
     build(corpus, out)
     assert content(out) == content(prepared)
+
+
+@pytest.mark.parametrize("option", ["--workers", "--threshold"])
+def test_numbers_that_make_no_sense_are_refused_at_once(corpus, tmp_path, option, capsys):
+    with pytest.raises(SystemExit):
+        main([str(corpus), str(tmp_path / "out"), option, "0"])
+    assert f"{option}: a whole number above 0, not 0" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def command(*arguments) -> list[str]:

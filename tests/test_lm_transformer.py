@@ -14,8 +14,8 @@ from engine.config import load_config
 from engine.distributed import setup
 from engine.precision import Precision
 from language_model import evaluate as evaluate_command
-from language_model.config import Config, TransformerConfig
-from language_model.data import TextData, scored_batches
+from language_model.config import Config, ModelConfig, TransformerConfig
+from language_model.data import read_text
 from language_model.model import LanguageModel, create_model
 from language_model.scoring import score
 from language_model.softmax import adaptive_log_prob
@@ -167,23 +167,19 @@ def test_each_token_is_scored_once_from_the_last_half_window_or_more(window):
             with torch.no_grad():
                 log_prob, _ = model(context, target, model.zero_state(1))
             expected, counted = expected - log_prob[-1].item(), counted + 1
-    batches = scored_batches(tokens, lengths, rows, steps=model.test_steps, device="cpu")
-    total = score(model, batches, Precision("fp32", torch.device("cpu")), setup("cpu"))
+    total = score(model, tokens, lengths, rows, Precision("fp32", torch.device("cpu")), setup("cpu"))
     assert total["tokens"] == counted == len(tokens)
     assert total["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_test_text_has_the_lstms_denominator():
     corpus = pydoc_corpus()
-    data = TextData(corpus, 16, 20, device="cpu", seed=1)
     precision, world = Precision("fp32", torch.device("cpu")), setup("cpu")
     torch.manual_seed(0)
     transformer = Transformer(TransformerConfig(**SETTINGS), corpus.words, 20)
-    lstm = LanguageModel(corpus.words, embedding=8, hidden=16, cutoffs=[10, 50])
-    found = [
-        score(model, data.test_batches(32, steps=model.test_steps), precision, world) for model in (transformer, lstm)
-    ]
-    assert found[0]["tokens"] == found[1]["tokens"] == data.test_tokens
+    lstm = LanguageModel(ModelConfig(name="lstm", embedding=8, hidden=16, cutoffs=[10, 50]), corpus.words)
+    found = [score(model, *read_text(corpus.test), 32, precision, world) for model in (transformer, lstm)]
+    assert found[0]["tokens"] == found[1]["tokens"] == sum(shard.tokens for shard in corpus.test)
 
 
 def test_training_carries_nothing_on():

@@ -255,7 +255,7 @@ def test_every_class_of_torch_is_tried_or_takes_what_a_config_cannot_give():
         (f"{TORCH}.ReduceLROnPlateau", {}, "ReduceLROnPlateau' waits for a metric"),
         (f"{TORCH}.OneCycleLR", {"max_lr": 1.0, "total_steps": 9, "total": 10}, "ends after total_steps=9, before"),
         ("copy.copy", {}, "does not make a torch.optim.lr_scheduler.LRScheduler"),
-        ("..", {}, "'..' cannot be imported"),
+        ("..", {}, "'..' is no dotted path"),
     ],
 )
 def test_bad_names_and_settings(name, settings, message):

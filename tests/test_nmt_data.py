@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine.errors import UserError
 from nmt.codec import BOS, EOS, PAD
-from nmt.data import Batch, _cuts, eval_batches, load_data, padding_share, train_batches, updates_per_epoch
+from nmt.data import Batch, _cuts, eval_batches, load_data, train_batches, updates_per_epoch
 from nmt.prepare.command import prepare
 from nmt.prepare.recipes import Recipe
 from nmt.prepare.toy_text import generate
@@ -43,27 +43,26 @@ def copy(root, tmp_path):
 
 
 def sentences(batch: Batch) -> list[tuple]:
-    assert batch.sentences == len(batch.source) if batch.tokens else batch.sentences == 0
     rows = zip(batch.source, batch.target_out, strict=True)
     pairs = [tuple(tuple(side[side != PAD].tolist()) for side in row) for row in rows]
-    return sorted(pairs) if batch.sentences else []
+    return sorted(pairs) if batch.tokens else []
 
 
 def all_sentences(split):
     return sorted(
-        ((*split.source(index).tolist(), EOS), (*split.target(index).tolist(), EOS)) for index in range(len(split))
+        ((*split.source.sentence(index).tolist(), EOS), (*split.target.sentence(index).tolist(), EOS))
+        for index in range(len(split))
     )
 
 
-def test_a_split_is_what_was_prepared(data):
+def test_a_split_is_what_was_prepared(root, data):
     for split, name in ((data.train, "train"), (data.valid, "valid"), (data.test, "test")):
         assert len(split) == SIZES[name]
-        assert [len(split.source(i)) for i in range(len(split))] == split.source_lengths.tolist()
-        assert [len(split.target(i)) for i in range(len(split))] == split.target_lengths.tolist()
-    assert [data.codec.decode(data.test.target(i)) for i in range(50)] == data.test.references
-    assert data.codec.encode_lines(data.valid.sources) == [data.valid.source(i).tolist() for i in range(60)]
-    with pytest.raises(ValueError, match="valid and test only"):
-        _ = data.train.references
+        assert [len(split.source.sentence(i)) for i in range(len(split))] == (split.source.lengths - 1).tolist()
+        assert [len(split.target.sentence(i)) for i in range(len(split))] == (split.target.lengths - 1).tolist()
+    assert [data.codec.decode(data.test.target.sentence(i)) for i in range(50)] == data.test.references
+    sources = (root / "valid.en.txt").read_text(encoding="utf-8").splitlines()
+    assert data.codec.encode_lines(sources) == [data.valid.source.sentence(i).tolist() for i in range(60)]
 
 
 def test_a_batch_is_its_sentences_padded(data):
@@ -72,27 +71,27 @@ def test_a_batch_is_its_sentences_padded(data):
     batch = data.train.batch(indices)
     assert all(tensor.dtype == torch.int64 for tensor in batch[:3])
     for row, index in enumerate(indices):
-        source, target = data.train.source(index).tolist(), data.train.target(index).tolist()
+        source, target = data.train.source.sentence(index).tolist(), data.train.target.sentence(index).tolist()
         for tensor, ids in (
             (batch.source, [*source, EOS]),
             (batch.target_in, [BOS, *target]),
             (batch.target_out, [*target, EOS]),
         ):
             assert tensor[row].tolist() == ids + [PAD] * (tensor.shape[1] - len(ids))
-    longest = [max(lengths[indices]) + 1 for lengths in (data.train.source_lengths, data.train.target_lengths)]
+    longest = [max(side.lengths[indices]) for side in (data.train.source, data.train.target)]
     assert [batch.source.shape, batch.target_in.shape, batch.target_out.shape] == [
         (4, longest[0]),
         *[(4, longest[1])] * 2,
     ]
-    assert batch.tokens == int((batch.target_out != PAD).sum()) and batch.sentences == 4
+    assert batch.tokens == int((batch.target_out != PAD).sum())
     assert batch.to(torch.device("cpu")) is batch
 
 
 def test_the_last_sentence_of_the_file_can_be_padded(data):
     longest, last = int(np.argmax(data.train.longest)), len(data.train) - 1
     batch = data.train.batch(np.array([longest, last]))
-    assert batch.source[1].tolist()[: data.train.source_lengths[last]] == data.train.source(last).tolist()
-    assert set(batch.source[1].tolist()[data.train.source_lengths[last] + 1 :]) <= {PAD}
+    assert batch.source[1].tolist()[: data.train.source.lengths[last] - 1] == data.train.source.sentence(last).tolist()
+    assert set(batch.source[1].tolist()[data.train.source.lengths[last] :]) <= {PAD}
 
 
 def alone(*arguments, **settings):
@@ -109,7 +108,7 @@ def test_every_pair_once_an_epoch_on_equally_many_updates(data, passes, world_si
     flat = [batch for updates in ranks for update in updates for _, batch in update]
     assert sorted(chain.from_iterable(map(sentences, flat))) == all_sentences(data.train)
     assert max(len(batch.source) * max(batch.source.shape[1], batch.target_in.shape[1]) for batch in flat) <= TOKENS
-    idle = [batch for batch in flat if not batch.sentences]
+    idle = [batch for batch in flat if not batch.tokens]
     assert len(idle) == len(flat) - len(alone(data.train, TOKENS, seed=1, epoch=0)) < passes
 
 
@@ -162,8 +161,7 @@ def test_the_lengths_of_updates_come_in_no_order(data):
 def test_a_pass_with_nothing_to_do(data):
     """Passes without a batch get a row that adds nothing to the loss, and no NaN."""
     (update,) = train_batches(data.train, TOKENS, 1000, 1, 0)
-    idle = [batch for _, batch in update if not batch.sentences]
-    assert idle and all(batch.tokens == 0 for batch in idle)
+    idle = [batch for _, batch in update if not batch.tokens]
     assert [tensor.tolist() for tensor in idle[0][:3]] == [[[EOS]], [[BOS]], [[PAD]]]
     logits = torch.zeros(1, 9, requires_grad=True)
     loss = torch.nn.functional.cross_entropy(logits, idle[0].target_out[0], ignore_index=PAD, reduction="sum")
@@ -187,7 +185,7 @@ def test_evaluation_takes_every_pair_once(data, world_size, max_tokens):
     for rank in range(world_size):
         for batch, indices in eval_batches(data.valid, max_tokens, rank, world_size):
             assert [tuple(row[row != PAD].tolist()) for row in batch.target_out] == [
-                (*data.valid.target(index).tolist(), EOS) for index in indices
+                (*data.valid.target.sentence(index).tolist(), EOS) for index in indices
             ]
             assert batch.source.shape[0] * batch.source.shape[1] <= max(max_tokens, data.valid.longest.max())
             seen += indices.tolist()
@@ -199,12 +197,11 @@ def test_evaluation_begins_with_the_longest(data):
     assert widths == sorted(widths, reverse=True)
 
 
-def test_padding_is_counted_and_small(data):
+def test_padding_is_small(data):
     batches = alone(data.train, TOKENS, seed=1, epoch=0)
     total = sum(batch.source.numel() + batch.target_out.numel() for batch in batches)
-    real = int((data.train.source_lengths + data.train.target_lengths + 2).sum())
-    assert padding_share(batches) == pytest.approx(1 - real / total)
-    assert padding_share(batches) < 0.1
+    real = int((data.train.source.lengths + data.train.target.lengths).sum())
+    assert 0 < 1 - real / total < 0.1
 
 
 def test_batches_are_full(data):

@@ -231,10 +231,10 @@ def test_tokenized_and_compound_split_bleu():
     """A hyphenated compound is one token in the first score, and three in the second."""
     reference, other = "Die Ost-West-Route ist gut.", "Die Ost-Ost-Route ist gut."
     codec = Codec("en", "de", [*SPECIALS, WORD_START, *sorted({*reference, "@"} - {" "})], [])
-    exact = all_scores([codec.encode(reference, "de")], [reference], codec)
+    exact = all_scores(codec.encode_lines([reference], "de"), [reference], codec)
     assert [exact[name] for name in SCORES] == pytest.approx([100] * 4)
     # Tokens: Die Ost-Ost-Route ist gut .      and split: Die Ost ##AT##-##AT## Ost ##AT##-##AT## Route ist gut .
-    near = all_scores([codec.encode(other, "de")], [reference], codec)
+    near = all_scores(codec.encode_lines([other], "de"), [reference], codec)
     assert near["tokenized_bleu"] == 0  # no four tokens in a row are right: multi-bleu.perl does not smooth
     precisions = (8 / 9, 6 / 8, 4 / 7, 2 / 6)
     assert near["compound_split_bleu"] == pytest.approx(100 * torch.tensor(precisions).log().mean().exp().item())

@@ -111,7 +111,7 @@ def test_filters(text):
     assert entry["pairs"] == 52
     codec = Codec.load(text / "out")
     assert lines_of(text / "out", "train", "de", codec)[50:] == ["a b b", " ".join("b" * 250)]
-    assert len(codec.encode(single)) == 1 and len(codec.encode(letters)) > 250
+    assert len(codec.encode_lines([single])[0]) == 1 and len(codec.encode_lines([letters])[0]) > 250
 
 
 def test_lines_end_with_a_newline_and_nothing_else(text):

@@ -11,6 +11,7 @@ from optim_cases import CASES
 from torch import Tensor, nn
 
 from optim import OPTIMIZERS, Apollo, create_optimizer
+from optim.foreign import suggest
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -211,7 +212,7 @@ def test_table_covers_what_is_exported():
         ("torch.optim.NAdam", {"lr": "0,1"}, "its settings: {'lr': '0,1'}"),
         (".Optimizer", {"lr": 1.0}, "'.Optimizer' is no dotted path, package.module.Class"),
         ("nowhere.Optimizer", {"lr": 1.0}, "'nowhere.Optimizer' cannot be imported: ModuleNotFoundError"),
-        ("torch.optim.Nothing", {"lr": 1.0}, "'torch.optim.Nothing' cannot be imported: AttributeError"),
+        ("torch.optim.Nothing", {"lr": 1.0}, "'torch.optim.Nothing' cannot be imported: torch.optim has no 'Nothing'"),
         ("torch.pi", {"lr": 1.0}, "'torch.pi' is not a class or function"),
     ],
 )
@@ -219,6 +220,11 @@ def test_bad_names_and_settings(name, settings, message):
     with pytest.raises(ValueError) as error:
         create_optimizer(name, parameters(), **settings)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_of_very_many_names_only_the_nearest_is_suggested():
+    names = [f"Optimizer{number}" for number in range(100)]
+    assert suggest("optimizer7", names) == "; did you mean 'Optimizer7'?" and suggest("zzz", names) == ""
 
 
 def test_a_missing_package_of_optimizers_is_named(monkeypatch):

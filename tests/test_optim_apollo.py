@@ -358,3 +358,37 @@ def test_the_share_of_clamped_entries(rebound):
         total += param.numel()
     assert 0 < below < total
     assert optimizer.clamped() == pytest.approx(below / total)
+
+
+@pytest.mark.parametrize(("decay_type", "decay_factor"), [("L2", 1), ("stable", 1), ("decoupled", 100)])
+def test_only_the_ratio_of_rate_and_sigma_matters(decay_type, decay_factor):
+    """docs/apollo.md: with a hundredth of sigma, B is a hundredth and d a hundred times as large."""
+
+    def train(factor):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+        inputs, targets = torch.randn(32, 6, dtype=torch.float64), torch.randn(32, 2, dtype=torch.float64)
+        settings = {"sigma": factor, "warmup": 10, "init_lr": 0.01 * factor, "weight_decay_type": decay_type}
+        decay = 0.01 if factor == 1 else 0.01 * decay_factor
+        optimizer = Apollo(model.parameters(), lr=0.3 * factor, weight_decay=decay, **settings)
+        for _ in range(60):
+            optimizer.zero_grad()
+            (20 * nn.functional.mse_loss(model(inputs), targets)).backward()
+            optimizer.step()
+        assert 0 < optimizer.clamped() < 1  # both kinds of entries
+        curvature = [optimizer.state[param]["hessian"] / factor for param in model.parameters()]
+        return [param.detach() for param in model.parameters()], curvature
+
+    torch.testing.assert_close(train(0.01), train(1.0), rtol=1e-6, atol=1e-8)
+
+
+def test_curvature_has_the_rate_as_its_unit():
+    """docs/apollo.md: on h p^2 / 2 the first B is lr h / (1 + beta)."""
+    for lr in (0.01, 0.1):
+        param = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        optimizer = LiteralApollo([param], lr=lr, beta=0.9, eps=1e-12, warmup=0)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (4 * param.square() / 2).sum().backward()
+            optimizer.step()
+        assert optimizer.state[param]["hessian"].item() == pytest.approx(lr * 4 / 1.9)

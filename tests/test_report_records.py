@@ -133,7 +133,7 @@ def test_marked_tables_are_written_anew_and_the_rest_is_left(record, tmp_path, c
     assert changed != text
     assert updated(document, changed, render) == text
     document.write_text(parts[0].replace(" results -->", " everything -->"))
-    with pytest.raises(UserError, match="table of kind 'everything'; valid: results, comparison, searched"):
+    with pytest.raises(UserError, match="table of kind 'everything'; valid: results, comparison, searched, rates"):
         main(["--update", str(document)])
 
 
@@ -162,6 +162,25 @@ def test_table_of_optimizers_that_were_tuned(tmp_path, capsys):
     config = load_settings("classification", path, [text for text in overrides if text != "data.name=synthetic"])
     assert (config.row, config.batch, config.optimizer.settings) == ("sgd", 128, {"lr": 0.1, "weight_decay": 0.0005})
     assert config.schedule.settings == {"milestones": [8, 10], "decay_rate": 0.1}
+
+
+def test_table_of_rates_has_a_line_for_each_recipe(tmp_path):
+    for row in ("sgd", "apollo"):
+        write_search(tmp_path / "usual", "words", row, "ppl")
+    write_run(tmp_path / "long/words/search/sgd/trial0", "words", "sgd", 7, METHODS["sgd"], "ppl", epochs=24)
+    runs, _ = read_runs(tmp_path / "usual", tmp_path / "long")
+    write_record(tmp_path / "record.json", sorted(runs, key=lambda run: len(run.folder.parts), reverse=True))
+    text = render(read_record(tmp_path / "record.json"), "rates")
+    header, rule, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[:5])
+    assert header == ["trials", "0.003", "0.01", "0.03", "0.1", "0.3", "1", "3", "10"]
+    assert [line[0] for line in lines] == ["words: sgd", "words: sgd, epochs=24", "words: apollo"]
+    of_line = {line[0]: dict(zip(header, line, strict=True)) for line in lines}
+    trials = [run for run in runs if run.row == "sgd" and run.config["epochs"] == 12 and run.rate == METHODS["sgd"]]
+    assert len(trials) == 3  # three weight decays
+    assert of_line["words: sgd"]["0.1"] == f"{min(run.result.validation for run in trials):.2f}"
+    assert [key for key, value in of_line["words: sgd, epochs=24"].items() if value][1:] == ["0.1"]
+    assert of_line["words: sgd"]["3"] == "×"
+    assert of_line["words: sgd"]["10"] == ""
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -21,11 +21,12 @@ from engine.errors import UserError
 from engine.files import hold
 from engine.machine import core_count
 from engine.manifest import MANIFEST, read_manifest
+from engine.workers import positive
 from nmt.codec import Codec
 from nmt.prepare import toy_text
 from nmt.prepare.download import get_archives
 from nmt.prepare.raw_text import scan_pair
-from nmt.prepare.recipes import GRAMMAR, RESERVED, WMT14, Recipe
+from nmt.prepare.recipes import GRAMMAR, WMT14, Recipe
 from nmt.prepare.sources import find_texts
 from nmt.prepare.stages import Pair, encode, file_sha256, learn_codec, make_chunks, processes, tokenize
 from nmt.prepared import MANIFEST_KEYS, SPLITS, write_json
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> int:
     elif options.command == WMT14.name:
         prepare(WMT14, options.source, options.out, options.workers)
     else:
-        if options.name in RESERVED:
+        if options.name in (WMT14.name, GRAMMAR.name):
             raise UserError(f"--name {options.name} is the name of a recipe that comes with this: choose another")
         given = {key: value for key, value in vars(options).items() if key in Recipe.__dataclass_fields__}
         prepare(Recipe(**given), Path(), options.out, options.workers)
@@ -172,21 +173,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for command in (wmt14, files, own, verified):
         command.add_argument("out", type=Path, help="folder of the prepared data")
     for command in (wmt14, files):
-        command.add_argument("--workers", type=_positive, default=core_count(), help="processes (default: all cores)")
+        command.add_argument("--workers", type=positive, default=core_count(), help="processes (default: all cores)")
     files.add_argument("--name", required=True, help="data.name in the configs")
     files.add_argument("--train", required=True, nargs="+", metavar="PREFIX")
     files.add_argument("--valid", required=True, metavar="PREFIX")
     files.add_argument("--test", required=True, metavar="PREFIX")
-    files.add_argument("--merges", type=_positive, required=True, help="of the joint BPE, e.g. 8000 for 30,000 pairs")
-    files.add_argument("--max-length", type=_positive, default=250, help="pieces on a side (default: 250)")
+    files.add_argument("--merges", type=positive, required=True, help="of the joint BPE, e.g. 8000 for 30,000 pairs")
+    files.add_argument("--max-length", type=positive, default=250, help="pieces on a side (default: 250)")
     files.add_argument("--ratio", type=float, default=2.0, help="longer side to shorter, in pieces (default: 2)")
     files.add_argument("--source", default="en", help="language (default: en)")
     files.add_argument("--target", default="de", help="language (default: de)")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value

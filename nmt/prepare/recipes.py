@@ -45,4 +45,3 @@ WMT14 = Recipe(
     },
 )
 GRAMMAR = Recipe(name="grammar", train=("train",), valid="valid", test="test", merges=1500, ratio=2.0)
-RESERVED = (WMT14.name, GRAMMAR.name)

@@ -1,12 +1,12 @@
 """Finds the two sides of a text: plain files, the tree that fairseq's script leaves in orig/, SGM, or the archives.
 
-Lines of SGM and members of archives are written to a folder of the preparation, never to the source. In an archive and
-in a folder a text has one of these names:
+Lines of SGM and members of archives are written to a folder of the preparation, never to the source. A text has one of
+these names:
 
     europarl-v7.de-en.en            plain, one sentence a line
     newstest2013-src.en.sgm         of statmt's test.tgz
-    newstest2014-deen-ref.de.sgm    of statmt's test-full.tgz: English is src, German is ref. It may be the other way
-                                    round, because both directions have the same test set
+    newstest2014-deen-ref.de.sgm    of statmt's test-full.tgz: English is src, German is ref, or the other way round,
+                                    because both directions have the same test set
 """
 
 import logging

@@ -5,25 +5,21 @@ Each file of the work folder is whole or absent, so a killed preparation continu
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from hashlib import sha256
 from itertools import chain
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from engine.errors import UserError
+from engine.workers import worker_pool
 from nmt.codec import EOS, UNK, Codec, learn
 from nmt.prepare.raw_text import CHUNK, TextFile
 from nmt.prepare.recipes import Recipe
@@ -64,26 +60,12 @@ def make_chunks(split: str, pairs: Sequence[Pair], recipe: Recipe, work: Path) -
 
 @contextmanager
 def processes(workers: int) -> Iterator[Map]:
-    """A map over `workers` processes. UserError if the system kills one."""
+    """A map over `workers` processes."""
     if workers == 1:
         yield map
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker) as pool:
-        try:
-            yield pool.map
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed, for lack of memory perhaps: run the same command with fewer --workers"
-            ) from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _begin_worker() -> None:
-    """Use one thread, and end when the parent ends: a killed preparation leaves no process behind."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    with worker_pool(workers, {"TOKENIZERS_PARALLELISM": "false"}) as pool:  # one thread in each process
+        yield pool.map
 
 
 def tokenize(split: str, chunks: Sequence[Chunk], recipe: Recipe, each: Map) -> Counter[str]:
@@ -135,20 +117,16 @@ def encode(split: str, chunks: Sequence[Chunk], codec: Codec, recipe: Recipe, ou
     lengths: dict[str, list[np.ndarray]] = {language: [] for language in languages}
     unknown = dict.fromkeys(languages, 0)
     lines = Counter()
-    arrays = {language: open(out / f"{split}.{language}.bin", "wb") for language in languages}  # noqa: SIM115
-    try:
-        with _bar(f"ids of {split}", chunks) as bar:
-            work = partial(encode_chunk, recipe, chunks[0].counts.parent, dtype)
-            for chunk, (left, sides) in zip(chunks, each(work, chunks), strict=True):
-                lines.update(left)
-                for language, (ids, found) in zip(languages, sides, strict=True):
-                    arrays[language].write(ids.tobytes())
-                    lengths[language].append(found)
-                    unknown[language] += int((ids == UNK).sum())
-                bar.update(chunk.lines)
-    finally:
-        for file in arrays.values():
-            file.close()
+    with ExitStack() as files, _bar(f"ids of {split}", chunks) as bar:
+        arrays = {name: files.enter_context(open(out / f"{split}.{name}.bin", "wb")) for name in languages}
+        work = partial(encode_chunk, recipe, chunks[0].counts.parent, dtype)
+        for chunk, (left, sides) in zip(chunks, each(work, chunks), strict=True):
+            lines.update(left)
+            for language, (ids, found) in zip(languages, sides, strict=True):
+                arrays[language].write(ids.tobytes())
+                lengths[language].append(found)
+                unknown[language] += int((ids == UNK).sum())
+            bar.update(chunk.lines)
     entry: dict[str, Any] = {"lines": dict(lines), "pairs": sum(map(len, lengths[recipe.source]))}
     if not entry["pairs"]:
         raise UserError(f"no pair of {split} is left after the filter: are these the two sides of the same text?")
@@ -156,7 +134,7 @@ def encode(split: str, chunks: Sequence[Chunk], codec: Codec, recipe: Recipe, ou
         offsets = np.concatenate([[0], *lengths[language]]).cumsum(dtype=np.int64)
         offsets.astype("<i8").tofile(out / f"{split}.{language}.offsets")
         entry[language] = {"tokens": int(offsets[-1]), "unknown": unknown[language], "token_bytes": dtype.itemsize}
-        if split in EVALUATED:
+        if split in EVALUATED:  # raw, for sacreBLEU
             text = "".join(f"{line}\n" for chunk in chunks for line in chunk.files[side].read(chunk.index))
             (out / f"{split}.{language}.txt").write_text(text, encoding="utf-8", newline="")
     entry["sha256"] = {path.name: file_sha256(path) for path in paths_of(out, split, languages)}

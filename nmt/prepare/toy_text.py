@@ -2,8 +2,7 @@
 
 The grammar has what makes German hard for a model: gender and case on articles, adjectives and pronouns; the finite
 verb second in a main clause and last in a subordinate one; the perfect with haben or sein; verbs with the dative. The
-English determines the German, so a model can learn to translate nearly all of it. The files are the same on every
-machine.
+English determines the German. The files are the same on every machine.
 """
 
 import os

@@ -78,16 +78,9 @@ def _fused_cpu_apollo(
     struct = _Settings(*numbers, int(s.warmup), s.belief, s.stable, tensors.stores_average, LARGE)
 
     def run(stages: int) -> None:
-        library().apollo_step(
-            rows.buffer_info()[0],
-            sums.data_ptr(),
-            state_sums.buffer_info()[0],
-            struct,
-            len(params),
-            DTYPES[params[0].dtype],
-            stages,
-            torch.get_num_threads(),
-        )
+        arrays = rows.buffer_info()[0], sums.data_ptr(), state_sums.buffer_info()[0]
+        dtype = DTYPES[params[0].dtype]
+        library().apollo_step(*arrays, struct, len(params), dtype, stages, torch.get_num_threads())
 
     increment_version(params)  # autograd does not see the writes of the native code
     if not any(tensors.shards):

@@ -4,14 +4,10 @@
     make_scalars    for each tensor: adds up its chunks, makes the scalars of its update, counts the step
     update_chunks   for each chunk: m, B, d, p
 
-The kernels (triton_kernels.py) find the tensors through a table of addresses on the device. The table is sent only when
-an address has changed. Nothing waits for the device: step counts, found_inf and learning rates that are tensors are
-read on the device.
-
-As on the CPU, sums are carried over (carried_sums.py). They are not carried with capturable=True: the replay of a CUDA
-graph cannot check whether the sums are still valid.
-
-Importing this file needs Triton.
+The kernels (triton_kernels.py) find the tensors through a table of addresses on the device, which is sent only when an
+address has changed. Nothing waits for the device: step counts, found_inf and learning rates that are tensors are read
+there. Sums are carried over (carried_sums.py), but not with capturable=True: the replay of a CUDA graph cannot check
+whether they are still valid. Importing this file needs Triton.
 """
 
 import math
@@ -59,10 +55,10 @@ def _fused_cuda_apollo(
 ) -> None:
     """The step for parameters of one device and dtype whose memory has no gaps."""
     s, params, device = settings, tensors.params, tensors.params[0].device
-    stored, sharded, lr = tensors.stores_average, any(tensors.shards), s.lr
+    stored, sharded = tensors.stores_average, any(tensors.shards)
 
     tensors = replace(tensors, grads=laid_out(params, tensors.grads))
-    here = tuple(param.numel() for param in params)
+    here = tuple(map(Tensor.numel, params))
     chunks, first_chunks, counts = _chunks(here, device)
     grads, kept = _addresses(tensors.grads), tensors.kept
     if kept.get("table_of") != (grads, s.belief):
@@ -93,19 +89,17 @@ def _fused_cuda_apollo(
     carry = are_carried(s) and not s.capturable
     partials = _carried.take(tensors.directions[0], note()) if carry else None
     known = partials is not None
-    if partials is None:
+    if not known:
         partials = torch.empty(len(chunks), SUMS.value, dtype=torch.float64, device=device)
     sums = torch.empty(len(params), SUMS.value, dtype=torch.float64, device=device)
     scalars = torch.empty(len(params), SCALARS.value, dtype=torch.float32, device=device)
-    lr_tensor = isinstance(lr, Tensor)
-    if lr_tensor:
-        lr = lr.to(device, torch.float32, non_blocking=True)
+    lr = s.lr.to(device, torch.float32, non_blocking=True) if isinstance(s.lr, Tensor) else s.lr
     factor = -1.0 if s.maximize else 1.0
     log_beta, one_minus_beta = math.log(s.beta) if s.beta > 0 else -1e30, 1 - s.beta
-    flags = {"SCALED": grad_scale is not None, "ALIGNED": kept["aligned"]}
-    flags |= {"GRAD_ALIGNED": kept["grad_aligned"], "CHUNK": CHUNK, "BLOCK": BLOCK}
+    common = {"P": DTYPES[params[0].dtype], "ALIGNED": kept["aligned"], "CHUNK": CHUNK, "BLOCK": BLOCK}
+    flags = {"L2": s.l2 != 0, "STORED": stored, "SCALED": grad_scale is not None, "GRAD_ALIGNED": kept["grad_aligned"]}
     # Without fused multiply-adds, carried sums and sums that are computed anew have the same bits.
-    flags |= {"P": DTYPES[params[0].dtype], "L2": s.l2 != 0, "STORED": stored, "enable_fp_fusion": False}
+    flags |= {**common, "enable_fp_fusion": False}
     skipping = {"FOUND_INF": found_inf is not None}
 
     increment_version(params)  # autograd does not see the writes of the kernels
@@ -123,7 +117,7 @@ def _fused_cuda_apollo(
         make_scalars[(len(params),)](
             table, partials, sums, scalars, lr, s.init_lr, s.warmup, log_beta, one_minus_beta, s.eps,
             norm_eps(s.eps, s.sigma, s.rebound), s.sigma, s.l2, s.decay, found_inf,
-            L2=s.l2 != 0, LR_TENSOR=lr_tensor, BELIEF=s.belief, SHARDED=sharded, JOIN=JOIN, **skipping,
+            L2=s.l2 != 0, LR_TENSOR=isinstance(lr, Tensor), BELIEF=s.belief, SHARDED=sharded, JOIN=JOIN, **skipping,
         )  # fmt: skip
         if len(chunks):
             update_chunks[(len(chunks),)](
@@ -139,17 +133,7 @@ def _fused_cuda_apollo(
             join_sums(sums[:, CURVATURE.value :], tensors.shards)
         make_stable_decay[(len(params),)](table, partials, sums, scalars, s.decay, SHARDED=sharded, JOIN=JOIN)
         if len(chunks):
-            direct_chunks[(len(chunks),)](
-                table,
-                chunks,
-                scalars,
-                found_inf,
-                P=flags["P"],
-                ALIGNED=kept["aligned"],
-                CHUNK=CHUNK,
-                BLOCK=BLOCK,
-                **skipping,
-            )
+            direct_chunks[(len(chunks),)](table, chunks, scalars, found_inf, **common, **skipping)
 
 
 def launch_one() -> None:

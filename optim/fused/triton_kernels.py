@@ -25,6 +25,16 @@ def _address(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constex
 
 
 @triton.jit
+def _addresses(row, P: tl.constexpr, ALIGNED: tl.constexpr, GRAD_ALIGNED: tl.constexpr):
+    p = _address(row, PARAM, P, ALIGNED)
+    g = _address(row, GRAD, P, GRAD_ALIGNED)
+    m = _address(row, EXP_AVG, tl.float32, ALIGNED)
+    h = _address(row, HESSIAN, tl.float32, ALIGNED)
+    d = _address(row, DIRECTION, tl.float32, ALIGNED)
+    return p, g, m, h, d
+
+
+@triton.jit
 def _rectify(b, bound, offset):
     a = tl.abs(b)
     return tl.where(a < bound, bound, a) + offset  # a NaN stays one
@@ -90,11 +100,7 @@ def sum_chunks(
     chunk = tl.program_id(0).to(tl.int64)
     row = table + tl.load(chunks + 2 * chunk) * COLUMNS
     begin = tl.load(chunks + 2 * chunk + 1) * CHUNK
-    p = _address(row, PARAM, P, ALIGNED)
-    g = _address(row, GRAD, P, GRAD_ALIGNED)
-    m = _address(row, EXP_AVG, tl.float32, ALIGNED)
-    h = _address(row, HESSIAN, tl.float32, ALIGNED)
-    d = _address(row, DIRECTION, tl.float32, ALIGNED)
+    p, g, m, h, d = _addresses(row, P, ALIGNED, GRAD_ALIGNED)
     if SCALED:
         factor = factor / tl.load(grad_scale)
     bound = sigma
@@ -104,12 +110,8 @@ def sum_chunks(
         before = tl.load(_address(row, STEP, tl.float32, False)).to(tl.float64)
         offset = (eps * (1 - tl.exp(before * log_beta)) / one_minus_beta).to(tl.float32)
 
-    d4 = tl.zeros([BLOCK], tl.float32)
-    bdd = tl.zeros([BLOCK], tl.float32)
-    md = tl.zeros([BLOCK], tl.float32)
-    pd = tl.zeros([BLOCK], tl.float32)
-    gd = tl.zeros([BLOCK], tl.float32)
-    largest = tl.zeros([BLOCK], tl.float32)
+    zeros = tl.zeros([BLOCK], tl.float32)
+    d4, bdd, md, pd, gd, largest = zeros, zeros, zeros, zeros, zeros, zeros
     here = tl.minimum(tl.load(row + NUMEL) - begin, CHUNK).to(tl.int32)
     full = here // BLOCK * BLOCK
     for i in range(0, full, BLOCK):
@@ -274,11 +276,7 @@ def update_chunks(
     tensor = tl.load(chunks + 2 * chunk)
     row = table + tensor * COLUMNS
     begin = tl.load(chunks + 2 * chunk + 1) * CHUNK
-    p = _address(row, PARAM, P, ALIGNED)
-    g = _address(row, GRAD, P, GRAD_ALIGNED)
-    m = _address(row, EXP_AVG, tl.float32, ALIGNED)
-    h = _address(row, HESSIAN, tl.float32, ALIGNED)
-    d = _address(row, DIRECTION, tl.float32, ALIGNED)
+    p, g, m, h, d = _addresses(row, P, ALIGNED, GRAD_ALIGNED)
     if SCALED:
         factor = factor / tl.load(grad_scale)
     values = scalars + tensor * SCALARS
@@ -295,11 +293,8 @@ def update_chunks(
     if FOUND_INF:
         here = tl.where(tl.load(found_inf) == 0, here, 0)
     full = here // BLOCK * BLOCK
-    curvatures = tl.zeros([BLOCK], tl.float32)
-    d4 = tl.zeros([BLOCK], tl.float32)
-    bdd = tl.zeros([BLOCK], tl.float32)
-    md = tl.zeros([BLOCK], tl.float32)
-    pd = tl.zeros([BLOCK], tl.float32)
+    zeros = tl.zeros([BLOCK], tl.float32)
+    curvatures, d4, bdd, md, pd = zeros, zeros, zeros, zeros, zeros
     for i in range(0, full, BLOCK):
         offsets = begin + i + tl.arange(0, BLOCK)
         curvatures, d4, bdd, md, pd = _update_block(
@@ -340,10 +335,7 @@ def direct_chunks(
     tensor = tl.load(chunks + 2 * chunk)
     row = table + tensor * COLUMNS
     begin = tl.load(chunks + 2 * chunk + 1) * CHUNK
-    p = _address(row, PARAM, P, ALIGNED)
-    m = _address(row, EXP_AVG, tl.float32, ALIGNED)
-    h = _address(row, HESSIAN, tl.float32, ALIGNED)
-    d = _address(row, DIRECTION, tl.float32, ALIGNED)
+    p, _, m, h, d = _addresses(row, P, ALIGNED, False)
     values = scalars + tensor * SCALARS
     lr = tl.load(values + LR)
     bound = tl.load(values + BOUND)

@@ -24,7 +24,7 @@ from scripts.tables import published
 FORMAT = 1
 MOST_POINTS = 250
 CURVES = re.compile(r"update|epoch|wall_s|tokens|(train|test|valid)_\w+")
-KINDS = ("results", "comparison", "searched")
+KINDS = ("results", "comparison", "searched", "rates")
 # Only at the beginning of a line: an indented mark is an example.
 MARKED = re.compile(r"^(<!-- table (\S+) (\S+) -->\n).*?^(<!-- end of table -->)", re.DOTALL | re.MULTILINE)
 OF_ONE_START = ("command", "started", "resumed_from")  # parts of an environment that describe one start only

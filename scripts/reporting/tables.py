@@ -10,6 +10,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from scripts.reporting.page import Table
+from scripts.reporting.rates import ABOUT_RATES, rates
 from scripts.reporting.recipes import (
     apart,
     changes_between,
@@ -78,10 +79,12 @@ def log_table(table: str, runs: Sequence[Run], markdown: bool = False) -> str | 
 
 
 def render(runs: Sequence[Run], kind: str) -> str:
-    """Tables of `runs` as Markdown: `results`, the `comparison`, or what was `searched`."""
+    """Tables of `runs` as Markdown: `results`, the `comparison`, what was `searched`, or its `rates`."""
     runs = apart(runs)
     if kind == "searched":
         return "\n".join([*format_table(*searched(runs), markdown=True), "", ABOUT_SEARCHED])
+    if kind == "rates":
+        return "\n".join([*format_table(*rates(runs), markdown=True), "", ABOUT_RATES])
     if kind == "results":
         return "\n\n".join(report(table, of_table, markdown=True) for table, of_table in by_table(runs).items())
     compared = [f"{table}:\n\n{comparison(of_table, markdown=True)}" for table, of_table in by_table(runs).items()]
