@@ -1,10 +1,11 @@
 """On the CPU, the process keeps the memory that a training step frees, and reuses it in the next step.
 
-Otherwise glibc returns large free blocks to the system at once, and the system clears each page again. For a ResNet-110
-this costs tens of thousands of page faults per step.
+Otherwise glibc returns large free blocks to the system, which clears each page again. For a ResNet-110 this costs tens
+of thousands of page faults per step.
 """
 
 import ctypes
+from collections.abc import Callable
 
 # Parameters of mallopt(3), with the values of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -16,12 +17,9 @@ def keep_freed_memory() -> bool:
 
     The process's size then stays at its peak, which each training step reaches anyway.
     """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
+    mallopt = _of_glibc("mallopt")
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**28))
-    return all(mallopt(parameter, value) for parameter, value in settings)
+    return mallopt is not None and all(mallopt(parameter, value) for parameter, value in settings)
 
 
 def populate(address: int, size: int) -> bool:
@@ -29,8 +27,12 @@ def populate(address: int, size: int) -> bool:
 
     `size` is in bytes. Returns False if the system does not support this.
     """
+    madvise = _of_glibc("madvise")
+    return madvise is not None and madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), MADV_POPULATE_WRITE) == 0
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
     try:
-        madvise = ctypes.CDLL("libc.so.6").madvise
+        return getattr(ctypes.CDLL("libc.so.6"), name)
     except (OSError, AttributeError):
-        return False
-    return madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), MADV_POPULATE_WRITE) == 0
+        return None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import read_checkpoint, write_checkpoint
+from engine.checkpoint import different_shapes, read_checkpoint, write_checkpoint
 from engine.errors import UserError
 
 
@@ -43,11 +43,11 @@ def average_weights(run_dir: Path, last: int, vocabulary: str | None) -> tuple[d
         if saved["codec"] != vocabulary:
             raise UserError(f"{folder} was trained with another vocabulary than the rest of the run")
         weights = {name: tensor.double() for name, tensor in saved["model"].items()}
-        different = next((name for name in {**total, **weights} if _shape(total, name) != _shape(weights, name)), None)
-        if total and different:
+        if total and (different := different_shapes(weights, total)):
+            name, here, there = different
             raise UserError(
-                f"{folder} and {folders[0].name} are of different models ({different}: {_shape(weights, different)} "
-                f"and {_shape(total, different)}): only the weights of one run can be averaged"
+                f"{folder} and {folders[0].name} are of different models ({name}: {here} and {there}): only the "
+                "weights of one run can be averaged"
             )
         total = {name: total[name] + tensor for name, tensor in weights.items()} if total else weights
     mean = {name: (tensor / len(folders)).float() for name, tensor in total.items()}
@@ -56,7 +56,3 @@ def average_weights(run_dir: Path, last: int, vocabulary: str | None) -> tuple[d
 
 def _kept(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / "averaging").glob("[0-9]*") if path.is_dir())
-
-
-def _shape(weights: dict[str, torch.Tensor], name: str) -> tuple[int, ...] | str:
-    return tuple(weights[name].shape) if name in weights else "absent"

@@ -51,6 +51,7 @@ class Progress:
     last: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
 
 
+@dataclass
 class Checkpoints:
     """Saves and restores `parts` (anything with state_dict and load_state_dict) together with a Progress.
 
@@ -58,19 +59,14 @@ class Checkpoints:
     saving takes more than 1 % of it (0: each time); `keep` is the number of files kept.
     """
 
-    def __init__(
-        self, folder: Path, parts: dict[str, Stateful], world: World, keep: int, minutes: float, say: Callable
-    ) -> None:
-        self.folder, self.parts, self.world, self.keep, self.minutes, self.say = (
-            folder,
-            parts,
-            world,
-            keep,
-            minutes,
-            say,
-        )
-        self.saved_at = time.monotonic()
-        self.took_s = 0.0  # the last save
+    folder: Path
+    parts: dict[str, Stateful]
+    world: World
+    keep: int
+    minutes: float
+    say: Callable[[str], None]
+    saved_at: float = field(default_factory=time.monotonic)
+    took_s: float = 0.0  # the last save
 
     def due(self) -> bool:
         seconds = max(self.minutes * 60, self.took_s / DEAREST) if self.minutes else 0.0
@@ -190,15 +186,23 @@ def require_same_shapes(model: torch.nn.Module, state: Mapping[str, torch.Tensor
     """Raise UserError, naming the first difference, where `state` belongs to another model than `model`."""
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{source}: the checkpoint's model is no mapping of names to tensors: another program's")
-    ours = model.state_dict()
-    for name in [*ours, *(name for name in state if name not in ours)]:
-        here = tuple(ours[name].shape) if name in ours else "absent"
-        there = tuple(state[name].shape) if name in state else "absent"
-        if here != there:
-            raise UserError(
-                f"{source}: the checkpoint belongs to another model ({name}: {there} there, {here} here); "
-                "use another run_dir, or the model's own config"
-            )
+    if different := different_shapes(model.state_dict(), state):
+        name, here, there = different
+        raise UserError(
+            f"{source}: the checkpoint belongs to another model ({name}: {there} there, {here} here); "
+            "use another run_dir, or the model's own config"
+        )
+
+
+def different_shapes(
+    one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
+) -> tuple[str, tuple[int, ...] | str, tuple[int, ...] | str] | None:
+    """The first name whose tensors differ in shape, with both shapes or "absent"; None where all are alike."""
+    for name in {**one, **other}:
+        shapes = [tuple(state[name].shape) if name in state else "absent" for state in (one, other)]
+        if shapes[0] != shapes[1]:
+            return name, *shapes
+    return None
 
 
 def _path(folder: Path, age: int) -> Path:

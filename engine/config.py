@@ -7,7 +7,7 @@ where the value came from (a file or the command line), the key, and what would 
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, get_args
@@ -26,9 +26,9 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from yaml.constructor import ConstructorError
 
-from engine.errors import UserError, nearest
+from engine.core_yaml import read_yaml, write_yaml
+from engine.errors import UserError, nearest, one_line
 from engine.files import write_atomically
 
 TAKEN_WHOLE = ("optimizer", "schedule", "average")
@@ -38,7 +38,6 @@ FORMER_KEYS = {  # and what stands for them now
     "accumulation": "passes is the number of passes that make an update, over all ranks",
     "sync_batchnorm": "batchnorm_group is the number of images behind one statistic",
 }
-MOST_VALUES = 10_000  # that a YAML text may stand for: aliases of aliases could stand for more than memory holds
 
 
 class ConfigError(UserError, ValueError):
@@ -168,7 +167,7 @@ def load_config(model: type[ConfigT], path: str | Path, overrides: Sequence[str]
         try:
             value = read_yaml(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"command line: cannot read the value of {key}: {_flat(error)}") from None
+            raise ConfigError(f"command line: cannot read the value of {key}: {one_line(error)}") from None
         _set_dotted(values, key, value, sources)
     try:
         return model.model_validate(values)
@@ -177,160 +176,32 @@ def load_config(model: type[ConfigT], path: str | Path, overrides: Sequence[str]
 
 
 def save_config(config: BaseModel, path: str | Path) -> None:
-    """Write the resolved config as YAML that `load_config` reads back to the same values; the same text is kept."""
+    """Write the resolved config as YAML that `load_config` reads back to the same values. An equal file is kept."""
     path, text = Path(path), dump_config(config)
     if not (path.exists() and path.read_bytes() == text.encode()):
         write_atomically(path, text)
 
 
 def dump_config(config: BaseModel) -> str:
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, default_flow_style=None)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def differences(ours: Any, theirs: Any, ignore: Sequence[str] = (), prefix: str = "") -> list[str]:
-    """The dotted keys whose values differ between two nested mappings, those in `ignore` (and below) left out."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        keys = list(ours) + [key for key in theirs if key not in ours]
-        dotted = [(key, f"{prefix}{key}") for key in keys]
-        kept = [(key, name) for key, name in dotted if name not in ignore]
-        return [
-            found for key, name in kept for found in differences(ours.get(key), theirs.get(key), ignore, f"{name}.")
-        ]
-    return [] if ours == theirs else [prefix.rstrip(".")]
+    """The dotted keys whose values differ between two nested mappings, without those in `ignore` and below."""
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return [] if ours == theirs else [prefix.rstrip(".")]
+    found = []
+    for key in ours | theirs:
+        if f"{prefix}{key}" not in ignore:
+            found += differences(ours.get(key), theirs.get(key), ignore, f"{prefix}{key}.")
+    return found
 
 
-def read_yaml(text: str) -> Any:
-    """The value of a YAML text: mappings, lists, and the scalars of YAML 1.2's core schema.
-
-    So 010 is ten, 5e-4 is a number, and 1:30, 1_000, 2020-01-01 and yes are text, where PyYAML by itself follows
-    YAML 1.1. The merge key `<<` is understood, though 1.2 has dropped it. Raises yaml.YAMLError.
-    """
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _checked_size(node, {}) > MOST_VALUES:
-            raise yaml.YAMLError(f"its aliases stand for more than {MOST_VALUES:,} values")
-        return loader.construct_document(node)
-    except RecursionError:
-        raise yaml.YAMLError("it is nested too deeply") from None
-    finally:
-        loader.dispose()
-
-
-def _checked_size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values `node` stands for once every alias is written out.
-
-    Raises ConstructorError for a key that is no text, or that is given twice.
-    """
-    if id(node) in known:
-        return known[id(node)]
-    known[id(node)] = 1  # for a node that holds itself, which PyYAML refuses later
-    children = node.value if isinstance(node, yaml.CollectionNode) else ()
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in children]
-        for index, (key, _) in enumerate(children):
-            if isinstance(key, yaml.ScalarNode) and key.tag not in (f"{_TAG}str", f"{_TAG}merge"):
-                raise ConstructorError(None, None, f"the key {key.value} is not text: quote it", key.start_mark)
-            if isinstance(key, yaml.ScalarNode) and key.value in keys[:index]:
-                raise ConstructorError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
-        children = [child for pair in children for child in pair]
-    known[id(node)] += sum(_checked_size(child, known) for child in children)
-    return known[id(node)]
-
-
-# YAML 1.2.2, section 10.3.2: the core schema's scalars, in the order in which they are tried.
-_TAG = "tag:yaml.org,2002:"
-_CORE = {
-    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    "float": (
-        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-    "merge": (r"<<", ["<"]),  # of YAML 1.1
-}
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads the core schema alone: another tag is refused."""
-
-    yaml_implicit_resolvers: ClassVar[dict] = {}
-    yaml_constructors: ClassVar[dict] = {None: yaml.SafeLoader.construct_undefined}
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put the keys of merged mappings, `<<: *a` or `<<: [*a, *b]`, before the mapping's own; the own ones hold.
-
-        PyYAML's takes, of a key that the merged mapping has itself overridden, the overridden value.
-        """
-        merged = [value for key, value in node.value if key.tag == f"{_TAG}merge"]
-        node.value = own = [pair for pair in node.value if pair[0].tag != f"{_TAG}merge"]
-        given, added = [key.value for key, _ in own], []
-        sources = [
-            one for value in merged for one in (value.value if isinstance(value, yaml.SequenceNode) else [value])
-        ]
-        for source in sources:
-            if not isinstance(source, yaml.MappingNode):
-                raise ConstructorError(None, None, "<< takes a mapping, or a list of mappings", source.start_mark)
-            self.flatten_mapping(source)
-            new = [pair for pair in source.value if pair[0].value not in given]
-            given += [key.value for key, _ in new]
-            added += new
-        node.value = added + own
-
-
-def _scalar(convert: Callable[[str], Any]) -> Callable[[yaml.SafeLoader, yaml.ScalarNode], Any]:
-    def construct(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
-        text = loader.construct_scalar(node)
-        try:
-            return convert(text)
-        except (ValueError, KeyError):  # tagged as what it is not, or a number of more digits than Python converts
-            kind = node.tag.removeprefix(_TAG)
-            raise ConstructorError(None, None, f"{text[:40]!r} cannot be read as {kind}", node.start_mark) from None
-
-    return construct
-
-
-def _integer(text: str) -> int:
-    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
-
-
-def _float(text: str) -> float:
-    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-
-
-for _name, _construct in {
-    "null": _scalar(lambda text: None),
-    "bool": _scalar(lambda text: {"true": True, "false": False}[text.lower()]),
-    "int": _scalar(_integer),
-    "float": _scalar(_float),
-    "str": _scalar(str),
-    "seq": lambda loader, node: loader.construct_sequence(node, deep=True),
-    "map": lambda loader, node: loader.construct_mapping(node, deep=True),
-}.items():
-    _Loader.add_constructor(_TAG + _name, _construct)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what YAML 1.1 and 1.2 read alike: floats as 1.0e-08, not 1e-08, and text in quotes that either takes for
-    something else."""
-
-
-for _name, (_pattern, _first) in _CORE.items():
-    for _reader in (_Loader, _Dumper):
-        _reader.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), _first)
-
-
-def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
-    text = repr(value)
-    if "e" in text and "." not in text:
-        text = text.replace("e", ".0e")
-    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
-
-
-_Dumper.add_representer(float, _represent_float)
+def value_at(values: Any, dotted: str) -> Any:
+    """The value of a dotted key in nested mappings; None where there is none."""
+    for key in dotted.split("."):
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
 
 
 def _read_with_bases(path: Path, sources: dict[str, str], seen: tuple[Path, ...]) -> dict:
@@ -343,17 +214,14 @@ def _read_with_bases(path: Path, sources: dict[str, str], seen: tuple[Path, ...]
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a UTF-8 text file") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {_flat(error)}") from None
+        raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values, not a {type(values).__name__}")
     base = values.pop("base", None)
-    if base is None:
-        merged = {}
-    elif isinstance(base, str):
-        merged = _read_with_bases(path.parent / base, sources, (*seen, path.resolve()))
-    else:
+    if not isinstance(base, str | None):
         raise ConfigError(f"{path}: base must be the name of a file, not {base!r}")
+    merged = {} if base is None else _read_with_bases(path.parent / base, sources, (*seen, path.resolve()))
     _merge(merged, values, sources, str(path))
     return merged
 
@@ -430,7 +298,3 @@ def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str],
         else:
             kind = None
     return keys, holder
-
-
-def _flat(error: object) -> str:
-    return " ".join(str(error).split())

@@ -16,6 +16,7 @@ from engine.errors import UserError
 # How long a rank waits for another one's host. Rank 0 may be downloading, or writing a large checkpoint. If a rank
 # dies, its connections close, and the others learn it at once.
 PATIENCE = timedelta(days=1)
+ADDRESS = ("MASTER_ADDR", "MASTER_PORT")  # where torchrun says that the ranks meet
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
         try:
             _join("nccl" if device == "cuda" else "gloo")
         except (RuntimeError, ValueError) as error:  # torch's errors of the network are RuntimeErrors
-            place = ":".join(os.environ[name] for name in _ADDRESS)
+            place = ":".join(os.environ[name] for name in ADDRESS)
             raise UserError(f"rank {rank} of {world_size} cannot join the others at {place}: {error}") from error
     place = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if world_size > 1 else None
@@ -151,7 +152,7 @@ def read_environment() -> tuple[int, int, int]:
     world_size = _number("WORLD_SIZE", 1, range(1, 1 << 31))
     if world_size == 1:
         return 0, 1, _number("LOCAL_RANK", 0, range(1 << 31))
-    if missing := [name for name in ("RANK", *_ADDRESS) if name not in os.environ]:
+    if missing := [name for name in ("RANK", *ADDRESS) if name not in os.environ]:
         raise UserError(
             f"the environment has WORLD_SIZE={world_size} and no {' nor '.join(missing)}: start with torchrun, which "
             "sets them all, or unset WORLD_SIZE"
@@ -185,6 +186,3 @@ def use_deterministic_algorithms() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch.use_deterministic_algorithms
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False  # it chooses by speed, which differs from run to run
-
-
-_ADDRESS = ("MASTER_ADDR", "MASTER_PORT")

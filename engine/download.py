@@ -17,8 +17,7 @@ BLOCK = 1 << 20
 def download(url: str, path: Path, checksum: str | None = None) -> None:
     """Make `path` hold the file of `url`. `checksum` is "sha256:…" or "md5:…", or None if none is published.
 
-    An existing file is compared and not downloaded again. Raises UserError if the download fails or the file has
-    another checksum.
+    An existing file is compared and not downloaded again. Raises UserError for a failure, or another checksum.
     """
     if path.exists():
         if checksum and not matches(path, checksum):
@@ -38,6 +37,11 @@ def download(url: str, path: Path, checksum: str | None = None) -> None:
 def matches(path: Path, checksum: str) -> bool:
     """Whether `path` has this checksum, "sha256:…" or "md5:…"."""
     kind, _, expected = checksum.partition(":")
+    return digest_of(path, kind) == expected
+
+
+def digest_of(path: Path, kind: str) -> str:
+    """The digest of a file in hexadecimal digits, by the algorithm that hashlib calls `kind`."""
     digest = new(kind, usedforsecurity=False)
     size = path.stat().st_size
     bar = tqdm(total=size, desc=f"checking {path.name}", unit="B", unit_scale=True, leave=False, disable=None)
@@ -45,7 +49,7 @@ def matches(path: Path, checksum: str) -> bool:
         while block := file.read(BLOCK):
             digest.update(block)
             bar.update(len(block))
-    return digest.hexdigest() == expected
+    return digest.hexdigest()
 
 
 def _fetch(url: str, part: Path) -> None:

@@ -3,7 +3,6 @@
 import errno
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -29,10 +28,8 @@ def settings_of(what: str) -> Iterator[None]:
         raise UserError(f"{prefix}{error}") from error
 
 
-def raised_at(error: BaseException) -> str:
-    """An error of foreign code in one line, with the line of code that raised it."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:
@@ -61,4 +58,4 @@ def explain(error: OSError) -> str:
 
 def _print_error(error: object) -> None:
     rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK") and os.environ.get("WORLD_SIZE") != "1" else ""
-    print(f"{rank}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"{rank}error: {one_line(error)}", file=sys.stderr, flush=True)

@@ -1,16 +1,13 @@
 """Which weights are evaluated: those of the optimizer's eval mode, and beside them their average.
 
 Some optimizers have two modes, as the schedule-free ones do (Defazio et al., arXiv 2405.15682): after `train()` the
-model has the weights at which gradients are taken, after `eval()` those that are the result. An optimizer without both
-methods has one kind of weights. A run trains, and saves its checkpoints, in train mode. It evaluates, averages, and
-writes its result in eval mode.
+model has the weights at which gradients are taken, after `eval()` those that are the result. A run trains, and saves
+its checkpoints, in train mode. It evaluates, averages, and writes its result in eval mode.
 
 A run with `average:` is evaluated twice: with its weights, and with their average. The names of the average's metrics
-end in `_average`. The average is what the run is for: `final` in result.json is the average's score, and
-`final_unaveraged` is that of the weights themselves.
+end in `_average`. `final` in result.json is the average's score, and `final_unaveraged` that of the weights themselves.
 
-All that the model goes through for an evaluation is undone after it, bit for bit. Training goes on as if there had been
-none.
+What the model goes through for an evaluation is undone after it, bit for bit.
 """
 
 from __future__ import annotations
@@ -40,12 +37,6 @@ AVERAGE = "_average"  # ends the names of the average's metrics
 
 def has_modes(optimizer: torch.optim.Optimizer) -> bool:
     return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
-
-
-def begin_training(optimizer: torch.optim.Optimizer) -> None:
-    """Put the optimizer into train mode, if it has modes: some begin in eval mode."""
-    if has_modes(optimizer):
-        optimizer.train()
 
 
 def exponential_average(model: torch.nn.Module, config: RunConfig) -> AveragedModel | None:

@@ -2,12 +2,16 @@
 
 import errno
 import fcntl
+import json
 import os
+import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from engine.errors import UserError
+from engine.errors import UserError, explain
 
+HELD = (BlockingIOError, PermissionError)  # EAGAIN and EACCES: what lockf raises where another process has the lock
+LOOK_S = 0.1  # `is_held` of another process holds a lock for less
 # What lockf reports on Lustre without `flock`, on NFS without a lock daemon, and the like.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -22,6 +26,21 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def read_json(path: Path, advice: str = "delete it, then run the same command again") -> dict[str, Any] | None:
+    """The mapping in a JSON file, or None without a file. Raises UserError, with `advice`, where it is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {explain(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): {advice}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged (it is no mapping): {advice}")
+    return values
+
+
 def hold(folder: Path, doing: str, wait: bool = False) -> IO[str]:
     """Hold `folder` until the file returned is closed; `doing` says for what, e.g. "training".
 
@@ -33,11 +52,16 @@ def hold(folder: Path, doing: str, wait: bool = False) -> IO[str]:
         file = open(folder / ".lock", "w")  # noqa: SIM115 - the lock lives as long as the file is open
     except OSError as error:
         raise UserError(f"{folder}/.lock cannot be written ({error.strerror}): choose another folder") from None
+    how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.lockf(file, how)
+        except HELD:
+            time.sleep(LOOK_S)
+            fcntl.lockf(file, how)
     except OSError as error:
         file.close()
-        if error.errno in (errno.EACCES, errno.EAGAIN):
+        if isinstance(error, HELD):
             advice = f"another process is {doing} there: wait for it, or choose another folder"
         elif error.errno in NO_LOCKS:
             advice = f"its file system has no locks ({error.strerror}): choose a folder on another one, a local disk's"
@@ -45,3 +69,17 @@ def hold(folder: Path, doing: str, wait: bool = False) -> IO[str]:
             advice = f"it cannot be locked ({error.strerror})"
         raise UserError(f"{folder}: {advice}") from None
     return file
+
+
+def is_held(folder: Path) -> bool:
+    """Whether another process holds `folder`. False where this cannot be found out: `hold` will say why."""
+    try:
+        file = open(folder / ".lock", "r+")  # noqa: SIM115
+    except OSError:
+        return False
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return isinstance(error, HELD)
+    return False

@@ -75,15 +75,11 @@ class Agreement:
             return wish
         if update % AGREE_EVERY:
             return Wish.GO_ON
-        agreed = self._answer()
-        if agreed == Wish.GO_ON:  # else the wish is about to be fulfilled
-            box = torch.tensor(int(wish))
-            self._asked = self.world.begin_max(box), box
-        return agreed
-
-    def _answer(self) -> Wish:
-        if self._asked is None:
-            return Wish.GO_ON
-        (work, box), self._asked = self._asked, None
-        work.wait()
-        return Wish(int(box))
+        if self._asked:
+            (work, answer), self._asked = self._asked, None
+            work.wait()
+            if int(answer) != Wish.GO_ON:
+                return Wish(int(answer))
+        box = torch.tensor(int(wish))
+        self._asked = self.world.begin_max(box), box
+        return Wish.GO_ON

@@ -14,8 +14,8 @@ MOST = 1_000  # folders that are looked into
 def nearest_folder(place: Path, fits: Callable[[Path], object]) -> Path | None:
     """The nearest folder to `place` for which `fits` is true, or None. The folders above come before those below.
 
-    `place` may be a file, or may not exist. Then the search begins with the folder that holds it, or would hold it. A
-    folder for which `fits` raises OSError or UserError is passed over: nobody asked for it.
+    If `place` is a file, or does not exist, the search begins with its parent. A folder for which `fits` raises OSError
+    or UserError is passed over: nobody asked for it.
     """
     level = [place if place.is_dir() else place.parent]
     above = level if level[0] != place else []

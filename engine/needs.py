@@ -7,6 +7,7 @@ metrics, BatchNorm's running statistics and a network's carried state are those 
 """
 
 import inspect
+import traceback
 import warnings
 from collections.abc import Callable
 from itertools import count
@@ -16,7 +17,7 @@ import torch
 
 from engine.config import RunConfig
 from engine.distributed import World
-from engine.errors import UserError, raised_at
+from engine.errors import UserError
 from engine.parameter_groups import SeveralOptimizers
 from engine.seed import seed_step
 
@@ -70,6 +71,8 @@ def closure_of(
 
 
 def explain_failure(error: Exception, needs: str | None) -> str:
-    """What an optimizer raised in its step, in one line, and the setting that helps where that is known."""
+    """What an optimizer raised in its step and where, in one line, and the setting that helps where that is known."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
     hint = next((setting for words, setting in HINTS.items() if words in str(error)), None)
-    return raised_at(error) + (f"; set {hint}" if hint and hint != f"optimizer.needs={needs}" else "")
+    advice = f"; set {hint}" if hint and hint != f"optimizer.needs={needs}" else ""
+    return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno}){advice}"

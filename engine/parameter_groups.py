@@ -75,13 +75,13 @@ def create_grouped_optimizer(model: Module, config: OptimizerConfig, device_type
         with settings_of("optimizer"):
             return create_optimizer(config.name, model.parameters(), **settings)
     rest, *parts = divide_parameters(model, config.groups)
-    own, others = ([] if not rest else [_one_group(config.name, settings, rest)]), []
+    own = [_one_group(config.name, settings, rest)] if rest else []
+    others = []
     for group, parameters in zip(config.groups, parts, strict=True):
         with settings_of(f"optimizer.groups: {group.match!r}"):
             if group.name:
-                others.append(
-                    over_one_group(group.name, _with_fused(group.name, group.settings, device_type), parameters)
-                )
+                theirs = _with_fused(group.name, group.settings, device_type)
+                others.append(over_one_group(group.name, theirs, parameters))
             else:
                 own.append(_one_group(config.name, settings | group.settings, parameters, group.settings))
     if not own:

@@ -135,25 +135,19 @@ def assemble(
     The schedule counts in units of `updates_per_unit` updates, and the run has `total` of them; by default a unit is an
     epoch. `network` is the model as it is called in training, e.g. compiled; by default the model itself.
     """
-    evaluated.begin_training(optimizer)
+    if evaluated.has_modes(optimizer):
+        optimizer.train()  # some begin in eval mode
     needs = needs_of(config, optimizer, world)
     precision.create_graph = needs == "create_graph"
     with settings_of("schedule"):
-        schedule = create_schedule(
-            optimizer,
-            config.schedule.name,
-            updates_per_unit=updates_per_unit,
-            total=total,
-            **config.schedule.settings,
-        )
+        units = {"updates_per_unit": updates_per_unit, "total": total}
+        schedule = create_schedule(optimizer, config.schedule.name, **units, **config.schedule.settings)
     if world.device.type == "cpu":
         keep_freed_memory()
     network = model if network is None else network
-    average = evaluated.exponential_average(model, config)
-    stop = StopRequest()
+    average, stop = evaluated.exponential_average(model, config), StopRequest()
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
-    if average:
-        parts["average"] = average
+    parts |= {"average": average} if average else {}
     return kind(
         config=config,
         world=world,
@@ -218,12 +212,12 @@ def progress_bar(run: Run, updates: int) -> tqdm:
 
 
 def start_clock(run: Run) -> None:
-    """Training begins, or goes on: what was done since the last wait is not counted as training time."""
+    """Training begins, or goes on: the time since the last wait is not counted."""
     run.clock = time.perf_counter()
 
 
 def wait_for_device(run: Run) -> None:
-    """The host may be many updates ahead of the device. Here it waits, and counts the training time up to here."""
+    """Wait for the device, which may be many updates behind the host, and count the training time up to here."""
     run.world.synchronize()
     now = time.perf_counter()
     run.progress.since_evaluation_s += now - run.clock
@@ -333,16 +327,16 @@ def save(run: Run, **own: torch.Tensor) -> None:
     start_clock(run)
 
 
-def record_evaluation(run: Run, kind: str, trained: dict[str, float], evaluated: dict[str, float]) -> None:
-    """Write a line of the evaluation's metrics and those of the training since the last one; a new interval begins.
+def record_evaluation(run: Run, kind: str, trained: dict[str, float], found: dict[str, float]) -> None:
+    """Write a line of the metrics `trained` since the last evaluation and those `found` by this one.
 
-    `kind` names the line: epoch, validation. The metrics are kept as `progress.last`. Raises UserError, and writes
-    nothing, where one of the evaluation's is not finite.
+    `kind` names the line: epoch, validation. A new interval begins. The metrics are kept as `progress.last`. Raises
+    UserError, and writes nothing, where one that was found is not finite.
     """
     progress = run.progress
-    for name, value in evaluated.items():
+    for name, value in found.items():
         require_finite(value, progress.update, name)
-    progress.last = trained | evaluated | {"lr": progress.lr} | _speed(run)
+    progress.last = trained | found | {"lr": progress.lr} | _speed(run)
     progress.trained_on += progress.since_evaluation[run.COUNTED]
     progress.train_s += progress.since_evaluation_s
     progress.since_evaluation, progress.since_evaluation_s = {}, 0.0
@@ -360,9 +354,8 @@ def end_epoch(run: Run) -> None:
 
 def say_stopped(run: Run) -> int:
     """Say that a signal has stopped the run, which is saved; returns the exit status."""
-    run.record.say(
-        f"stopped at update {run.progress.update} by {run.stop.signal.name}; saved: the same command goes on"
-    )
+    update, signal = run.progress.update, run.stop.signal.name
+    run.record.say(f"stopped at update {update} by {signal}; saved: the same command goes on")
     return run.stop.exit_status
 
 

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from engine.config import ConfigError, differences, load_config, save_config
-from engine.errors import UserError, explain
-from engine.files import hold, write_atomically
+from engine.config import ConfigError, differences, load_config, save_config, value_at
+from engine.errors import UserError
+from engine.files import hold, read_json, write_atomically
 from engine.machine import core_count, cpu_flags, cpu_name
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class RunRecord:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = hold(folder, "training")
-            _require_same_settings(config, folder)
+            require_same_settings(config, folder)
             save_config(config, folder / "config.yaml")
             self._metrics = open(folder / "metrics.jsonl", "a+b")  # noqa: SIM115 - open as long as the run
             self._log = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
@@ -135,7 +135,9 @@ class RunRecord:
             self._show(line)
 
     def _show(self, line: dict[str, Any]) -> None:
-        for name, value in line.items() if self._board else ():
+        if self._board is None:
+            return
+        for name, value in line.items():
             if isinstance(value, (int, float)) and name != "update":
                 self._board.add_scalar(f"{line['kind']}/{name}", value, line["update"])
 
@@ -168,7 +170,6 @@ class RunRecord:
                     self._show(line)
 
     def finish(self, **result: Any) -> None:
-        """Write result.json."""
         if self.world.is_main:
             finite = {name: _finite(value) for name, value in result.items()}
             self.result = finite | {"wall_s": round(self.wall_s, 1), "complete": True}
@@ -180,21 +181,6 @@ class RunRecord:
 def read_result(run_dir: Path) -> dict[str, Any] | None:
     """result.json, or None where the run is unfinished. Raises UserError where it is damaged."""
     return read_json(run_dir / "result.json")
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The mapping in a JSON file, or None without a file. Raises UserError where it is damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {explain(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, then run the same command again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged (it is no mapping); delete it, then run the same command again")
-    return values
 
 
 def _finite(value: Any) -> Any:
@@ -247,27 +233,24 @@ def holds_training(run_dir: Path) -> bool:
     return (run_dir / "result.json").exists() or any(run_dir.glob("checkpoint*.pt"))
 
 
-def _require_same_settings(config: BaseModel, run_dir: Path) -> None:
+def require_same_settings(config: BaseModel, run_dir: Path, elsewhere: str = "another run_dir") -> None:
+    """Raise UserError where `run_dir` holds a run with other settings; `elsewhere` says how to choose another place."""
     path = run_dir / "config.yaml"
     if not path.exists() or not holds_training(run_dir):
         return
     try:
         before = load_config(type(config), path).model_dump(mode="json")
     except ConfigError as error:
-        raise UserError(f"{error}; this run folder cannot be continued: choose another run_dir, or delete it") from None
+        raise UserError(
+            f"{error}; this run folder cannot be continued: choose {elsewhere}, or delete the folder"
+        ) from None
     now = config.model_dump(mode="json")
     if changed := differences(before, now, ignore=NEUTRAL_KEYS):
-        shown = ", ".join(f"{key} ({_at(before, key)} there, {_at(now, key)} now)" for key in changed[:3])
+        shown = ", ".join(f"{key} ({value_at(before, key)} there, {value_at(now, key)} now)" for key in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
-            f"{run_dir} holds a run with other settings: {shown}{more}; choose another run_dir, or delete the folder"
+            f"{run_dir} holds a run with other settings: {shown}{more}; choose {elsewhere}, or delete the folder"
         )
-
-
-def _at(values: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        values = values.get(key) if isinstance(values, dict) else None
-    return values
 
 
 def _tensorboard(run_dir: Path, update: int) -> Any:

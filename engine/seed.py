@@ -16,9 +16,9 @@ def derive(seed: int, *path: int | str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def generator(seed: int, *path: int | str, device: str | torch.device = "cpu") -> torch.Generator:
-    """A fresh generator on `device`, seeded for this place in the run."""
-    return torch.Generator(device=device).manual_seed(derive(seed, *path))
+def generator(seed: int, *path: int | str) -> torch.Generator:
+    """A fresh generator on the CPU, seeded for this place in the run."""
+    return torch.Generator().manual_seed(derive(seed, *path))
 
 
 def seed_step(seed: int, *path: int | str) -> None:

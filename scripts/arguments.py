@@ -1,3 +1,5 @@
+"""What the command lines of the scripts have in common."""
+
 import argparse
 from typing import NoReturn
 
@@ -23,6 +25,13 @@ def seeds(text: str) -> list[int]:
     if not numbers or -1 in numbers:
         raise argparse.ArgumentTypeError(f'seeds are whole numbers, as in "1 101", not "{text}"')
     return numbers
+
+
+def words(text: str) -> list[str]:
+    """`"sgd apollo"` as its words."""
+    if not text.split():
+        raise argparse.ArgumentTypeError("no name given")
+    return text.split()
 
 
 def positive(text: str) -> int:

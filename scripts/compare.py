@@ -1,8 +1,6 @@
 """Compares optimizers. Each is tuned by the same protocol, with as many trials, and judged on data unused in tuning.
 
-    bash scripts/compare.sh --task TASK | --config CONFIG [--methods "sgd adam radam apollo mypackage.MyOptimizer"]
-        [--seeds "1 101"] [--rates N] [--jobs N] [--gpus N] [--executor local|slurm] [--nodes N] [--slurm OPTIONS]
-        [--dry-run] [--runs FOLDER] [key=value ...]
+    bash scripts/compare.sh --task digits --methods "adam apollo mypackage.MyOptimizer"      --help lists the options
 
 Trials are ordinary runs in <runs>/<table>/search/<row>/<setting>/. The next step is a function of the complete run
 folders (scripts/protocol.py), so the same command continues after a kill and gives the same table.
@@ -15,23 +13,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
 
 from engine.config import ConfigError
 from engine.errors import UserError, nearest, run_main
 from engine.files import write_atomically
 from engine.metrics import DIVERGED
 from engine.run_record import read_result
-from scripts.arguments import Parser, positive, seeds
-from scripts.jobs import Job, division, job_of, refuse_other_settings, write_list
-from scripts.live import Display, columns
+from scripts.arguments import Parser, positive, seeds, words
+from scripts.execution import add_options, carry_out, places_of, print_failures
+from scripts.jobs import REFUSED, Job, division, job_of, refuse, write_list
+from scripts.live import Display
 from scripts.methods import read_methods
-from scripts.pool import Places, State, Turn, places_for, run_jobs
+from scripts.pool import State, Turn
 from scripts.protocol import FACTORS, FURTHEST, Method, Setting, best_factor, best_step, widened
 from scripts.quickstart import EXPERIMENTS
-from scripts.reproduce import print_failures, sbatch_options, words
+from scripts.reporting.statistics import spread
 from scripts.runs import lower_is_better, worst
 from scripts.tables import CONFIGS, TASKS, load_settings, published, seeds_of
+from scripts.text_table import format_table
 
 COMPARISONS = CONFIGS / "comparison"
 METHODS = ("sgd", "adam", "radam", "apollo")
@@ -39,13 +38,7 @@ TRIAL_SEED = 8191  # of every trial, and not of any final run
 SEEDS = [1, 101, 201]  # of the final runs, if nobody published the table
 HELD_OUT = 0.1  # share of the training data, if the data set has no validation split and the config names no share
 METRICS = {"classification": "top1", "language_model": "ppl", "nmt": "fairseq_bleu"}
-REFUSED = {
-    "seed": "--seeds",
-    "run_dir": "--runs",
-    "row": "--methods",
-    "optimizer": "a line in configs/search",
-    "table": "--config",
-}
+NOT_SET = REFUSED | {"row": "--methods", "optimizer": "a line in configs/search", "table": "--config"}
 
 
 class Stopped(Exception):
@@ -73,7 +66,10 @@ class Comparison:
         return self._job(method, setting, TRIAL_SEED, self.trial_folder(method, setting))
 
     def final(self, method: Method, setting: Setting, seed: int) -> Job:
-        return self._job(method, setting, seed, self.folder / f"{method.row}_{self.schedule}" / f"seed{seed}")
+        return self._job(method, setting, seed, self.final_folder(method, seed))
+
+    def final_folder(self, method: Method, seed: int) -> Path:
+        return self.folder / f"{method.row}_{self.schedule}" / f"seed{seed}"
 
     def score(self, method: Method, setting: Setting) -> float:
         """How good the complete trial is on the validation split: higher is better, -inf where it diverged."""
@@ -91,8 +87,17 @@ class Comparison:
     def _job(self, method: Method, setting: Setting, seed: int, folder: Path) -> Job:
         overrides = (*self.overrides, f"row={method.row}", method.override(setting), f"seed={seed}")
         settings = load_settings(self.task, self.config, overrides)
-        refuse_other_settings(self.task, folder, settings)
         return job_of(self.task, self.config, overrides, folder, settings)
+
+
+@dataclass
+class Tuned:
+    """A method and what its search found."""
+
+    method: Method
+    step: int  # of the best rate
+    setting: Setting  # the chosen one
+    tried: list[Setting]
 
 
 def main(arguments: list[str]) -> int:
@@ -106,72 +111,68 @@ def main(arguments: list[str]) -> int:
         print(dry_run(comparison, steps, final_seeds, options))
         return 0
     try:
-        chosen, tried, notes = search(comparison, steps, options)
-        finals = {
-            method.row: [comparison.final(method, chosen[method.row], seed) for seed in final_seeds]
-            for method in comparison.methods
-        }
-        carry_out([job for jobs in finals.values() for job in jobs], comparison, "final", options)
+        tuned, notes = search_rates(comparison, steps, options)
+        notes += search_decays(comparison, tuned, options)
+        finals = [comparison.final(one.method, one.setting, seed) for one in tuned for seed in final_seeds]
+        run_stage("final", finals, comparison, options)
     except Stopped as stopped:
         return stopped.args[0]
-    print(table(comparison, chosen, tried, finals))
+    print(table(comparison, tuned, final_seeds))
     print("\n".join(["", *notes]))
     place = comparison.folder
     print(f"\ntables, pictures and a page of all this: python -m scripts.report {place} --html {place}/report.html")
     return 0
 
 
-def search(
-    comparison: Comparison, steps: range, options: argparse.Namespace
-) -> tuple[dict[str, Setting], dict[str, list[Setting]], list[str]]:
-    """Tune every method. Returns by row the chosen setting, and all that were tried; and notes for the reader."""
-    methods, notes = comparison.methods, []
-    low, high = steps[0], steps[-1]
+def search_rates(comparison: Comparison, steps: range, options: argparse.Namespace) -> tuple[list[Tuned], list[str]]:
+    """Try every method at all `steps`, and at further ones while a best one is at an edge. Returns notes too."""
+    methods, asked = comparison.methods, len(steps)
     while True:
-        steps = range(low, high + 1)
         jobs = [comparison.trial(method, method.setting(step)) for method in methods for step in steps]
-        carry_out(jobs, comparison, "rates", options)
-        scores = {
-            method.row: {step: comparison.score(method, method.setting(step)) for step in steps} for method in methods
-        }
-        if widened(scores.values()) == (low, high):
+        run_stage("rates", jobs, comparison, options)
+        scores = [{step: comparison.score(method, method.setting(step)) for step in steps} for method in methods]
+        low, high = widened(scores)
+        if (low, high) == (steps[0], steps[-1]):
             break
-        low, high = widened(scores.values())
-        print(f"the best rate of a method is at an edge: {high - low + 1} rates for all", file=sys.stderr, flush=True)
-    best = {row: best_step(of_row) for row, of_row in scores.items()}
-    tried = {method.row: [method.setting(step) for step in steps] for method in methods}
-    if len(steps) > options.rates:
+        steps = range(low, high + 1)
+        print(f"the best rate of a method is at an edge: {len(steps)} rates for all", file=sys.stderr, flush=True)
+    tuned, notes = [], []
+    if len(steps) > asked:
         notes.append(
             f"The best rate of a method was at an edge: the grid of all methods went on to {len(steps)} rates."
         )
-    for row, step in best.items():
+    for method, of_method in zip(methods, scores, strict=True):
+        step = best_step(of_method)
         if step is None:
-            notes.append(f"{row}: diverged at all its rates.")
+            notes.append(f"{method.row}: diverged at all its rates.")
+            step = low
         elif step in (low, high):
             notes.append(
-                f"{row}: the best rate is at the edge of {FURTHEST} half decades: a better one may lie beyond."
+                f"{method.row}: the best rate is at the edge of {FURTHEST} half decades: a better one may lie beyond."
             )
+        tuned.append(Tuned(method, step, method.setting(step), [method.setting(tried) for tried in steps]))
+    return tuned, notes
 
-    best = {row: low if step is None else step for row, step in best.items()}
-    chosen = {method.row: method.setting(best[method.row]) for method in methods}
-    if without := [method.row for method in methods if method.decay is None]:
-        notes.append(f"Weight decay was tuned for no method, as there is none in {', '.join(without)}.")
-        return chosen, tried, notes
-    jobs = [comparison.trial(method, method.setting(best[method.row], f)) for method in methods for f in FACTORS]
-    carry_out(jobs, comparison, "decays", options)
-    for method in methods:
-        settings = {factor: method.setting(best[method.row], factor) for factor in FACTORS}
-        scores = {factor: comparison.score(method, setting) for factor, setting in settings.items()}
-        chosen[method.row] = settings[best_factor(scores)]
-        tried[method.row] += [setting for factor, setting in settings.items() if factor != 1]
-    if decoupled := [method.row for method in methods if method.decoupled]:
-        notes.append(
+
+def search_decays(comparison: Comparison, tuned: Sequence[Tuned], options: argparse.Namespace) -> list[str]:
+    """Try the weight decays at the best rates, and put the best ones into `tuned`. Returns notes for the reader."""
+    if without := [one.method.row for one in tuned if one.method.decay is None]:
+        return [f"Weight decay was tuned for no method, as there is none in {', '.join(without)}."]
+    jobs = [comparison.trial(one.method, one.method.setting(one.step, f)) for one in tuned for f in FACTORS]
+    run_stage("decays", jobs, comparison, options)
+    for one in tuned:
+        settings = {factor: one.method.setting(one.step, factor) for factor in FACTORS}
+        scores = {factor: comparison.score(one.method, setting) for factor, setting in settings.items()}
+        one.setting = settings[best_factor(scores)]
+        one.tried += [setting for factor, setting in settings.items() if factor != 1]
+    if decoupled := [one.method.row for one in tuned if one.method.decoupled]:
+        return [
             f"Decoupled weight decay, whose product with the rate was the same at all rates: {', '.join(decoupled)}."
-        )
-    return chosen, tried, notes
+        ]
+    return []
 
 
-def carry_out(jobs: Sequence[Job], comparison: Comparison, stage: str, options: argparse.Namespace) -> None:
+def run_stage(stage: str, jobs: Sequence[Job], comparison: Comparison, options: argparse.Namespace) -> None:
     """Run those of `jobs` that are not complete. Raises Stopped if some have failed, or if a signal came."""
     path = write_list(jobs, options.runs / "lists", f"{comparison.table}_{stage}")
     display = Display()
@@ -180,19 +181,10 @@ def carry_out(jobs: Sequence[Job], comparison: Comparison, stage: str, options: 
         accept_diverged(turns, METRICS[comparison.task])
         display(turns)
 
-    if options.executor == "slurm":
-        from scripts.slurm import Request, run_in_queue
-
-        on_cpu = "device=cpu" in comparison.overrides
-        request = Request(options.jobs or 8, options.gpus, options.nodes, on_cpu, options.slurm)
-        status, turns = run_in_queue(jobs, path.stem, options.runs / "slurm", request, watch)
-    else:
-        status, turns = run_jobs(jobs, places(options), watch=watch)
-    if status > 128 and not any(turn.state is State.FAILED for turn in turns):
-        print("stopped; the same command carries on from here", file=sys.stderr)
+    status, turns = carry_out(jobs, path.stem, options, watch)
+    print_failures(turns)
+    if status:
         raise Stopped(status)
-    if print_failures(turns):
-        raise Stopped(1)
 
 
 def accept_diverged(turns: Sequence[Turn], metric: str) -> None:
@@ -204,36 +196,28 @@ def accept_diverged(turns: Sequence[Turn], metric: str) -> None:
             turn.state, turn.status, turn.error = State.COMPLETE, 0, "diverged"
 
 
-def table(
-    comparison: Comparison,
-    chosen: dict[str, Setting],
-    tried: dict[str, list[Setting]],
-    finals: dict[str, list[Job]],
-) -> str:
+def table(comparison: Comparison, tuned: Sequence[Tuned], final_seeds: Sequence[int]) -> str:
     """A line for each method: the chosen setting, the number of trials, and the results."""
     metric = METRICS[comparison.task]
-    lines = [("method", "rate", "weight decay", "trials", "validation", f"test {metric}: mean (std)", "n")]
-    for method in comparison.methods:
-        setting, settings = chosen[method.row], tried[method.row]
-        diverged = sum(comparison.score(method, other) == -math.inf for other in settings)
+    header = ["method", "rate", "weight decay", "trials", "validation", f"test {metric}: mean (std)", "n"]
+    lines = []
+    for method, setting, tried in ((one.method, one.setting, one.tried) for one in tuned):
+        diverged = sum(comparison.score(method, other) == -math.inf for other in tried)
         validation = abs(comparison.score(method, setting))
-        results = [read_result(Path(job.folder)) for job in finals[method.row]]
-        ended = [result["final"] for result in results if math.isfinite(result.get("final", math.nan))]
-        lost = len(results) - len(ended)
-        values = ended + lost * [worst(metric)]
-        spread = f" ({stdev(values):.2f})" if len(values) > 1 and all(map(math.isfinite, values)) else ""
+        results = [read_result(comparison.final_folder(method, seed)) for seed in final_seeds]
+        lost = sum(result.get("diverged", False) for result in results)
         lines.append(
-            (
+            [
                 method.row,
                 f"{setting.rate:g}",
                 "-" if setting.decay is None else f"{setting.decay:g}",
-                f"{len(settings)}" + (f", {diverged} diverged" if diverged else ""),
+                f"{len(tried)}" + (f", {diverged} diverged" if diverged else ""),
                 "diverged" if validation == math.inf else f"{validation:.2f}",
-                f"{mean(values):.2f}{spread}",
-                f"{len(values)}" + (f", {lost} diverged" if lost else ""),
-            )
+                spread([result.get("final", worst(metric)) for result in results]),
+                f"{len(results)}" + (f", {lost} diverged" if lost else ""),
+            ]
         )
-    return "\n".join(columns(lines))
+    return "\n".join(format_table(header, lines))
 
 
 def dry_run(comparison: Comparison, steps: range, final_seeds: Sequence[int], options: argparse.Namespace) -> str:
@@ -246,33 +230,25 @@ def dry_run(comparison: Comparison, steps: range, final_seeds: Sequence[int], op
         centre = comparison.trial(method, method.setting(0))
         folders = [str(comparison.trial_folder(method, method.setting(step))) for step in steps]
         folders += [f"{centre.folder}_{factor}" for factor in FACTORS if factor != 1 and tunes_decay]
-        folders += [comparison.final(method, method.setting(0), seed).folder for seed in final_seeds]
+        folders += [str(comparison.final_folder(method, seed)) for seed in final_seeds]
         jobs += [replace(centre, folder=folder) for folder in folders]
     said = (
         f"{len(comparison.methods)} methods: each {len(steps)} rates, {2 * tunes_decay} weight decays, "
         f"{len(final_seeds)} final runs. Where a best rate is at an edge, another one for each method comes on top."
     )
-    return f"{estimate(jobs, places(options))}\n{said}"
-
-
-def places(options: argparse.Namespace) -> Places:
-    return places_for(options.jobs, options.gpus, "device=cpu" in options.overrides)
+    return f"{estimate(jobs, places_of(jobs, options))}\n{said}"
 
 
 def read_comparison(options: argparse.Namespace) -> Comparison:
     """Raises UserError for any mistake, before any run."""
-    for key in (override.partition("=")[0] for override in options.overrides):
-        if (first := key.partition(".")[0]) in REFUSED:
-            raise UserError(
-                f"{key}= cannot be set for a comparison, whose runs each have their own: use {REFUSED[first]}"
-            )
+    refuse(options.overrides, NOT_SET, "a comparison")
     config = options.config or config_of(options.task)
-    stand_in = ("row=sgd", "optimizer={name: sgd, lr: 1.0}")
-    task = task_of(config, (*options.overrides, *stand_in))
-    settings = load_settings(task, config, (*options.overrides, *stand_in))
+    overrides = (*options.overrides, "row=sgd", "optimizer={name: sgd, lr: 1.0}")  # in place of those of a method
+    task = task_of(config, overrides)
+    settings = load_settings(task, config, overrides)
     held_out = [f"data.validation={HELD_OUT}"] if getattr(settings.data, "validation", None) == 0 else []
     methods = read_methods(CONFIGS / "search" / f"{task}.yaml", options.methods)
-    divided = division(task, config, (*options.overrides, *stand_in), options.gpus * options.nodes)
+    divided = division(task, config, overrides, options.gpus * options.nodes)
     overrides = (*options.overrides, *held_out, *divided)
     return Comparison(task, config, settings.table, settings.schedule.name, methods, overrides, options.runs)
 
@@ -326,16 +302,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--rates", type=odd, default=7, metavar="N", help="in the grid, half a decade apart; default: 7"
     )
-    parser.add_argument("--jobs", type=positive, metavar="N", help="runs at a time; default: one for each --gpus GPUs")
-    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="processes of a run; default: 1")
-    parser.add_argument("--dry-run", action="store_true", help="say which runs there will be, and what they take")
-    parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="default: %(default)s")
-    parser.add_argument(
-        "--nodes", type=positive, default=1, metavar="N", help="of SLURM: machines of a run; default: 1"
-    )
-    parser.add_argument("--slurm", type=sbatch_options, default=(), help="options of sbatch; time: minutes of a job")
-    parser.add_argument("--runs", type=Path, default="runs/compare", metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, e.g. epochs=3")
+    add_options(parser, runs="runs/compare")
     return parser.parse_intermixed_args(arguments)
 
 

@@ -14,16 +14,18 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from engine.errors import UserError
 from scripts.jobs import Job, torchrun
-from scripts.live import columns
-from scripts.pool import Places, last_error, open_log, start
+from scripts.live import read_progress
+from scripts.pool import Places, last_error, nvidia_smi, open_log, start
 from scripts.synthetic import MAKERS, SIZES, make_data
 from scripts.tables import load_settings
+from scripts.text_table import format_table
 
 UPDATES = 30
 WARM_UP = 5  # the first updates allocate, choose kernels, compile
@@ -40,7 +42,7 @@ class Measured:
     updates_in_all: int
     memory_mb: float
     disk_mb: float
-    synthetic: str = ""  # why the data were synthetic; "" for real data
+    synthetic: str  # why the data were synthetic; "" for real data
 
 
 def estimate(jobs: Sequence[Job], places: Places) -> str:
@@ -48,29 +50,31 @@ def estimate(jobs: Sequence[Job], places: Places) -> str:
 
     A cell that cannot be timed is listed with its error.
     """
-    cells: dict[str, list[Job]] = {}
-    for job in jobs:
-        if not job.complete:
-            settings = settings_of_cost(job)
-            cells.setdefault(json.dumps(settings), []).append(job)
-    if not cells:
+    unfinished = [job for job in jobs if not job.complete]
+    if not unfinished:
         return "every run is complete: nothing would be run"
+    cells: dict[str, list[Job]] = {}
+    for job in unfinished:
+        cells.setdefault(what_costs(job), []).append(job)
     lines, notes, hours, disk, failed = [], [], 0.0, 0.0, 0
     with tempfile.TemporaryDirectory(prefix="dry_run_") as temporary:
         for number, of_cell in enumerate(cells.values(), start=1):
-            cell = cell_name(of_cell[0])
+            first = of_cell[0]
+            settings = load_settings(first.task, first.config, first.overrides)
+            cell = f"{settings.table}/{settings.row}"
             print(f"timing {number} of {len(cells)}: {cell}", file=sys.stderr, flush=True)
             try:
-                measured = measure(of_cell[0], places, Path(temporary))
+                measured = measure(first, settings, places, Path(temporary))
             except UserError as error:
                 notes.append(f"{cell}: not timed: {error}")
                 failed += len(of_cell)
                 continue
             # Runs of a cell may have different lengths. Their updates are computed from those of the timed run.
-            lengths = [job.length / of_cell[0].length for job in of_cell]
             of_run = measured.update_s * measured.updates_in_all / 3600
-            hours += of_run * sum(lengths)
-            disk += measured.disk_mb * len(of_cell)
+            of_all = of_run * sum(job.length / first.length for job in of_cell)
+            on_disk = measured.disk_mb * len(of_cell)
+            hours += of_all
+            disk += on_disk
             lines.append(
                 (
                     cell,
@@ -78,58 +82,41 @@ def estimate(jobs: Sequence[Job], places: Places) -> str:
                     f"{1000 * measured.update_s:.4g}",
                     f"{measured.updates_in_all:,}",
                     f"{of_run:.3g}",
-                    f"{of_run * sum(lengths):.3g}",
+                    f"{of_all:.3g}",
                     f"{measured.memory_mb / 1024:.2f}",
-                    f"{measured.disk_mb * len(of_cell) / 1024:.2f}",
+                    f"{on_disk / 1024:.2f}",
                 )
             )
             if measured.synthetic:
                 notes.append(f"{cell}: timed on synthetic data, as {measured.synthetic}")
             if measured.updates < UPDATES - WARM_UP - 1:
                 notes.append(f"{cell}: {measured.updates} updates timed, for want of time: a rough figure")
-    at_once = min(len(places.devices), len(jobs))
+    at_once = min(len(places.devices), len(unfinished))
     total = (
         f"{hours:.3g} hours of training, {hours / at_once:.3g} with {at_once} at a time; {disk / 1024:.2f} GB on disk"
     )
     left_out = f"; without {failed} runs that could not be timed" if failed else ""
-    return "\n".join([*columns([HEADER, *lines]), "", f"in all: {total}{left_out}. Evaluations come on top.", *notes])
+    return "\n".join([*format_table(HEADER, lines), "", f"in all: {total}{left_out}. Evaluations come on top.", *notes])
 
 
 HEADER = ("cell", "runs", "ms/update", "updates", "hours a run", "hours", "memory GB", "disk GB")
 
 
-def settings_of_cost(job: Job) -> dict[str, Any]:
+def what_costs(job: Job) -> str:
+    """The settings of `job` that its cost depends on; the same text for every run of a cell."""
     settings = load_settings(job.task, job.config, job.overrides).model_dump(mode="json")
-    return {"task": job.task} | {key: value for key, value in settings.items() if key not in SAME_COST}
+    return json.dumps({"task": job.task} | {key: value for key, value in settings.items() if key not in SAME_COST})
 
 
-def cell_name(job: Job) -> str:
-    """Table and row."""
-    settings = load_settings(job.task, job.config, job.overrides)
-    return f"{settings.table}/{settings.row}"
-
-
-def measure(job: Job, places: Places, temporary: Path) -> Measured:
+def measure(job: Job, settings: Any, places: Places, temporary: Path) -> Measured:
     """Time some updates of `job`, on synthetic data if its own are not there. Raises UserError if that fails."""
-    settings = load_settings(job.task, job.config, job.overrides)
-    root = Path(getattr(settings.data, "root", "."))
-    if settings.data.name in MAKERS and not root.exists():
-        overrides = make_data(settings.data.name, temporary / settings.data.name)
-        measured = _measure(job, overrides, places, temporary, SIZES.get(settings.data.name))
-        return replace(measured, synthetic=f"{root} is not there")
-    return _measure(job, [], places, temporary, None)
-
-
-def _measure(job: Job, overrides: list[str], places: Places, temporary: Path, size: int | None) -> Measured:
-    """As `measure`; `size` is that of an epoch of the real data."""
     folder = Path(tempfile.mkdtemp(dir=temporary))
-    run = folder / "run"
-    trial = replace(
-        job,
-        folder=str(run),
-        overrides=(*job.overrides, *overrides, f"run_dir={run}", "log_every=1", "checkpoint.minutes=1000000"),
-    )
-    settings = load_settings(trial.task, trial.config, trial.overrides)
+    overrides, size, synthetic = [f"run_dir={folder}", "log_every=1", "checkpoint.minutes=1000000"], None, ""
+    name, root = settings.data.name, Path(getattr(settings.data, "root", "."))
+    if name in MAKERS and not root.exists():
+        overrides += make_data(name, temporary / name)
+        size, synthetic = SIZES.get(name), f"{root} is not there"
+    trial = replace(job, folder=str(folder), overrides=(*job.overrides, *overrides))
     device = places.devices[0]
     environment = places.environment | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
     before = 0.0 if device is None else gpu_memory_mb(device)
@@ -138,11 +125,11 @@ def _measure(job: Job, overrides: list[str], places: Places, temporary: Path, si
     times: list[tuple[float, int]] = []  # when an update was first seen, and its number
     memory, started, looked = 0.0, time.monotonic(), 0.0
     while process.poll() is None:
-        now, update = time.monotonic(), last_update(run / "metrics.jsonl")
-        if update and (not times or update > times[-1][1]):
+        now, update = time.monotonic(), read_progress(trial).update
+        if update > (times[-1][1] if times else 0):
             times.append((now, update))
         since, limit = (times[0][0], TRAIN_S) if times else (started, START_S)
-        ending = (update or 0) >= UPDATES or now - since > limit
+        ending = update >= UPDATES or now - since > limit
         if ending or now - looked > 1:
             looked = now
             memory = max(memory, resident_mb(process.pid) if device is None else gpu_memory_mb(device) - before)
@@ -153,16 +140,23 @@ def _measure(job: Job, overrides: list[str], places: Places, temporary: Path, si
         process.send_signal(signal.SIGTERM)
         process.wait(SAVE_S)
     except subprocess.TimeoutExpired:
-        kill(process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     pairs = [pair for pair in times if pair[1] > WARM_UP] if len(times) > 2 * WARM_UP else times
     if len(pairs) < 2:
         slow = f"fewer than 2 updates in {TRAIN_S} s: too slow here" if times else last_error(trial.log, 0)
         raise UserError(slow or "no update came")
-    update_s = median((t1 - t0) / (u1 - u0) for (t0, u0), (t1, u1) in zip(pairs, pairs[1:], strict=False))
-    updates_in_all = whole_length(job, run, settings, size)
-    disk = disk_mb(run, settings)
-    shutil.rmtree(folder, ignore_errors=True)
-    return Measured(update_s, pairs[-1][1] - pairs[0][1], updates_in_all, memory, disk)
+    update_s = median((t1 - t0) / (u1 - u0) for (t0, u0), (t1, u1) in pairwise(pairs))
+    measured = Measured(
+        update_s,
+        updates=pairs[-1][1] - pairs[0][1],
+        updates_in_all=whole_length(job, folder, settings, size),
+        memory_mb=memory,
+        disk_mb=disk_mb(folder, settings),
+        synthetic=synthetic,
+    )
+    shutil.rmtree(folder)
+    return measured
 
 
 def whole_length(job: Job, run: Path, settings: Any, size: int | None) -> int:
@@ -177,24 +171,10 @@ def whole_length(job: Job, run: Path, settings: Any, size: int | None) -> int:
     return job.length * ((size or recipe["train_examples"]) // examples)
 
 
-def last_update(path: Path) -> int | None:
-    """The update in the last whole line of a metrics.jsonl; None if there is none."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 2048))
-            whole = file.read().rpartition(b"\n")[0]
-        return json.loads(whole.rpartition(b"\n")[2])["update"]
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 def gpu_memory_mb(devices: str) -> float:
     """Memory in use, in MiB, on the one of `devices` (comma-separated) that uses most; 0 if it is unknown."""
-    command = ["nvidia-smi", f"--id={devices}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        return max(map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()))
-    except (OSError, subprocess.CalledProcessError, ValueError):
-        return 0.0
+    used = nvidia_smi(f"--id={devices}", "--query-gpu=memory.used")
+    return max((float(text) for text in used if text.isdecimal()), default=0.0)
 
 
 def resident_mb(pid: int) -> float:
@@ -206,11 +186,6 @@ def resident_mb(pid: int) -> float:
         return 0.0
     peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), "0")
     return int(peak) / 1024 + sum(resident_mb(int(child)) for child in children)
-
-
-def kill(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def disk_mb(run: Path, settings: Any) -> float:

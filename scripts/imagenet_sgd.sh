@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # Trains the sgd row of the ImageNet table, five seeds per schedule. Options: --help
-set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 exec "$PYTHON" -m scripts.run_row imagenet sgd "$@"

@@ -6,7 +6,7 @@ A list is a file of JSON lines, one line per run. The run folders say what is do
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -15,18 +15,14 @@ import yaml
 from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from engine.config import RunConfig, differences
+from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files import write_atomically
-from engine.run_record import NEUTRAL_KEYS, holds_training, read_result
+from engine.run_record import read_result, require_same_settings
 from scripts.tables import TASKS, is_same_update, load_cell, load_settings
 
-REFUSED = {
-    "seed": "--seeds",
-    "run_dir": "--runs",
-    "table": "a config of your own",
-    "row": "a config of your own",
-}
+# Keys that name another run, and what to use instead.
+REFUSED = {"seed": "--seeds", "run_dir": "--runs", "table": "a config of your own", "row": "a config of your own"}
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -92,29 +88,27 @@ def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[st
     Raises UserError for a wrong config or override, for an override that names another run (REFUSED), and if the folder
     holds a run with other settings.
     """
+    refuse(overrides, REFUSED, "a row")
+    overrides = (f"seed={seed}", *overrides)
+    settings = load_cell(table, config, overrides)
+    return job_of(TASKS[table], config, overrides, runs / settings.folder.relative_to("runs"), settings)
+
+
+def refuse(overrides: Sequence[str], refused: Mapping[str, str], what: str) -> None:
+    """Raise UserError for an override of a key in `refused`, which gives what to use instead."""
     for key in (override.partition("=")[0] for override in overrides):
-        if key in REFUSED:
-            raise UserError(f"{key}= cannot be set for a row, whose runs each have their own: use {REFUSED[key]}")
-    settings = load_cell(table, config, (f"seed={seed}", *overrides))
-    folder = runs / settings.folder.relative_to("runs")
-    refuse_other_settings(TASKS[table], folder, settings)
-    return job_of(TASKS[table], config, (f"seed={seed}", *overrides), folder, settings)
-
-
-def refuse_other_settings(task: str, folder: Path, settings: RunConfig) -> None:
-    if (folder / "config.yaml").exists() and holds_training(folder):
-        there = load_settings(task, folder / "config.yaml")
-        if changed := differences(there.model_dump(mode="json"), settings.model_dump(mode="json"), NEUTRAL_KEYS):
-            raise UserError(
-                f"{folder} holds a run with other settings ({', '.join(changed)}); choose another folder with --runs, "
-                "or delete that one"
-            )
+        if use := refused.get(key.partition(".")[0]):
+            raise UserError(f"{key}= cannot be set for {what}, whose runs each have their own: use {use}")
 
 
 def job_of(task: str, config: Path, overrides: Sequence[str], folder: Path, settings: RunConfig) -> Job:
-    """The run of `config` with `overrides` in `folder`."""
+    """The run of `config` with `overrides`, which make `settings`, in `folder`.
+
+    Raises UserError if the folder holds a run with other settings.
+    """
+    require_same_settings(settings, folder, "another folder with --runs")
     path = str(folder) if yaml.safe_load(str(folder)) == str(folder) else json.dumps(str(folder))  # an override is YAML
-    unit = next(unit for unit in ("epoch", "update") if hasattr(settings, f"{unit}s"))
+    unit = "epoch" if hasattr(settings, "epochs") else "update"
     return Job(task, str(config), (*overrides, f"run_dir={path}"), str(folder), getattr(settings, f"{unit}s"), unit)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from scripts.jobs import Job
 from scripts.pool import State, Turn
+from scripts.text_table import format_table
 
 METRICS = {"classification": "test_top1", "language_model": "test_ppl", "nmt": "valid_bleu"}
 TAIL_BYTES = 65_536  # read from the end of metrics.jsonl
@@ -48,7 +49,6 @@ class Progress:
 
 
 def read_progress(job: Job) -> Progress:
-    """The progress of `job`."""
     try:
         with open(Path(job.folder) / "metrics.jsonl", "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
@@ -91,7 +91,7 @@ class Display:
     def _draw(self, turns: Sequence[Turn]) -> None:
         size = shutil.get_terminal_size()
         order = sorted(turns, key=lambda turn: SHOWN_FIRST.index(turn.state))
-        lines = columns([HEADER, *(self.line(turn) for turn in order[: max(1, size.lines - 4)])])
+        lines = format_table(HEADER, [self.line(turn) for turn in order[: max(1, size.lines - 4)]])
         lines = [line[: size.columns - 1] for line in (*lines, counts(turns, self.started))]
         up = f"\x1b[{self.drawn}F" if self.drawn else ""
         sys.stderr.write(f"{up}\x1b[J" + "\n".join(lines) + "\n")
@@ -108,19 +108,15 @@ class Display:
             if turn.state is before and not (remind and turn.state is State.RUNNING):
                 continue
             self.states[turn.job.folder] = turn.state
-            _, done, loss, metric, eta, state = self.line(turn)
-            detail = "  ".join(
-                f"{name} {value}" for name, value in zip(HEADER[1:-1], (done, loss, metric, eta), strict=True) if value
-            )
-            print(f"[{number}/{len(turns)}] {turn.job.folder}: {state}  {detail}".rstrip(), file=sys.stderr, flush=True)
+            folder, *values, state = self.line(turn)
+            detail = "  ".join(f"{name} {value}" for name, value in zip(HEADER[1:-1], values, strict=True) if value)
+            print(f"[{number}/{len(turns)}] {folder}: {state}  {detail}".rstrip(), file=sys.stderr, flush=True)
 
     def line(self, turn: Turn) -> tuple[str, ...]:
         job, progress = turn.job, read_progress(turn.job)
         total = progress.updates(job)
-        loss, metric = (
-            "" if value is None else f"{value:.{digits}f}"
-            for value, digits in ((progress.loss, 4), (progress.metric, 2))
-        )
+        loss = "" if progress.loss is None else f"{progress.loss:.4f}"
+        metric = "" if progress.metric is None else f"{progress.metric:.2f}"
         eta = ""
         if turn.state is State.RUNNING:
             now = time.monotonic()
@@ -147,9 +143,3 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / divisor:.{digits}f} {unit}"
     return f"{seconds / 86400:.1f} d"
-
-
-def columns(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # Trains the radam row of the One Billion Words table, five seeds. Options: --help
-set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 exec "$PYTHON" -m scripts.run_row one_billion_words radam "$@"

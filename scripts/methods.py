@@ -68,15 +68,12 @@ def complete_method(row: str, optimizer: dict[str, Any]) -> Method:
     Raises UserError where one factor cannot tune the decays.
     """
     own = {key: value for key, value in optimizer.items() if key not in ("needs", "groups")}
-    groups = [
-        {key: value for key, value in group.items() if value is not None} for group in optimizer.get("groups", [])
-    ]
-    made = made_of(own)
-    optimizer, parts = completed(optimizer, made), [made]
-    for index, group in enumerate(groups):
+    parts, groups = [made_of(own)], []
+    for group in optimizer.get("groups", []):
+        group = {key: value for key, value in group.items() if value is not None}
         parts.append(made_of(group if "name" in group else own | group))
-        if "name" in group:
-            groups[index] = completed(group, parts[-1])
+        groups.append(completed(group, parts[-1]) if "name" in group else group)
+    optimizer = completed(optimizer, parts[0])
     if groups:
         optimizer["groups"] = groups
     kinds = [is_decoupled(part) for part in parts if part.param_groups[0].get("weight_decay")]

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # Trains the apollo_2021 row of the WMT14 English-German table, five seeds. Options: --help
-set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 exec "$PYTHON" -m scripts.run_row wmt14_en_de apollo_2021 "$@"

@@ -5,6 +5,7 @@ If the training log of a table's author is known, one more line shows the update
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from engine.errors import UserError
-from scripts.runs import Run, author_log
-
-# Okabe's and Ito's palette suits any kind of colour vision.
-STYLES = {
-    "sgd": ("SGD", "#0072B2"),
-    "adam": ("Adam", "#E69F00"),
-    "radam": ("RAdam", "#009E73"),
-    "adam_adj": ("Adam-adj", "#CC79A7"),
-    "radam_adj": ("RAdam-adj", "#56B4E9"),
-    "apollo": ("Apollo", "#D55E00"),
-}
-OTHER_COLOURS = ("#000000", "#8C6D31", "#7F7F7F", "#6A3D9A", "#B8A800")
-# Two panels for each task: classification, language modelling and translation.
-PANELS = (
-    (("train_loss", "training loss"), ("test_top1", "test accuracy (%)")),
-    (("train_ppl", "training perplexity"), ("test_ppl", "test perplexity")),
-    (("train_loss", "training loss"), ("valid_bleu", "BLEU on the validation set")),
-)
+from scripts.reporting.pictures import curve_keys, evaluated, places
+from scripts.reporting.style import LOOK, OTHER_COLOURS, STYLES
+from scripts.runs import Run, author_log, by_table
 
 
 def plot_curves(runs: Sequence[Run], path: Path) -> None:
@@ -41,34 +27,30 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
     Unfinished runs are drawn if a cell has no complete one. Raises UserError if there is nothing to draw, or if the
     format is unknown.
     """
-    rows_of: dict[tuple[str, ...], dict[str, list[Run]]] = {}
-    for run in runs:
-        if run.evaluations:
-            place = (run.table, f"{run.schedule} schedule") if _compares_schedules(run.table, runs) else (run.table,)
-            rows_of.setdefault(place, {}).setdefault(run.label, []).append(run)
-    if not rows_of:
+    drawn = {place: found for place, methods in places(runs).items() if (found := evaluated(methods))}
+    if not drawn:
         raise UserError("nothing to draw: no run has been evaluated yet")
 
-    found = {table: author_log(table, runs) for table in dict.fromkeys(run.table for run in runs)}
+    found = {table: author_log(table, runs) for table in by_table(runs)}
     logs = {table: (log, of_log) for table, (log, of_log) in found.items() if of_log}
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-    with matplotlib.rc_context(style | {"grid.color": "#E5E5E5", "grid.linewidth": 0.8, "legend.frameon": False}):
-        lines = len(rows_of) + len(logs)
+    with matplotlib.rc_context(LOOK | {"legend.frameon": False}):
+        lines = len(drawn) + len(logs)
         figure = Figure(figsize=(11, 4.4 * lines), layout="constrained")
         grid = figure.subplots(lines, 2, squeeze=False)
-        for axes, (table, (log, of_log)) in zip(grid[len(rows_of) :], logs.items(), strict=True):
+        for axes, (table, (log, of_log)) in zip(grid[len(drawn) :], logs.items(), strict=True):
             _draw_log(axes, table, log, of_log)
-        for axes, (place, rows) in zip(grid, rows_of.items(), strict=False):
-            first = next(iter(rows.values()))[0]
-            panels = next((two for two in PANELS if two[1][0] in first.evaluations[0]), PANELS[0])
-            for axis, (key, label) in zip(axes, panels, strict=True):
-                _draw(axis, rows, key)
+        for axes, (place, methods) in zip(grid, drawn.items(), strict=False):
+            first = next(iter(methods.values()))[0]
+            keys = curve_keys(first)
+            for axis, (key, label) in zip(axes, keys, strict=True):
+                _draw(axis, methods, key)
                 axis.set(xlabel=first.unit, ylabel=label)
                 axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-                axis.set_title(", ".join(place), loc="left", fontsize=11)
+                axis.set_title(place, loc="left", fontsize=11)
             axes[0].set_yscale("log")
-            axes[0].legend(loc="upper right")
-            _enlarge_end(axes[1], rows, panels[1][0])
+            if axes[0].lines:
+                axes[0].legend(loc="upper right")
+            _enlarge_end(axes[1], methods, keys[1][0])
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             figure.savefig(path, dpi=150)
@@ -93,27 +75,25 @@ def _draw_log(axes: Sequence[Axes], table: str, log: dict[str, Any], of_log: Seq
     axes[0].set_title(f"{table}, {log['row']}: first updates", loc="left", fontsize=11)
 
 
-def _compares_schedules(table: str, runs: Sequence[Run]) -> bool:
-    """Whether some row of the table has several schedules."""
-    cells = {run.cell for run in runs if run.table == table}
-    return len(cells) > len({row for row, _ in cells})
-
-
-def _draw(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
-    others = iter(OTHER_COLOURS * len(rows))
-    for row, runs in rows.items():
-        name, colour = STYLES.get(row) or (row, next(others))
+def _draw(axis: Axes, methods: dict[str, list[Run]], key: str) -> None:
+    others = cycle(OTHER_COLOURS)
+    for method, runs in methods.items():
+        name, colour = STYLES.get(method) or (method, next(others))
         positions, values = _curves(runs, key)
-        unfinished = "" if any(run.result for run in runs) else ", unfinished"
+        if not len(values):
+            continue
+        unfinished = "" if runs[0].result else ", unfinished"
         label = f"{name} (n = {len(values)}{unfinished})"
         marker = "o" if len(positions) == 1 else None  # a line through one point cannot be seen
         axis.plot(positions, values.mean(0), color=colour, linewidth=1.8, marker=marker, label=label, zorder=3)
         axis.fill_between(positions, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0, zorder=2)
 
 
-def _enlarge_end(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
+def _enlarge_end(axis: Axes, methods: dict[str, list[Run]], key: str) -> None:
     """Draw the last third of a panel again, enlarged, in the corner without curves."""
-    curves = [_curves(runs, key) for runs in rows.values()]
+    curves = [found for runs in methods.values() if len((found := _curves(runs, key))[0])]
+    if not curves:
+        return
     last = max(positions[-1] for positions, _ in curves)
     ends = [values[:, positions >= last * 2 / 3] for positions, values in curves]
     ends = [values for values in ends if values.size]
@@ -124,7 +104,7 @@ def _enlarge_end(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
     falls = sum(values[:, -1].mean() - values[:, 0].mean() for _, values in curves) < 0
     corner = (0.55, 0.55 if falls else 0.1, 0.42, 0.36)
     inset = axis.inset_axes(corner, xlim=(last * 2 / 3, last), ylim=(low - room, high + room))
-    _draw(inset, rows, key)
+    _draw(inset, methods, key)
     inset.spines[:].set(visible=True, color="#999999")
     inset.tick_params(labelsize=9, color="#999999")
     inset.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
@@ -132,9 +112,8 @@ def _enlarge_end(axis: Axes, rows: dict[str, list[Run]], key: str) -> None:
 
 
 def _curves(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions [evaluations] and values [seeds, evaluations] of the complete runs, or of all if none is complete."""
-    counted = [run for run in runs if run.result] or runs
-    curves = [[line for line in run.evaluations if key in line] for run in counted]
-    length = min(map(len, curves))
-    positions = [line[runs[0].unit] for line in curves[0][:length]]
-    return np.array(positions), np.array([[line[key] for line in curve[:length]] for curve in curves])
+    """Positions [evaluations] and values [seeds, evaluations] of the runs with values, to the shortest one's end."""
+    found = [[line for line in run.evaluations if isinstance(line.get(key), (int, float))] for run in runs]
+    steps = list(zip(*filter(None, found), strict=False))  # as long as the shortest
+    positions = [step[0][runs[0].unit] for step in steps]
+    return np.array(positions), np.array([[line[key] for line in step] for step in steps]).T

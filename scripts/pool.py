@@ -21,7 +21,8 @@ from types import FrameType
 from typing import IO
 
 from engine.errors import UserError
-from engine.files import hold
+from engine.files import is_held
+from engine.machine import core_count
 from scripts.jobs import Job, torchrun
 
 # torchrun passes these signals on to the ranks, if it is new enough for this setting, and gives them time to save.
@@ -57,9 +58,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Places:
-    devices: Sequence[str | None] = (
-        None,
-    )  # for each job at a time: its CUDA_VISIBLE_DEVICES, or None for all there are
+    # for each job at a time: its CUDA_VISIBLE_DEVICES, or None for all there are
+    devices: Sequence[str | None] = (None,)
     gpus: int = 1  # processes of one job
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -122,7 +122,7 @@ def places_for(at_once: int | None, gpus: int, on_cpu: bool = False) -> Places:
     if found:
         groups = [",".join(found[first : first + gpus]) for first in range(0, len(found) - gpus + 1, gpus)]
         return Places(list(islice(cycle(groups), at_once)), gpus)
-    threads = max(1, (os.cpu_count() or 1) // (at_once * gpus))
+    threads = max(1, core_count() // (at_once * gpus))
     alone = at_once * gpus == 1 or "OMP_NUM_THREADS" in os.environ
     return Places([None] * at_once, gpus, {} if alone else {"OMP_NUM_THREADS": str(threads)})
 
@@ -131,9 +131,14 @@ def visible_gpus() -> list[str]:
     """The GPUs by CUDA's names, without importing torch, which takes seconds."""
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in chosen.split(",") if name and name != "-1"]
+    return nvidia_smi("--query-gpu=index")
+
+
+def nvidia_smi(*options: str) -> list[str]:
+    """What nvidia-smi answers to a query, a line for each GPU; nothing if it cannot answer."""
+    command = ["nvidia-smi", *options, "--format=csv,noheader,nounits"]
     try:
-        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, CalledProcessError):
         return []
 
@@ -148,14 +153,15 @@ def start(command: Sequence[str], log: IO[bytes] | None = None, environment: dic
 
 
 def open_log(job: Job) -> IO[bytes]:
-    """The job's log, opened for appending."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     return open(job.log, "ab")
 
 
 def last_error(log: Path, begin: int) -> str:
-    """The line of a log, from byte `begin` on, that says why its process failed: the last `error:` line, or the last.
-    torchrun prints much after it."""
+    """The line of a log, from byte `begin` on, that says why its process failed.
+
+    It is the last `error:` line, because torchrun prints much after it, or else the last line.
+    """
     try:
         with open(log, "rb") as file:
             file.seek(begin)
@@ -164,18 +170,6 @@ def last_error(log: Path, begin: int) -> str:
         return ""
     errors = [line for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
     return (errors or lines or [""])[-1]
-
-
-def is_held(folder: Path) -> bool:
-    if not (folder / ".lock").exists():
-        return False
-    try:
-        hold(folder, "running").close()
-    except UserError:
-        return True
-    except OSError:  # the folder is gone, or we may not write in it: its run will report that
-        return False
-    return False
 
 
 def _begin(turn: Turn, devices: str | None, places: Places, show_output: bool) -> bool:

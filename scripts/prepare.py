@@ -2,9 +2,8 @@
 
     bash scripts/prepare.sh cifar10|imagenet|one_billion_words|wmt14 [SOURCE] [DEST] [--workers N]
 
-SOURCE is the download, in any form that docs/data.md names. Without SOURCE the published files are downloaded (except
-ImageNet's). DEST is by default the folder where the configs look for the data. After an interruption, the same command
-continues.
+SOURCE is the download, in any form that docs/data.md names. Without it the published files are downloaded (except
+ImageNet's). DEST is by default where the configs look for the data. After an interruption, the same command continues.
 """
 
 import argparse
@@ -44,7 +43,7 @@ class Table(NamedTuple):
     plan: Callable[[Path | None, Path, argparse.Namespace], Plan]
     dest: Path  # data.root in the table's configs
     finished: str | None  # the file that is written last; None if only `make` can tell whether all is complete
-    row: str  # the script of its Apollo row
+    script: str  # of its Apollo row
 
 
 def main(arguments: list[str]) -> None:
@@ -63,7 +62,7 @@ def main(arguments: list[str]) -> None:
             require_space(dest, plan.bytes)
         plan.make()  # finished data are only compared with the source
     where = "" if dest == table.dest else f" {shlex.quote(f'data.root={dest}')}"
-    print(f"to train a row: bash scripts/{table.row}{where}")
+    print(f"to train a row: bash scripts/{table.script}{where}")
 
 
 def plan_cifar10(source: Path | None, dest: Path, options: argparse.Namespace) -> Plan:
@@ -109,12 +108,11 @@ def plan_imagenet(source: Path | None, dest: Path, options: argparse.Namespace) 
     layout = find_layout(source)
     files = list(layout.files())
     size = sum(os.path.getsize(path) for path in files)
-    seconds = size / copy_speed(files, dest)
     labels = LabelFiles(options.val_labels, options.ids)
     return Plan(
         f"{layout.in_words}, {len(files):,} files with {amount(size)}",
         1.02 * size,
-        seconds,
+        size / copy_speed(files, dest),
         lambda: build(source, dest, labels),
     )
 
@@ -240,7 +238,7 @@ def copy_speed(files: Iterable[str | Path], dest: Path) -> float:
 def require_space(dest: Path, size: float) -> None:
     """Raise UserError if the disk of `dest` lacks space for `size` bytes. Files from an earlier start count as free."""
     there = next(path for path in (dest.absolute(), *dest.absolute().parents) if path.exists())
-    kept = sum(path.stat().st_size for path in walk(dest)) if dest.is_dir() else 0
+    kept = sum(path.stat().st_size for path in dest.rglob("*") if path.is_file())
     free = shutil.disk_usage(there).free
     if free + kept < size:
         raise UserError(
@@ -248,16 +246,10 @@ def require_space(dest: Path, size: float) -> None:
         )
 
 
-def walk(folder: Path) -> Iterable[Path]:
-    for path, folders, names in os.walk(folder):
-        folders.sort()
-        yield from (Path(path, name) for name in sorted(names) if not name.startswith("."))
-
-
 def nearest_entries(folder: Path, start: str) -> str:
     """Up to four names in `folder`, first those that begin with `start`."""
-    names = sorted(path.name for path in islice(folder.glob("[!.]*"), 10_000))
-    return ", ".join(sorted(names, key=lambda name: not name.startswith(start))[:4]) or "nothing"
+    names = (path.name for path in islice(folder.glob("[!.]*"), 10_000))
+    return ", ".join(sorted(names, key=lambda name: (not name.startswith(start), name))[:4]) or "nothing"
 
 
 def amount(size: float) -> str:

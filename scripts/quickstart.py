@@ -20,7 +20,7 @@ from scripts.jobs import Job, plan
 from scripts.live import read_progress
 from scripts.plot import plot_curves
 from scripts.pool import Places, State, Turn, run_jobs
-from scripts.report import report
+from scripts.reporting.tables import report
 from scripts.runs import read_runs
 from scripts.tables import CONFIGS
 

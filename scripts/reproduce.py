@@ -1,10 +1,8 @@
 """Trains whole tables, or any list of runs, several runs at a time, and prints them beside the published numbers.
 
-    bash scripts/reproduce.sh TABLE|all|LIST [--rows "sgd apollo"] [--schedules "milestone"] [--seeds "1 101"]
-        [--jobs N] [--gpus N] [--executor local|slurm] [--nodes N] [--slurm OPTIONS] [--dry-run] [--runs FOLDER]
-        [key=value ...]
+    bash scripts/reproduce.sh TABLE|all|LIST      --help lists the options
 
-The runs are written as a list in FOLDER/lists. The run folders say what is done, so the same command continues after a
+The runs are written as a list in runs/lists. The run folders say what is done, so the same command continues after a
 kill. LIST is such a file, which you may also write yourself.
 """
 
@@ -14,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import UserError, nearest, run_main
-from scripts.arguments import Parser, positive, seeds
+from scripts.arguments import Parser, seeds, words
+from scripts.execution import add_options, carry_out, places_of, print_failures
 from scripts.jobs import Job, division, plan, read_list, write_list
 from scripts.live import Display
-from scripts.pool import State, Turn, places_for, run_jobs
-from scripts.report import report
-from scripts.runs import read_runs
+from scripts.reporting.tables import report
+from scripts.runs import by_table, read_runs
 from scripts.tables import TASKS, cells, later_rows, published, rows, seeds_of
 
 ALL = "all"  # all published tables
@@ -29,24 +27,17 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     path = list_of_runs(options)
     jobs = read_list(path)
-    on_cpu = any("device=cpu" in job.overrides for job in jobs)
     if options.dry_run:
         from scripts.estimate import estimate
 
-        print(estimate(jobs, places_for(options.jobs, options.gpus, on_cpu)))
+        print(estimate(jobs, places_of(jobs, options)))
         return 0
-    if options.executor == "slurm":
-        from scripts.slurm import Request, run_in_queue
-
-        request = Request(options.jobs or 8, options.gpus, options.nodes, on_cpu, options.slurm)
-        status, turns = run_in_queue(jobs, path.stem, options.runs / "slurm", request, Display())
-    else:
-        status, turns = run_jobs(jobs, places_for(options.jobs, options.gpus, on_cpu), watch=Display())
-    if status > 128 and not any(turn.state is State.FAILED for turn in turns):
-        print("stopped; the same command carries on from here", file=sys.stderr)
+    status, turns = carry_out(jobs, path.stem, options, Display())
+    if status > 1:
         return status
     print_tables(jobs)
-    return print_failures(turns)
+    print_failures(turns)
+    return status
 
 
 def list_of_runs(options: argparse.Namespace) -> Path:
@@ -54,41 +45,34 @@ def list_of_runs(options: argparse.Namespace) -> Path:
 
     Raises UserError if it names no runs, and for a wrong config or override.
     """
-    if options.what not in (*TASKS, ALL):
-        if not Path(options.what).is_file():
-            valid = (*TASKS, ALL)
-            raise UserError(
-                f"'{options.what}' is neither a table{nearest(options.what, valid)} nor a list of runs; "
-                f"valid: {', '.join(valid)}"
-            )
-        return Path(options.what)
+    valid = (*TASKS, ALL)
+    if options.what not in valid:
+        if Path(options.what).is_file():
+            return Path(options.what)
+        raise UserError(
+            f"'{options.what}' is neither a table{nearest(options.what, valid)} nor a list of runs; "
+            f"valid: {', '.join(valid)}"
+        )
     tables = [table for table in TASKS if published(table)] if options.what == ALL else [options.what]
-    every = configs = [
-        (table, row, schedule, config)
+    found = {
+        table: [(row, schedule, config) for row in rows(table) for schedule, config in cells(table, row).items()]
         for table in tables
-        for row in rows(table)
-        for schedule, config in cells(table, row).items()
-    ]
-    for option, place, found in (("rows", 1, options.rows), ("schedules", 2, options.schedules)):
-        there = dict.fromkeys(cell[place] for cell in every)
-        for name in found or ():
-            if name not in there:
-                raise UserError(
-                    f"--{option}: {options.what} has no '{name}'{nearest(name, there)}; valid: {', '.join(there)}"
-                )
-        configs = [cell for cell in configs if found is None or cell[place] in found]
-    if options.rows is None:
-        configs = [cell for cell in configs if cell[1] not in later_rows(cell[0])]
-    gpus, first = options.gpus * options.nodes, {table: config for table, _, _, config in reversed(configs)}
-    overrides = {
-        table: [*options.overrides, *division(TASKS[table], config, options.overrides, gpus)]
-        for table, config in first.items()
     }
-    jobs = [
-        plan(table, config, seed, options.runs, overrides[table])
-        for table, _, _, config in configs
-        for seed in options.seeds or seeds_of(table)
-    ]
+    every = [cell for of_table in found.values() for cell in of_table]
+    require_known("--rows", options.rows, [row for row, _, _ in every], options.what)
+    require_known("--schedules", options.schedules, [schedule for _, schedule, _ in every], options.what)
+    jobs: list[Job] = []
+    for table, of_table in found.items():
+        configs = [
+            config
+            for row, schedule, config in of_table
+            if (row in options.rows if options.rows else row not in later_rows(table))
+            and (not options.schedules or schedule in options.schedules)
+        ]
+        if configs:
+            added = division(TASKS[table], configs[0], options.overrides, options.gpus * options.nodes)
+            overrides, of_runs = [*options.overrides, *added], options.seeds or seeds_of(table)
+            jobs += [plan(table, config, seed, options.runs, overrides) for config in configs for seed in of_runs]
     if not jobs:
         raise UserError(f"{options.what} has no cell of these rows and schedules")
     path = write_list(jobs, options.runs / "lists", options.what)
@@ -96,22 +80,20 @@ def list_of_runs(options: argparse.Namespace) -> Path:
     return path
 
 
+def require_known(option: str, names: Sequence[str] | None, there: Sequence[str], what: str) -> None:
+    """Raise UserError if one of `names` is not `there`."""
+    for name in names or ():
+        if name not in there:
+            valid = ", ".join(dict.fromkeys(there))
+            raise UserError(f"{option}: {what} has no '{name}'{nearest(name, there)}; valid: {valid}")
+
+
 def print_tables(jobs: Sequence[Job]) -> None:
     runs, problems = read_runs(*sorted({Path(job.folder) for job in jobs}))
-    for table in dict.fromkeys(run.table for run in runs):
-        print(report(table, [run for run in runs if run.table == table]), end="\n\n")
+    for table, of_table in by_table(runs).items():
+        print(report(table, of_table), end="\n\n")
     for problem in problems:
         print(f"skipped: {problem}")
-
-
-def print_failures(turns: Sequence[Turn]) -> int:
-    """Print the failed runs. Returns the exit status."""
-    failed = [turn for turn in turns if turn.state is State.FAILED]
-    for turn in failed:
-        print(f"failed: {turn.job.folder}: {turn.error} (log: {turn.job.log})")
-    if failed:
-        print(f"{len(failed)} of {len(turns)} runs failed; the same command tries them again")
-    return 1 if failed else 0
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -129,34 +111,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=words, help="default: all of the first published table; the later ones by name")
     parser.add_argument("--schedules", type=words, help="default: all")
     parser.add_argument("--seeds", type=seeds, help="default: those of the published table")
-    parser.add_argument("--jobs", type=positive, metavar="N", help="runs at a time; default: one for each --gpus GPUs")
-    parser.add_argument(
-        "--gpus", type=positive, default=1, metavar="N", help="processes of a run, one GPU each; default: 1"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="time some updates of each cell, and say what all take")
-    parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="default: %(default)s")
-    parser.add_argument(
-        "--nodes", type=positive, default=1, metavar="N", help="of SLURM: machines of a run; default: 1"
-    )
-    parser.add_argument("--slurm", type=sbatch_options, default=(), help="options of sbatch; time: minutes of a job")
-    parser.add_argument("--runs", type=Path, default="runs", metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, e.g. precision=bf16")
+    add_options(parser, runs="runs")
     return parser.parse_intermixed_args(arguments)
-
-
-def words(text: str) -> list[str]:
-    """`"sgd apollo"` as its words."""
-    if not text.split():
-        raise argparse.ArgumentTypeError("no name given")
-    return text.split()
-
-
-def sbatch_options(text: str) -> tuple[tuple[str, str], ...]:
-    """`"partition=gpu time=1440"` as its pairs."""
-    pairs = [tuple(word.split("=", 1)) for word in text.split()]
-    if any(len(pair) != 2 for pair in pairs):
-        raise argparse.ArgumentTypeError(f'options are of the form "partition=gpu time=1440", not "{text}"')
-    return tuple(pairs)
 
 
 if __name__ == "__main__":

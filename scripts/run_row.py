@@ -1,7 +1,5 @@
 """One row of a table: trains its cells over the seeds, then prints the row beside the published one.
 
-    python -m scripts.run_row TABLE ROW [--seeds "1 101"] [--schedules "milestone cosine"] [key=value ...]
-
 Complete runs are skipped and unfinished ones resumed. A whole table: scripts/reproduce.py.
 """
 
@@ -16,7 +14,7 @@ from engine.errors import UserError, nearest, run_main
 from scripts.arguments import Parser, positive, seeds
 from scripts.jobs import division, plan, torchrun
 from scripts.pool import State, Turn, places_for, run_jobs
-from scripts.report import report
+from scripts.reporting.tables import report
 from scripts.runs import read_runs
 from scripts.tables import TASKS, cells, load_cell, rows, seeds_of
 

@@ -1,13 +1,9 @@
 """Reads run folders in any state: whole, unfinished, still being written, damaged, or not runs at all.
 
-A trial of a search (scripts/compare.sh) is in
-
-    <runs>/<table>/search/<row>/<trial>/
-
-A run of a table is anywhere else. config.yaml holds its settings (`optimizer.lr` is its rate). result.json holds
-`validation`, its value on the split that the search selects by (which is not the test set), and `final`, its value on
-the test set. A run that diverged is complete too: its result.json has `"complete": true, "diverged": true`. It counts
-with the worst value of its metric.
+A trial of a search (scripts/compare.sh) is in <runs>/<table>/search/<row>/<trial>/, a run of a table anywhere else.
+config.yaml holds its settings (`optimizer.lr` is its rate). result.json holds `validation`, its value on the split that
+the search selects by, and `final`, its value on the test set. A run that diverged is complete too: its result.json has
+`"diverged": true`, and it counts with the worst value of its metric.
 """
 
 import json
@@ -23,16 +19,25 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from engine.config import Named
+from engine.config import Named, value_at
+from engine.errors import one_line
 from engine.run_record import NEUTRAL_KEYS
 from scripts.tables import ROWS, SCHEDULES, position, published
 
 # Keys that may differ within a cell: the seed, keys that change no result, and keys that change only the speed.
 NOT_OF_THE_RECIPE = (*NEUTRAL_KEYS, "seed", "compile", "channels_last")
-LOWER_IS_BETTER = ("ppl", "loss", "nll")
 FILES = ("config.yaml", "result.json", "metrics.jsonl")  # a folder with one of these may be a run
 EVALUATIONS = ("epoch", "validation")  # kinds of lines in metrics.jsonl
 YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the loader in C is about ten times as fast
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric in ("ppl", "loss", "nll")
+
+
+def worst(metric: str) -> float:
+    """The worst value of `metric`: infinity for a perplexity or a loss, 0 for an accuracy or BLEU."""
+    return math.inf if lower_is_better(metric) else 0.0
 
 
 class Identity(BaseModel):
@@ -77,15 +82,6 @@ class Result(BaseModel):
         return self
 
 
-def lower_is_better(metric: str) -> bool:
-    return metric in LOWER_IS_BETTER
-
-
-def worst(metric: str) -> float:
-    """The worst value of `metric`: infinity for a perplexity or a loss, 0 for an accuracy or BLEU."""
-    return math.inf if lower_is_better(metric) else 0.0
-
-
 class Environment(BaseModel):
     """What a table takes from environment.json: the recipe that was carried out (world size, batch, passes, ...)."""
 
@@ -122,8 +118,7 @@ class Run:
 
     @property
     def rate(self) -> float | None:
-        optimizer = self.config.get("optimizer")
-        rate = optimizer.get("lr") if isinstance(optimizer, dict) else None
+        rate = value_at(self.config, "optimizer.lr")
         return rate if isinstance(rate, (int, float)) and rate > 0 else None
 
     @cached_property
@@ -137,8 +132,7 @@ class Run:
         return self.read_lines(("train",))
 
     def logged(self, key: str, updates: Sequence[int]) -> list[float]:
-        """`key` of the log lines at these updates, interpolated between two lines. NaN before the first and after the
-        last line."""
+        """`key` of the log lines at these updates, interpolated; NaN before the first and after the last line."""
         lines = [line for line in self.training if isinstance(line.get(key), (int, float))]
         if not lines:
             return [math.nan] * len(updates)
@@ -148,7 +142,9 @@ class Run:
 
 def read_runs(*folders: Path) -> tuple[list[Run], list[str]]:
     """Every run at or below `folders`, in the order of the tables; and one line for each file that cannot be used.
-    These lines grow when evaluations are read later and are damaged."""
+
+    These lines grow when evaluations are read later and are damaged.
+    """
     problems: list[str] = []
     found = sorted({folder for top in folders for folder in _run_folders(top)})
     runs = [run for folder in found if (run := _read_run(folder, problems))]
@@ -160,10 +156,13 @@ def order(run: Run) -> tuple:
     return run.table, *place, run.trial or "", run.seed, str(run.folder)
 
 
+def by_table(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    return {table: [run for run in runs if run.table == table] for table in dict.fromkeys(run.table for run in runs)}
+
+
 def author_log(table: str, runs: Sequence[Run]) -> tuple[dict[str, Any], list[Run]]:
-    """The training log that the table's author published, and those of `runs` that can be compared with it; both empty
-    if there is none."""
-    log = (published(table) or {}).get("log_of_author", {})
+    """The training log that the table's author published, and the `runs` of its cell; both empty if there is none."""
+    log = published(table).get("log_of_author", {})
     place = (table, log.get("row"), log.get("schedule"))
     return log, [run for run in runs if (run.table, *run.cell) == place and not run.trial and run.training]
 
@@ -181,20 +180,15 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
         if not (folder / "config.yaml").exists():
             problems.append(f"{folder}: no config.yaml: not a run, or cut off before it began")
         return None
-    identity = _check(Identity, config, folder / "config.yaml", problems)
-    if identity is None:
+    if _check(Identity, config, folder / "config.yaml", problems) is None:
         return None
     result, environment = (
         _check(model, _read(folder / name, problems), folder / name, problems)
         for model, name in ((Result, "result.json"), (Environment, "environment.json"))
     )
     place = folder.absolute()
-    return Run(
+    return make_run(
         folder,
-        identity.table,
-        identity.row,
-        identity.schedule.name,
-        identity.seed,
         config,
         environment=environment.model_dump(exclude={"recipe"}) if environment else {},
         recipe=environment.recipe if environment else {},
@@ -202,6 +196,12 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
         read_lines=partial(read_metrics, folder / "metrics.jsonl", problems),
         trial=place.name if place.parent.parent.name == "search" else None,
     )
+
+
+def make_run(folder: Path, config: dict[str, Any], **rest: Any) -> Run:
+    """The run of `config`; `rest` are its further fields. Raises ValidationError if the config lacks its identity."""
+    identity = Identity.model_validate(config)
+    return Run(folder, identity.table, identity.row, identity.schedule.name, identity.seed, config, **rest)
 
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -216,7 +216,7 @@ def _read(path: Path, problems: list[str]) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        problems.append(f"{path}: {' '.join(str(error).split())}")
+        problems.append(f"{path}: {one_line(error)}")
         return None
 
 
@@ -232,7 +232,7 @@ def _check(model: type[ModelT], values: Any, path: Path, problems: list[str]) ->
         return None
 
 
-def read_metrics(path: Path, problems: list[str], kinds: Sequence[str] = EVALUATIONS) -> list[dict[str, Any]]:
+def read_metrics(path: Path, problems: list[str], kinds: Sequence[str]) -> list[dict[str, Any]]:
     """The lines of these kinds. The last line may be unfinished."""
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines(keepends=True)

@@ -1,7 +1,6 @@
-"""The runs of a list as one array of SLURM jobs, through submitit, which requeues a job whose time is up.
+"""The runs of a list as one array of SLURM jobs, through submitit.
 
-A job that is preempted, or whose time is up, gets a signal: its training saves and ends, and the job returns to the
-queue.
+A job that is preempted, or whose time is up, gets a signal. Its training saves and ends, and the job is queued again.
 """
 
 import os
@@ -18,8 +17,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from engine.errors import UserError
+from engine.files import is_held
 from scripts.jobs import Job, torchrun
-from scripts.pool import State, Turn, is_held, last_error, open_log, start
+from scripts.pool import State, Turn, last_error, open_log, start
 
 if TYPE_CHECKING:
     from submitit import DelayedSubmission
@@ -143,24 +143,21 @@ def run_in_queue(
 
     The jobs stay in the queue if the waiting process ends.
     """
+    turns = [Turn(job, log_start=0) for job in jobs]
     if not in_queue(name) and not all(job.complete for job in jobs):
+        for turn in turns:  # an error of an earlier attempt is none of this one's
+            turn.log_start = turn.job.log.stat().st_size if turn.job.log.exists() else 0
         submitted = submit(jobs, name, folder, request)
         print(f"{len(submitted)} jobs submitted as {name}; scancel --name {name} takes them back", file=sys.stderr)
-    turns = [Turn(job) for job in jobs]
     while True:
         left = in_queue(name)
         for turn in turns:
-            turn.state = _state(turn.job)
+            held = is_held(Path(turn.job.folder))
+            turn.state = State.COMPLETE if turn.job.complete else State.RUNNING if held else State.WAITING
             if not left and turn.state is not State.COMPLETE:
                 turn.state, turn.status = State.FAILED, 1
-                turn.error = last_error(turn.job.log, 0) or f"no log; what SLURM wrote is in {folder}"
+                turn.error = last_error(turn.job.log, turn.log_start) or f"no log; what SLURM wrote is in {folder}"
         watch(turns)
         if not left:
             return max(turn.status for turn in turns), turns
         time.sleep(WATCH_S)
-
-
-def _state(job: Job) -> State:
-    if job.complete:
-        return State.COMPLETE
-    return State.RUNNING if is_held(Path(job.folder)) else State.WAITING

@@ -1,6 +1,5 @@
 """Small random data sets in the shapes and formats of the real ones, to time a training without its data."""
 
-import json
 import os
 import subprocess
 import sys
@@ -23,23 +22,21 @@ SIZES = {  # of an epoch of the real set: images, or tokens
 
 
 def make_data(name: str, root: Path) -> list[str]:
-    """Write a synthetic data set in place of `name` to `root`, once. Returns the overrides that make a training use it.
+    """Write a synthetic data set in place of `name`, one of MAKERS, to `root`, once.
 
-    Raises UserError if there is no synthetic data for `name`.
+    Returns the overrides that make a training use it.
     """
-    maker = MAKERS.get(name)
-    if maker is None:
-        raise UserError(f"there is no synthetic data for data.name={name}")
     done = root / "done"
     if not done.exists():
         root.mkdir(parents=True, exist_ok=True)
-        maker(root)
+        MAKERS[name](root)
         done.touch()
-    name = {"cifar10": "folder", "cifar100": "folder"}.get(name, name)
+    name = "folder" if name in ("cifar10", "cifar100") else name
     return [f"data.name={name}", f"data.root={root / 'data'}"]
 
 
 def _images(train: int, test: int, classes: int, size: tuple[int, int], suffix: str, test_name: str) -> Callable:
+    """A maker of a folder tree with so many images of each class."""
 
     def make(root: Path) -> None:
         random = np.random.default_rng(0)
@@ -57,7 +54,7 @@ def _images(train: int, test: int, classes: int, size: tuple[int, int], suffix: 
 def _text(root: Path) -> None:
     """200,000 words of a vocabulary of 793,470, with the frequencies of Zipf's law."""
     words = np.array([f"w{number}" for number in range(793_468)])
-    vocabulary = [*("<S>", "<UNK>"), *words.tolist()]
+    vocabulary = ["<S>", "<UNK>", *words.tolist()]
     counts = range(2 * len(vocabulary), len(vocabulary), -1)
     lines = (f"{word} {count}\n" for word, count in zip(vocabulary, counts, strict=True))
     (root / "vocabulary.txt").write_text("".join(lines))
@@ -70,11 +67,9 @@ def _text(root: Path) -> None:
     ):
         (root / "raw" / folder).mkdir(parents=True, exist_ok=True)
         (root / "raw" / folder / name).write_text(part)
-    command = [sys.executable, "-m", "language_model.prepare", str(root / "raw"), str(root / "data")]
-    environment = os.environ | {"TQDM_DISABLE": "1"}
-    made = subprocess.run(
-        [*command, "--vocabulary", str(root / "vocabulary.txt")], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, "-m", "language_model.prepare", root / "raw", root / "data"]
+    command += ["--vocabulary", root / "vocabulary.txt"]
+    made = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
     if made.returncode:
         raise UserError(f"no synthetic text could be made: {made.stderr.strip().splitlines()[-1]}")
 
@@ -103,7 +98,7 @@ def _pairs(root: Path) -> None:
             entry[language] = {"tokens": int(ends[-1]), "token_bytes": 2}
         splits[split] = entry
     manifest = {"recipe": "wmt14_en_de", "source": "en", "target": "de", "codec": codec.digest, "splits": splits}
-    write_json(folder / "manifest.json", json.loads(json.dumps(manifest)))
+    write_json(folder / "manifest.json", manifest)
 
 
 MAKERS: dict[str, Callable[[Path], None]] = {

@@ -1,5 +1,6 @@
 """The tables of the paper: which task trains a table's cells, where the cells stand, and what was published."""
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -27,7 +28,6 @@ TASKS = {
 # In the order of the published tables.
 ROWS = tuple("sgd sgd_2021 adam radam adam_adj radam_adj adabelief adahessian apollo apollo_2021 apollow".split())
 SCHEDULES = ("milestone", "cosine", "inverse_sqrt", "linear", "wsd")  # as files are named after them
-NOT_CELLS = ("base", "published")  # files of a table's folder
 
 
 def load_settings(task: str, config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -60,8 +60,8 @@ def update_of(task: str, config: dict[str, Any]) -> tuple[Any, ...]:
 
 def rows(table: str) -> list[str]:
     """The rows of a table that have configs, in the order of the published tables."""
-    stems = {path.stem for path in (CONFIGS / table).glob("*.yaml")} - set(NOT_CELLS)
-    found = {next((stem.removesuffix(f"_{s}") for s in SCHEDULES if stem.endswith(f"_{s}")), stem) for stem in stems}
+    stems = {path.stem for path in (CONFIGS / table).glob("*.yaml")} - {"base", "published"}
+    found = {re.sub(f"_({'|'.join(SCHEDULES)})$", "", stem) for stem in stems}
     return sorted(found, key=lambda row: position(row, ROWS))
 
 
@@ -75,21 +75,21 @@ def cells(table: str, row: str) -> dict[str, Path]:
 
 
 @cache
-def published(table: str) -> dict[str, Any] | None:
+def published(table: str) -> dict[str, Any]:
+    """What the authors published; empty for a table that is not theirs."""
     path = CONFIGS / table / "published.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8-sig")) if path.exists() else None
+    return yaml.safe_load(path.read_text(encoding="utf-8-sig")) if path.exists() else {}
 
 
 def later_rows(table: str) -> set[str]:
     """The rows that only the authors' later table has."""
-    facts = published(table) or {}
+    facts = published(table)
     return set(facts.get("later", {}).get("cells", {})) - set(facts.get("cells", {}))
 
 
 def seeds_of(table: str) -> list[int]:
     """The published seeds, or one if nobody published the table."""
-    facts = published(table)
-    return facts["seeds"] if facts else [1]
+    return published(table).get("seeds", [1])
 
 
 def position(name: str, order: tuple[str, ...]) -> tuple[int, str]:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import ConfigError, RunConfig, Strict, differences, load_config, read_yaml, save_config
+from engine.config import ConfigError, RunConfig, Strict, differences, load_config, save_config
+from engine.core_yaml import read_yaml
 
 
 class Data(Strict):
@@ -141,6 +142,12 @@ def test_the_core_schema_of_yaml_is_read(text, value):
 def test_yaml_that_is_refused(text):
     with pytest.raises(yaml.YAMLError):
         read_yaml(text)
+
+
+def test_what_an_alias_repeats_is_changed_in_one_place_alone():
+    found = read_yaml("{a: &a {b: {c: 1}}, d: *a, e: {<<: *a}}")
+    found["d"]["b"]["c"] = 2
+    assert found["a"] == found["e"] == {"b": {"c": 1}}
 
 
 def test_aliases_of_aliases_are_refused_before_they_fill_the_memory():

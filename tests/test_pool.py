@@ -7,13 +7,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from training_runs import process
 
 from engine.errors import UserError
-from engine.files import hold
+from engine.files import hold, is_held
 from scripts.jobs import Job, read_list, write_list
 from scripts.live import Display, Progress, read_progress
 from scripts.pool import Places, State, places_for, run_jobs
@@ -95,14 +96,21 @@ def test_jobs_wait_for_a_place_and_get_its_gpus(job):
     assert {json.loads((Path(j.folder) / "result.json").read_text())["devices"] for j in jobs} == {"0", "3"}
 
 
-def test_a_folder_that_another_process_holds_is_waited_for(job):
-    waiting = job("finish", "a")
-    Path(waiting.folder).mkdir(parents=True)
+@contextmanager
+def held(folder):
+    """Another process holds `folder` until its standard input is closed."""
+    folder.mkdir(parents=True)
     program = "import sys, time; from engine.files import hold; from pathlib import Path\n"
     program += "lock = hold(Path(sys.argv[1]), 'training'); print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", program, waiting.folder]
+    command = [sys.executable, "-c", program, str(folder)]
     with process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
+        yield other
+
+
+def test_a_folder_that_another_process_holds_is_waited_for(job):
+    waiting = job("finish", "a")
+    with held(Path(waiting.folder)) as other:
 
         def watch(turns):
             if turns[0].state is State.HELD and turns[1].state is State.COMPLETE and not other.stdin.closed:
@@ -110,6 +118,25 @@ def test_a_folder_that_another_process_holds_is_waited_for(job):
 
         status, turns = run_jobs([waiting, job("finish", "b")], watch=watch)
     assert (status, states(turns)) == (0, [State.COMPLETE] * 2)
+
+
+def test_a_folder_that_another_process_only_looks_at_can_be_held(tmp_path, monkeypatch):
+    folder = tmp_path / "a"
+    assert not is_held(folder)
+    with held(folder) as other:
+        assert is_held(folder)
+        with pytest.raises(UserError, match="another process is training there"):
+            hold(folder, "training")
+
+        def let_go(seconds):
+            other.stdin.close()
+            other.wait()
+
+        monkeypatch.setattr("engine.files.time.sleep", let_go)
+        hold(folder, "training").close()
+    (folder / ".lock").unlink()
+    (folder / ".lock").mkdir()
+    assert not is_held(folder)  # so that the job starts, and says what is wrong
 
 
 def test_a_signal_reaches_the_jobs_and_is_the_exit_status(job):
@@ -133,15 +160,7 @@ def test_jobs_end_with_a_pool_that_is_killed(job, tmp_path):
         folder = tmp_path / "runs/a"
         wait_for(lambda: (folder / "pids").exists())
         pool.kill()
-    wait_for(lambda: _free(folder))
-
-
-def _free(folder):
-    try:
-        hold(folder, "looking").close()
-    except UserError:
-        return False
-    return True
+    wait_for(lambda: not is_held(folder))
 
 
 def wait_for(condition, seconds=60):

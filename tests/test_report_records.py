@@ -14,9 +14,10 @@ from safetensors.torch import load_file, safe_open
 from engine.averaging import average_weights, keep_weights
 from engine.checkpoint import write_checkpoint
 from engine.errors import UserError
-from scripts.report import main, read, render
+from scripts.report import main, read
 from scripts.reporting.pictures import pictures
 from scripts.reporting.records import MOST_POINTS, read_record, updated, write_record
+from scripts.reporting.tables import render
 from scripts.runs import read_runs
 from scripts.tables import load_settings
 
@@ -229,6 +230,16 @@ def test_run_that_cannot_be_compared_says_why(record, tmp_path, capsys):
     single = tmp_path / "single.json"
     write_record(single, read_runs(tmp_path / "rate")[0])
     assert "one seed makes no band" in output(capsys, tmp_path / "rate", "--reference", single)[1]
+
+
+def test_run_without_values_of_a_curve_is_drawn_without_it(record, tmp_path, capsys):
+    write_run(tmp_path / "run", "images", "apollo", 5, METHODS["apollo"])
+    edit_metrics(tmp_path / "run", lambda line: line.update(train_loss=None))
+    drawn = tmp_path / "curves.png"
+    text = output(capsys, tmp_path / "run", "--reference", record, "--plot", drawn, "--out", tmp_path / "out")[1]
+    assert "train_loss cannot be compared with the record: no update in common" in text
+    assert "test_top1 within the band" in text
+    assert drawn.exists()
 
 
 def make_trained(folder, average=False):

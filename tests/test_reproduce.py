@@ -78,22 +78,25 @@ def test_a_farm_killed_twice_ends_in_the_right_table_and_names_what_always_fails
 
 
 def test_a_dry_run_says_what_all_will_take_and_leaves_nothing_behind(tmp_path):
-    arguments = ["cifar10", "--rows", "sgd", "--seeds", "1 101", "--dry-run", "--runs", str(tmp_path)]
+    arguments = ["cifar10", "--rows", "sgd", "--seeds", "1 101", "--jobs", "4", "--dry-run", "--runs", str(tmp_path)]
+    complete = tmp_path / "cifar10/sgd_milestone/seed1"
+    complete.mkdir(parents=True)
+    (complete / "result.json").write_text('{"complete": true}')
     small = ["device=cpu", "model.depth=8", "data.root=not_there"]
     ended = call([*REPRODUCE, *arguments, *small])
     assert ended.returncode == 0, ended.stderr
     header, line, _, total, *notes = ended.stdout.splitlines()
     values = dict(zip(re.split("  +", header), re.split("  +", line), strict=True))
-    assert (values["cell"], values["runs"]) == ("cifar10/sgd", "4")
+    assert (values["cell"], values["runs"]) == ("cifar10/sgd", "3")
     updates = 164 * (50_000 // 128)
     assert values["updates"] == f"{updates:,}"
     hours = float(values["ms/update"]) / 1000 * updates / 3600
     assert float(values["hours a run"]) == pytest.approx(hours, rel=0.01)
-    assert float(values["hours"]) == pytest.approx(2 * hours * (1 + 200 / 164), rel=0.01)  # 164 and 200 epochs
+    assert float(values["hours"]) == pytest.approx(hours * (1 + 2 * 200 / 164), rel=0.01)  # 164 and 200 epochs
     assert float(values["memory GB"]) > 0.1
-    assert "hours of training" in total
+    assert "hours of training" in total and "with 3 at a time" in total
     assert "timed on synthetic data, as not_there is not there" in notes[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["lists"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cifar10", "lists"]
 
 
 @pytest.mark.parametrize("table", ["one_billion_words", "wmt14_en_de", "imagenet"])

@@ -13,7 +13,8 @@ from test_scripts import ROOT
 
 from engine.errors import UserError
 from scripts.jobs import plan
-from scripts.slurm import Request, Training, in_queue, submit
+from scripts.pool import State
+from scripts.slurm import Request, Training, in_queue, run_in_queue, submit
 
 pytest.importorskip("submitit")
 SMALL = ["device=cpu", "epochs=3", "log_every=1"]
@@ -57,12 +58,12 @@ def wait_for(condition, seconds=240):
         time.sleep(0.05)
 
 
-def test_what_is_asked_of_slurm(in_root, tmp_path, monkeypatch):
-    """sbatch and squeue are stand-ins."""
+def put_slurm(tmp_path, monkeypatch, squeue):
+    """Put stand-ins for SLURM's programs on the PATH."""
     programs = {
         "sbatch": f'cp "$1" {tmp_path}/batch\necho "Submitted batch job 77"',
         "srun": "",
-        "squeue": "echo 77_0 77_1",
+        "squeue": squeue,
     }
     for name, text in programs.items():
         program = tmp_path / "bin" / name
@@ -70,6 +71,10 @@ def test_what_is_asked_of_slurm(in_root, tmp_path, monkeypatch):
         program.write_text(f"#!/bin/sh\n{text}\n")
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+
+def test_what_is_asked_of_slurm(in_root, tmp_path, monkeypatch):
+    put_slurm(tmp_path, monkeypatch, squeue="echo 77_0 77_1")
     runs = [plan("digits", Path("configs/digits/sgd.yaml"), seed, tmp_path, SMALL) for seed in (1, 2, 3)]
     request = Request(at_once=2, gpus=4, nodes=2, options=(("time", "60"), ("partition", "long")))
     jobs = submit(runs, "mine-1", tmp_path / "slurm", request)
@@ -81,6 +86,16 @@ def test_what_is_asked_of_slurm(in_root, tmp_path, monkeypatch):
     ):  # fmt: skip
         assert f"#SBATCH --{option}\n" in asked
     assert in_queue("mine-1") == 2
+
+
+def test_the_error_of_an_earlier_attempt_is_not_that_of_a_job_that_left_the_queue(in_root, tmp_path, monkeypatch):
+    put_slurm(tmp_path, monkeypatch, squeue="true")
+    run = plan("digits", Path("configs/digits/sgd.yaml"), 1, tmp_path, SMALL)
+    run.log.parent.mkdir(parents=True)
+    run.log.write_text("error: the run has diverged\n")
+    status, (turn,) = run_in_queue([run], "mine-2", tmp_path / "slurm", Request(on_cpu=True), lambda turns: None)
+    assert (status, turn.state) == (1, State.FAILED)
+    assert turn.error.startswith("no log; ")
 
 
 def test_machines_meet_on_the_first(tmp_path):

@@ -9,11 +9,11 @@
 No file in it is a pickle.
 """
 
-import hashlib
 import shutil
 from pathlib import Path
 
 from engine.averaging import average_weights
+from engine.download import digest_of
 from engine.errors import UserError
 from engine.files import write_atomically
 from engine.weights import BUNDLED, Weights, read_trained, read_weights, write_weights
@@ -41,7 +41,7 @@ def write_bundle(run_dir: Path, into: Path) -> Path:
         if (run_dir / name).exists():
             shutil.copyfile(run_dir / name, folder / name)
     write_weights(folder, weights, table=run.table, row=run.row, schedule=run.schedule, seed=str(run.seed))
-    sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    sums = [f"{digest_of(path, 'sha256')}  {path.name}\n" for path in sorted(folder.iterdir())]
     write_atomically(folder / "SHA256SUMS", "".join(sums))
     return folder
 
@@ -52,11 +52,3 @@ def _weights(run: Run) -> Weights:
     weights = read_trained(run.folder, say=print)
     mean, updates = average_weights(run.folder, run.config["average"]["last"], weights.vocabulary)
     return weights._replace(state=mean, averaged=tuple(updates))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Writes the pictures as files: each picture of each table as PNG, SVG and PDF, and its numbers as CSV."""
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -10,17 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from engine.errors import UserError
-from scripts.reporting.pictures import ABOUT, TITLES, Panel, Style, styles
+from scripts.reporting.pictures import ABOUT, TITLES, Curve, Panel, Style, styles
+from scripts.reporting.style import LOOK
 
 # Files have no date, so that the same numbers give the same file.
 FORMATS = {"png": None, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-LOOK = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E5E5E5",
-    "grid.linewidth": 0.8,
+SVG = {
     "svg.fonttype": "none",  # letters stay letters
     "svg.hashsalt": "apollo",  # the names of the parts are not random
 }
@@ -35,7 +31,7 @@ def draw_all(panels: Sequence[Panel], folder: Path) -> None:
             (folder / f"{panel.name}.csv").write_text(panel.csv(), encoding="utf-8")
         for (place, picture), group in groupby(panels, key=lambda panel: (panel.place, panel.picture)):
             name = f"{place.replace(', ', '_').replace(' ', '-')}_{picture}"
-            with matplotlib.rc_context(LOOK):
+            with matplotlib.rc_context(LOOK | SVG):
                 figure = draw(list(group), look)
                 for suffix, undated in FORMATS.items():
                     figure.savefig(folder / f"{name}.{suffix}", dpi=150, metadata=undated)
@@ -63,36 +59,40 @@ def draw(panels: Sequence[Panel], look: dict[str, Style]) -> Figure:
 
 def _draw_panel(axes: Axes, panel: Panel, look: dict[str, Style]) -> None:
     for curve in panel.curves:
-        name, colour, dashed = look[curve.method]
-        y = [float("nan") if value is None else value for value in curve.y]
-        if curve.points:
-            axes.plot(curve.x, y, "o", color=colour, markerfacecolor="none")
-        else:
-            few = len(curve.x) <= 15 and panel.picture in ("sensitivity", "budget")
-            marker = "o" if few or len(curve.x) == 1 else None
-            style = "--" if dashed else "-"
-            steps = "steps-pre" if panel.picture == "levels" else "default"
-            axes.plot(
-                curve.x,
-                y,
-                style,
-                color=colour,
-                linewidth=1.8,
-                marker=marker,
-                markersize=4,
-                drawstyle=steps,
-                label=name,
-                zorder=3,
-            )
-        if curve.low:
-            low, high = ([float("nan") if v is None else v for v in ends] for ends in (curve.low, curve.high))
-            step = "pre" if panel.picture == "levels" else None
-            axes.fill_between(curve.x, low, high, color=colour, alpha=0.18, linewidth=0, step=step, zorder=2)
-        for x, y in curve.crosses:
-            axes.plot(x, y, "x", color=colour, markeredgewidth=2, zorder=4)
+        _draw_curve(axes, curve, panel.picture, look[curve.method])
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
     if panel.x_log:
         axes.set_xscale("log")
         axes.axvline(1, color="#999999", linewidth=0.8, zorder=1)
     if panel.y_log:
         axes.set_yscale("log")
+
+
+def _draw_curve(axes: Axes, curve: Curve, picture: str, style: Style) -> None:
+    y, colour, rises_in_steps = _with_nan(curve.y), style.colour, picture == "levels"
+    if curve.points:
+        axes.plot(curve.x, y, "o", color=colour, markerfacecolor="none")
+    else:
+        few = len(curve.x) <= 15 and picture in ("sensitivity", "budget")
+        axes.plot(
+            curve.x,
+            y,
+            "--" if style.dashed else "-",
+            color=colour,
+            linewidth=1.8,
+            marker="o" if few or len(curve.x) == 1 else None,
+            markersize=4,
+            drawstyle="steps-pre" if rises_in_steps else "default",
+            label=style.name,
+            zorder=3,
+        )
+    if curve.low:
+        ends = _with_nan(curve.low), _with_nan(curve.high)
+        step = "pre" if rises_in_steps else None
+        axes.fill_between(curve.x, *ends, color=colour, alpha=0.18, linewidth=0, step=step, zorder=2)
+    for x, at in curve.crosses:
+        axes.plot(x, at, "x", color=colour, markeredgewidth=2, zorder=4)
+
+
+def _with_nan(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]

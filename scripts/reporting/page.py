@@ -4,11 +4,11 @@ plotly.js is part of the page (about 4 MB).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.errors import UserError
 from engine.files import write_atomically
@@ -21,17 +21,22 @@ TEMPLATE = Path(__file__).with_name("page.html")
 NOT_MEASURED = ("published",)  # columns marked as not measured
 
 
+class Table(NamedTuple):
+    title: str
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    folded: bool = False
+
+
 def write_page(
     path: Path,
-    tables: dict[str, list[dict[str, Any]]],
+    tables: dict[str, list[Table]],
     panels: Sequence[Panel],
     runs: Sequence[Run],
     problems: Sequence[str],
 ) -> None:
-    """Write the page; `tables` are the tables (title, header, lines, notes, folded) of each table of the paper.
-
-    Raises UserError if plotly is not installed.
-    """
+    """Write the page, with `tables` by table of the paper. Raises UserError if plotly is not installed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -41,12 +46,8 @@ def write_page(
         numbers = [number for number, panel in enumerate(panels) if f"{panel.place}, ".startswith(f"{table}, ")]
         figures = "".join(f'<figure data-panel="{number}"></figure>' for number in numbers)
         cells = _settings([run for run in runs if run.table == table and not run.trial])
-        written = "".join(_table(part) for part in of_table if not part["folded"])
-        folded = "".join(
-            f"<details><summary>{escape(part['title'])}</summary>{_table(part | {'title': ''})}</details>"
-            for part in of_table
-            if part["folded"]
-        )
+        written = "".join(_titled(part) for part in of_table if not part.folded)
+        folded = "".join(_folded(part.title, _table(part)) for part in of_table if part.folded)
         body = f"{written}<div class=panels>{figures}</div>{folded}{cells}"
         sections.append(f'<section id="{escape(table)}"><h2>{escape(table)}</h2>{body}</section>')
     if problems:
@@ -72,25 +73,26 @@ def write_page(
     write_atomically(path, text)
 
 
-def _table(table: dict[str, Any]) -> str:
-    header = table["header"]
-    foreign = [name in NOT_MEASURED for name in header]
-    mark = {True: ' class="published"', False: ""}
-    head = "".join(
-        f"<th{mark[is_foreign]}>{escape(name)}</th>" for name, is_foreign in zip(header, foreign, strict=True)
-    )
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{mark[is_foreign]}>{escape(text)}</td>" for text, is_foreign in zip(line, foreign, strict=True))
-        + "</tr>"
-        for line in table["lines"]
-    )
-    title = f"<h3>{escape(table['title'])}</h3>" if table["title"] else ""
-    notes = "".join(f"<p class=note>{escape(note)}</p>" for note in table["notes"])
-    return (
-        f"{title}<div class=wide><table class=sortable><thead><tr>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>{notes}"
-    )
+def _folded(title: str, body: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{body}</details>"
+
+
+def _titled(table: Table) -> str:
+    return f"<h3>{escape(table.title)}</h3>{_table(table)}"
+
+
+def _table(table: Table) -> str:
+    """The table without its title."""
+    head = _row("th", table.header, table.header)
+    body = "".join(_row("td", line, table.header) for line in table.lines)
+    notes = "".join(f"<p class=note>{escape(note)}</p>" for note in table.notes)
+    return f"<div class=wide><table class=sortable><thead>{head}</thead><tbody>{body}</tbody></table></div>{notes}"
+
+
+def _row(tag: str, texts: Sequence[str], header: Sequence[str]) -> str:
+    marks = (' class="published"' if name in NOT_MEASURED else "" for name in header)
+    cells = (f"<{tag}{mark}>{escape(text)}</{tag}>" for mark, text in zip(marks, texts, strict=True))
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def _settings(runs: Sequence[Run]) -> str:
@@ -100,15 +102,12 @@ def _settings(runs: Sequence[Run]) -> str:
         cells.setdefault(f"{run.label} {run.schedule}", []).append(run)
     found = {
         "Settings": lambda run: flatten(run.config, ignore=("seed", *NEUTRAL_KEYS)),
-        "Environment": lambda run: (
-            flatten(run.recipe)
-            | {key: value for key, value in flatten(run.environment).items() if key not in OF_ONE_START}
-        ),
+        "Environment": lambda run: flatten(run.recipe) | flatten(run.environment, ignore=OF_ONE_START),
     }
     return "".join(_differences(title, cells, values) for title, values in found.items()) if cells else ""
 
 
-def _differences(title: str, cells: dict[str, list[Run]], values: Any) -> str:
+def _differences(title: str, cells: dict[str, list[Run]], values: Callable[[Run], dict[str, Any]]) -> str:
     columns: dict[str, dict[str, str]] = {}
     for cell, runs in cells.items():
         texts: dict[str, list[str]] = {}
@@ -120,9 +119,6 @@ def _differences(title: str, cells: dict[str, list[Run]], values: Any) -> str:
     rows = {key: [column.get(key, "") for column in columns.values()] for key in keys}
     differ = [[key, *row] for key, row in rows.items() if len(set(row)) > 1]
     common = [[key, row[0]] for key, row in rows.items() if len(set(row)) == 1]
-    parts = ""
-    if differ:
-        parts += _table({"title": "by cell", "header": ["key", *columns], "lines": differ, "notes": []})
-    if common:
-        parts += _table({"title": "the same in all cells", "header": ["key", "value"], "lines": common, "notes": []})
-    return f"<details><summary>{title}</summary>{parts}</details>"
+    parts = [Table("by cell", ["key", *columns], differ), Table("the same in all cells", ["key", "value"], common)]
+    body = "".join(_titled(part) for part in parts if part.lines)
+    return _folded(title, body)

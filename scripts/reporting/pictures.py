@@ -16,11 +16,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scripts.plot import OTHER_COLOURS, PANELS, STYLES
 from scripts.reporting.records import flatten
-from scripts.reporting.statistics import expected_best, quantile
+from scripts.reporting.statistics import expected_best, interval
+from scripts.reporting.style import OTHER_COLOURS, STYLES
 from scripts.runs import Run, lower_is_better
 
+# Key and label of the training curve and of the evaluation curve: classification, language modelling, translation.
+CURVES = (
+    (("train_loss", "training loss"), ("test_top1", "test accuracy (%)")),
+    (("train_ppl", "training perplexity"), ("test_ppl", "test perplexity")),
+    (("train_loss", "training loss"), ("valid_bleu", "BLEU on the validation set")),
+)
 METRICS = {"top1": "accuracy (%)", "ppl": "perplexity", "fairseq_bleu": "BLEU"}
 MOST_LEVELS = 120
 TITLES = {
@@ -86,56 +92,38 @@ class Panel:
 def pictures(runs: Sequence[Run]) -> list[Panel]:
     """Every picture for which `runs` have the numbers."""
     panels: list[Panel] = []
-    for place, of_place in _places([run for run in runs if not run.trial]).items():
-        panels += curve_panels(place, of_place) + level_panels(place, of_place)
-    finals: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        if not run.trial and run.rate:
-            finals.setdefault((run.table, run.label), []).append(run)
-    for place, trials in _places([run for run in runs if run.trial and run.result]).items():
-        chosen = _chosen_rates(trials, finals)
-        panels += [*sensitivity_panel(place, trials, chosen), *budget_panels(place, trials)]
+    for place, methods in places([run for run in runs if not run.trial]).items():
+        drawn = evaluated(methods)
+        panels += curve_panels(place, drawn) + level_panels(place, drawn)
+    finals = [run for run in runs if not run.trial and run.rate]
+    for place, trials in places([run for run in runs if run.trial and run.result]).items():
+        panels += sensitivity_panel(place, trials, _chosen_rates(trials, finals)) + budget_panels(place, trials)
     return panels
 
 
-def _places(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
+def places(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
     """Runs by picture and method. Each schedule has its own picture."""
-    schedules: dict[tuple[str, str], set[str]] = {}
-    for run in runs:
-        schedules.setdefault((run.table, run.row), set()).add(run.schedule)
-    several = {table for (table, _), names in schedules.items() if len(names) > 1}
-    places: dict[str, dict[str, list[Run]]] = {}
+    schedules = Counter((table, row) for table, row, _ in {(run.table, *run.cell) for run in runs})
+    several = {table for (table, _), count in schedules.items() if count > 1}
+    found: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         place = f"{run.table}, {run.schedule} schedule" if run.table in several else run.table
-        places.setdefault(place, {}).setdefault(run.label, []).append(run)
-    return places
+        found.setdefault(place, {}).setdefault(run.label, []).append(run)
+    return found
 
 
-def curve_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
-    panels = []
-    for index in (0, 1):
-        for by in ("updates", "seconds"):
-            curves, label = [], ""
-            for method, runs in methods.items():
-                if not (found := _evaluated(runs)):
-                    continue
-                key, label = curve_keys(found[0])[index]
-                columns = _columns(found, key, by)
-                if columns:
-                    curves.append(_mean_curve(method, *columns))
-            if curves:
-                panels.append(Panel("curves", place, by, label, curves, by, y_log=index == 0))
-    return panels
-
-
-def _evaluated(runs: Sequence[Run]) -> list[Run]:
-    """The complete runs with evaluations, or else the unfinished ones."""
-    return [run for run in [run for run in runs if run.result] or runs if run.evaluations]
+def evaluated(methods: dict[str, list[Run]]) -> dict[str, list[Run]]:
+    """Of each method the complete runs with evaluations, or else the unfinished ones; no method without any."""
+    found = {
+        method: [run for run in [run for run in runs if run.result] or runs if run.evaluations]
+        for method, runs in methods.items()
+    }
+    return {method: runs for method, runs in found.items() if runs}
 
 
 def curve_keys(run: Run) -> tuple[tuple[str, str], tuple[str, str]]:
     """Key and label of the training curve and of the evaluation curve."""
-    return next((two for two in PANELS if two[1][0] in run.evaluations[0]), PANELS[0])
+    return next((two for two in CURVES if two[1][0] in run.evaluations[0]), CURVES[0])
 
 
 def points(run: Run, key: str) -> list[tuple[float, float, float]]:
@@ -144,33 +132,40 @@ def points(run: Run, key: str) -> list[tuple[float, float, float]]:
     return [point for point in found if isinstance(point[2], (int, float)) and math.isfinite(point[2])]
 
 
-def _columns(runs: Sequence[Run], key: str, by: str) -> tuple[list[float], list[list[float]]] | None:
-    """Positions and the values of all runs there, up to the end of the shortest run; None if positions are unknown."""
-    curves = [curve for run in runs if (curve := points(run, key))]
-    steps = list(zip(*curves, strict=False))  # as long as the shortest
+def curve_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
+    panels = []
+    for index in (0, 1):
+        for by in ("updates", "seconds"):
+            curves = []
+            for method, runs in methods.items():
+                key, label = curve_keys(runs[0])[index]
+                if curve := _mean_curve(method, runs, key, by):
+                    curves.append(curve)
+            if curves:
+                panels.append(Panel("curves", place, by, label, curves, by, y_log=index == 0))
+    return panels
+
+
+def _mean_curve(method: str, runs: Sequence[Run], key: str, by: str) -> Curve | None:
+    """The mean of `runs` up to the end of the shortest one; None if it has no points, or not their positions."""
+    found = [curve for run in runs if (curve := points(run, key))]
+    steps = list(zip(*found, strict=False))  # as long as the shortest
     which = 0 if by == "updates" else 1
     positions = [mean(point[which] for point in step) for step in steps]
     if not positions or any(map(math.isnan, positions)):
         return None
-    return positions, [[point[2] for point in step] for step in steps]
-
-
-def _mean_curve(method: str, positions: list[float], values: list[list[float]]) -> Curve:
-    notes = [f"n = {len(values[0])}"] * len(positions)
-    return Curve(
-        method, positions, [mean(step) for step in values], [min(step) for step in values],
-        [max(step) for step in values], notes,
-    )  # fmt: skip
+    values = [[point[2] for point in step] for step in steps]
+    middle, low, high = (list(map(form, values)) for form in (mean, min, max))
+    return Curve(method, positions, middle, low, high, notes=[f"n = {len(found)}"] * len(steps))
 
 
 def level_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
-    evaluated = {method: found for method, runs in methods.items() if (found := _evaluated(runs))}
-    if not evaluated:
+    if not methods:
         return []
-    key, label = curve_keys(next(iter(evaluated.values()))[0])[1]
+    key, label = curve_keys(next(iter(methods.values()))[0])[1]
     sign = -1 if lower_is_better(key.rpartition("_")[2]) else 1
     found = {
-        method: [np.array(curve).T for run in runs if (curve := points(run, key))] for method, runs in evaluated.items()
+        method: [np.array(curve).T for run in runs if (curve := points(run, key))] for method, runs in methods.items()
     }
     seen = np.unique([value for runs in found.values() for run in runs for value in run[2]])[::sign]
     levels = seen[:: -(-len(seen) // MOST_LEVELS) or 1]
@@ -194,21 +189,13 @@ def _level_curve(method: str, runs: Sequence[np.ndarray], levels: np.ndarray, wh
         first = np.searchsorted(best, sign * levels)  # the first evaluation at the level or better
         reached = first < len(best)
         row[reached] = run[which, first[reached]]
-    arrived = np.isfinite(times).sum(0)
-    middle = times.mean(0)  # NaN where a run never arrives
-    low = high = np.full(len(levels), np.nan)
-    if len(runs) > 1:
-        half = quantile(len(runs), 0.95) * times.std(0, ddof=1) / math.sqrt(len(runs))
-        low, high = np.maximum(middle - half, 0), middle + half
-    notes = [
-        f"n = {len(runs)}" if count == len(runs) else f"never by {len(runs) - count} of {len(runs)} seeds"
-        for count in arrived
-    ]
-    return Curve(method, levels.tolist(), *map(_without_nan, (middle, low, high)), notes)
-
-
-def _without_nan(values: np.ndarray) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in values.tolist()]
+    middle = [None if math.isnan(value) else value for value in times.mean(0).tolist()]  # None: a run never arrives
+    ends = [interval(of_level) or (None, None) for of_level in times.T.tolist()]
+    low = [None if first is None else max(first, 0.0) for first, _ in ends]
+    high = [last for _, last in ends]
+    lost = np.isnan(times).sum(0)
+    notes = [f"never by {count} of {len(runs)} seeds" if count else f"n = {len(runs)}" for count in lost]
+    return Curve(method, levels.tolist(), middle, low, high, notes)
 
 
 def sensitivity_panel(place: str, methods: dict[str, list[Run]], chosen: dict[str, float]) -> list[Panel]:
@@ -288,12 +275,12 @@ def _trial_curve(method: str, groups: Sequence[Sequence[Run]], chosen: float, po
     return Curve(method, [trials[0].rate / chosen for trials in groups], y, notes=notes, points=points)
 
 
-def _chosen_rates(methods: dict[str, list[Run]], finals: dict[tuple[str, str], list[Run]]) -> dict[str, float]:
+def _chosen_rates(methods: dict[str, list[Run]], finals: Sequence[Run]) -> dict[str, float]:
     """Method to the rate of its runs of the table; if there are none, to the rate of its best trial."""
     chosen = {}
     for method, trials in methods.items():
         first = trials[0]
-        final = finals.get((first.table, method), [])
+        final = [run for run in finals if (run.table, run.label) == (first.table, method)]
         final = [run for run in final if run.schedule == first.schedule] or final
         sign = -1 if lower_is_better(first.result.metric) else 1
         best = max(trials, key=lambda trial: sign * trial_value(trial))

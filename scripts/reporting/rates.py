@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from itertools import groupby
 
-from engine.config import differences
+from engine.config import differences, value_at
 from scripts.runs import NOT_OF_THE_RECIPE, Run, lower_is_better, order
 from scripts.tables import TASKS, position
 
@@ -33,7 +33,7 @@ def rates(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 def _changes(run: Run, usual: Run) -> list[str]:
     """`key=value` for each setting of `run` that differs from `usual`, without the optimizer's."""
     ignored = (*NOT_OF_THE_RECIPE, "optimizer")
-    return [f"{key}={_value(run, key)}" for key in differences(run.config, usual.config, ignored)]
+    return [f"{key}={value_at(run.config, key)}" for key in differences(run.config, usual.config, ignored)]
 
 
 def _column(run: Run) -> int:
@@ -46,10 +46,3 @@ def _best(runs: Sequence[Run]) -> str:
         return "×" if runs else ""
     value = min(values) if lower_is_better(runs[0].result.metric) else max(values)
     return f"{value:.2f}" if value < 1e5 else f"{value:.0e}"
-
-
-def _value(run: Run, key: str) -> object:
-    value = run.config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value

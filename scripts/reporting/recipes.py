@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from engine.config import differences
+from engine.config import differences, value_at
 from scripts.reporting.records import flatten
 from scripts.runs import NOT_OF_THE_RECIPE, Run, order
 from scripts.tables import TASKS, cells, is_same_update, later_rows, load_cell, published, update_of
@@ -32,6 +32,7 @@ def apart(runs: Sequence[Run]) -> list[Run]:
         if len(groups) > 1:
             groups.sort(key=_precedence)
         variants |= {id(run): number for number, group in enumerate(groups, start=1) for run in group}
+    # A run that stays as it is keeps what has been read of its metrics.jsonl.
     return [run if variants.get(id(run), 1) == run.variant else replace(run, variant=variants[id(run)]) for run in runs]
 
 
@@ -55,8 +56,7 @@ def published_cells(table: str) -> dict[tuple[str, str], list[float]]:
 
     A row has the value of the first table that has the row.
     """
-    facts = published(table) or {"cells": {}}
-    return _later_cells(table) | _by_cell(facts["cells"])
+    return _later_cells(table) | _by_cell(published(table).get("cells", {}))
 
 
 def first_published_cells(table: str) -> list[tuple[str, str]]:
@@ -87,7 +87,7 @@ def sources(table: str, shown: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _later_cells(table: str) -> dict[tuple[str, str], list[float]]:
-    return _by_cell((published(table) or {}).get("later", {}).get("cells", {}))
+    return _by_cell(published(table).get("later", {}).get("cells", {}))
 
 
 def _by_cell(rows: dict[str, dict[str, list[float]]]) -> dict[tuple[str, str], list[float]]:
@@ -103,30 +103,19 @@ def changes_to_recipe(run: Run) -> list[str]:
     """`key=value` for each setting of the run that differs from the published cell; empty if there is no such cell."""
     if run.cell not in published_cells(run.table):
         return []
-    changes = _settings(run, _changed(run, _published_recipe(run.table, *run.cell)))
-    batch, expected = run.recipe.get("batchnorm_batch"), published(run.table).get("batchnorm_batch")
-    if batch and expected and batch != expected:
-        changes.append(f"batchnorm_batch={batch}")
-    return changes
+    batch = published(run.table).get("batchnorm_batch") or run.recipe.get("batchnorm_batch")
+    return _changes(run, _published_recipe(run.table, *run.cell), batch)
 
 
 def changes_between(run: Run, usual: Run) -> list[str]:
     """`key=value` for each setting of `run` that differs from `usual`."""
-    changes = _settings(run, _changed(run, usual.config))
-    batch, expected = run.recipe.get("batchnorm_batch"), usual.recipe.get("batchnorm_batch")
-    return changes + ([f"batchnorm_batch={batch}"] if batch and batch != expected else [])
+    return _changes(run, usual.config, usual.recipe.get("batchnorm_batch"))
 
 
-def _changed(run: Run, recipe: dict[str, Any]) -> list[str]:
-    division = DIVISION if is_same_update(TASKS.get(run.table, ""), run.config, recipe) else ()
-    return differences(run.config, recipe, (*NOT_OF_THE_RECIPE, *division))
-
-
-def _settings(run: Run, keys: Iterable[str]) -> list[str]:
-    changes = []
-    for key in keys:
-        value: Any = run.config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        changes.append(f"{key}={'unset' if value is None else value}")
-    return changes
+def _changes(run: Run, config: dict[str, Any], batchnorm_batch: int | None) -> list[str]:
+    division = DIVISION if is_same_update(TASKS.get(run.table, ""), run.config, config) else ()
+    keys = differences(run.config, config, (*NOT_OF_THE_RECIPE, *division))
+    values = {key: value_at(run.config, key) for key in keys}
+    if (batch := run.recipe.get("batchnorm_batch")) and batch != batchnorm_batch:
+        values["batchnorm_batch"] = batch
+    return [f"{key}={'unset' if value is None else value}" for key, value in values.items()]

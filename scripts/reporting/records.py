@@ -7,6 +7,7 @@ docs/reproduction.md shows how a document takes a table from a record.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from engine.errors import UserError
 from engine.files import write_atomically
 from engine.run_record import NEUTRAL_KEYS
-from scripts.runs import EVALUATIONS, Environment, Identity, Result, Run
+from scripts.runs import EVALUATIONS, Result, Run, make_run
 from scripts.tables import published
 
 FORMAT = 1
@@ -125,23 +126,16 @@ def flatten(values: dict[str, Any], ignore: Sequence[str] = (), prefix: str = ""
 
 
 def _run(path: Path, record: _Record, entry: _RecordedRun) -> Run:
-    config = record.configs[entry.config] | {"seed": entry.seed}
-    identity = Identity.model_validate(config)
-    environment = Environment.model_validate(record.environments[entry.environment])
     lines = [
         {key: value for key, value in zip(entry.curves, values, strict=True) if value is not None}
         for values in zip(*entry.curves.values(), strict=True)
     ]
-    return Run(
+    return make_run(
         path,
-        identity.table,
-        identity.row,
-        identity.schedule.name,
-        identity.seed,
-        config,
-        environment.model_dump(exclude={"recipe"}),
-        entry.recipe,
-        entry.result,
+        record.configs[entry.config] | {"seed": entry.seed},
+        environment=record.environments[entry.environment],
+        recipe=entry.recipe,
+        result=entry.result,
         read_lines=lambda kinds: lines if kinds == EVALUATIONS else [],
         trial=entry.trial,
     )
@@ -166,26 +160,24 @@ def _position(entries: list[str], entry: dict[str, Any]) -> int:
 def _result(run: Run) -> dict[str, Any]:
     """What a report takes from result.json."""
     result = run.result
-    also = (published(run.table) or {}).get("also", {})
-    values = result.model_dump(include={*Result.model_fields, "signature", *also}, exclude_none=True)
-    if result.diverged:  # the worst value may be infinite, which JSON does not allow; reading restores it
-        values = {key: value for key, value in values.items() if key not in ("final", "best", "validation")}
-    return values
+    kept = {*Result.model_fields, "signature", *published(run.table).get("also", {})}
+    # The worst value may be infinite, which JSON does not allow. Reading restores it.
+    restored = {"final", "best", "validation"} if result.diverged else set()
+    return result.model_dump(include=kept - restored, exclude_none=True)
 
 
 def _columns(evaluations: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
     """The curves of the evaluations, thinned to at most `MOST_POINTS` (the last one stays), with six digits."""
     step = -(-len(evaluations) // MOST_POINTS) or 1
-    kept = list(reversed(evaluations[::-1][::step]))
+    kept = evaluations[::-step][::-1]
     names = dict.fromkeys(name for line in kept for name in line if CURVES.fullmatch(name))
     return {name: [_rounded(line.get(name)) for line in kept] for name in names}
 
 
 def _rounded(value: Any) -> float | None:
-    if isinstance(value, int):
-        return value
-    finite = isinstance(value, float) and abs(value) < float("inf")
-    return float(f"{value:.6g}") if finite else None
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value if isinstance(value, int) else None
 
 
 def _dump(value: Any) -> str:

@@ -6,7 +6,6 @@ evaluations in a row outside the band are a departure.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from engine.config import differences
 from scripts.reporting.pictures import Curve, Panel, curve_keys, points
@@ -35,14 +34,17 @@ def compare(runs: Sequence[Run], record: Sequence[Run]) -> tuple[list[str], bool
             lines.append(f"{run.folder}: other settings than the record's: {', '.join(changed)}")
         for index, (key, label) in enumerate(curve_keys(run)):
             band = _band(others, key)
-            lines.append(_departure(run, key, band, len(others)))
-            left = left or "left the band" in lines[-1]
+            line, departs = _departure(run, key, band, len(others))
+            lines.append(f"{run.folder}: {key} {line}")
+            left = left or departs
             place = f"{run.table}, {' '.join(run.cell)}"
             panel = panels.setdefault((place, key), Panel("reference", place, "updates", label, [], y_log=index == 0))
             if not panel.curves:
                 panel.curves.append(_band_curve(band, len(others)))
-            found = [(update, value) for update, _, value in points(run, key)]
-            panel.curves.append(Curve(f"seed {run.seed}", *map(list, zip(*found, strict=True))))
+            found = points(run, key)
+            panel.curves.append(
+                Curve(f"seed {run.seed}", [update for update, _, _ in found], [value for _, _, value in found])
+            )
     return lines, left, list(panels.values())
 
 
@@ -53,7 +55,7 @@ def _same_cell(run: Run, record: Sequence[Run]) -> list[Run]:
     return same or [other for other in of_cell if other.variant == 1]
 
 
-def _band(others: Sequence[Run], key: str) -> dict[int, Any]:
+def _band(others: Sequence[Run], key: str) -> Band:
     """Update to prediction interval, for the updates at which all of `others` were evaluated."""
     values: dict[int, list[float]] = {}
     for other in others:
@@ -63,20 +65,19 @@ def _band(others: Sequence[Run], key: str) -> dict[int, Any]:
     return {update: band for update, band in bands.items() if band}
 
 
-def _departure(run: Run, key: str, band: Band, seeds: int) -> str:
+def _departure(run: Run, key: str, band: Band, seeds: int) -> tuple[str, bool]:
+    """What is to be said about a curve, and whether it has left the band."""
     compared = [(update, value, *band[update]) for update, _, value in points(run, key) if update in band]
     if not compared:
         why = "one seed makes no band" if seeds < 2 else "no update in common"
-        return f"{run.folder}: {key}: cannot be compared with the record: {why}"
+        return f"cannot be compared with the record: {why}", False
     outside = [not low <= value <= high for _, value, low, high in compared]
     for index in range(len(outside) - IN_A_ROW + 1):
         if all(outside[index : index + IN_A_ROW]):
             update, value, low, high = compared[index]
-            return (
-                f"{run.folder}: {key} left the band at update {update}: {value:.4g}, where the record's {seeds} seeds "
-                f"let expect {low:.4g} to {high:.4g}"
-            )
-    return f"{run.folder}: {key} within the band of the record's {seeds} seeds up to update {compared[-1][0]}"
+            expected = f"where the record's {seeds} seeds let expect {low:.4g} to {high:.4g}"
+            return f"left the band at update {update}: {value:.4g}, {expected}", True
+    return f"within the band of the record's {seeds} seeds up to update {compared[-1][0]}", False
 
 
 def _band_curve(band: Band, seeds: int) -> Curve:

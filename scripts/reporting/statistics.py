@@ -28,11 +28,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.2f}" + (f" ({stdev(values):.2f})" if varies else "")
 
 
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """The ends of Student's t-interval of the mean; None for fewer than two values, or if one is not finite."""
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The ends of Student's 95 % interval of the mean; None for fewer than two values, or if one is not finite."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
-    half = quantile(len(values), level) * stdev(values) / math.sqrt(len(values))
+    half = quantile(len(values), 0.95) * stdev(values) / math.sqrt(len(values))
     return mean(values) - half, mean(values) + half
 
 

@@ -229,8 +229,8 @@ def shard_case(work: Path) -> Case:
 
 def text_case(work: Path) -> Case:
     """Changed text files of every kind that is read: vocabularies, JSON, sentences."""
+    from engine.files import read_json
     from engine.manifest import read_manifest
-    from engine.run_record import read_json
     from language_model.raw_text import Part
     from language_model.vocabulary import read_vocabulary
     from nmt.prepare.raw_text import scan

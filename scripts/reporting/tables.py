@@ -1,0 +1,282 @@
+"""The tables of a report: the means of cells, intervals and costs, a published training log, the trials of a search.
+
+A cell is the mean over its complete runs, with the sample standard deviation in parentheses. Runs of one cell with
+different settings are listed separately. Unfinished runs and unreadable files are listed but not counted.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from statistics import mean
+from typing import NamedTuple
+
+from scripts.reporting.page import Table
+from scripts.reporting.rates import ABOUT_RATES, rates
+from scripts.reporting.recipes import (
+    apart,
+    changes_between,
+    changes_to_recipe,
+    first_published_cells,
+    published_cells,
+    sources,
+)
+from scripts.reporting.searched import ABOUT_SEARCHED, searched
+from scripts.reporting.statistics import interval, spread, welch
+from scripts.runs import Run, author_log, by_table
+from scripts.tables import ROWS, SCHEDULES, position, published
+from scripts.text_table import format_table
+
+MOST_CHANGES = 8  # that a note names
+Lines = tuple[list[str], list[list[str]]]  # header and lines of a table
+TEST = "apollo − row"  # the column of Welch's test
+ABOUT_WELCH = (
+    f"{TEST}: difference of the final means with its 95 % interval, and the p-value of Welch's t-test (number of "
+    "runs on both sides), not corrected for the number of rows. A few seeds prove little: with 3 on each side only a "
+    "difference of several standard deviations can be told from chance."
+)
+
+
+class Cell(NamedTuple):
+    row: str
+    schedule: str
+    variant: int = 1  # as of a Run
+
+    @property
+    def label(self) -> str:
+        return self.row if self.variant == 1 else f"{self.row} #{self.variant}"
+
+    @property
+    def position(self) -> tuple:
+        return position(self.row, ROWS), position(self.schedule, SCHEDULES), self.variant
+
+
+def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] = (), markdown: bool = False) -> str:
+    """The table of `runs`, with a line for each cell in `expected`; then notes."""
+    groups = by_cell(runs)
+    facts = published(table)
+    title = f"{table}: mean (std) over n seeds"
+    if facts:
+        title = f"{table}: {facts['metric_in_words']}, mean (std) over n seeds; published: over {facts['runs']} runs"
+    header, lines = results(table, groups, expected, markdown)
+    notes = _all_notes(table, groups, lines)
+    text = format_table(header, lines, markdown)
+    if markdown:
+        title, notes = f"{title}\n", [f"- {note}" for note in notes]
+    return "\n".join([title, *text, *([""] if notes else []), *notes])
+
+
+def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
+    """The second table of `runs`: intervals, Apollo against every other row (ABOUT_WELCH), and the cost of a run."""
+    return "\n".join(format_table(*comparisons(by_cell(runs)), markdown))
+
+
+def log_table(table: str, runs: Sequence[Run], markdown: bool = False) -> str | None:
+    """The author's training log beside those of `runs`; None if there is no such log or no run of its cell."""
+    log = of_author(table, runs)
+    if log is None:
+        return None
+    lines = format_table(log.header, log.lines, markdown)
+    return "\n".join([f"{table}: {log.title}", *([""] if markdown else []), *lines, "", *log.notes])
+
+
+def render(runs: Sequence[Run], kind: str) -> str:
+    """Tables of `runs` as Markdown: `results`, the `comparison`, what was `searched`, or its `rates`."""
+    runs = apart(runs)
+    if kind == "searched":
+        return "\n".join([*format_table(*searched(runs), markdown=True), "", ABOUT_SEARCHED])
+    if kind == "rates":
+        return "\n".join([*format_table(*rates(runs), markdown=True), "", ABOUT_RATES])
+    if kind == "results":
+        return "\n\n".join(report(table, of_table, markdown=True) for table, of_table in by_table(runs).items())
+    compared = [f"{table}:\n\n{comparison(of_table, markdown=True)}" for table, of_table in by_table(runs).items()]
+    return "\n\n".join([*compared, ABOUT_WELCH] if any(TEST in text for text in compared) else compared)
+
+
+def page_tables(runs: Sequence[Run]) -> dict[str, list[Table]]:
+    """The tables of the HTML page, by table of the paper."""
+    tables = {}
+    for table, of_table in by_table(runs).items():
+        groups, facts = by_cell(of_table), published(table)
+        words = f"{facts['metric_in_words']}, " if facts else ""
+        means, compared = results(table, groups, first_published_cells(table)), comparisons(groups)
+        parts = [
+            Table(f"{words}mean (std) over n seeds", *means, _all_notes(table, groups, means[1])),
+            Table("Intervals, tests and costs", *compared, [ABOUT_WELCH] if TEST in compared[0] else []),
+            Table("Trials of the search", *trial_lines(of_table), folded=True),
+        ]
+        parts += [log] if (log := of_author(table, of_table)) else []
+        tables[table] = [part for part in parts if part.lines]
+    return tables
+
+
+def results(
+    table: str, groups: dict[Cell, list[Run]], expected: Iterable[tuple[str, str]] = (), markdown: bool = False
+) -> Lines:
+    """Header and lines of a table's means. In Markdown the published values are in italics.
+
+    Where runs average their weights, `final` is the average's score, and `unaveraged` that of the last weights.
+    """
+    facts, targets = published(table), published_cells(table)
+    also = facts.get("also", {})
+    averages = any(_scores(runs, "final_unaveraged") for runs in groups.values())
+    header = ["row", "schedule", "final", *(["unaveraged"] if averages else []), "best", "n"]
+    header += ["published", "difference", *also.values()] if facts else []
+    lines = []
+    for cell in sorted({*(Cell(*pair) for pair in expected), *_with_line(groups)}, key=lambda cell: cell.position):
+        complete = [run for run in groups.get(cell, ()) if run.result]
+        finals = _scores(complete, "final")
+        line = [cell.label, cell.schedule, spread(finals)]
+        line += [spread(_scores(complete, "final_unaveraged"))] if averages else []
+        line += [spread(_scores(complete, "best")), str(len(complete))]
+        if facts:
+            target = targets.get((cell.row, cell.schedule))
+            value = f"{target[0]:.2f} ({target[1]:.2f})" if target else ""
+            line.append(f"*{value}*" if value and markdown else value)
+            line.append(f"{mean(finals) - target[0]:+.2f}" if target and finals else "")
+            line += [spread(_scores(complete, name)) for name in also]
+        lines.append(line)
+    return header, lines
+
+
+def comparisons(groups: dict[Cell, list[Run]]) -> Lines:
+    """Header and lines of the second table (see `comparison`), without empty columns."""
+    header = ["row", "schedule", "95 % interval", TEST, "p (n)", "time a run", "memory", "optimizer's share"]
+    lines = []
+    for cell in sorted(_with_line(groups), key=lambda cell: cell.position):
+        complete = [run for run in groups[cell] if run.result]
+        finals = _scores(complete, "final")
+        usual = Cell("apollo", cell.schedule)
+        apollo = _scores(groups.get(usual, ()), "final")
+        ends = interval(finals)
+        test = None if cell == usual else welch(apollo, finals)
+        lines.append(
+            [
+                cell.label,
+                cell.schedule,
+                f"{ends[0]:.2f} to {ends[1]:.2f}" if ends else "",
+                f"{test.mean:+.2f} ({test.low:+.2f} to {test.high:+.2f})" if test else "",
+                f"{test.p:.2g} ({len(apollo)}, {len(finals)})" if test else "",
+                _of_all(complete, lambda run: run.result.wall_s, duration),
+                _of_all(complete, lambda run: run.result.peak_memory_mb, "{:,.0f} MiB".format),
+                _of_all(complete, optimizer_share, lambda share: f"{100 * share:.1f} %"),
+            ]
+        )
+    kept = [place for place in range(len(header)) if any(line[place] for line in lines)]
+    return [header[place] for place in kept], [[line[place] for place in kept] for line in lines]
+
+
+def of_author(table: str, runs: Sequence[Run]) -> Table | None:
+    """The published training log, and two columns for each of `runs` of its cell; None if there is no such run."""
+    log, of_cell = author_log(table, runs)
+    if not of_cell:
+        return None
+    updates = list(log["bits"])
+    header = ["update", "published"]
+    columns = [[f"{update:,}" for update in updates], [f"{bits:.2f}" for bits in log["bits"].values()]]
+    for run in of_cell:
+        header += [f"seed {run.seed}", "clipped"]
+        losses = run.logged("loss", updates)
+        columns.append(["" if math.isnan(nats) else f"{nats / math.log(2):.2f}" for nats in losses])
+        columns.append(["" if math.isnan(share) else f"{share:.0%}" for share in run.logged("clipped", updates)])
+    title = f"{log['row']} {log['schedule']}, training loss in bits per target token, share of clipped updates"
+    lines = list(zip(*columns, strict=True))
+    return Table(title, header, lines, [f"published: {log['source']}; {log['in_words']}"])
+
+
+def trial_lines(runs: Sequence[Run]) -> Lines:
+    """Header and lines of the table of a search's trials."""
+    lines = []
+    for run in runs:
+        if run.trial and run.result:
+            settings = [f"{key}={value}" for key, value in run.config["optimizer"].items() if key not in ("name", "lr")]
+            values = [] if run.result.diverged else [run.result.validation, run.result.final]
+            texts = [f"{value:.2f}" if value is not None else "" for value in values] or ["diverged", ""]
+            lines.append([run.row, run.trial, f"{run.rate:g}" if run.rate else "", *texts, " ".join(settings)])
+    return ["row", "trial", "lr", "validation", "test", "other settings"], lines
+
+
+def by_cell(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
+    groups: dict[Cell, list[Run]] = {}
+    for run in apart(runs):
+        if not run.trial:
+            groups.setdefault(Cell(*run.cell, run.variant), []).append(run)
+    return groups
+
+
+def _with_line(groups: dict[Cell, list[Run]]) -> list[Cell]:
+    """The cells with a line. A further recipe has none before one of its runs is complete."""
+    return [cell for cell, runs in groups.items() if cell.variant == 1 or any(run.result for run in runs)]
+
+
+def _scores(runs: Sequence[Run], name: str) -> list[float]:
+    """A score of the complete runs that have it."""
+    scores = (getattr(run.result, name, None) for run in runs if run.result)
+    return [score for score in scores if isinstance(score, (int, float))]
+
+
+def _of_all(runs: Sequence[Run], value: Callable[[Run], float | None], text: Callable[[float], str]) -> str:
+    """The mean of a value over the runs that have it, as text; "" if no run has it."""
+    values = [found for run in runs if (found := value(run)) is not None]
+    return text(mean(values)) if values else ""
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def optimizer_share(run: Run) -> float | None:
+    """The optimizer's part of the time of an update, 0 to 1; None if the run's numbers do not give it.
+
+    None too if a slow step, for example one that built a kernel, makes it exceed 1.
+    """
+    result, config = run.result, run.config
+    if not result.optimizer_ms_per_step:
+        return None
+    if result.examples_per_s:
+        update_s = config["batch"] * config["passes"] / result.examples_per_s
+    elif result.tokens_per_s and "sequence_length" in config:
+        update_s = config["batch"] * config["passes"] * config["sequence_length"] / result.tokens_per_s
+    elif result.tokens_per_s and result.updates and run.evaluations and "tokens" in run.evaluations[-1]:
+        update_s = run.evaluations[-1]["tokens"] / result.updates / result.tokens_per_s
+    else:
+        return None
+    share = result.optimizer_ms_per_step / 1000 / update_s
+    return share if share < 1 else None
+
+
+def _all_notes(table: str, groups: dict[Cell, list[Run]], lines: Sequence[Sequence[str]]) -> list[str]:
+    """The notes below the table of means that has these lines."""
+    notes = [note for of_cell in groups.values() for note in _notes(of_cell, groups)]
+    return [*sources(table, [(line[0], line[1]) for line in lines]), *notes]
+
+
+def _notes(of_cell: Sequence[Run], groups: dict[Cell, list[Run]]) -> list[str]:
+    """What a reader of the cell's numbers must know."""
+    notes, first = [], of_cell[0]
+    cell = f"{first.label} {first.schedule}"
+    complete = [run for run in of_cell if run.result]
+    signatures = dict.fromkeys(run.result.model_extra.get("signature") for run in complete)
+    notes += [f"{cell}, sacreBLEU: {signature}" for signature in signatures if signature]
+    if complete and (changes := changes_to_recipe(first)):
+        notes.append(f"{cell}, {_seeds(complete)}: not the published recipe: {_shortened(changes)}")
+    elif complete and first.variant > 1:
+        usual = groups[Cell(*first.cell)][0]
+        changes = changes_between(first, usual)
+        notes.append(f"{cell}, {_seeds(complete)}: another recipe than {usual.row}'s: {_shortened(changes)}")
+    if diverged := [run for run in complete if run.result.diverged]:
+        notes.append(f"{cell}, {_seeds(diverged)}: diverged, and counted with the worst value that there is")
+    for run in of_cell:
+        if not run.result:
+            done = run.evaluations[-1][run.unit] if run.evaluations else 0
+            notes.append(f"unfinished: {run.folder}, {run.unit} {done} of {run.config.get(f'{run.unit}s', '?')}")
+    return notes
+
+
+def _shortened(changes: Sequence[str]) -> str:
+    more = f" and {len(changes) - MOST_CHANGES} more settings" if len(changes) > MOST_CHANGES else ""
+    return ", ".join(changes[:MOST_CHANGES]) + more
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    return f"seed{'s' if len(runs) > 1 else ''} {' '.join(str(run.seed) for run in runs)}"
