@@ -8,7 +8,9 @@ from textwrap import wrap
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from engine.errors import UserError
 from scripts.reporting.pictures import ABOUT, TITLES, Curve, Panel, Style, styles
@@ -63,9 +65,21 @@ def _draw_panel(axes: Axes, panel: Panel, look: dict[str, Style]) -> None:
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
     if panel.x_log:
         axes.set_xscale("log")
+        _plain_numbers(axes.xaxis)
         axes.axvline(1, color="#999999", linewidth=0.8, zorder=1)
     if panel.y_log:
         axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """On a logarithmic axis 200 instead of 2 × 10²; below two powers of ten there are numbers between them too."""
+    low, high = axis.get_view_interval()
+    between = high / low < 100
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    if between:
+        axis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    axis.set_minor_formatter(StrMethodFormatter("{x:g}") if between else NullFormatter())
 
 
 def _draw_curve(axes: Axes, curve: Curve, picture: str, style: Style) -> None:
