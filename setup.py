@@ -1,7 +1,7 @@
 """What `pip install .` brings, and the one list of what the repository needs; scripts/setup.sh installs from it.
 
 Only the optimizer is installed, as `apollo_optim`: a top-level `optim` would hide users' own folders of that name. The
-experiments run in a checkout. The `apex` of the package index is not NVIDIA's and must never stand here.
+`apex` of the package index is not NVIDIA's and must never stand here.
 """
 
 OPTIMIZER = ["torch>=2.6"]
@@ -24,7 +24,7 @@ EXPERIMENTS = [
     "tokenizers",
 ]
 OTHERS = [  # optimizers to compare with
-    "pytorch_optimizer>=4",  # AdaBelief, AdaHessian, SAM and others
+    "pytorch_optimizer>=4",
     "schedulefree",
 ]
 DEVELOPMENT = [

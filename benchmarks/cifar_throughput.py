@@ -5,11 +5,10 @@
     train.py    `train_epoch` on the Apollo cell of configs/cifar10, batches and metrics included
     bare loop   the ceiling: forward, backward and torch's fused SGD on one fixed batch, at the same precision and
                 memory format
-    plain way   what most scripts do: NCHW, fp32, torchvision's transforms on PIL images in a DataLoader with 2 workers,
-                and a single-tensor Apollo. It has its own process, because train.py changes its process's settings
-                (glibc's allocator)
+    plain way   what most scripts do: NCHW, fp32, torchvision's transforms on PIL images, a DataLoader with 2 workers
+                and a single-tensor Apollo. It has its own process, because train.py sets glibc's allocator
 
-All take turns of `--updates` updates. The images are noise, or those of `--data`.
+The images are noise, or those of `--data`.
 """
 
 import argparse

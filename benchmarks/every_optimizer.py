@@ -3,8 +3,8 @@
     python -m benchmarks.every_optimizer [NAME ...]      default: all; writes docs/results/outside_optimizers.md then
 
 Each one trains a very small network by classification.train. Then the same command reads the last checkpoint. Either
-this works, or it ends with the one line that a user would read; anything else is counted as a traceback, and the exit
-status is 1. How well an optimizer trains is not measured: defaults are made for other networks.
+this works, or it ends with the one line that a user would read. Anything else counts as a traceback, and the exit
+status is 1.
 """
 
 import gc

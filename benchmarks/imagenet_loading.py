@@ -1,4 +1,4 @@
-"""Images per second of ImageNet's loader, against torchvision's usual loader and against decoding alone.
+"""Images per second of ImageNet's loader, against torchvision's usual one and decoding alone.
 
     python -m benchmarks.imagenet_loading DATA [--workers 1] [--batch 64] [--rounds 7] [--device cuda]
 
@@ -6,11 +6,10 @@ DATA holds real images, train/<class>/*. A hundred are enough: they are repeated
 
     torchvision    ImageFolder with RandomResizedCrop(224), RandomHorizontalFlip, ToTensor and Normalize
     exact, fast    ImageNetData on an LMDB, up to the normalised batch on the device
-    bare decode    the same bytes, from memory, decoded whole in one process: by simplejpeg, as exact and fast do, and
-                   by Pillow
+    bare decode    the same bytes, from memory, decoded whole in one process, by simplejpeg and by Pillow
 
-All take turns. A busy machine disturbs the workers' CPU time less than the clock. Last comes the mean absolute
-difference between the pixels of fast and exact, in levels of 255.
+A busy machine disturbs the workers' CPU time less than the clock. Last comes the mean absolute difference between the
+pixels of fast and exact, in levels of 255.
 """
 
 import argparse

@@ -4,15 +4,15 @@
     python -m benchmarks.lm train [--precision fp32 bf16] [--optimizers adam radam apollo] [--device cuda] ...
     python -m benchmarks.lm train --full-size --updates 5
 
-prepare   `python -m language_model.prepare` with one and with two processes against the published way: one process that
-          encodes line by line and pickles (benchmarks/lm_literal.py). Then peak memory, workers included.
+prepare   `python -m language_model.prepare` with one and with two processes against the published way
+          (benchmarks/lm_literal.py). Then peak memory, workers included.
 train     `train_epoch` of language_model/train.py against a bare loop, in turn: forward, backward and torch's fused
           AdamW on one fixed batch, without clipping.
 --full-size  the published model, 793,470 words and 2 x 2048: each contender in its own process, and its memory.
           On a CPU only train.py runs: 5 updates need some 12 GB.
 
-The text is Python's manual, repeated, or --text. Training takes noise with the word frequencies of English (about
-1 / r**1.1 for rank r), because the adaptive softmax's work depends on them.
+The text is Python's manual, repeated, or --text. Training takes noise with the word frequencies of English (1 / r**1.1
+for rank r), because the adaptive softmax's work depends on them.
 """
 
 import argparse
@@ -244,7 +244,7 @@ class Contender(NamedTuple):
     optimizer_ms: list[float]  # of some updates
 
 
-Maker = Callable[[Path, argparse.Namespace], Contender]  # from the corpus and the options
+Maker = Callable[[Path, argparse.Namespace], Contender]  # from the corpus
 
 
 def train_loop(row: str, precision: str, corpus: Path, options: argparse.Namespace) -> Contender:
@@ -303,7 +303,7 @@ def in_turn(contenders: dict[str, Contender], options: argparse.Namespace, warmu
 
 
 def alone(name: str, make: Maker, corpus: Path, options: argparse.Namespace) -> Found:
-    """Measure one contender in its own process."""
+    """Measure one in its own process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(with_memory, make, corpus, options).result()

@@ -35,7 +35,7 @@ def transformer_base() -> list[Shape]:
 
 
 def lstm_1b() -> list[Shape]:
-    """The One Billion Words LSTM, with its adaptive softmax."""
+    """Of One Billion Words."""
     with torch.device("meta"):
         words = 793_470
         softmax = nn.AdaptiveLogSoftmaxWithLoss(2048, words, [60_000, 100_000, 640_000], div_value=4)

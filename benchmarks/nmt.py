@@ -1,16 +1,16 @@
-"""Translation: speed of training and of decoding, each against named baselines, and padding.
+"""Translation: speed of training and decoding against named baselines, and padding.
 
     python -m benchmarks.nmt train configs/grammar/apollo.yaml [key=value ...]
     python -m benchmarks.nmt decode [--width 256 --layers 3 --sentences 100 --steps 30 --beam 5]
     python -m benchmarks.nmt full-size [--updates 2 --batch 8192 --passes 8 --precision fp32]
 
     train       three loops in turn over the last updates of the cell's first epoch, in target tokens per second:
-                train.py        its `train_epoch`, with batches cut from the data and metrics written
+                train.py        its `train_epoch`, from data to metrics
                 bare loop       forward, backward, clipping and optimizer of the same model, on batches in memory
                 torch's own     torch.nn.Transformer of the same size, cross entropy over all positions
                 then the share of padding in that epoch, on both sides
     decode      beam search for a forced number of steps, with and without caches
-    full-size   updates of Transformer-base with the published vocabulary and batch: seconds, tokens per second, memory
+    full-size   updates of Transformer-base with the published vocabulary and batch: speed and memory
 
 For a GPU: device=cuda (train) or --device cuda.
 """
@@ -176,7 +176,7 @@ def plain_updates(
 
 
 class WithoutCaches:
-    """Acts as a Transformer for beam_search. Every step decodes the whole hypotheses."""
+    """A Transformer for beam_search. Every step decodes the whole hypotheses."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model

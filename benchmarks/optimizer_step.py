@@ -33,12 +33,12 @@ from optim import SGD, AdamW, Apollo, RAdam
 from optim.apollo_reference import LiteralApollo
 
 BASELINE = "AdamW fused"
-LR = 1e-6  # so small that the parameters hardly change
+LR = 1e-6  # the parameters hardly change
 
 
 class Contender(NamedTuple):
     make: Callable[[list[Tensor], float], torch.optim.Optimizer]  # from parameters and weight decay
-    states: int  # tensors of state
+    states: int  # tensors
     temporaries: int  # lists of the parameters' size that a step makes
     transfers: int | None  # least transfers of a parameter's 4 bytes in a step; None: no floor
 
@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> None:
 def measure(
     name: str, kept: dict[str, Contender], options: argparse.Namespace, world: World
 ) -> dict[str, dict[str, Any]]:
-    """For each contender: seconds a step in every round, bytes of state per parameter, launches."""
+    """Of each contender: seconds a step in every round, bytes of state per parameter, launches."""
     device, decay = world.device, SETS[name][2]
     params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes(name)]
     so_far, following = gradients(name, device, options.dense)
@@ -165,7 +165,7 @@ def compare(results: dict[str, dict[str, Any]]) -> None:
 
 
 def timed(optimizer: torch.optim.Optimizer, seconds: float, world: World) -> float:
-    """Seconds a step, over as many as fill `seconds`. A first step fills the caches and does not count."""
+    """Seconds a step, over as many as fill `seconds`, after one that fills the caches."""
     optimizer.step()
     world.synchronize()
     steps, start = 0, time.perf_counter()

@@ -1,8 +1,7 @@
 """The C++ of this repository under AddressSanitizer and UndefinedBehaviorSanitizer: `python -m benchmarks.sanitize`.
 
-A child process builds the three C++ files with -fsanitize=address,undefined and runs their tests, among these the
-attacks of tests/test_optim_memory.py. A wrong read or write, or undefined behaviour, ends it with a report. Needs g++
-or clang++ with its sanitizers; takes some minutes.
+A child process builds the three C++ files with the sanitizers and runs their tests. A wrong read or write, or undefined
+behaviour, ends it with a report. Needs g++ or clang++ with its sanitizers; takes some minutes.
 """
 
 import os
@@ -22,7 +21,7 @@ TESTS = (
     "tests/test_classification_norm_relu.py",
     "tests/test_classification_resize.py",
 )
-# These need a compiler of their own, or look at how and where libraries are built.
+# Tests that need a compiler of their own, or look at how and where libraries are built.
 LEFT_OUT = "not without_a_compiler and not a_build_is_kept and not state_dict_helpers"
 CHILD = """
 import sys

@@ -63,6 +63,5 @@ def columns(values: list[float]) -> str:
 
 
 def machine(world: World) -> str:
-    """The machine, torch's version and the time."""
     found = describe_environment(world)
     return f"{found['device']}, {found['cpu_threads']} CPU threads, torch {found['torch']}, {found['started']}"

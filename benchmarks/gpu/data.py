@@ -32,7 +32,6 @@ def packed_digits(folder: Path) -> Dataset:
 
 
 def noise(train: int, test: int) -> Dataset:
-    """Random images of 32x32 in ten classes."""
     draw = torch.Generator().manual_seed(0)
 
     def images(count: int) -> Images:

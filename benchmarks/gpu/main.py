@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh: makes what the parts need, starts the process that runs them, and sees to their time limits.
+"""benchmarks/gpu.sh: starts the process that runs the parts, and sees to their time limits.
 
 All parts run in one process, as importing, compiling and starting a GPU take longer than most of them. After a kernel
 that hangs or faults, a new process goes on with the next part. This file needs only Python.
@@ -81,7 +81,7 @@ def unpack(packages: Path, site: Path) -> list[str]:
 def check(options: argparse.Namespace) -> int:
     """Run the parts. Returns 1 where one failed or found something wrong."""
     until = time.time() + 60 * options.minutes
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worker is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the worker too
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "record.json"
     path.unlink(missing_ok=True)
@@ -122,7 +122,6 @@ def check(options: argparse.Namespace) -> int:
 
 
 def environment_of(options: argparse.Namespace, scratch: Path) -> dict[str, str]:
-    """The worker's environment variables."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] += f"{os.pathsep}{scratch / 'site'}"
     environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for deterministic=true; read at the first use

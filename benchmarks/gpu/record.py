@@ -30,7 +30,6 @@ class Record:
         os.replace(temporary, self.path)
 
     def end(self, name: str, status: str, why: str | None = None) -> None:
-        """Write how a part has ended."""
         part = self.parts.setdefault(name, {"cases": {}})
         part["status"] = status
         part["seconds"] = round(time.time() - part.pop("started"), 1) if "started" in part else 0.0
@@ -55,7 +54,7 @@ class Part:
         return self.until - time.time()
 
     def add(self, case: str, **values: Any) -> None:
-        """Write a result. Numbers are rounded to six digits."""
+        """Write a result, numbers in six digits."""
         rounded = {key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in values.items()}
         self.cases[case] = rounded
         self.record.write()

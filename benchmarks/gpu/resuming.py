@@ -1,6 +1,6 @@
 """Does a run that was killed go on on a GPU as if nothing had happened? With deterministic=true, to the same bits.
 
-One process of each task is killed in mid-epoch, by SIGKILL, and its folder is continued here. Its last checkpoint is
+One process of each task is killed in mid-epoch, by SIGKILL. Its folder is continued here, and the last checkpoint
 compared with that of a run without a break.
 """
 
@@ -93,7 +93,6 @@ def compared(task: str, place: Place) -> dict[str, Any]:
 
 
 def train(task: str, arguments: list[str]) -> None:
-    """What the task's command does."""
     module = import_module(TASKS[task][0])  # here, as each process needs one alone
     config = load_config(module.Config, arguments[0], arguments[1:])
     status = module.train(config, setup(config.device, config.deterministic))

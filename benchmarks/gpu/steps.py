@@ -2,7 +2,7 @@
 
 Each case trains a few tensors with both forms on the same gradients; one is empty, one starts at an odd address.
 `error` is the largest difference over the largest entry of parameters, direction and count; `bound` allows for a few
-roundings of the dtype. Some cases ask for the same bits.
+roundings of the dtype.
 """
 
 import tempfile
@@ -21,7 +21,7 @@ from benchmarks.gpu.worker import Place
 from classification.cuda_graph import RecordedStep
 from optim import Apollo
 
-# The two forms may round lr to float32 at different places: not 0.1, which rounding changes.
+# float32 holds this lr exactly, as the two forms may round it at different places.
 PLAIN: dict[str, Any] = {"lr": 0.125, "warmup": 2, "init_lr": 0.01}
 L2 = PLAIN | {"weight_decay": 0.1}
 BELIEF = L2 | {"rebound": "belief"}

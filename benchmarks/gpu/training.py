@@ -96,7 +96,6 @@ def first_of(task: str) -> str:
 
 
 def compare(found: dict[str, Any], in_fp32: dict[str, Any], precision: str) -> dict[str, Any]:
-    """Whether the loss is finite and close to that in fp32, and nothing waited."""
     loss, expected = found["loss"], in_fp32.get("loss", found["loss"])
     close = math.isfinite(loss) and abs(loss - expected) <= CLOSE * abs(expected)
     may_wait = precision == "fp16"  # its gradient scaler is asked whether the step was skipped
@@ -128,7 +127,6 @@ TASKS: dict[str, tuple[Any, Callable[[Place, Path], list[str]]]] = {
 
 
 def make_words(place: Place) -> Path:
-    """A corpus of noise with the published number of words."""
     words, batch = (200, 4) if place.dry else (793_470, 128)
     folder = place.scratch / "words"
     folder.mkdir()

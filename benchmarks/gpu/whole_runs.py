@@ -36,7 +36,7 @@ def check(part: Part, place: Place) -> None:
 
 
 def ask_to_stop(seconds: float, done: threading.Event) -> None:
-    """After so many seconds, and then each second until it is done, send this process the signal."""
+    """Send this process the signal after so many seconds, then each second until it is done."""
     while not done.wait(seconds):
         os.kill(os.getpid(), signal.SIGUSR2)
         seconds = 1.0

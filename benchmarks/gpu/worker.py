@@ -24,7 +24,7 @@ class Place(NamedTuple):
     device: torch.device
     dry: bool  # on the CPU, at toy size
     scratch: Path  # removed at the end
-    packages: Path  # of gpu.sh --pack; perhaps not there
+    packages: Path  # of --pack; perhaps not there
 
 
 def main(arguments: list[str]) -> int:
