@@ -1,8 +1,7 @@
 """What `pip install .` brings, and the one list of what the repository needs; scripts/setup.sh installs from it.
 
-Installed is the optimizer alone, as `apollo_optim`: a top-level `optim` would hide users' own folders of that name. The
-experiments run in a checkout, where it is called `optim`. The `apex` of the package index is not NVIDIA's, so it must
-never stand here.
+Only the optimizer is installed, as `apollo_optim`: a top-level `optim` would hide users' own folders of that name. The
+`apex` of the package index is not NVIDIA's and must never stand here.
 """
 
 OPTIMIZER = ["torch>=2.6"]
@@ -14,7 +13,7 @@ EXPERIMENTS = [
     "overrides",
     "tqdm",
     "matplotlib",
-    "scikit-learn",  # brings scipy, which reads the ids of ImageNet's development kit
+    "scikit-learn",  # brings scipy, which reads ImageNet's development kit
     "pillow",
     "lmdb",
     "simplejpeg",
@@ -25,7 +24,7 @@ EXPERIMENTS = [
     "tokenizers",
 ]
 OTHERS = [  # optimizers to compare with
-    "pytorch_optimizer>=4",  # AdaBelief, AdaHessian, SAM and some hundred more
+    "pytorch_optimizer>=4",
     "schedulefree",
 ]
 DEVELOPMENT = [
@@ -34,12 +33,12 @@ DEVELOPMENT = [
     "pytest-timeout",
     "pytest-xdist>=3.2",  # --dist worksteal
     "hypothesis",
-    "pyarrow",  # one form of ImageNet; whoever has another does not need it
+    "pyarrow",  # for one form of ImageNet
     "ruff==0.17.*",  # another minor version may format differently
     "tensorboard",
     "submitit",  # scripts/reproduce.sh --executor slurm
     "ninja",
-    "setuptools>=70.1",  # the first that builds a wheel without the package `wheel`
+    "setuptools>=70.1",  # builds without the package `wheel`
     "packaging",
     "plotly",  # the report's page
 ]

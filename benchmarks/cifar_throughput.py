@@ -2,15 +2,13 @@
 
     python -m benchmarks.cifar_throughput [--depth 110] [--batch 128] [--precision fp32,bf16] [--device cuda] ...
 
-    train.py    `train_epoch` of classification/train.py on the Apollo cell of configs/cifar10, batches and metrics
-                included
-    bare loop   forward, backward and torch's fused SGD on one fixed batch, at the same precision and memory format.
-                It is the ceiling
-    plain way   what most scripts do: NCHW, fp32, torchvision's transforms on PIL images in a DataLoader with 2 workers,
-                and a single-tensor Apollo. It has its own process, because train.py changes its process's settings
-                (glibc's allocator)
+    train.py    `train_epoch` on the Apollo cell of configs/cifar10, batches and metrics included
+    bare loop   the ceiling: forward, backward and torch's fused SGD on one fixed batch, at the same precision and
+                memory format
+    plain way   what most scripts do: NCHW, fp32, torchvision's transforms on PIL images, a DataLoader with 2 workers
+                and a single-tensor Apollo. It has its own process, because train.py sets glibc's allocator
 
-All take turns of `--updates` updates. The images are noise, or those of `--data ROOT` (train/<class>/*).
+The images are noise, or those of `--data`.
 """
 
 import argparse
@@ -74,7 +72,7 @@ def main(arguments: list[str]) -> None:
 
 
 def train_loop(images: Path, precision: str, options: argparse.Namespace, world: World, scratch: Path) -> Contender:
-    """The real loop: a round is a whole epoch."""
+    """A round is a whole epoch."""
     config = load_config(
         Config,
         CELL,
@@ -197,7 +195,7 @@ def report(found: dict[str, list[float]], precisions: list[str]) -> None:
 
 
 def make_images(root: Path, count: int, source: str | None) -> None:
-    """Make a folder set of exactly `count` training images: one epoch of the real loop is then one round."""
+    """Exactly `count` training images: an epoch of train.py is then one round."""
     if source:
         classes = [sorted(folder.iterdir()) for folder in sorted(Path(source).glob("train/*")) if folder.is_dir()]
         files = [file for same_rank in zip(*classes, strict=False) for file in same_rank][:count]

@@ -2,10 +2,9 @@
 
     python -m benchmarks.every_optimizer [NAME ...]      default: all; writes docs/results/outside_optimizers.md then
 
-Each one trains by classification.train in this process, a very small network. Then the same command takes up the last
-checkpoint, which shows that the optimizer's state can be saved and read. Either it works, or it ends with the one line
-that a user would read; anything else is counted as a traceback, and the exit status is 1. This says nothing about how
-well an optimizer trains: defaults are made for other networks.
+Each one trains a very small network by classification.train. Then the same command reads the last checkpoint. Either
+this works, or it ends with the one line that a user would read. Anything else counts as a traceback, and the exit
+status is 1.
 """
 
 import gc
@@ -45,7 +44,7 @@ optimizer: {name: sgd, lr: 0.1}
 """
 CLOSURE, BASE = "optimizer.needs=closure", "optimizer.base_optimizer=sgd"
 BOTH = "optimizer.groups=[{match: 4, use_muon: true}, {match: '', use_muon: false}]"
-GIVEN = {  # what has no default, and what the documentation of the class asks for
+GIVEN = {  # what has no default, and what the class's documentation asks for
     "SAM": [BASE, CLOSURE],
     "BSAM": ["optimizer.num_data=1442", CLOSURE],
     "FriendlySAM": [BASE, CLOSURE],
@@ -58,7 +57,7 @@ GIVEN = {  # what has no default, and what the documentation of the class asks f
     **{name: ["channels_last=false"] for name in ("AdamP", "Nero", "SGDP", "SWATS")},
     "LBFGS": ["channels_last=false"],
 }
-MEMORY = 8 << 30  # bytes of address space: whoever needs more for so small a network is refused by the system
+MEMORY = 8 << 30  # bytes of address space; the system refuses more
 KINDS = ("worked", "diverged", "refused", "broken")
 RESULTS = Path("docs/results/outside_optimizers.md")
 HEAD = """# Optimizers of pytorch_optimizer {version}, tried on digits
@@ -96,7 +95,7 @@ def main(names: Sequence[str]) -> int:
 
 
 def outcome_of(name: str, config: Path) -> tuple[str, str, str]:
-    """One of KINDS, the training loss, and the line that says why it did not work."""
+    """One of KINDS, the training loss, and the line of the error."""
     run_dir = config.parent / name
     overrides = [f"run_dir={run_dir}", f"optimizer={{name: pytorch_optimizer.{name}}}", *GIVEN.get(name, [])]
     silence = io.StringIO()
@@ -115,7 +114,7 @@ def outcome_of(name: str, config: Path) -> tuple[str, str, str]:
         traceback.print_exc()
         return "broken", "", f"{type(error).__name__}: {error}"
     finally:
-        gc.collect()  # gradients with a graph, and some optimizers, hold themselves: the next one has all memory again
+        gc.collect()  # gradients with a graph, and some optimizers, hold themselves
     return "worked", f"{loss:.2f}", ""
 
 

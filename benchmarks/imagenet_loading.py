@@ -1,17 +1,15 @@
-"""Images per second of ImageNet's loader, against torchvision's usual loader and against decoding alone.
+"""Images per second of ImageNet's loader, against torchvision's usual one and decoding alone.
 
     python -m benchmarks.imagenet_loading DATA [--workers 1] [--batch 64] [--rounds 7] [--device cuda]
 
-DATA holds real images, train/<class>/*. A hundred are enough: they are repeated up to --images, as files and as an
-LMDB.
+DATA holds real images, train/<class>/*. A hundred are enough: they are repeated up to --images.
 
-    torchvision    ImageFolder with RandomResizedCrop(224), RandomHorizontalFlip, ToTensor and Normalize on PIL images
-    exact, fast    ImageNetData on the LMDB, up to the normalised batch on the device
-    bare decode    the same bytes, from memory, decoded whole in one process: by simplejpeg, as exact and fast do, and
-                   for comparison by Pillow
+    torchvision    ImageFolder with RandomResizedCrop(224), RandomHorizontalFlip, ToTensor and Normalize
+    exact, fast    ImageNetData on an LMDB, up to the normalised batch on the device
+    bare decode    the same bytes, from memory, decoded whole in one process, by simplejpeg and by Pillow
 
-All take turns. Measures are the clock and the workers' CPU time, which a busy machine disturbs less. Last comes the
-mean absolute difference between the pixels of fast and exact, in levels of 255.
+A busy machine disturbs the workers' CPU time less than the clock. Last comes the mean absolute difference between the
+pixels of fast and exact, in levels of 255.
 """
 
 import argparse
@@ -82,7 +80,7 @@ def main(arguments: list[str]) -> int:
 
 
 def make_tree(data: Path, tree: Path, images: int) -> Path:
-    """A tree of so many images: those of `data`, repeated under new names. val has one image of each class."""
+    """A tree of so many images: those of `data`, repeated. val has one of each class."""
     found = sorted(path for path in data.glob("train/*/*") if is_image(str(path)))
     if not found:
         raise UserError(f"{data} holds no images: give a folder with train/<class>/*")
@@ -137,7 +135,7 @@ def bare(files: list[bytes], decode: Callable[[bytes], object]) -> Contender:
 
 
 def timed(work: Callable[[], int], cpu_s: Callable[[], float]) -> Contender:
-    """Times are per image: `work` returns how many there were, as a loader may drop the last, incomplete batch."""
+    """Times are per image. `work` returns their number, as a loader may drop the last, incomplete batch."""
 
     def run() -> tuple[float, float]:
         started, used = time.perf_counter(), cpu_s()
@@ -148,7 +146,7 @@ def timed(work: Callable[[], int], cpu_s: Callable[[], float]) -> Contender:
 
 
 def workers_cpu_s(loader: DataLoader) -> float:
-    """CPU seconds that the loader's worker processes have used so far, from /proc."""
+    """CPU seconds that the loader's workers have used, from /proc."""
     ticks = 0
     for worker in getattr(loader._iterator, "_workers", ()):
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
@@ -157,7 +155,6 @@ def workers_cpu_s(loader: DataLoader) -> float:
 
 
 def report(times: dict[str, list[tuple[float, float]]], images: int, workers: int) -> None:
-    """Print medians over the rounds."""
     rounds = len(times["torchvision"])
     print(f"{images} images a round, {rounds} rounds, in turn; median (lowest to highest round)")
     by_clock = {name: [1 / clock for clock, _ in measured] for name, measured in times.items()}
@@ -185,7 +182,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def device_part(root: Path, options: argparse.Namespace) -> float:
-    """Milliseconds an image for mirroring and normalisation on the device."""
+    """Milliseconds an image for mirroring and normalisation."""
     data = ImageNetData(root, workers=0, device=options.device)
     raw = data._loader.dataset[Request(TRAIN, 0, range(min(options.batch, data.train_size)))]
     measured = []

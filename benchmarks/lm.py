@@ -4,16 +4,15 @@
     python -m benchmarks.lm train [--precision fp32 bf16] [--optimizers adam radam apollo] [--device cuda] ...
     python -m benchmarks.lm train --full-size --updates 5
 
-prepare   `python -m language_model.prepare` with one and with two processes against the published way: one process that
-          encodes line by line and pickles a list of lists for each file (benchmarks/lm_literal.py). Then the command's
-          peak memory, with its workers, for longer texts.
-train     `train_epoch` of language_model/train.py against a bare loop: forward, backward and torch's fused AdamW on one
-          fixed batch, without clipping. Both take turns.
+prepare   `python -m language_model.prepare` with one and with two processes against the published way
+          (benchmarks/lm_literal.py). Then peak memory, workers included.
+train     `train_epoch` of language_model/train.py against a bare loop, in turn: forward, backward and torch's fused
+          AdamW on one fixed batch, without clipping.
 --full-size  the published model, 793,470 words and 2 x 2048: each contender in its own process, and its memory.
           On a CPU only train.py runs: 5 updates need some 12 GB.
 
-The text is Python's own manual, repeated, or that of --text files. For training it is noise with the frequencies of
-English (the word of rank r has a share of about 1 / r**1.1), because the adaptive softmax's work depends on them.
+The text is Python's manual, repeated, or --text. Training takes noise with the word frequencies of English (1 / r**1.1
+for rank r), because the adaptive softmax's work depends on them.
 """
 
 import argparse
@@ -154,7 +153,7 @@ def text_lines(files: list[Path] | None) -> list[str]:
 
 
 def write_source(root: Path, lines: list[str], tokens: int) -> Path:
-    """A source of at least `tokens` tokens in files of up to about FILE_BYTES."""
+    """A source of at least `tokens` tokens in files of about FILE_BYTES."""
     for folder in FOLDERS.values():
         (root / folder).mkdir(parents=True)
     (root / FOLDERS["test"] / preparation.TEST_FILE).write_text("\n".join(lines[:100]) + "\n", encoding="utf-8")
@@ -175,13 +174,13 @@ def source_tokens(source: Path) -> int:
 
 
 def cpu_of_children() -> float:
-    """CPU seconds of all processes that were started and have ended."""
+    """CPU seconds of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def peak_of_tree(command: list[str]) -> float:
-    """Run `command`. Returns the largest sum of resident memory of it and its children at one time, in MiB."""
+    """Run `command`. Returns the peak resident memory of it and its children together, in MiB."""
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     peak = 0.0
     while process.poll() is None:
@@ -242,14 +241,14 @@ def measure_training(options: argparse.Namespace) -> None:
 
 class Contender(NamedTuple):
     run: Callable[[], None]  # takes the updates of a round
-    optimizer_ms: list[float]  # samples of the optimizer's part of an update
+    optimizer_ms: list[float]  # of some updates
 
 
-Maker = Callable[[Path, argparse.Namespace], Contender]  # from the corpus and the options
+Maker = Callable[[Path, argparse.Namespace], Contender]  # from the corpus
 
 
 def train_loop(row: str, precision: str, corpus: Path, options: argparse.Namespace) -> Contender:
-    """The real loop: a round is the end of a `train_epoch`."""
+    """A round is the end of an epoch."""
     config = load_config(
         Config,
         CONFIGS / f"{row}.yaml",
@@ -294,7 +293,7 @@ Found = tuple[list[float], float | None, float | None]  # tokens/s in each round
 
 
 def in_turn(contenders: dict[str, Contender], options: argparse.Namespace, warmup: bool = True) -> dict[str, Found]:
-    """Measure all in this process. With `warmup`, the first round's speed does not count."""
+    """Measure all in this process."""
     runs = {name: each.run for name, each in contenders.items()}
     found = speeds(runs, options.updates * options.batch * LENGTH, options.rounds, setup(options.device), warmup)
     return {
@@ -304,7 +303,7 @@ def in_turn(contenders: dict[str, Contender], options: argparse.Namespace, warmu
 
 
 def alone(name: str, make: Maker, corpus: Path, options: argparse.Namespace) -> Found:
-    """Measure one contender in its own process."""
+    """Measure one in its own process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(with_memory, make, corpus, options).result()
@@ -318,7 +317,7 @@ def with_memory(make: Maker, corpus: Path, options: argparse.Namespace) -> Found
 
 
 def make_corpus(folder: Path, options: argparse.Namespace) -> Path:
-    """A prepared corpus of noise whose words have the frequencies of English."""
+    """A prepared corpus of noise with the word frequencies of English."""
     random = np.random.default_rng(0)
     words = [*(f"w{number}" for number in range(options.words - 3)), "<S>", "<UNK>", "</S>"]
     counts = np.sort((1e9 / np.arange(1, len(words) + 1) ** EXPONENT).astype(int))[::-1]

@@ -1,7 +1,4 @@
-"""The published way to encode a corpus, as a baseline: python -m benchmarks.lm_literal SOURCE OUT VOCABULARY
-
-One process splits each line and looks up its words in a dictionary.
-"""
+"""The published way to encode a corpus, as a baseline: python -m benchmarks.lm_literal SOURCE OUT VOCABULARY"""
 
 import pickle
 import sys

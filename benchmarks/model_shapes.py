@@ -25,7 +25,7 @@ def resnext50() -> list[Shape]:
 
 
 def transformer_base() -> list[Shape]:
-    """Transformer-base as in fairseq."""
+    """As in fairseq."""
     linear = lambda inputs, outputs: [(outputs, inputs), (outputs,)]  # noqa: E731
     attention, norm = linear(512, 512) * 4, [(512,), (512,)]
     feed_forward = linear(512, 2048) + linear(2048, 512)
@@ -35,7 +35,7 @@ def transformer_base() -> list[Shape]:
 
 
 def lstm_1b() -> list[Shape]:
-    """The One Billion Words LSTM: 793,470 words in 300 dimensions, 2 layers of 2048, adaptive softmax."""
+    """Of One Billion Words."""
     with torch.device("meta"):
         words = 793_470
         softmax = nn.AdaptiveLogSoftmaxWithLoss(2048, words, [60_000, 100_000, 640_000], div_value=4)
@@ -46,7 +46,7 @@ def shapes_of(model: nn.Module) -> list[Shape]:
     return [tuple(param.shape) for param in model.parameters()]
 
 
-# Name of the set: its shapes, the number of its parameters, and the L2 decay of its Apollo row.
+# Name of the set: shapes, number of parameters, and L2 decay of its Apollo row.
 SETS: dict[str, tuple[Callable[[], list[Shape]], int, float]] = {
     "resnet110": (resnet110, 1_730_714, 5e-4),
     "resnext50": (resnext50, 25_028_904, 2e-4),
@@ -56,7 +56,7 @@ SETS: dict[str, tuple[Callable[[], list[Shape]], int, float]] = {
 
 
 def shapes(name: str) -> list[Shape]:
-    """The shapes of a set. RuntimeError if they do not have the set's number of parameters."""
+    """The shapes of a set. RuntimeError if their number of parameters is wrong."""
     make, expected, _ = SETS[name]
     found = make()
     count = sum(math.prod(shape) for shape in found)
@@ -68,9 +68,9 @@ def shapes(name: str) -> list[Shape]:
 def gradients(name: str, device: torch.device, dense: bool = False) -> tuple[list[Tensor], list[Tensor]]:
     """Random gradients with a set's shapes: for the steps so far, and for the next step.
 
-    Both lists hold the same tensors, except for the One Billion Words embedding. Without `dense` most of its rows are
-    zero, as in training: only words of the last SEEN batches, or of the next batch, have a gradient. Words are drawn by
-    Zipf's law, which gives more rare words than the corpus has.
+    Both lists hold the same tensors, except for the One Billion Words embedding. Without `dense` only its words of the
+    last SEEN batches, or of the next batch, have a gradient. Words are drawn by Zipf's law, which gives more rare words
+    than the corpus has.
     """
     so_far = [torch.randn(shape, device=device) for shape in shapes(name)]
     following = list(so_far)

@@ -1,20 +1,18 @@
-"""Translation: training tokens per second, padding, and sentences decoded per second, each against a named baseline.
+"""Translation: speed of training and decoding against named baselines, and padding.
 
     python -m benchmarks.nmt train configs/grammar/apollo.yaml [key=value ...]
     python -m benchmarks.nmt decode [--width 256 --layers 3 --sentences 100 --steps 30 --beam 5]
     python -m benchmarks.nmt full-size [--updates 2 --batch 8192 --passes 8 --precision fp32]
 
     train       three loops in turn over the last updates of the cell's first epoch, in target tokens per second:
-                train.py        its `train_epoch`: batches cut from the data, metrics summed and written
-                bare loop       forward, backward, clipping and optimizer of the same model, on the same batches, which
-                                are in memory
-                torch's own     torch.nn.Transformer of the same size on these batches, cross entropy over all positions
-                then the share of padding among the tokens of both sides in the cell's first epoch
-    decode      beam search for a forced number of steps, with caches and without (then every step decodes the whole
-                hypotheses)
-    full-size   updates of Transformer-base with the published vocabulary and batch: seconds, tokens per second, memory
+                train.py        its `train_epoch`, from data to metrics
+                bare loop       forward, backward, clipping and optimizer of the same model, on batches in memory
+                torch's own     torch.nn.Transformer of the same size, cross entropy over all positions
+                then the share of padding in that epoch, on both sides
+    decode      beam search for a forced number of steps, with and without caches
+    full-size   updates of Transformer-base with the published vocabulary and batch: speed and memory
 
-All take turns. For a GPU: device=cuda (train) or --device cuda.
+For a GPU: device=cuda (train) or --device cuda.
 """
 
 import argparse
@@ -40,7 +38,7 @@ from nmt.model import ModelConfig, Transformer, create_model, sinusoids
 from nmt.train import Config, TranslationRun, prepare, train_epoch
 from optim import create_optimizer
 
-WORDS = 40_624  # the types of the author's log, which is the vocabulary of the published runs
+WORDS = 40_624  # the types in the author's log of the published runs
 Contender = Callable[[], None]
 
 
@@ -178,7 +176,7 @@ def plain_updates(
 
 
 class WithoutCaches:
-    """Acts as a Transformer for beam_search. Every step decodes the whole hypotheses."""
+    """A Transformer for beam_search. Every step decodes the whole hypotheses."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -234,7 +232,7 @@ def measure_decoding(options: argparse.Namespace) -> None:
 
 
 def measure_full_size(options: argparse.Namespace) -> list[float]:
-    """Prints a line an update, and returns the target tokens a second in each."""
+    """Prints a line an update, and returns the target tokens a second."""
     world = setup(options.device)
     torch.manual_seed(0)
     model = create_model(ModelConfig(), WORDS).to(world.device).train()

@@ -3,13 +3,12 @@
     python -m benchmarks.optimizer_step [--device cuda] [--shapes resnet110,lstm_1b] [--json OUT] [--plot OUT.png]
 
 The contenders are Apollo single-tensor, foreach and fused; the published algorithm written literally
-(optim/apollo_reference.py); torch's SGD with momentum, AdamW and RAdam in the forms they have. Only the step is timed,
-with random gradients that do not change. In the language model's embedding only the words of one batch have a gradient,
-as in training. --dense gives a gradient to all words.
+(optim/apollo_reference.py); torch's SGD with momentum, AdamW and RAdam. The gradients are random and do not change. In
+the language model's embedding only the words of one batch have a gradient, unless --dense is given.
 
-All run in one process and take turns. The table gives medians over the rounds. `/ AdamW` is the ratio to fused AdamW's
-median. `/ floor` compares the step with the least transfers of a tensor that it needs (Apollo: 9, SGD: 5), at the speed
-of fused AdamW's 7 transfers. It can be below 1 if caches or zeros help. `GB/s` is these transfers over the time.
+All take turns in one process. The table gives medians. `/ AdamW` is the ratio to fused AdamW. `/ floor` compares the
+step with the least transfers of a tensor that it needs (Apollo: 9, SGD: 5), at the speed of fused AdamW's 7. It can be
+below 1 if caches or zeros help. `GB/s` is these transfers over the time.
 """
 
 import argparse
@@ -34,14 +33,14 @@ from optim import SGD, AdamW, Apollo, RAdam
 from optim.apollo_reference import LiteralApollo
 
 BASELINE = "AdamW fused"
-LR = 1e-6  # so small that the parameters hardly change
+LR = 1e-6  # the parameters hardly change
 
 
 class Contender(NamedTuple):
     make: Callable[[list[Tensor], float], torch.optim.Optimizer]  # from parameters and weight decay
-    states: int  # tensors of state
-    temporaries: int  # lists of the parameters' size that a step makes, for the check of memory
-    transfers: int | None  # least transfers of a parameter's 4 bytes in a step; None: no floor for this form
+    states: int  # tensors
+    temporaries: int  # lists of the parameters' size that a step makes
+    transfers: int | None  # least transfers of a parameter's 4 bytes in a step; None: no floor
 
 
 def contenders() -> dict[str, Contender]:
@@ -114,12 +113,12 @@ def main(arguments: list[str]) -> None:
 def measure(
     name: str, kept: dict[str, Contender], options: argparse.Namespace, world: World
 ) -> dict[str, dict[str, Any]]:
-    """For each contender: seconds a step in every round, bytes of state per parameter, launches on a GPU."""
+    """Of each contender: seconds a step in every round, bytes of state per parameter, launches."""
     device, decay = world.device, SETS[name][2]
     params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes(name)]
     so_far, following = gradients(name, device, options.dense)
     count = sum(param.numel() for param in params)
-    # If all states together would fill the memory, each state is made for its turn and freed after it.
+    # If all states would fill the memory, each is made for its turn alone.
     together = 4 * count * sum(contender.states for contender in kept.values()) < free_memory(device) / 3
     made: dict[str, torch.optim.Optimizer] = {}
     results: dict[str, dict[str, Any]] = {label: {"seconds": []} for label in kept}
@@ -152,7 +151,7 @@ def measure(
 
 
 def compare(results: dict[str, dict[str, Any]]) -> None:
-    """Add the medians, and the ratios to BASELINE and to the floor."""
+    """Add medians and ratios."""
     for result in results.values():
         if result["seconds"]:
             result["median_ms"] = 1e3 * statistics.median(result["seconds"])
@@ -166,7 +165,7 @@ def compare(results: dict[str, dict[str, Any]]) -> None:
 
 
 def timed(optimizer: torch.optim.Optimizer, seconds: float, world: World) -> float:
-    """Seconds a step, over as many as fill `seconds`. One step before fills the caches and does not count."""
+    """Seconds a step, over as many as fill `seconds`, after one that fills the caches."""
     optimizer.step()
     world.synchronize()
     steps, start = 0, time.perf_counter()
@@ -181,7 +180,7 @@ def timed(optimizer: torch.optim.Optimizer, seconds: float, world: World) -> flo
 
 
 def copy_bandwidth(world: World) -> float:
-    """GB/s of copying a tensor of 256 MiB, reading and writing counted: the best of ten."""
+    """Best GB/s of ten copies of 256 MiB, reading and writing counted."""
     source = torch.ones(2**26, device=world.device)
     target = torch.empty_like(source).copy_(source)
     best = min(seconds_of(lambda: target.copy_(source), world) for _ in range(10))
@@ -211,7 +210,7 @@ def free_memory(device: torch.device) -> float:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return math.inf  # not Linux: unknown, so try
+        return math.inf  # not Linux: unknown
 
 
 def table(name: str, results: dict[str, dict[str, Any]]) -> str:
@@ -245,7 +244,7 @@ def table(name: str, results: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Draw step times over fused AdamW's: a panel for each set of shapes, on one logarithmic scale."""
+    """Draw step times over fused AdamW's, a panel for each set of shapes."""
     import matplotlib
 
     matplotlib.use("Agg")

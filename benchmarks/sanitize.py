@@ -1,7 +1,6 @@
 """The C++ of this repository under AddressSanitizer and UndefinedBehaviorSanitizer: `python -m benchmarks.sanitize`.
 
-A child process builds the three C++ files with -fsanitize=address,undefined and runs their tests with them, among
-these the attacks of tests/test_optim_memory.py. A read or write outside of memory that was asked for, or undefined
+A child process builds the three C++ files with the sanitizers and runs their tests. A wrong read or write, or undefined
 behaviour, ends it with a report. Needs g++ or clang++ with its sanitizers; takes some minutes.
 """
 
@@ -22,7 +21,7 @@ TESTS = (
     "tests/test_classification_norm_relu.py",
     "tests/test_classification_resize.py",
 )
-# What would need a compiler of its own, or looks at how and where libraries are built, is left out.
+# Tests that need a compiler of their own, or look at how and where libraries are built.
 LEFT_OUT = "not without_a_compiler and not a_build_is_kept and not state_dict_helpers"
 CHILD = """
 import sys
@@ -40,7 +39,7 @@ def main(arguments: list[str]) -> None:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise UserError("benchmarks.sanitize needs a C++ compiler: c++, g++, or the one that CXX names")
-    # The sanitizer has to be loaded before all else, and the C++ library with it, whose exceptions it watches.
+    # The sanitizer must be loaded first, with the C++ library, whose exceptions it watches.
     preloaded = [_library(compiler, name) for name in ("libasan.so", "libstdc++.so")]
     with tempfile.TemporaryDirectory() as folder:
         environment = {

@@ -1,4 +1,4 @@
-"""What the benchmarks share: contenders take turns, so that a machine that grows slower is as slow for all of them."""
+"""Contenders of a benchmark take turns: a machine that grows slower is then as slow for all of them."""
 
 import statistics
 import time
@@ -22,9 +22,9 @@ def turns(names: Iterable[str], rounds: int) -> Iterator[str]:
 def speeds(
     contenders: dict[str, Callable[[], object]], amount: float, rounds: int, world: World, warmup: bool = True
 ) -> dict[str, list[float]]:
-    """What each contender does per second in each round, where `amount` is what it does in a call.
+    """What each contender does per second in each round, where a call does `amount`.
 
-    With `warmup`, each is called once before, which does not count.
+    With `warmup`, a first call does not count.
     """
     for run in contenders.values() if warmup else ():
         run()
@@ -43,11 +43,11 @@ def seconds_of(run: Callable[[], object], world: World) -> float:
 
 
 def end_of_epoch(run: RunT, train_epoch: Callable[[RunT, tqdm], bool], updates: int) -> None:
-    """Let a task's loop train the last `updates` updates of the run's epoch, without evaluation and checkpoint."""
+    """Train the last `updates` updates of the run's epoch, without evaluation and checkpoint."""
     epoch = run.progress.epoch
     run.progress.update_in_epoch = run.updates_per_epoch - updates
     if not train_epoch(run, tqdm(disable=True)):
-        raise KeyboardInterrupt  # the loop has caught a signal: stop
+        raise KeyboardInterrupt  # the loop has caught a signal
     if run.progress.epoch == epoch:  # translation's loop ends its epoch itself
         end_epoch(run)
 
@@ -63,6 +63,5 @@ def columns(values: list[float]) -> str:
 
 
 def machine(world: World) -> str:
-    """The machine, torch's version and the time, in one line."""
     found = describe_environment(world)
     return f"{found['device']}, {found['cpu_threads']} CPU threads, torch {found['torch']}, {found['started']}"

@@ -1,4 +1,4 @@
-"""Images for the parts that train: noise of CIFAR-10's size, and scikit-learn's digits, packed or its own."""
+"""Images for the parts that train: noise, and scikit-learn's digits, packed or its own."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ PACKED = "digits.npz"
 
 
 def pack_digits(folder: Path) -> None:
-    """Write the digits as one small file: scikit-learn and scipy, which have them, are large."""
+    """Write one small file: scikit-learn and scipy, which have the digits, are large."""
     digits = read_digits(folder)
     parts = {"train": digits.train, "test": digits.test}
     arrays = {f"{split}_{name}": x.numpy() for split, part in parts.items() for name, x in part._asdict().items()}
@@ -32,7 +32,6 @@ def packed_digits(folder: Path) -> Dataset:
 
 
 def noise(train: int, test: int) -> Dataset:
-    """Random images of 32x32 in ten classes."""
     draw = torch.Generator().manual_seed(0)
 
     def images(count: int) -> Images:
@@ -44,7 +43,7 @@ def noise(train: int, test: int) -> Dataset:
 
 @contextmanager
 def images_in_memory(packages: Path, train: int, test: int) -> Iterator[None]:
-    """Inside, `data.name=folder` is noise (to write 50,000 files takes a minute), and `digits` are the packed ones."""
+    """Inside, `data.name=folder` is noise (to write 50,000 files takes a minute), and `digits` is packed."""
     readers = {"folder": lambda root: noise(train, test)}
     if (packages / PACKED).exists():
         readers["digits"] = lambda root: packed_digits(packages)

@@ -1,7 +1,7 @@
-"""benchmarks/gpu.sh: makes what the parts need, starts the process that runs them, and sees to their time limits.
+"""benchmarks/gpu.sh: starts the process that runs the parts, and sees to their time limits.
 
-All parts run in one process, as importing, compiling and starting a GPU take longer than most of them. A kernel that
-hangs or faults takes the process with it; then a new one goes on with the next part. This file needs only Python.
+All parts run in one process, as importing, compiling and starting a GPU take longer than most of them. After a kernel
+that hangs or faults, a new process goes on with the next part. This file needs only Python.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from pathlib import Path
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.summary import write_summary
 
-# The parts in order of worth, and each one's share of the time; what one leaves over, the next ones get.
+# The parts in order of worth, and their shares of the time; what one leaves over, the next ones get.
 SHARES = {"steps": 0.2, "optimizer": 0.15, "training": 0.35, "resuming": 0.1, "whole_runs": 0.2}
 WORKER = "benchmarks.gpu.worker"
-GRACE_S = 20  # after its limit, for the case at work to end by itself
+GRACE_S = 20  # for the case at work to end by itself
 PACKAGES = Path(__file__).parent / "packages"
-# Of what setup.py names for the experiments. torchvision fits one torch alone, and neither it nor scipy is needed here.
+# Some of setup.py's experiments. torchvision fits one torch alone; neither it nor scipy is needed here.
 NEEDED = ["numpy", "pydantic", "pyyaml", "overrides", "tqdm", "pillow", "safetensors", "xxhash"]
 NEEDED += ["sacremoses", "sacrebleu", "tokenizers"]
 MOST_BYTES = 60_000_000
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def pack(folder: Path, python: str) -> int:
-    """Fetch the packages for that version of Python, and write the digits, which scikit-learn has, as one file."""
+    """Fetch the packages for that version of Python, and write scikit-learn's digits as one file."""
     from benchmarks.gpu.data import pack_digits  # here, as it needs the packages
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def pack(folder: Path, python: str) -> int:
 
 
 def unpack(packages: Path, site: Path) -> list[str]:
-    """Unpack the wheels of what this interpreter lacks into `site`; returns their names."""
+    """Unpack what this interpreter lacks into `site`; returns the names."""
     missing = []
     for wheel in sorted(packages.glob("*.whl")):
         name = wheel.name.split("-")[0]
@@ -79,9 +79,9 @@ def unpack(packages: Path, site: Path) -> list[str]:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Run the parts; the status is 1 where one failed or found something wrong."""
+    """Run the parts. Returns 1 where one failed or found something wrong."""
     until = time.time() + 60 * options.minutes
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worker is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the worker too
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "record.json"
     path.unlink(missing_ok=True)
@@ -122,17 +122,16 @@ def check(options: argparse.Namespace) -> int:
 
 
 def environment_of(options: argparse.Namespace, scratch: Path) -> dict[str, str]:
-    """The environment variables of the process that runs the parts."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] += f"{os.pathsep}{scratch / 'site'}"
-    environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for the runs with deterministic=true; read at the first use
+    environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for deterministic=true; read at the first use
     if options.dry_run:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     return environment
 
 
 def supervise(worker: subprocess.Popen, path: Path, until: float) -> bool:
-    """Wait for the worker's end; True where a part did not end in time, and the worker is to be killed."""
+    """Wait for the worker's end; True where a part did not end in time."""
     while worker.poll() is None:
         time.sleep(0.2)
         limits = [part["until"] for part in Record(path).parts.values() if "until" in part] or [until]

@@ -1,9 +1,9 @@
-"""The record of a run of benchmarks/gpu.sh: one JSON file, written anew after each result, so that none is lost.
+"""The record of benchmarks/gpu.sh: one JSON file, written anew after each result.
 
     {"machine": {...}, "parts": {"steps": {"status": "done", "seconds": 81.2, "cases": {"L2, float32": {...}}}}}
 
-A part's status is running, done, failed, stopped (at its time limit) or not run; `why` says in one line what happened.
-A case that checks something has `ok`. Needs nothing but Python, as the process that supervises the others reads it.
+A part's status is running, done, failed, stopped (at its time limit) or not run; `why` is one line. A case that checks
+something has `ok`. Needs only Python, as benchmarks/gpu/main.py reads it.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Record:
-    """The file, as it was left by the process before this one."""
+    """The file, as the process before left it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,7 +30,6 @@ class Record:
         os.replace(temporary, self.path)
 
     def end(self, name: str, status: str, why: str | None = None) -> None:
-        """Write how a part has ended; `why` in one line, unless it is done."""
         part = self.parts.setdefault(name, {"cases": {}})
         part["status"] = status
         part["seconds"] = round(time.time() - part.pop("started"), 1) if "started" in part else 0.0
@@ -41,7 +40,7 @@ class Record:
 
 
 class Part:
-    """A part at work: it adds its cases to the record, and looks at the time that it has left."""
+    """A part at work: its cases and the time that it has left."""
 
     def __init__(self, record: Record, name: str, seconds: float) -> None:
         self.record, self.until = record, time.time() + seconds
@@ -51,18 +50,18 @@ class Part:
         record.write()
 
     def left(self) -> float:
-        """Seconds until this part's time is over."""
+        """Seconds until its time is over."""
         return self.until - time.time()
 
     def add(self, case: str, **values: Any) -> None:
-        """Write a result. Numbers are rounded to six digits."""
+        """Write a result, numbers in six digits."""
         rounded = {key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in values.items()}
         self.cases[case] = rounded
         self.record.write()
         print(f"{case}: {rounded}", flush=True)
 
     def has_time(self, case: str, seconds: float = 0.0) -> bool:
-        """Whether there is time for a case of about so many seconds; where not, the record says so."""
+        """Whether a case of about so many seconds has time; the record says where not."""
         if self.left() > seconds:
             return True
         self.add(case, skipped="no time left")

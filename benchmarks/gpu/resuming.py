@@ -1,7 +1,7 @@
 """Does a run that was killed go on on a GPU as if nothing had happened? With deterministic=true, to the same bits.
 
-Of each task one process is killed in mid-epoch, by SIGKILL, and its folder is continued here. Another folder is trained
-here without a break. Their last checkpoints are compared, tensor by tensor.
+One process of each task is killed in mid-epoch, by SIGKILL. Its folder is continued here, and the last checkpoint
+compared with that of a run without a break.
 """
 
 import json
@@ -44,7 +44,7 @@ def check(part: Part, place: Place) -> None:
 
 
 def kill_all(part: Part, place: Place) -> None:
-    """Start the commands at the same time, and kill each one once it has logged enough updates."""
+    """Start the commands together, and kill each once it has logged enough updates."""
     command = [sys.executable, "-m", "benchmarks.gpu.resuming"]
     started = {
         task: subprocess.Popen([*command, task, str(place.packages), *settings(task, place, "killed")])
@@ -93,8 +93,7 @@ def compared(task: str, place: Place) -> dict[str, Any]:
 
 
 def train(task: str, arguments: list[str]) -> None:
-    """What the task's command does."""
-    module = import_module(TASKS[task][0])  # here, as each of the processes needs one alone
+    module = import_module(TASKS[task][0])  # here, as each process needs one alone
     config = load_config(module.Config, arguments[0], arguments[1:])
     status = module.train(config, setup(config.device, config.deterministic))
     if status:
@@ -102,7 +101,7 @@ def train(task: str, arguments: list[str]) -> None:
 
 
 def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the last checkpoint, by their place in it."""
+    """Those of the last checkpoint, by their place in it."""
     found: dict[str, torch.Tensor] = {}
 
     def walk(value: Any, name: str) -> None:
@@ -116,6 +115,6 @@ def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-if __name__ == "__main__":  # the process that is killed: the task, where the packed digits are, the command's arguments
+if __name__ == "__main__":  # the process that is killed: task, folder of the packed digits, arguments
     with images_in_memory(Path(sys.argv[2]), 100, 10):
         train(sys.argv[1], sys.argv[3:])

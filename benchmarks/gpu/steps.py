@@ -1,8 +1,8 @@
 """Are the steps of the Triton kernels right on a GPU? Against the single-tensor step, over all that they support.
 
-Each case trains a few tensors with both forms on the same gradients. The tensors take several chunks, one not full,
-one empty, one that starts at an odd address. `error` is the largest difference over the largest entry of parameters,
-direction and count; `bound` allows for a few roundings of the dtype. Some cases ask for the same bits instead.
+Each case trains a few tensors with both forms on the same gradients; one is empty, one starts at an odd address.
+`error` is the largest difference over the largest entry of parameters, direction and count; `bound` allows for a few
+roundings of the dtype.
 """
 
 import tempfile
@@ -21,7 +21,7 @@ from benchmarks.gpu.worker import Place
 from classification.cuda_graph import RecordedStep
 from optim import Apollo
 
-# Of lr: 0.1 in float32 and in float64 differ, and the two forms may round it at different places.
+# float32 holds this lr exactly, as the two forms may round it at different places.
 PLAIN: dict[str, Any] = {"lr": 0.125, "warmup": 2, "init_lr": 0.01}
 L2 = PLAIN | {"weight_decay": 0.1}
 BELIEF = L2 | {"rebound": "belief"}
@@ -83,7 +83,7 @@ def train(
     rate: float | None = None,
     **form: Any,
 ) -> Tensor:
-    """All parameters, directions and the count after STEPS steps; `rate` is the learning rate of the last of them."""
+    """Parameters, directions and the count after STEPS steps; `rate` is the learning rate of the last."""
     params = parameters(place, dtype)
     optimizer = Apollo(params, **settings, **({"fused": True} | form))
     step = step_of(optimizer)
@@ -119,7 +119,7 @@ def same_bits(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
 
 
 def scaled(place: Place) -> dict[str, Any]:
-    """Through torch's own GradScaler, which leaves unscaling and skipping to the step."""
+    """Through torch's GradScaler, which leaves unscaling and skipping to the step."""
 
     def step_of(optimizer: Apollo) -> Callable[[], None]:
         scaler, number = torch.amp.GradScaler(place.device.type, init_scale=1024.0), iter(range(STEPS))
@@ -150,13 +150,13 @@ def taken_anew(place: Place) -> dict[str, Any]:
 
 
 def from_a_graph(place: Place) -> dict[str, Any]:
-    """With a learning rate that changes after the capture. The eager step takes its rate on the device too."""
+    """The learning rate changes after the capture. The eager step takes it on the device too."""
     ours = train(place, L2, step_of=lambda optimizer: RecordedStep(optimizer, place.device), rate=0.0625)
     return same_bits(ours, train(place, L2, rate=0.0625, carry_sums=False))
 
 
 def sharded(place: Place) -> dict[str, Any]:
-    """The kernels' own path for shards, whose sums are joined by a collective over the ranks: here a single one."""
+    """The kernels' path for shards, whose sums a collective over the ranks joins: here a single one."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -195,7 +195,7 @@ def compiled(place: Place) -> dict[str, Any]:
 
 
 def require_triton(device: torch.device) -> None:
-    """RuntimeError where the fused step would be another one than Triton's: then there is nothing to check."""
+    """RuntimeError where the fused step is not Triton's."""
     step = optim.dispatch.fused_step(device, torch.float32)
     if step is None or step.__module__ != "optim.fused.cuda":
         raise RuntimeError("Triton cannot launch kernels here: Apollo takes its foreach step (log.txt says why)")
@@ -203,7 +203,7 @@ def require_triton(device: torch.device) -> None:
 
 @contextmanager
 def triton_on_the_cpu() -> Iterator[None]:
-    """Triton's interpreter runs the kernels, on chunks so small that the toy tensors take several."""
+    """Triton's interpreter, with chunks so small that the toy tensors take several."""
     from optim.fused import cuda as fused_cuda
 
     step = fused_cuda._fused_cuda_apollo

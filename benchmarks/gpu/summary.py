@@ -1,4 +1,4 @@
-"""The record of benchmarks/gpu.sh on one page of Markdown. Needs nothing but Python."""
+"""The record of benchmarks/gpu.sh on one page of Markdown. Needs only Python."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def write_summary(record: Record, path: Path) -> None:
     lines = [f"# {kind}", "", f"{values['started']}, {values['minutes']:g} minutes: {machine}", ""]
     for name, part in record.parts.items():
         lines += [f"## {TITLES[name]}", "", _state(name, part), ""]
-        # Of the many cases of the step only those that say something.
+        # Of the step's many cases only those that are not fine.
         shown = {case: found for case, found in part["cases"].items() if name != "steps" or not found.get("ok", False)}
         rows = [f"- {case}: {_values(found)}" for case, found in shown.items()]
         lines += [*rows, ""] if rows else []

@@ -1,8 +1,8 @@
 """Do the loops train on a GPU, in each precision, and how fast? Thirty updates of each, in three windows of ten.
 
 The first window compiles, chooses kernels and records graphs. In the second torch reports each operation that waits for
-the device. The third is timed. `loss` is the last window's. It must be finite and close to that of fp32. `waits` are
-the places in the code that waited, the log line's own excepted, at the end of the window.
+the device. The third is timed. `loss` is the last window's; it must be finite and close to that of fp32. `waits` are
+the places in the code that waited.
 """
 
 import json
@@ -37,9 +37,9 @@ from engine.run_record import RunRecord, peak_memory_mb
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WINDOW, TOY_WINDOW = 10, 2  # updates
-CLOSE = 0.05  # share of the fp32 loss by which another precision's may differ after so few updates
+CLOSE = 0.05  # share of the fp32 loss by which another precision's may differ
 
-# Task, precision, more settings, and seconds that the case takes at most: in order of worth.
+# Task, precision, more settings, and seconds at most, in order of worth.
 CASES = [
     ("images", "fp32", "graph=false", 10),
     ("images", "bf16", "graph=false", 10),
@@ -58,12 +58,12 @@ CASES = [
     ("sentences", "bf16", "compile=true", 60),
     ("images", "bf16", "graph=true compile=true", 90),
 ]
-FULL_SIZE = ("fp32", "tf32", "bf16")  # of Transformer-base with the published vocabulary
+FULL_SIZE = ("fp32", "tf32", "bf16")  # of Transformer-base
 
 
 def check(part: Part, place: Place) -> None:
     sizes = (4 * TOY_WINDOW, 10) if place.dry else (128 * WINDOW, 1000)
-    # In a dry run a graph runs its function over the same fixed tensors, and records nothing.
+    # On the CPU a graph runs its function over the fixed tensors and records nothing.
     on_the_cpu = patch.object(cuda_graph, "DEVICES", ("cpu",)) if place.dry else nullcontext()
     with on_the_cpu, images_in_memory(place.packages, *sizes):
         corpus = make_words(place)
@@ -96,7 +96,6 @@ def first_of(task: str) -> str:
 
 
 def compare(found: dict[str, Any], in_fp32: dict[str, Any], precision: str) -> dict[str, Any]:
-    """Whether the loss is finite and close to that in fp32, and nothing waited."""
     loss, expected = found["loss"], in_fp32.get("loss", found["loss"])
     close = math.isfinite(loss) and abs(loss - expected) <= CLOSE * abs(expected)
     may_wait = precision == "fp16"  # its gradient scaler is asked whether the step was skipped
@@ -128,7 +127,6 @@ TASKS: dict[str, tuple[Any, Callable[[Place, Path], list[str]]]] = {
 
 
 def make_words(place: Place) -> Path:
-    """A corpus of noise with the published number of words."""
     words, batch = (200, 4) if place.dry else (793_470, 128)
     folder = place.scratch / "words"
     folder.mkdir()
@@ -136,7 +134,7 @@ def make_words(place: Place) -> Path:
 
 
 def measure(module: Any, settings: list[str], place: Place) -> dict[str, Any]:
-    """Three windows of one config: loss, examples or tokens a second, memory, what waited."""
+    """Three windows of one config."""
     world, updates = setup(place.device.type), TOY_WINDOW if place.dry else WINDOW
     own = [f"device={place.device.type}", f"log_every={updates}"]
     config = load_config(module.Config, settings[0], [*settings[1:], *own])
@@ -166,10 +164,7 @@ def measure(module: Any, settings: list[str], place: Place) -> dict[str, Any]:
 
 @contextmanager
 def counted_waits(device: torch.device, log_line: Callable) -> Iterator[Counter[str]]:
-    """Counts, by place in the code, the operations inside that make the host wait for the device.
-
-    Those within a call of `log_line` are left out. Nothing waits on the CPU; there the block is run and no more.
-    """
+    """Counts, by place in the code, the operations that wait for the device, but not those within `log_line`."""
     waits: Counter[str] = Counter()
 
     def note(message: Warning, category: type[Warning], filename: str, line: int, *_: Any) -> None:

@@ -1,6 +1,6 @@
-"""Runs the parts of benchmarks/gpu.sh in one process: benchmarks/gpu/main.py says with which arguments.
+"""Runs the parts of benchmarks/gpu.sh in one process, with arguments from benchmarks/gpu/main.py.
 
-Without CUDA, and outside a dry run, each part says in one line that it was not run.
+Without CUDA, no part is run, except in a dry run.
 """
 
 import gc
@@ -23,8 +23,8 @@ class Place(NamedTuple):
 
     device: torch.device
     dry: bool  # on the CPU, at toy size
-    scratch: Path  # a folder that is removed at the end
-    packages: Path  # of gpu.sh --pack; perhaps not there
+    scratch: Path  # removed at the end
+    packages: Path  # of --pack; perhaps not there
 
 
 def main(arguments: list[str]) -> int:
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run_part(name: str, place: Place, record: Record, seconds: float) -> bool:
-    """Run one part. False where the device has failed: after that, CUDA refuses everything in this process."""
+    """False where the device has failed: after that, CUDA refuses everything in this process."""
     part = Part(record, name, seconds)
     print(f"\n== {name}, {seconds:.0f} s", flush=True)
     try:
@@ -65,7 +65,7 @@ def run_part(name: str, place: Place, record: Record, seconds: float) -> bool:
 
 
 def is_usable(device: torch.device) -> bool:
-    """Free what the part has left on the device; False where that fails."""
+    """Free the device's memory; False where that fails."""
     gc.collect()
     try:
         if device.type == "cuda":
@@ -78,7 +78,7 @@ def is_usable(device: torch.device) -> bool:
 
 
 def describe() -> dict[str, str | float | None]:
-    """The machine, for the record. Imported here, as it needs the packages."""
+    """The machine. It imports here, as it needs the packages."""
     from engine.distributed import setup
     from engine.run_record import describe_environment
 
