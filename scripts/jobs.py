@@ -1,6 +1,6 @@
 """Single runs, one process each. All are checked before the first one starts.
 
-A list is a file of JSON lines, one line per run. The run folders say what is done.
+A list is a file of JSON lines, one per run. The run folders say what is done.
 """
 
 import hashlib
@@ -29,38 +29,38 @@ REFUSED = {"seed": "--seeds", "run_dir": "--runs", "table": "a config of your ow
 class Job:
     task: str  # the package whose train.py trains it
     config: str
-    overrides: tuple[str, ...]  # settings on top of the config, including the run folder
-    folder: str  # the run folder
+    overrides: tuple[str, ...]  # the run folder included
+    folder: str
     length: PositiveInt
     unit: Literal["epoch", "update"]  # of the length
 
     @property
     def complete(self) -> bool:
-        """Whether the run folder now holds a complete run. Raises UserError if its result.json is damaged."""
+        """Whether the folder holds a complete run now. Raises UserError if its result.json is damaged."""
         result = read_result(Path(self.folder))
         return bool(result and result.get("complete"))
 
     @property
     def log(self) -> Path:
-        """The process's output, in a file beside the run folder."""
+        """The process's output, beside the run folder."""
         return Path(f"{self.folder}.log")
 
     def command(self, launcher: Sequence[str] = ()) -> list[str]:
-        """The command that one would type. `launcher` holds torchrun's words, if it is used."""
+        """The command that one would type. `launcher` holds torchrun's words, if any."""
         return [sys.executable, *launcher, "-m", f"{self.task}.train", self.config, *self.overrides]
 
 
 def torchrun(gpus: int) -> list[str]:
-    """The words that start `gpus` processes on this machine. After a worker dies, the job resumes from a checkpoint."""
+    """The words that start `gpus` processes here. After a worker dies, the job resumes from a checkpoint."""
     if gpus == 1:
         return []
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "--max_restarts=2"]
 
 
 def division(task: str, config: Path, overrides: Sequence[str], gpus: int) -> list[str]:
-    """What `gpus` need on top of `overrides`: nothing, or passes that they divide; then it says what this changes.
+    """What `gpus` need on top of `overrides`: nothing, or passes that they divide, and then a line says what changes.
 
-    Raises UserError for a config or an override that is wrong, and where no division is possible.
+    Raises UserError for a wrong config or override, and where no division is possible.
     """
     settings = load_settings(task, config, overrides)
     batch, passes = settings.batch, settings.passes
@@ -83,10 +83,10 @@ def division(task: str, config: Path, overrides: Sequence[str], gpus: int) -> li
 
 
 def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[str] = ()) -> Job:
-    """The run of `config` with `seed`, in its default folder, with the folder `runs` instead of `runs/`.
+    """The run of `config` with `seed`, in its default folder below `runs`.
 
-    Raises UserError for a wrong config or override, for an override that names another run (REFUSED), and if the folder
-    holds a run with other settings.
+    Raises UserError for a wrong config or override, for an override in REFUSED, and if the folder holds a run with
+    other settings.
     """
     refuse(overrides, REFUSED, "a row")
     overrides = (f"seed={seed}", *overrides)
@@ -95,14 +95,14 @@ def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[st
 
 
 def refuse(overrides: Sequence[str], refused: Mapping[str, str], what: str) -> None:
-    """Raise UserError for an override of a key in `refused`, which gives what to use instead."""
+    """Raise UserError for an override of a key in `refused`, whose values say what to use instead."""
     for key in (override.partition("=")[0] for override in overrides):
         if use := refused.get(key.partition(".")[0]):
             raise UserError(f"{key}= cannot be set for {what}, whose runs each have their own: use {use}")
 
 
 def job_of(task: str, config: Path, overrides: Sequence[str], folder: Path, settings: RunConfig) -> Job:
-    """The run of `config` with `overrides`, which make `settings`, in `folder`.
+    """The run in `folder`; `config` and `overrides` make `settings`.
 
     Raises UserError if the folder holds a run with other settings.
     """
@@ -113,7 +113,7 @@ def job_of(task: str, config: Path, overrides: Sequence[str], folder: Path, sett
 
 
 def write_list(jobs: Sequence[Job], folder: Path, name: str) -> Path:
-    """Write `jobs` to `<name>-<digest>.jsonl` in `folder`. The same jobs have the same path and are written once.
+    """Write `jobs` to `<name>-<digest>.jsonl` in `folder`. The same jobs have the same path.
 
     Raises UserError if two jobs share a run folder, or if the list cannot be written.
     """
@@ -134,7 +134,7 @@ def write_list(jobs: Sequence[Job], folder: Path, name: str) -> Path:
 
 
 def read_list(path: Path) -> list[Job]:
-    """The jobs of a list. Raises UserError for a file that is no list, and names the wrong line."""
+    """Raises UserError for a file that is no list, and names the wrong line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

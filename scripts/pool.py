@@ -1,6 +1,6 @@
 """Runs jobs, several at a time, and survives the failure of any of them.
 
-A job is complete when its run folder says so, so a pool that is killed and started again continues.
+The run folders say which jobs are complete, so a pool that is killed and started again continues.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from engine.files import is_held
 from engine.machine import core_count
 from scripts.jobs import Job, torchrun
 
-# torchrun passes these signals on to the ranks, if it is new enough for this setting, and gives them time to save.
+# A torchrun that is new enough passes these signals on to the ranks and gives them time to save.
 TORCHRUN_ENVIRONMENT = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # seconds, instead of 30
@@ -38,7 +38,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 class State(Enum):
     WAITING = "waiting"
-    HELD = "held"  # another process works in the run folder
+    HELD = "held"  # by another process, which works in the run folder
     RUNNING = "running"
     COMPLETE = "complete"
     FAILED = "failed"
@@ -51,14 +51,14 @@ class Turn:
     state: State = State.WAITING
     process: Popen | None = None  # None also if the job was complete from the start
     devices: str | None = None  # the job's GPUs
-    log_start: int | None = None  # byte of the log where this process's part begins; None without a log
+    log_start: int | None = None  # byte where this process's part of the log begins; None without a log
     status: int = 0
     error: str = ""
 
 
 @dataclass(frozen=True)
 class Places:
-    # for each job at a time: its CUDA_VISIBLE_DEVICES, or None for all there are
+    # CUDA_VISIBLE_DEVICES for each job at a time; None for all GPUs
     devices: Sequence[str | None] = (None,)
     gpus: int = 1  # processes of one job
     environment: dict[str, str] = field(default_factory=dict)
@@ -72,13 +72,13 @@ def run_jobs(
     show_output: bool = False,
     watch: Callable[[Sequence[Turn]], None] = lambda turns: None,
 ) -> tuple[int, list[Turn]]:
-    """Run `jobs` to their end. Returns an exit status, 0 if all are complete, and the turns with their states.
+    """Run those of `jobs` that are not complete. Returns an exit status and the turns with their states.
 
-    Complete jobs are skipped. A job whose folder another process holds waits. After a failure the other jobs continue;
-    without `keep_going` they are stopped. The status is that of the first failed job. If a signal stopped the jobs,
-    which save before they end, it is 128 + the signal's number.
+    A job whose folder another process holds waits. After a failure the others continue; without `keep_going` they are
+    stopped. The status is 0 or that of the first failed job. If a signal stopped the jobs, it is 128 + the signal's
+    number.
 
-    The output goes to the logs, or with `show_output` to our own. `watch` is called several times a second.
+    Output goes to the logs, or with `show_output` to our own. `watch` is called several times a second.
     """
     turns = [Turn(job) for job in jobs]
     free, ending = list(places.devices), False
@@ -110,10 +110,10 @@ def run_jobs(
 
 
 def places_for(at_once: int | None, gpus: int, on_cpu: bool = False) -> Places:
-    """The places for `at_once` jobs of `gpus` processes each; by default, as many jobs as there are GPUs for.
+    """The places for `at_once` jobs of `gpus` processes each; by default, as many as there are GPUs for.
 
-    If there are more jobs than GPUs, jobs share GPUs. Without a GPU, the jobs share the cores equally. Raises UserError
-    if there are fewer GPUs than one job needs.
+    More jobs than that share GPUs. Without a GPU, they share the cores equally. Raises UserError if there are fewer
+    GPUs than one job needs.
     """
     found = [] if on_cpu else visible_gpus()
     if found and len(found) < gpus:
@@ -128,14 +128,14 @@ def places_for(at_once: int | None, gpus: int, on_cpu: bool = False) -> Places:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs by CUDA's names, without importing torch, which takes seconds."""
+    """The GPUs by CUDA's names. Importing torch to ask it would take seconds."""
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in chosen.split(",") if name and name != "-1"]
     return nvidia_smi("--query-gpu=index")
 
 
 def nvidia_smi(*options: str) -> list[str]:
-    """What nvidia-smi answers to a query, a line for each GPU; nothing if it cannot answer."""
+    """nvidia-smi's answer to a query, a line for each GPU; empty if it cannot answer."""
     command = ["nvidia-smi", *options, "--format=csv,noheader,nounits"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -144,9 +144,9 @@ def nvidia_smi(*options: str) -> list[str]:
 
 
 def start(command: Sequence[str], log: IO[bytes] | None = None, environment: dict[str, str] | None = None) -> Popen:
-    """Start a process for `command`. Raises OSError if it cannot be started.
+    """Start a process for `command`, in a session of its own: a terminal would send Ctrl-C to it a second time.
 
-    It has its own session. Otherwise a terminal would send Ctrl-C to it a second time.
+    Raises OSError if it cannot be started.
     """
     environment = os.environ | TORCHRUN_ENVIRONMENT | (environment or {})
     return Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
@@ -160,7 +160,7 @@ def open_log(job: Job) -> IO[bytes]:
 def last_error(log: Path, begin: int) -> str:
     """The line of a log, from byte `begin` on, that says why its process failed.
 
-    It is the last `error:` line, because torchrun prints much after it, or else the last line.
+    torchrun prints much after the last `error:` line, so it is this one, or else the last line.
     """
     try:
         with open(log, "rb") as file:
@@ -173,7 +173,7 @@ def last_error(log: Path, begin: int) -> str:
 
 
 def _begin(turn: Turn, devices: str | None, places: Places, show_output: bool) -> bool:
-    """Start the turn's process, if its job is unfinished and nobody works on it. Returns whether it was started."""
+    """Start the turn's process if its job is unfinished and free. Returns whether it was started."""
     try:
         if turn.job.complete:
             turn.state = State.COMPLETE
@@ -214,8 +214,8 @@ def _end(turn: Turn, stopping: bool) -> None:
 def _signals_handed_on(turns: Sequence[Turn]) -> Iterator[list[int]]:
     """Context in which signals go to the running jobs. Yields the received signals.
 
-    Ctrl-C is passed on unchanged (a second one ends a job at once). Any other signal is passed on as SIGTERM, because
-    every version of torchrun passes that on.
+    Ctrl-C is passed on unchanged (a second one ends a job at once), any other signal as SIGTERM, which every version of
+    torchrun passes on.
     """
     received: list[int] = []
 
@@ -236,7 +236,7 @@ def _signals_handed_on(turns: Sequence[Turn]) -> Iterator[list[int]]:
 
 
 def _end_with_parent() -> None:
-    """Let Linux send SIGTERM when our parent dies, so that the jobs of a killed pool save and stop. (On other systems
-    they continue, and a new pool waits.)"""
+    """Let Linux send SIGTERM when our parent dies: the jobs of a killed pool save and stop. (Elsewhere they continue,
+    and a new pool waits.)"""
     if sys.platform == "linux":
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
