@@ -51,14 +51,14 @@ class Job:
 
 
 def torchrun(gpus: int) -> list[str]:
-    """The words that start `gpus` processes here. After a worker dies, the job resumes from a checkpoint."""
+    """Words that start `gpus` processes here. After a worker dies, the job resumes from a checkpoint."""
     if gpus == 1:
         return []
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "--max_restarts=2"]
 
 
 def division(task: str, config: Path, overrides: Sequence[str], gpus: int) -> list[str]:
-    """What `gpus` need on top of `overrides`: nothing, or passes that they divide, and then a line says what changes.
+    """What `gpus` need on top of `overrides`: nothing, or passes that they divide, with a line on what this changes.
 
     Raises UserError for a wrong config or override, and where no division is possible.
     """
@@ -85,8 +85,7 @@ def division(task: str, config: Path, overrides: Sequence[str], gpus: int) -> li
 def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[str] = ()) -> Job:
     """The run of `config` with `seed`, in its default folder below `runs`.
 
-    Raises UserError for a wrong config or override, for an override in REFUSED, and if the folder holds a run with
-    other settings.
+    Raises UserError for a wrong config, a wrong or REFUSED override, and a folder that holds a run with other settings.
     """
     refuse(overrides, REFUSED, "a row")
     overrides = (f"seed={seed}", *overrides)
@@ -95,17 +94,14 @@ def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[st
 
 
 def refuse(overrides: Sequence[str], refused: Mapping[str, str], what: str) -> None:
-    """Raise UserError for an override of a key in `refused`, whose values say what to use instead."""
+    """Raise UserError for an override of a key in `refused`, whose value says what to use."""
     for key in (override.partition("=")[0] for override in overrides):
         if use := refused.get(key.partition(".")[0]):
             raise UserError(f"{key}= cannot be set for {what}, whose runs each have their own: use {use}")
 
 
 def job_of(task: str, config: Path, overrides: Sequence[str], folder: Path, settings: RunConfig) -> Job:
-    """The run in `folder`; `config` and `overrides` make `settings`.
-
-    Raises UserError if the folder holds a run with other settings.
-    """
+    """The run in `folder`; `config` and `overrides` make `settings`. Raises UserError as `plan` does for the folder."""
     require_same_settings(settings, folder, "another folder with --runs")
     path = str(folder) if yaml.safe_load(str(folder)) == str(folder) else json.dumps(str(folder))  # an override is YAML
     unit = "epoch" if hasattr(settings, "epochs") else "update"

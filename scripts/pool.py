@@ -1,6 +1,6 @@
-"""Runs jobs, several at a time, and survives the failure of any of them.
+"""Runs jobs, several at a time, and survives the failure of any.
 
-The run folders say which jobs are complete, so a pool that is killed and started again continues.
+Run folders say which jobs are complete, so a pool that is killed and started again continues.
 """
 
 import ctypes
@@ -50,8 +50,8 @@ class Turn:
     job: Job
     state: State = State.WAITING
     process: Popen | None = None  # None also if the job was complete from the start
-    devices: str | None = None  # the job's GPUs
-    log_start: int | None = None  # byte where this process's part of the log begins; None without a log
+    devices: str | None = None
+    log_start: int | None = None  # byte of the log where this process begins
     status: int = 0
     error: str = ""
 
@@ -75,10 +75,9 @@ def run_jobs(
     """Run those of `jobs` that are not complete. Returns an exit status and the turns with their states.
 
     A job whose folder another process holds waits. After a failure the others continue; without `keep_going` they are
-    stopped. The status is 0 or that of the first failed job. If a signal stopped the jobs, it is 128 + the signal's
-    number.
+    stopped. The status is 0, that of the first failed job, or 128 + the number of a signal that stopped the jobs.
 
-    Output goes to the logs, or with `show_output` to our own. `watch` is called several times a second.
+    `show_output` sends output to our own instead of the logs. `watch` is called several times a second.
     """
     turns = [Turn(job) for job in jobs]
     free, ending = list(places.devices), False
@@ -112,8 +111,7 @@ def run_jobs(
 def places_for(at_once: int | None, gpus: int, on_cpu: bool = False) -> Places:
     """The places for `at_once` jobs of `gpus` processes each; by default, as many as there are GPUs for.
 
-    More jobs than that share GPUs. Without a GPU, they share the cores equally. Raises UserError if there are fewer
-    GPUs than one job needs.
+    More jobs share GPUs, or without a GPU the cores. Raises UserError if one job needs more GPUs than there are.
     """
     found = [] if on_cpu else visible_gpus()
     if found and len(found) < gpus:
@@ -128,7 +126,7 @@ def places_for(at_once: int | None, gpus: int, on_cpu: bool = False) -> Places:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs by CUDA's names. Importing torch to ask it would take seconds."""
+    """The GPUs by CUDA's names, without importing torch, which takes seconds."""
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in chosen.split(",") if name and name != "-1"]
     return nvidia_smi("--query-gpu=index")
@@ -144,10 +142,7 @@ def nvidia_smi(*options: str) -> list[str]:
 
 
 def start(command: Sequence[str], log: IO[bytes] | None = None, environment: dict[str, str] | None = None) -> Popen:
-    """Start a process for `command`, in a session of its own: a terminal would send Ctrl-C to it a second time.
-
-    Raises OSError if it cannot be started.
-    """
+    """Start `command` in a session of its own, as a terminal would send it Ctrl-C a second time. Raises OSError."""
     environment = os.environ | TORCHRUN_ENVIRONMENT | (environment or {})
     return Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
 
@@ -158,9 +153,9 @@ def open_log(job: Job) -> IO[bytes]:
 
 
 def last_error(log: Path, begin: int) -> str:
-    """The line of a log, from byte `begin` on, that says why its process failed.
+    """The line from byte `begin` on that says why the process failed: the last `error:` line, or else the last one.
 
-    torchrun prints much after the last `error:` line, so it is this one, or else the last line.
+    torchrun prints much after the error.
     """
     try:
         with open(log, "rb") as file:
@@ -204,7 +199,7 @@ def _end(turn: Turn, stopping: bool) -> None:
     except UserError as error:
         turn.state, turn.error = State.FAILED, str(error)
     if turn.state is State.FAILED:
-        turn.status = turn.status or 1  # status 0, but no result
+        turn.status = turn.status or 1  # 0, but no result
         said = "" if turn.log_start is None else last_error(turn.job.log, turn.log_start)
         ended = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         turn.error = turn.error or (said if status >= 0 else "") or ended
@@ -212,10 +207,10 @@ def _end(turn: Turn, stopping: bool) -> None:
 
 @contextmanager
 def _signals_handed_on(turns: Sequence[Turn]) -> Iterator[list[int]]:
-    """Context in which signals go to the running jobs. Yields the received signals.
+    """Context in which signals go to the running jobs. Yields the received ones.
 
-    Ctrl-C is passed on unchanged (a second one ends a job at once), any other signal as SIGTERM, which every version of
-    torchrun passes on.
+    Ctrl-C is passed on unchanged (a second one ends a job at once), any other as SIGTERM, which every torchrun passes
+    on.
     """
     received: list[int] = []
 
@@ -236,7 +231,6 @@ def _signals_handed_on(turns: Sequence[Turn]) -> Iterator[list[int]]:
 
 
 def _end_with_parent() -> None:
-    """Let Linux send SIGTERM when our parent dies: the jobs of a killed pool save and stop. (Elsewhere they continue,
-    and a new pool waits.)"""
+    """Let Linux send SIGTERM when our parent dies: jobs of a killed pool save and stop. Elsewhere they continue."""
     if sys.platform == "linux":
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -141,7 +141,7 @@ class Run:
 def read_runs(*folders: Path) -> tuple[list[Run], list[str]]:
     """Every run at or below `folders`, in the order of the tables; and a line for each file that cannot be used.
 
-    Lines are added where evaluations are read later and are damaged.
+    Later readings of damaged evaluations add lines.
     """
     problems: list[str] = []
     found = sorted({folder for top in folders for folder in _run_folders(top)})
