@@ -101,7 +101,7 @@ def refuse(overrides: Sequence[str], refused: Mapping[str, str], what: str) -> N
 
 
 def job_of(task: str, config: Path, overrides: Sequence[str], folder: Path, settings: RunConfig) -> Job:
-    """The run in `folder`; `config` and `overrides` make `settings`. Raises UserError as `plan` does for the folder."""
+    """`config` and `overrides` make `settings`. Raises UserError if `folder` holds a run with other settings."""
     require_same_settings(settings, folder, "another folder with --runs")
     path = str(folder) if yaml.safe_load(str(folder)) == str(folder) else json.dumps(str(folder))  # an override is YAML
     unit = "epoch" if hasattr(settings, "epochs") else "update"

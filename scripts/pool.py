@@ -142,7 +142,7 @@ def nvidia_smi(*options: str) -> list[str]:
 
 
 def start(command: Sequence[str], log: IO[bytes] | None = None, environment: dict[str, str] | None = None) -> Popen:
-    """Start `command` in a session of its own, as a terminal would send it Ctrl-C a second time. Raises OSError."""
+    """Start `command` in a session of its own; otherwise a terminal would send it Ctrl-C twice. Raises OSError."""
     environment = os.environ | TORCHRUN_ENVIRONMENT | (environment or {})
     return Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
 
