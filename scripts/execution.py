@@ -31,8 +31,8 @@ def carry_out(
 ) -> tuple[int, list[Turn]]:
     """Run those of `jobs` that are not complete. Returns an exit status and the turns with their states.
 
-    The status is 1 if runs have failed, and 128 + a signal's number if it stopped them. SLURM's queue calls the jobs
-    `name`.
+    The status is 1 if runs have failed, or 128 + the number of a signal that stopped the others. `name` is for SLURM's
+    queue.
     """
     if options.executor == "slurm":
         from scripts.slurm import Request, run_in_queue
