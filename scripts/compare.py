@@ -1,4 +1,4 @@
-"""Compares optimizers. Each is tuned by the same protocol, with as many trials, and judged on data unused in tuning.
+"""Compares optimizers. Each is tuned by the same protocol and judged on data unused in tuning.
 
     bash scripts/compare.sh --task digits --methods "adam apollo mypackage.MyOptimizer"      --help lists the options
 
@@ -34,8 +34,8 @@ from scripts.text_table import format_table
 
 COMPARISONS = CONFIGS / "comparison"
 METHODS = ("sgd", "adam", "radam", "apollo")
-TRIAL_SEED = 8191  # of every trial, and not of any final run
-SEEDS = [1, 101, 201]  # of the final runs, if nobody published the table
+TRIAL_SEED = 8191  # of no final run
+SEEDS = [1, 101, 201]  # of the final runs, if the table has no published seeds
 HELD_OUT = 0.1  # share of the training data, without a validation split or a share in the config
 METRICS = {"classification": "top1", "language_model": "ppl", "nmt": "fairseq_bleu"}
 NOT_SET = REFUSED | {"row": "--methods", "optimizer": "a line in configs/search", "table": "--config"}
@@ -72,7 +72,7 @@ class Comparison:
         return self.folder / f"{method.row}_{self.schedule}" / f"seed{seed}"
 
     def score(self, method: Method, setting: Setting) -> float:
-        """The complete trial's value on the validation split: higher is better, -inf where it diverged."""
+        """The trial's validation value: higher is better, -inf where it diverged."""
         folder = self.trial_folder(method, setting)
         result = read_result(folder)
         if result.get("diverged"):
@@ -123,7 +123,7 @@ def main(arguments: list[str]) -> int:
 
 
 def search_rates(comparison: Comparison, steps: range, options: argparse.Namespace) -> tuple[list[Tuned], list[str]]:
-    """Try every method at all `steps`, and at further ones while a best one is at an edge. Also returns notes."""
+    """Try all methods at `steps`, and at further ones while a best one is at an edge. Also returns notes."""
     methods, asked = comparison.methods, len(steps)
     while True:
         jobs = [comparison.trial(method, method.setting(step)) for method in methods for step in steps]
@@ -259,7 +259,7 @@ def config_of(task: str) -> Path:
 
 
 def task_of(config: Path, overrides: Sequence[str]) -> str:
-    """The package of `config`'s table, or the one that accepts it. Raises UserError if none does."""
+    """The package of the config's table, or one that accepts it. Raises UserError if none does."""
     if known := next((TASKS[name] for name in (config.stem, config.parent.name) if name in TASKS), None):
         return known
     if not config.is_file():

@@ -1,4 +1,4 @@
-"""Estimates the cost of runs before any starts. It times some updates of each distinct cell with the command itself.
+"""Estimates the cost of runs: times some updates of each distinct cell with the command itself.
 
 The hours are those of training alone, without evaluations.
 """
@@ -45,7 +45,7 @@ class Measured:
 
 
 def estimate(jobs: Sequence[Job], places: Places) -> str:
-    """A table of the cost of those of `jobs` that are not complete, a line for each distinct cell or its error."""
+    """A table of the cost of the incomplete ones of `jobs`: a line for each distinct cell, or its error."""
     unfinished = [job for job in jobs if not job.complete]
     if not unfinished:
         return "every run is complete: nothing would be run"
@@ -105,7 +105,7 @@ def what_costs(job: Job) -> str:
 
 
 def measure(job: Job, settings: Any, places: Places, temporary: Path) -> Measured:
-    """Time some updates, on synthetic data if the job's own are missing. Raises UserError if that fails."""
+    """Time some updates, on synthetic data if the job's own are missing. Raises UserError where it cannot."""
     folder = Path(tempfile.mkdtemp(dir=temporary))
     overrides, size, synthetic = [f"run_dir={folder}", "log_every=1", "checkpoint.minutes=1000000"], None, ""
     name, root = settings.data.name, Path(getattr(settings.data, "root", "."))

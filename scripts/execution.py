@@ -29,10 +29,9 @@ def add_options(parser: argparse.ArgumentParser, runs: str) -> None:
 def carry_out(
     jobs: Sequence[Job], name: str, options: argparse.Namespace, watch: Callable[[Sequence[Turn]], None]
 ) -> tuple[int, list[Turn]]:
-    """Run those of `jobs` that are not complete. Returns an exit status and the turns with their states.
+    """Run the incomplete ones of `jobs`. Returns an exit status and the turns with their states.
 
-    The status is 1 if runs have failed, or 128 + the number of a signal that stopped the others. `name` is for SLURM's
-    queue.
+    The status is 1 if runs have failed, or 128 + the number of a signal that stopped them. `name` is for SLURM's queue.
     """
     if options.executor == "slurm":
         from scripts.slurm import Request, run_in_queue

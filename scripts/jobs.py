@@ -36,37 +36,37 @@ class Job:
 
     @property
     def complete(self) -> bool:
-        """Whether the folder holds a complete run now. Raises UserError if its result.json is damaged."""
+        """Whether the run is complete now. Raises UserError if its result.json is damaged."""
         result = read_result(Path(self.folder))
         return bool(result and result.get("complete"))
 
     @property
     def log(self) -> Path:
-        """The process's output, beside the run folder."""
+        """Beside the run folder."""
         return Path(f"{self.folder}.log")
 
     def command(self, launcher: Sequence[str] = ()) -> list[str]:
-        """The command that one would type. `launcher` holds torchrun's words, if any."""
+        """What one would type. `launcher` holds torchrun's words, if any."""
         return [sys.executable, *launcher, "-m", f"{self.task}.train", self.config, *self.overrides]
 
 
 def torchrun(gpus: int) -> list[str]:
-    """Words that start `gpus` processes here. After a worker dies, the job resumes from a checkpoint."""
+    """Words that start `gpus` processes here. After a worker's death the job resumes from a checkpoint."""
     if gpus == 1:
         return []
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "--max_restarts=2"]
 
 
 def division(task: str, config: Path, overrides: Sequence[str], gpus: int) -> list[str]:
-    """What `gpus` need on top of `overrides`: nothing, or passes that they divide, with a line on what this changes.
+    """What `gpus` need on top of `overrides`: nothing, or passes that they divide; stderr tells what this changes.
 
-    Raises UserError for a wrong config or override, and where no division is possible.
+    Raises UserError for a wrong config or override, and for no possible division.
     """
     settings = load_settings(task, config, overrides)
     batch, passes = settings.batch, settings.passes
     if passes % gpus == 0:
         return []
-    from engine.distributed import divide  # here, because importing torch takes seconds
+    from engine.distributed import divide  # importing torch takes seconds
 
     found = divide(batch, passes, gpus)
     if found is None:
@@ -85,7 +85,7 @@ def division(task: str, config: Path, overrides: Sequence[str], gpus: int) -> li
 def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[str] = ()) -> Job:
     """The run of `config` with `seed`, in its default folder below `runs`.
 
-    Raises UserError for a wrong config, a wrong or REFUSED override, and a folder that holds a run with other settings.
+    Raises UserError for a wrong config, a wrong or REFUSED override, and a folder of a run with other settings.
     """
     refuse(overrides, REFUSED, "a row")
     overrides = (f"seed={seed}", *overrides)
@@ -111,7 +111,7 @@ def job_of(task: str, config: Path, overrides: Sequence[str], folder: Path, sett
 def write_list(jobs: Sequence[Job], folder: Path, name: str) -> Path:
     """Write `jobs` to `<name>-<digest>.jsonl` in `folder`. The same jobs have the same path.
 
-    Raises UserError if two jobs share a run folder, or if the list cannot be written.
+    Raises UserError if two jobs share a run folder, or the list cannot be written.
     """
     folders = [job.folder for job in jobs]
     if twice := next((path for path in folders if folders.count(path) > 1), None):

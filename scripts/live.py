@@ -24,7 +24,7 @@ SHOWN_FIRST = (State.RUNNING, State.HELD, State.FAILED, State.STOPPED, State.WAI
 
 @dataclass(frozen=True)
 class Progress:
-    """The last values in a run's metrics.jsonl."""
+    """The last values in metrics.jsonl."""
 
     update: int = 0
     epoch: int = 0  # epochs begun
@@ -129,7 +129,6 @@ HEADER = ("run", "done", "loss", "metric", "left", "state")
 
 
 def counts(turns: Sequence[Turn], started: float) -> str:
-    """The number of jobs in each state."""
     states = Counter(turn.state for turn in turns)
     parts = [f"{states[state]} {state.value}" for state in State if states[state]]
     return f"{len(turns)} runs: {', '.join(parts)}; {duration(time.monotonic() - started)} so far"

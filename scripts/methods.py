@@ -1,4 +1,4 @@
-"""The methods of a comparison: rows of configs/search/<task>.yaml, or any other optimizer by its dotted name."""
+"""The methods of a comparison: rows of configs/search/<task>.yaml, or any optimizer by its dotted name."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from scripts.protocol import Method
 
 MODEL = "adam"  # a class without a row begins with this row's rate and weight decay
 FLAGS = ("decoupled_weight_decay", "weight_decouple")  # settings that decouple the decay
-DECOUPLED = {  # classes that always decouple it, without a flag or (Adan) whatever it is
+DECOUPLED = {  # classes that always do, without a flag or (Adan) whatever it is
     *("Adafactor", "Muon"),  # of torch.optim
     *("AdamWScheduleFree", "RAdamScheduleFree"),  # of schedulefree (1.4.1): added to the normalised gradient
     *("Adan", "Conda", "DASH", "Fira", "FlashAdamW", "GaLore", "ScheduleFreeAdamW", "ScheduleFreeRAdam"),
@@ -31,7 +31,7 @@ class Line(OptimizerConfig):
 
 
 class Lines(RootModel[dict[str, Line]]):
-    """A file of configs/search: row to optimizer."""
+    """Row to optimizer, in configs/search."""
 
 
 def read_methods(path: Path, names: Sequence[str]) -> list[Method]:
@@ -86,7 +86,7 @@ def complete_method(row: str, optimizer: dict[str, Any]) -> Method:
 
 
 def made_of(settings: dict[str, Any]) -> Optimizer:
-    """An optimizer over a matrix. Raises UserError where `settings` (of an optimizer or a group) make none."""
+    """An optimizer over a matrix. Raises UserError for settings that make none."""
     with settings_of("optimizer"):
         others = {key: value for key, value in settings.items() if key not in ("name", "match")}
         return over_one_group(settings["name"], others, [Parameter(torch.zeros(2, 2))])

@@ -24,8 +24,7 @@ from scripts.runs import Run, author_log, by_table
 def plot_curves(runs: Sequence[Run], path: Path) -> None:
     """Draw `runs` to `path`. Lines are means over seeds; bands go from lowest to highest.
 
-    Unfinished runs are drawn if a cell has no complete one. Raises UserError for nothing to draw and for an unknown
-    suffix.
+    Unfinished runs stand in for missing complete ones. Raises UserError for no curves and for an unknown suffix.
     """
     drawn = {place: found for place, methods in places(runs).items() if (found := evaluated(methods))}
     if not drawn:

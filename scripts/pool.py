@@ -1,6 +1,6 @@
 """Runs jobs, several at a time, and survives the failure of any.
 
-Run folders say which jobs are complete, so a pool that is killed and started again continues.
+Run folders say which jobs are complete: a pool that is killed and started again continues.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from engine.files import is_held
 from engine.machine import core_count
 from scripts.jobs import Job, torchrun
 
-# A torchrun that is new enough passes these signals on to the ranks and gives them time to save.
+# A new enough torchrun passes these signals on to the ranks and lets them save.
 TORCHRUN_ENVIRONMENT = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # seconds, instead of 30
@@ -38,7 +38,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 class State(Enum):
     WAITING = "waiting"
-    HELD = "held"  # by another process, which works in the run folder
+    HELD = "held"  # another process holds the run folder
     RUNNING = "running"
     COMPLETE = "complete"
     FAILED = "failed"
@@ -58,9 +58,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Places:
-    # CUDA_VISIBLE_DEVICES for each job at a time; None for all GPUs
+    # CUDA_VISIBLE_DEVICES of jobs that run at once; None for all GPUs
     devices: Sequence[str | None] = (None,)
-    gpus: int = 1  # processes of one job
+    gpus: int = 1  # processes of a job
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -72,12 +72,11 @@ def run_jobs(
     show_output: bool = False,
     watch: Callable[[Sequence[Turn]], None] = lambda turns: None,
 ) -> tuple[int, list[Turn]]:
-    """Run those of `jobs` that are not complete. Returns an exit status and the turns with their states.
+    """Run the incomplete ones of `jobs`. Returns an exit status and the turns with their states.
 
     A job whose folder another process holds waits. After a failure the others continue; without `keep_going` they are
     stopped. The status is 0, that of the first failed job, or 128 + the number of a signal that stopped the jobs.
-
-    `show_output` sends output to our own instead of the logs. `watch` is called several times a second.
+    `show_output` replaces the logs by our own output. `watch` is called several times a second.
     """
     turns = [Turn(job) for job in jobs]
     free, ending = list(places.devices), False
@@ -96,7 +95,7 @@ def run_jobs(
             for turn in turns if not ending else ():
                 if turn.state in (State.WAITING, State.HELD) and free and _begin(turn, free[0], places, show_output):
                     free.pop(0)
-                    if received:  # a signal came while the job was being started
+                    if received:  # while the job was being started
                         turn.process.terminate()
             watch(turns)
             states = {turn.state for turn in turns}
@@ -111,7 +110,7 @@ def run_jobs(
 def places_for(at_once: int | None, gpus: int, on_cpu: bool = False) -> Places:
     """The places for `at_once` jobs of `gpus` processes each; by default, as many as there are GPUs for.
 
-    More jobs share GPUs, or without a GPU the cores. Raises UserError if one job needs more GPUs than there are.
+    More jobs share GPUs, or without a GPU the cores. Raises UserError if one job needs more GPUs.
     """
     found = [] if on_cpu else visible_gpus()
     if found and len(found) < gpus:
@@ -133,7 +132,7 @@ def visible_gpus() -> list[str]:
 
 
 def nvidia_smi(*options: str) -> list[str]:
-    """nvidia-smi's answer to a query, a line for each GPU; empty if it cannot answer."""
+    """A line for each GPU; empty if nvidia-smi cannot answer."""
     command = ["nvidia-smi", *options, "--format=csv,noheader,nounits"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -153,10 +152,7 @@ def open_log(job: Job) -> IO[bytes]:
 
 
 def last_error(log: Path, begin: int) -> str:
-    """The line from byte `begin` on that says why the process failed: the last `error:` line, or else the last one.
-
-    torchrun prints much after the error.
-    """
+    """The last `error:` line from byte `begin` on, as torchrun prints much after it, or else the last line."""
     try:
         with open(log, "rb") as file:
             file.seek(begin)
@@ -168,7 +164,7 @@ def last_error(log: Path, begin: int) -> str:
 
 
 def _begin(turn: Turn, devices: str | None, places: Places, show_output: bool) -> bool:
-    """Start the turn's process if its job is unfinished and free. Returns whether it was started."""
+    """Start the job if it is unfinished and free. Returns whether it was started."""
     try:
         if turn.job.complete:
             turn.state = State.COMPLETE
@@ -209,8 +205,7 @@ def _end(turn: Turn, stopping: bool) -> None:
 def _signals_handed_on(turns: Sequence[Turn]) -> Iterator[list[int]]:
     """Context in which signals go to the running jobs. Yields the received ones.
 
-    Ctrl-C is passed on unchanged (a second one ends a job at once), any other as SIGTERM, which every torchrun passes
-    on.
+    Ctrl-C is passed on unchanged (a second one ends a job at once), others as SIGTERM, which every torchrun passes on.
     """
     received: list[int] = []
 

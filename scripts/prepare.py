@@ -91,7 +91,7 @@ def plan_cifar10(source: Path | None, dest: Path, options: argparse.Namespace) -
             shutil.rmtree(temporary, ignore_errors=True)
             (shutil.copytree if copied.is_dir() else shutil.copy)(copied, temporary)
             temporary.rename(target)
-        read_cifar10(dest)  # downloads what is missing, unpacks it, compares checksums
+        read_cifar10(dest)  # downloads, unpacks, compares checksums
 
     found = copied or there or "nothing yet: the published archive, 170 MB, will be downloaded"
     return Plan(str(found), 0.36 * GB, 20, make)
@@ -146,7 +146,7 @@ def plan_one_billion_words(source: Path | None, dest: Path, options: argparse.Na
         )
     words = read_vocabulary(vocabulary)
 
-    consumed: list[int] = []  # bytes of the source; compressed ones of an archive
+    consumed: list[int] = []  # bytes of the source, perhaps compressed
     parts = text.parts(consumed.append)
     start = time.perf_counter()
     part = next(parts)  # an archive's part is already unpacked
@@ -210,7 +210,7 @@ TABLES = {
 
 
 def copy_speed(files: Iterable[str | Path], dest: Path) -> float:
-    """Bytes per second when `files` are read and written below `dest` at the same time."""
+    """Bytes per second when `files` are read and written below `dest` at once."""
     dest.mkdir(parents=True, exist_ok=True)
     trial = dest / "trial.tmp"
     read = written = 0.0
@@ -248,7 +248,7 @@ def require_space(dest: Path, size: float) -> None:
 
 
 def nearest_entries(folder: Path, start: str) -> str:
-    """Up to four names in `folder`, first those that begin with `start`."""
+    """Up to four names, first those that begin with `start`."""
     names = (path.name for path in islice(folder.glob("[!.]*"), 10_000))
     return ", ".join(sorted(names, key=lambda name: (not name.startswith(start), name))[:4]) or "nothing"
 

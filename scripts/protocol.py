@@ -1,4 +1,4 @@
-"""The protocol by which scripts/compare.py tunes every method: the settings to try, as functions of the scores so far.
+"""The protocol of scripts/compare.py for every method: the settings to try, as functions of the scores so far.
 
 docs/comparing.md gives the reasons. A score is a validation value, negated where lower is better, or -inf for a trial
 that diverged.
@@ -74,8 +74,7 @@ def best_step(scores: Mapping[int, float]) -> int | None:
 def widened(methods: Iterable[Mapping[int, float]]) -> tuple[int, int]:
     """The lowest and the highest step that all methods must be tried at.
 
-    The grid grows by one step at the edge where a best step is, and at the lower edge if a method has diverged at all
-    its rates.
+    The grid grows by one step at the edge where a best step is, and at the lower one if a method diverged at all rates.
     """
     every = list(methods)
     low, high = min(every[0]), max(every[0])
@@ -86,5 +85,5 @@ def widened(methods: Iterable[Mapping[int, float]]) -> tuple[int, int]:
 
 
 def best_factor(scores: Mapping[float, float]) -> float:
-    """The factor of the weight decay with the highest score. Of equal ones 1 comes before 1/5, and 1/5 before 5."""
+    """The factor with the highest score. Of equal ones 1 comes before 1/5, and 1/5 before 5."""
     return max(scores, key=lambda factor: (scores[factor], factor == 1, -factor))

@@ -1,4 +1,4 @@
-"""Reads run folders in any state: whole, unfinished, still being written, damaged, or not runs at all.
+"""Reads run folders in any state: whole, unfinished, damaged, or not runs at all.
 
 A trial of a search (scripts/compare.sh) is in <runs>/<table>/search/<row>/<trial>/, a run of a table anywhere else.
 result.json holds `validation`, the value on the split that a search selects by, and `final`, the value on the test set.
@@ -27,7 +27,7 @@ from scripts.tables import ROWS, SCHEDULES, position, published
 NOT_OF_THE_RECIPE = (*NEUTRAL_KEYS, "seed", "compile", "channels_last")
 FILES = ("config.yaml", "result.json", "metrics.jsonl")  # a folder with one of these may be a run
 EVALUATIONS = ("epoch", "validation")  # kinds of lines in metrics.jsonl
-YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # C is about ten times as fast
+YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C: ten times as fast
 
 
 def lower_is_better(metric: str) -> bool:
@@ -82,7 +82,7 @@ class Result(BaseModel):
 
 
 class Environment(BaseModel):
-    """What a table takes from environment.json: the recipe as it was carried out (world size, batch, passes, ...)."""
+    """environment.json; `recipe` is the one that was carried out (world size, batch, passes, ...)."""
 
     model_config = ConfigDict(extra="allow")
     recipe: dict[str, Any] = {}
@@ -130,7 +130,7 @@ class Run:
         return self.read_lines(("train",))
 
     def logged(self, key: str, updates: Sequence[int]) -> list[float]:
-        """`key` at these updates, interpolated between log lines; NaN before the first and after the last."""
+        """`key` at `updates`, interpolated between log lines; NaN before the first and after the last."""
         lines = [line for line in self.training if isinstance(line.get(key), (int, float))]
         if not lines:
             return [math.nan] * len(updates)
@@ -139,7 +139,7 @@ class Run:
 
 
 def read_runs(*folders: Path) -> tuple[list[Run], list[str]]:
-    """Every run at or below `folders`, in the order of the tables; and a line for each file that cannot be used.
+    """Every run at or below `folders`, in the order of the tables; and a line for each unusable file.
 
     Later readings of damaged evaluations add lines.
     """
@@ -159,7 +159,7 @@ def by_table(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def author_log(table: str, runs: Sequence[Run]) -> tuple[dict[str, Any], list[Run]]:
-    """The training log that the author published, and the `runs` of its cell; both empty without a log."""
+    """The author's published training log, and the `runs` of its cell; both empty without a log."""
     log = published(table).get("log_of_author", {})
     place = (table, log.get("row"), log.get("schedule"))
     return log, [run for run in runs if (run.table, *run.cell) == place and not run.trial and run.training]
@@ -197,7 +197,7 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
 
 
 def make_run(folder: Path, config: dict[str, Any], **rest: Any) -> Run:
-    """The run of `config`; `rest` are further fields. Raises ValidationError if the config lacks its identity."""
+    """`rest` are further fields. Raises ValidationError if `config` lacks its identity."""
     identity = Identity.model_validate(config)
     return Run(folder, identity.table, identity.row, identity.schedule.name, identity.seed, config, **rest)
 
@@ -206,7 +206,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def _read(path: Path, problems: list[str]) -> Any:
-    """The file's YAML or JSON; None if it is missing, or cannot be read (a problem)."""
+    """None if the file is missing, or cannot be read (a problem)."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = yaml.load(text, Loader=YamlLoader) if path.suffix == ".yaml" else json.loads(text)

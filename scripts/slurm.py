@@ -1,6 +1,6 @@
 """The runs of a list as one array of SLURM jobs, through submitit.
 
-A job that is preempted, or whose time is up, gets a signal. Its training saves and ends, and it is queued again.
+A job that is preempted, or whose time is up, gets a signal: its training saves and ends, and it is queued again.
 """
 
 import os
@@ -66,7 +66,7 @@ class Training:
             raise RuntimeError(last_error(self.job.log, begin))
 
     def checkpoint(self) -> "DelayedSubmission":
-        """Let the training save and end. Returns the submission that replaces this job."""
+        """Let the training save and end. Returns the job's replacement."""
         from submitit.helpers import DelayedSubmission
 
         self._stop()
@@ -85,7 +85,7 @@ class Training:
             os.kill(self.pid, signal.SIGTERM)
 
     def _wait(self) -> None:
-        """Wait for the training's end without reaping it: a signal handler may wait for the same process."""
+        """Wait for the training's end without reaping it: a signal handler may wait for it too."""
         if self.pid is not None:
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
 
@@ -93,8 +93,8 @@ class Training:
 def submit(jobs: Sequence[Job], name: str, folder: Path, request: Request, cluster: str = "slurm") -> "list[Submitted]":
     """Put the incomplete ones of `jobs` into the queue as one array called `name`.
 
-    submitit keeps its files in `folder`, which every machine must see. `cluster` is "slurm", or submitit's "local" to
-    try the same path without SLURM. Raises UserError if submitit or SLURM is missing, or SLURM refuses the jobs.
+    submitit keeps its files in `folder`, which every machine must see. `cluster` is "slurm", or "local" to try this
+    without SLURM. Raises UserError if submitit or SLURM is missing, or SLURM refuses the jobs.
     """
     try:
         from submitit import AutoExecutor
@@ -138,9 +138,9 @@ def in_queue(name: str) -> int:
 def run_in_queue(
     jobs: Sequence[Job], name: str, folder: Path, request: Request, watch: Callable[[Sequence[Turn]], None]
 ) -> tuple[int, list[Turn]]:
-    """Like `run_jobs`, through the queue. Submits the incomplete jobs unless it has jobs called `name`, and waits.
+    """`run_jobs` through the queue. Submits the incomplete jobs unless it has jobs called `name`, and waits.
 
-    If the waiting process ends, the jobs stay in the queue.
+    The jobs stay in the queue if the waiting process ends.
     """
     turns = [Turn(job, log_start=0) for job in jobs]
     if not in_queue(name) and not all(job.complete for job in jobs):

@@ -1,4 +1,4 @@
-"""The tables of the paper: the task that trains a table's cells, their configs, and what was published."""
+"""The tables of the paper: their tasks, the configs of their cells, and what was published."""
 
 import re
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ SCHEDULES = ("milestone", "cosine", "inverse_sqrt", "linear", "wsd")  # as files
 
 
 def load_settings(task: str, config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config at `config`, resolved and checked as by the task's train.py. Raises ConfigError."""
+    """The config as the task's train.py resolves and checks it. Raises ConfigError."""
     return load_config(import_module(f"{task}.config").Config, config, overrides)
 
 

@@ -1,8 +1,8 @@
 """Makes the bundle for a release of a trained model.
 
     config.yaml  environment.json  metrics.jsonl  result.json     as the run left them
-    weights.safetensors     the model's state_dict, with its own names, that gave the run's score: float32 as trained,
-                            of the optimizer's eval mode, or averaged. The metadata name run, update and vocabulary
+    weights.safetensors     the state_dict that gave the run's score: float32 as trained, of the optimizer's eval mode,
+                            or averaged. The metadata name run, update and vocabulary
     codec.json              the vocabulary of a translation run
     SHA256SUMS              for `sha256sum -c SHA256SUMS`
 

@@ -73,7 +73,7 @@ def _draw_panel(axes: Axes, panel: Panel, look: dict[str, Style]) -> None:
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """On a logarithmic axis 200 instead of 2 × 10²; below two powers of ten also numbers between them."""
+    """200 instead of 2 × 10² on a logarithmic axis; on less than two powers of ten also numbers between them."""
     low, high = axis.get_view_interval()
     between = high / low < 100
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -102,7 +102,7 @@ def pictures(runs: Sequence[Run]) -> list[Panel]:
 
 
 def places(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
-    """Runs by picture and method. Each schedule has its own picture."""
+    """Runs by picture and method. Schedules have separate pictures."""
     schedules = Counter((table, row) for table, row, _ in {(run.table, *run.cell) for run in runs})
     several = {table for (table, _), count in schedules.items() if count > 1}
     found: dict[str, dict[str, list[Run]]] = {}
@@ -113,7 +113,7 @@ def places(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
 
 
 def evaluated(methods: dict[str, list[Run]]) -> dict[str, list[Run]]:
-    """Of each method the complete runs with evaluations, or else the unfinished ones; without methods that have none."""
+    """Each method's complete runs with evaluations, or else its unfinished ones."""
     found = {
         method: [run for run in [run for run in runs if run.result] or runs if run.evaluations]
         for method, runs in methods.items()
@@ -127,7 +127,7 @@ def curve_keys(run: Run) -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def points(run: Run, key: str) -> list[tuple[float, float, float]]:
-    """Update, seconds (NaN if unknown) and value of the evaluations with a finite value."""
+    """Update, seconds (NaN if unknown) and value where it is finite."""
     found = ((line["update"], line.get("wall_s", math.nan), line.get(key)) for line in run.evaluations)
     return [point for point in found if isinstance(point[2], (int, float)) and math.isfinite(point[2])]
 
@@ -147,7 +147,7 @@ def curve_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
 
 
 def _mean_curve(method: str, runs: Sequence[Run], key: str, by: str) -> Curve | None:
-    """The mean of `runs` up to the end of the shortest; None without points or their positions."""
+    """The mean of `runs` up to the end of the shortest; None without points or positions."""
     found = [curve for run in runs if (curve := points(run, key))]
     steps = list(zip(*found, strict=False))
     which = 0 if by == "updates" else 1
@@ -221,7 +221,7 @@ def sensitivity_panel(place: str, methods: dict[str, list[Run]], chosen: dict[st
 
 
 def _crossed(curves: Sequence[Curve], lower: bool) -> list[Curve]:
-    """The curves with a cross for each diverged trial, beyond the worst value, at a height of each method."""
+    """The curves with crosses for diverged trials beyond the worst value, a height for each method."""
     heights = [value for curve in curves for value in curve.y if value is not None] or [1.0]
     step = (max(heights) - min(heights) or 1.0) * 0.04
     crossed = []
@@ -237,8 +237,7 @@ def _crossed(curves: Sequence[Curve], lower: bool) -> list[Curve]:
 def grid_of(trials: Sequence[Run]) -> list[Run]:
     """The trials in which only the rate varies: those with the settings that have the most rates.
 
-    With decoupled decay a grid keeps the product of rate and decay, up to their rounding to three digits. So both are
-    tried, the same decay and the same product.
+    A grid keeps the decay, or with decoupled decay its product with the rate, up to their rounding to three digits.
     """
     products: list[float] = []
 
@@ -308,7 +307,7 @@ def budget_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
 
 
 def trial_value(trial: Run) -> float:
-    """The value that a search selects by: the test value if there is no other."""
+    """What a search selects by: the test value if there is no other."""
     return trial.result.final if trial.result.validation is None else trial.result.validation
 
 

@@ -62,7 +62,7 @@ def first_published_cells(table: str) -> list[tuple[str, str]]:
 
 
 def sources(table: str, shown: Iterable[tuple[str, str]]) -> list[str]:
-    """A sentence that says which published table the cells `shown` are from; none if the later one has no such cell."""
+    """A sentence on the published table of each cell in `shown`; none if the later table has none of them."""
     shown = set(shown)
     later = {cell: value for cell, value in _later_cells(table).items() if cell in shown}
     if not later:

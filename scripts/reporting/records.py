@@ -100,7 +100,7 @@ def update_document(path: Path, render: Callable[[list[Run], str], str]) -> int:
 
 
 def updated(path: Path, text: str, render: Callable[[list[Run], str], str]) -> str:
-    """The document with each marked table replaced by what `render` makes of its record and kind."""
+    """`text` with each marked table as `render` makes it of its record and kind."""
 
     def table(match: re.Match) -> str:
         start, record, kind, end = match.groups()
@@ -112,7 +112,7 @@ def updated(path: Path, text: str, render: Callable[[list[Run], str], str]) -> s
 
 
 def flatten(values: dict[str, Any], ignore: Sequence[str] = (), prefix: str = "") -> dict[str, Any]:
-    """Dotted key to value of nested mappings, without the keys in `ignore` and those below them."""
+    """Dotted key to value, without the keys in `ignore` and those below them."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         dotted = f"{prefix}{key}"
@@ -158,7 +158,6 @@ def _position(entries: list[str], entry: dict[str, Any]) -> int:
 
 
 def _result(run: Run) -> dict[str, Any]:
-    """What a report takes from result.json."""
     result = run.result
     kept = {*Result.model_fields, "signature", *published(run.table).get("also", {})}
     # The worst value may be infinite, which JSON lacks. Reading restores it.

@@ -49,7 +49,7 @@ def compare(runs: Sequence[Run], record: Sequence[Run]) -> tuple[list[str], bool
 
 
 def _same_cell(run: Run, record: Sequence[Run]) -> list[Run]:
-    """The record's runs of the cell: those with the settings of `run`, or else those of the first recipe."""
+    """The record's runs of the cell with the settings of `run`, or else of the first recipe."""
     of_cell = [other for other in record if (other.table, *other.cell) == (run.table, *run.cell) and not other.trial]
     same = [other for other in of_cell if not differences(run.config, other.config, NOT_OF_THE_RECIPE)]
     return same or [other for other in of_cell if other.variant == 1]

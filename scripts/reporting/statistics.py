@@ -37,7 +37,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def prediction_interval(values: Sequence[float], level: float) -> tuple[float, float] | None:
-    """The interval that holds one more normal value with probability `level`; None as `interval`."""
+    """The interval that holds one more normal value with probability `level`; None where `interval` is."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
     half = quantile(len(values), level) * stdev(values) * math.sqrt(1 + 1 / len(values))
@@ -68,8 +68,8 @@ def expected_best(trials: Sequence[tuple[float, float]], lower_is_better: bool) 
     trials, drawn without replacement, the best by the first value is chosen; its second value is the result.
 
     Dodge et al. 2019 (arXiv 1910.11758) draw with replacement. Without it, the i-th worst of N trials is the best of k
-    with probability C(i−1, k−1) / C(N, k), and the curve ends at the best of all. Trials with equal first values share
-    the mean of their second values. An entry is infinite if some order gives an infinite value.
+    with probability C(i−1, k−1) / C(N, k). Trials with equal first values share the mean of their second values. An
+    entry is infinite if some order gives an infinite value.
     """
     count = len(trials)
     ordered = sorted(trials, key=lambda trial: trial[0], reverse=lower_is_better)  # worst first

@@ -65,12 +65,12 @@ def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] 
 
 
 def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
-    """The second table: intervals, Apollo against every other row (ABOUT_WELCH), and the cost of a run."""
+    """The second table: intervals, Apollo against every other row (ABOUT_WELCH), costs."""
     return "\n".join(format_table(*comparisons(by_cell(runs)), markdown))
 
 
 def log_table(table: str, runs: Sequence[Run], markdown: bool = False) -> str | None:
-    """The author's training log beside those of `runs`; None without such a log or a run of its cell."""
+    """`of_author` as text."""
     log = of_author(table, runs)
     if log is None:
         return None
@@ -111,7 +111,7 @@ def page_tables(runs: Sequence[Run]) -> dict[str, list[Table]]:
 def results(
     table: str, groups: dict[Cell, list[Run]], expected: Iterable[tuple[str, str]] = (), markdown: bool = False
 ) -> Lines:
-    """A table's means. In Markdown the published values are in italics.
+    """A table's means, in Markdown with published values in italics.
 
     Where runs average their weights, `final` is the average's score, and `unaveraged` that of the last weights.
     """
@@ -165,7 +165,7 @@ def comparisons(groups: dict[Cell, list[Run]]) -> Lines:
 
 
 def of_author(table: str, runs: Sequence[Run]) -> Table | None:
-    """The published training log, and two columns for each run of its cell; None if there is none."""
+    """The author's training log, and two columns for each run of its cell; None without a log or a run."""
     log, of_cell = author_log(table, runs)
     if not of_cell:
         return None
@@ -224,7 +224,7 @@ def duration(seconds: float) -> str:
 
 
 def optimizer_share(run: Run) -> float | None:
-    """The optimizer's part of an update's time, 0 to 1; None if it is unknown, or if a slow step makes it exceed 1."""
+    """The optimizer's part of an update's time, 0 to 1; None if unknown, or if a slow step makes it exceed 1."""
     result, config = run.result, run.config
     if not result.optimizer_ms_per_step:
         return None
@@ -241,7 +241,6 @@ def optimizer_share(run: Run) -> float | None:
 
 
 def _all_notes(table: str, groups: dict[Cell, list[Run]], lines: Sequence[Sequence[str]]) -> list[str]:
-    """The notes below the table of means with these lines."""
     notes = [note for of_cell in groups.values() for note in _notes(of_cell, groups)]
     return [*sources(table, [(line[0], line[1]) for line in lines]), *notes]
 
