@@ -1,4 +1,4 @@
-"""Compares optimizers. Each is tuned by the same protocol and judged on data unused in tuning.
+"""Compares optimizers. Each is tuned by the same protocol, with as many trials, and judged on data unused in tuning.
 
     bash scripts/compare.sh --task digits --methods "adam apollo mypackage.MyOptimizer"      --help lists the options
 
@@ -36,7 +36,7 @@ COMPARISONS = CONFIGS / "comparison"
 METHODS = ("sgd", "adam", "radam", "apollo")
 TRIAL_SEED = 8191  # of no final run
 SEEDS = [1, 101, 201]  # of the final runs, if the table has no published seeds
-HELD_OUT = 0.1  # share of the training data, without a validation split or a share in the config
+HELD_OUT = 0.1  # share of the training data, if neither data set nor config names a validation split
 METRICS = {"classification": "top1", "language_model": "ppl", "nmt": "fairseq_bleu"}
 NOT_SET = REFUSED | {"row": "--methods", "optimizer": "a line in configs/search", "table": "--config"}
 

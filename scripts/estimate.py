@@ -1,4 +1,4 @@
-"""Estimates the cost of runs: times some updates of each distinct cell with the command itself.
+"""Estimates the cost of runs. It times some updates of each distinct cell with the command itself.
 
 The hours are those of training alone, without evaluations.
 """

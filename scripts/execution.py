@@ -31,7 +31,7 @@ def carry_out(
 ) -> tuple[int, list[Turn]]:
     """Run the incomplete ones of `jobs`. Returns an exit status and the turns with their states.
 
-    The status is 1 if runs have failed, or 128 + the number of a signal that stopped them. `name` is for SLURM's queue.
+    The status is 1 if runs have failed, else 0 or 128 + the number of a signal. `name` is for SLURM's queue.
     """
     if options.executor == "slurm":
         from scripts.slurm import Request, run_in_queue

@@ -1,4 +1,4 @@
-"""Shows jobs while they run: on a terminal one table that is redrawn, otherwise single lines."""
+"""Shows jobs while they run: a redrawn table on a terminal, otherwise single lines."""
 
 import json
 import os

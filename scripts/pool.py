@@ -76,7 +76,7 @@ def run_jobs(
 
     A job whose folder another process holds waits. After a failure the others continue; without `keep_going` they are
     stopped. The status is 0, that of the first failed job, or 128 + the number of a signal that stopped the jobs.
-    `show_output` replaces the logs by our own output. `watch` is called several times a second.
+    `show_output` shows the output instead of logging it. `watch` is called several times a second.
     """
     turns = [Turn(job) for job in jobs]
     free, ending = list(places.devices), False
@@ -152,7 +152,7 @@ def open_log(job: Job) -> IO[bytes]:
 
 
 def last_error(log: Path, begin: int) -> str:
-    """The last `error:` line from byte `begin` on, as torchrun prints much after it, or else the last line."""
+    """The last `error:` line from byte `begin` on (torchrun prints much after it), or else the last line."""
     try:
         with open(log, "rb") as file:
             file.seek(begin)

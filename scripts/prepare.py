@@ -146,7 +146,7 @@ def plan_one_billion_words(source: Path | None, dest: Path, options: argparse.Na
         )
     words = read_vocabulary(vocabulary)
 
-    consumed: list[int] = []  # bytes of the source, perhaps compressed
+    consumed: list[int] = []  # bytes of the source; of an archive, compressed ones
     parts = text.parts(consumed.append)
     start = time.perf_counter()
     part = next(parts)  # an archive's part is already unpacked

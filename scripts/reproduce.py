@@ -2,8 +2,8 @@
 
     bash scripts/reproduce.sh TABLE|all|LIST      --help lists the options
 
-The runs become a list in runs/lists; LIST is such a file, perhaps written by yourself. The same command continues after
-a kill.
+The runs become a list in runs/lists. LIST is such a file, which you may also write yourself. The same command continues
+after a kill.
 """
 
 import argparse

@@ -17,7 +17,7 @@ SIZES = {  # of an epoch of the real set: images, or tokens
     "cifar10": 50_000,
     "cifar100": 50_000,
     "imagenet": 1_281_167,
-    "prepared": 829_000_000,  # One Billion Words with the standard vocabulary (docs/data.md)
+    "prepared": 829_000_000,  # One Billion Words (docs/data.md)
 }
 
 

@@ -90,7 +90,6 @@ class Panel:
 
 
 def pictures(runs: Sequence[Run]) -> list[Panel]:
-    """Every picture for which `runs` have the numbers."""
     panels: list[Panel] = []
     for place, methods in places([run for run in runs if not run.trial]).items():
         drawn = evaluated(methods)
@@ -221,7 +220,7 @@ def sensitivity_panel(place: str, methods: dict[str, list[Run]], chosen: dict[st
 
 
 def _crossed(curves: Sequence[Curve], lower: bool) -> list[Curve]:
-    """The curves with crosses for diverged trials beyond the worst value, a height for each method."""
+    """The curves with crosses for diverged trials, beyond the worst value, at one height per method."""
     heights = [value for curve in curves for value in curve.y if value is not None] or [1.0]
     step = (max(heights) - min(heights) or 1.0) * 0.04
     crossed = []

@@ -56,7 +56,7 @@ def _same_cell(run: Run, record: Sequence[Run]) -> list[Run]:
 
 
 def _band(others: Sequence[Run], key: str) -> Band:
-    """Update to prediction interval, where all of `others` were evaluated."""
+    """Update to band, where all of `others` were evaluated."""
     values: dict[int, list[float]] = {}
     for other in others:
         for update, _, value in points(other, key):

@@ -246,7 +246,6 @@ def _all_notes(table: str, groups: dict[Cell, list[Run]], lines: Sequence[Sequen
 
 
 def _notes(of_cell: Sequence[Run], groups: dict[Cell, list[Run]]) -> list[str]:
-    """What a reader of the cell must know."""
     notes, first = [], of_cell[0]
     cell = f"{first.label} {first.schedule}"
     complete = [run for run in of_cell if run.result]
