@@ -9,7 +9,7 @@ from engine.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors: one line, exit status 2. Options are not abbreviated."""
+    """Its errors are UserErrors: one line, exit status 2. Options are not abbreviated."""
 
     def __init__(self, **settings: str) -> None:
         super().__init__(allow_abbrev=False, **settings)

@@ -2,8 +2,8 @@
 
     bash scripts/compare.sh --task digits --methods "adam apollo mypackage.MyOptimizer"      --help lists the options
 
-Trials are ordinary runs in <runs>/<table>/search/<row>/<setting>/. The next step is a function of the complete run
-folders (scripts/protocol.py), so the same command continues after a kill and gives the same table.
+Trials are ordinary runs in <runs>/<table>/search/<row>/<setting>/. The complete ones decide the next step
+(scripts/protocol.py), so the same command continues after a kill and gives the same table.
 """
 
 import argparse
@@ -34,15 +34,15 @@ from scripts.text_table import format_table
 
 COMPARISONS = CONFIGS / "comparison"
 METHODS = ("sgd", "adam", "radam", "apollo")
-TRIAL_SEED = 8191  # of every trial, and not of any final run
-SEEDS = [1, 101, 201]  # of the final runs, if nobody published the table
-HELD_OUT = 0.1  # share of the training data, if the data set has no validation split and the config names no share
+TRIAL_SEED = 8191  # of no final run
+SEEDS = [1, 101, 201]  # of the final runs, if the table has no published seeds
+HELD_OUT = 0.1  # share of the training data, if neither data set nor config names a validation split
 METRICS = {"classification": "top1", "language_model": "ppl", "nmt": "fairseq_bleu"}
 NOT_SET = REFUSED | {"row": "--methods", "optimizer": "a line in configs/search", "table": "--config"}
 
 
 class Stopped(Exception):
-    """Some runs have failed, or a signal came. The argument is the exit status."""
+    """Some runs have failed, or a signal came. It holds the exit status."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Comparison:
         return self.folder / f"{method.row}_{self.schedule}" / f"seed{seed}"
 
     def score(self, method: Method, setting: Setting) -> float:
-        """How good the complete trial is on the validation split: higher is better, -inf where it diverged."""
+        """The trial's validation value: higher is better, -inf where it diverged."""
         folder = self.trial_folder(method, setting)
         result = read_result(folder)
         if result.get("diverged"):
@@ -92,8 +92,6 @@ class Comparison:
 
 @dataclass
 class Tuned:
-    """A method and what its search found."""
-
     method: Method
     step: int  # of the best rate
     setting: Setting  # the chosen one
@@ -125,7 +123,7 @@ def main(arguments: list[str]) -> int:
 
 
 def search_rates(comparison: Comparison, steps: range, options: argparse.Namespace) -> tuple[list[Tuned], list[str]]:
-    """Try every method at all `steps`, and at further ones while a best one is at an edge. Returns notes too."""
+    """Try all methods at `steps`, and at further ones while a best one is at an edge. Also returns notes."""
     methods, asked = comparison.methods, len(steps)
     while True:
         jobs = [comparison.trial(method, method.setting(step)) for method in methods for step in steps]
@@ -155,7 +153,7 @@ def search_rates(comparison: Comparison, steps: range, options: argparse.Namespa
 
 
 def search_decays(comparison: Comparison, tuned: Sequence[Tuned], options: argparse.Namespace) -> list[str]:
-    """Try the weight decays at the best rates, and put the best ones into `tuned`. Returns notes for the reader."""
+    """Try the weight decays at the best rates, and put the best ones into `tuned`. Returns notes."""
     if without := [one.method.row for one in tuned if one.method.decay is None]:
         return [f"Weight decay was tuned for no method, as there is none in {', '.join(without)}."]
     jobs = [comparison.trial(one.method, one.method.setting(one.step, f)) for one in tuned for f in FACTORS]
@@ -173,7 +171,7 @@ def search_decays(comparison: Comparison, tuned: Sequence[Tuned], options: argpa
 
 
 def run_stage(stage: str, jobs: Sequence[Job], comparison: Comparison, options: argparse.Namespace) -> None:
-    """Run those of `jobs` that are not complete. Raises Stopped if some have failed, or if a signal came."""
+    """Run those of `jobs` that are not complete. Raises Stopped."""
     path = write_list(jobs, options.runs / "lists", f"{comparison.table}_{stage}")
     display = Display()
 
@@ -188,7 +186,7 @@ def run_stage(stage: str, jobs: Sequence[Job], comparison: Comparison, options: 
 
 
 def accept_diverged(turns: Sequence[Turn], metric: str) -> None:
-    """Give a run whose loss was not finite the worst result, so that it is complete."""
+    """Complete a run whose loss was not finite, with the worst result."""
     for turn in turns:
         if turn.state is State.FAILED and DIVERGED in turn.error:
             result = {"metric": metric, "diverged": True, "error": turn.error, "complete": True}
@@ -197,7 +195,6 @@ def accept_diverged(turns: Sequence[Turn], metric: str) -> None:
 
 
 def table(comparison: Comparison, tuned: Sequence[Tuned], final_seeds: Sequence[int]) -> str:
-    """A line for each method: the chosen setting, the number of trials, and the results."""
     metric = METRICS[comparison.task]
     header = ["method", "rate", "weight decay", "trials", "validation", f"test {metric}: mean (std)", "n"]
     lines = []
@@ -221,7 +218,6 @@ def table(comparison: Comparison, tuned: Sequence[Tuned], final_seeds: Sequence[
 
 
 def dry_run(comparison: Comparison, steps: range, final_seeds: Sequence[int], options: argparse.Namespace) -> str:
-    """The runs and an estimate of their cost."""
     from scripts.estimate import estimate
 
     jobs = []
@@ -263,7 +259,7 @@ def config_of(task: str) -> Path:
 
 
 def task_of(config: Path, overrides: Sequence[str]) -> str:
-    """The package that trains `config`: its table's, or the one that accepts it. Raises UserError if none does."""
+    """The package of the config's table, or one that accepts it. Raises UserError if none does."""
     if known := next((TASKS[name] for name in (config.stem, config.parent.name) if name in TASKS), None):
         return known
     if not config.is_file():

@@ -1,7 +1,6 @@
-"""Estimates the cost of runs before any starts. It times some updates of each distinct cell with the command itself.
+"""Estimates the cost of runs. It times some updates of each distinct cell with the command itself.
 
-A cell is timed as it will run (model, batch, optimizer, precision, number of processes). The hours are those of
-training alone, without evaluations.
+The hours are those of training alone, without evaluations.
 """
 
 import json
@@ -28,10 +27,10 @@ from scripts.tables import load_settings
 from scripts.text_table import format_table
 
 UPDATES = 30
-WARM_UP = 5  # the first updates allocate, choose kernels, compile
-START_S, TRAIN_S, SAVE_S = 300, 60, 120  # limits: until the first update, for the other updates, to save
+WARM_UP = 5  # updates that allocate, choose kernels, compile
+START_S, TRAIN_S, SAVE_S = 300, 60, 120  # limits: until the first update, for the others, to save
 POLL_S = 0.01
-# Settings that change neither the time nor the memory of an update.
+# They change neither the time nor the memory of an update.
 SAME_COST = ("table", "row", "seed", "run_dir", "schedule", "epochs", "updates")
 
 
@@ -46,10 +45,7 @@ class Measured:
 
 
 def estimate(jobs: Sequence[Job], places: Places) -> str:
-    """A table of the cost of those of `jobs` that are not complete, one line for each distinct cell.
-
-    A cell that cannot be timed is listed with its error.
-    """
+    """A table of the cost of the incomplete ones of `jobs`: a line for each distinct cell, or its error."""
     unfinished = [job for job in jobs if not job.complete]
     if not unfinished:
         return "every run is complete: nothing would be run"
@@ -69,7 +65,7 @@ def estimate(jobs: Sequence[Job], places: Places) -> str:
                 notes.append(f"{cell}: not timed: {error}")
                 failed += len(of_cell)
                 continue
-            # Runs of a cell may have different lengths. Their updates are computed from those of the timed run.
+            # Runs of a cell may have different lengths.
             of_run = measured.update_s * measured.updates_in_all / 3600
             of_all = of_run * sum(job.length / first.length for job in of_cell)
             on_disk = measured.disk_mb * len(of_cell)
@@ -103,13 +99,13 @@ HEADER = ("cell", "runs", "ms/update", "updates", "hours a run", "hours", "memor
 
 
 def what_costs(job: Job) -> str:
-    """The settings of `job` that its cost depends on; the same text for every run of a cell."""
+    """The settings that its cost depends on, as text."""
     settings = load_settings(job.task, job.config, job.overrides).model_dump(mode="json")
     return json.dumps({"task": job.task} | {key: value for key, value in settings.items() if key not in SAME_COST})
 
 
 def measure(job: Job, settings: Any, places: Places, temporary: Path) -> Measured:
-    """Time some updates of `job`, on synthetic data if its own are not there. Raises UserError if that fails."""
+    """Time some updates, on synthetic data if the job's own are missing. Raises UserError where it cannot."""
     folder = Path(tempfile.mkdtemp(dir=temporary))
     overrides, size, synthetic = [f"run_dir={folder}", "log_every=1", "checkpoint.minutes=1000000"], None, ""
     name, root = settings.data.name, Path(getattr(settings.data, "root", "."))
@@ -160,7 +156,7 @@ def measure(job: Job, settings: Any, places: Places, temporary: Path) -> Measure
 
 
 def whole_length(job: Job, run: Path, settings: Any, size: int | None) -> int:
-    """Updates of the whole run, from its environment.json or the real data's `size`."""
+    """Updates of the whole run, by its environment.json or the real data's `size`."""
     if job.unit == "update":
         return job.length
     recipe = json.loads((run / "environment.json").read_text())["recipe"]
@@ -172,13 +168,13 @@ def whole_length(job: Job, run: Path, settings: Any, size: int | None) -> int:
 
 
 def gpu_memory_mb(devices: str) -> float:
-    """Memory in use, in MiB, on the one of `devices` (comma-separated) that uses most; 0 if it is unknown."""
+    """MiB in use on the one of `devices` (comma-separated) that uses most; 0 if unknown."""
     used = nvidia_smi(f"--id={devices}", "--query-gpu=memory.used")
     return max((float(text) for text in used if text.isdecimal()), default=0.0)
 
 
 def resident_mb(pid: int) -> float:
-    """Peak resident memory, in MiB, of a process and its descendants; 0 if the system does not tell."""
+    """Peak resident MiB of a process and its descendants; 0 if unknown."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

@@ -1,4 +1,4 @@
-"""Carries out a list of runs, on this machine or in SLURM's queue: what reproduce.sh and compare.sh have in common."""
+"""Carries out a list of runs, here or in SLURM's queue, for reproduce.sh and compare.sh."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from scripts.pool import Places, State, Turn, places_for, run_jobs
 
 
 def add_options(parser: argparse.ArgumentParser, runs: str) -> None:
-    """The options that say where and how the runs are carried out; `runs` is the default of --runs."""
+    """The options on where and how runs are carried out; `runs` is the default of --runs."""
     parser.add_argument("--jobs", type=positive, metavar="N", help="runs at a time; default: one for each --gpus GPUs")
     parser.add_argument(
         "--gpus", type=positive, default=1, metavar="N", help="processes of a run, one GPU each; default: 1"
@@ -29,10 +29,9 @@ def add_options(parser: argparse.ArgumentParser, runs: str) -> None:
 def carry_out(
     jobs: Sequence[Job], name: str, options: argparse.Namespace, watch: Callable[[Sequence[Turn]], None]
 ) -> tuple[int, list[Turn]]:
-    """Run those of `jobs` that are not complete. Returns an exit status and the turns with their states.
+    """Run the incomplete ones of `jobs`. Returns an exit status and the turns with their states.
 
-    The status is 1 if runs have failed. If a signal stopped the others, this is said, and the status is 128 + the
-    signal's number. `name` is that of the jobs in SLURM's queue.
+    The status is 1 if runs have failed, else 0 or 128 + the number of a signal. `name` is for SLURM's queue.
     """
     if options.executor == "slurm":
         from scripts.slurm import Request, run_in_queue

@@ -1,6 +1,6 @@
 """Single runs, one process each. All are checked before the first one starts.
 
-A list is a file of JSON lines, one line per run. The run folders say what is done.
+A list is a file of JSON lines, one per run. The run folders say what is done.
 """
 
 import hashlib
@@ -29,44 +29,44 @@ REFUSED = {"seed": "--seeds", "run_dir": "--runs", "table": "a config of your ow
 class Job:
     task: str  # the package whose train.py trains it
     config: str
-    overrides: tuple[str, ...]  # settings on top of the config, including the run folder
-    folder: str  # the run folder
+    overrides: tuple[str, ...]  # the run folder included
+    folder: str
     length: PositiveInt
     unit: Literal["epoch", "update"]  # of the length
 
     @property
     def complete(self) -> bool:
-        """Whether the run folder now holds a complete run. Raises UserError if its result.json is damaged."""
+        """Whether the run is complete now. Raises UserError if its result.json is damaged."""
         result = read_result(Path(self.folder))
         return bool(result and result.get("complete"))
 
     @property
     def log(self) -> Path:
-        """The process's output, in a file beside the run folder."""
+        """Beside the run folder."""
         return Path(f"{self.folder}.log")
 
     def command(self, launcher: Sequence[str] = ()) -> list[str]:
-        """The command that one would type. `launcher` holds torchrun's words, if it is used."""
+        """What one would type. `launcher` holds torchrun's words, if any."""
         return [sys.executable, *launcher, "-m", f"{self.task}.train", self.config, *self.overrides]
 
 
 def torchrun(gpus: int) -> list[str]:
-    """The words that start `gpus` processes on this machine. After a worker dies, the job resumes from a checkpoint."""
+    """Words that start `gpus` processes here. After a worker's death the job resumes from a checkpoint."""
     if gpus == 1:
         return []
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "--max_restarts=2"]
 
 
 def division(task: str, config: Path, overrides: Sequence[str], gpus: int) -> list[str]:
-    """What `gpus` need on top of `overrides`: nothing, or passes that they divide; then it says what this changes.
+    """What `gpus` need on top of `overrides`: nothing, or passes that they divide; stderr tells what this changes.
 
-    Raises UserError for a config or an override that is wrong, and where no division is possible.
+    Raises UserError for a wrong config or override, and for no possible division.
     """
     settings = load_settings(task, config, overrides)
     batch, passes = settings.batch, settings.passes
     if passes % gpus == 0:
         return []
-    from engine.distributed import divide  # here, because importing torch takes seconds
+    from engine.distributed import divide  # importing torch takes seconds
 
     found = divide(batch, passes, gpus)
     if found is None:
@@ -83,10 +83,9 @@ def division(task: str, config: Path, overrides: Sequence[str], gpus: int) -> li
 
 
 def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[str] = ()) -> Job:
-    """The run of `config` with `seed`, in its default folder, with the folder `runs` instead of `runs/`.
+    """The run of `config` with `seed`, in its default folder below `runs`.
 
-    Raises UserError for a wrong config or override, for an override that names another run (REFUSED), and if the folder
-    holds a run with other settings.
+    Raises UserError for a wrong config, a wrong or REFUSED override, and a folder of a run with other settings.
     """
     refuse(overrides, REFUSED, "a row")
     overrides = (f"seed={seed}", *overrides)
@@ -95,17 +94,14 @@ def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[st
 
 
 def refuse(overrides: Sequence[str], refused: Mapping[str, str], what: str) -> None:
-    """Raise UserError for an override of a key in `refused`, which gives what to use instead."""
+    """Raise UserError for an override of a key in `refused`, whose value says what to use."""
     for key in (override.partition("=")[0] for override in overrides):
         if use := refused.get(key.partition(".")[0]):
             raise UserError(f"{key}= cannot be set for {what}, whose runs each have their own: use {use}")
 
 
 def job_of(task: str, config: Path, overrides: Sequence[str], folder: Path, settings: RunConfig) -> Job:
-    """The run of `config` with `overrides`, which make `settings`, in `folder`.
-
-    Raises UserError if the folder holds a run with other settings.
-    """
+    """`config` and `overrides` make `settings`. Raises UserError if `folder` holds a run with other settings."""
     require_same_settings(settings, folder, "another folder with --runs")
     path = str(folder) if yaml.safe_load(str(folder)) == str(folder) else json.dumps(str(folder))  # an override is YAML
     unit = "epoch" if hasattr(settings, "epochs") else "update"
@@ -113,9 +109,9 @@ def job_of(task: str, config: Path, overrides: Sequence[str], folder: Path, sett
 
 
 def write_list(jobs: Sequence[Job], folder: Path, name: str) -> Path:
-    """Write `jobs` to `<name>-<digest>.jsonl` in `folder`. The same jobs have the same path and are written once.
+    """Write `jobs` to `<name>-<digest>.jsonl` in `folder`. The same jobs have the same path.
 
-    Raises UserError if two jobs share a run folder, or if the list cannot be written.
+    Raises UserError if two jobs share a run folder, or the list cannot be written.
     """
     folders = [job.folder for job in jobs]
     if twice := next((path for path in folders if folders.count(path) > 1), None):
@@ -134,7 +130,7 @@ def write_list(jobs: Sequence[Job], folder: Path, name: str) -> Path:
 
 
 def read_list(path: Path) -> list[Job]:
-    """The jobs of a list. Raises UserError for a file that is no list, and names the wrong line."""
+    """Raises UserError for a file that is no list, and names the wrong line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

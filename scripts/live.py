@@ -1,4 +1,4 @@
-"""Shows jobs while they run: on a terminal one table that is redrawn, otherwise single lines."""
+"""Shows jobs while they run: a redrawn table on a terminal, otherwise single lines."""
 
 import json
 import os
@@ -18,17 +18,17 @@ from scripts.text_table import format_table
 METRICS = {"classification": "test_top1", "language_model": "test_ppl", "nmt": "valid_bleu"}
 TAIL_BYTES = 65_536  # read from the end of metrics.jsonl
 REDRAW_S = 0.5
-LINES_S = 600  # without a terminal: between two reports on the running jobs
+LINES_S = 600  # between two reports on running jobs, without a terminal
 SHOWN_FIRST = (State.RUNNING, State.HELD, State.FAILED, State.STOPPED, State.WAITING, State.COMPLETE)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The last values in a run's metrics.jsonl."""
+    """The last values in metrics.jsonl."""
 
     update: int = 0
     epoch: int = 0  # epochs begun
-    evaluated_at: tuple[int, int] | None = None  # epoch and update of the last evaluation
+    evaluated_at: tuple[int, int] | None = None  # epoch and update
     loss: float | None = None
     metric: float | None = None
 
@@ -39,7 +39,7 @@ class Progress:
         return self.evaluated_at[0] if self.evaluated_at else 0
 
     def updates(self, job: Job) -> int | None:
-        """Updates of the whole run. If its length is in epochs, they are known after the first evaluation."""
+        """Updates of the whole run. A length in epochs gives them after the first evaluation."""
         if job.unit == "update":
             return job.length
         if self.evaluated_at is None:
@@ -71,11 +71,9 @@ def read_progress(job: Job) -> Progress:
 
 @dataclass
 class Display:
-    """Shows the turns on stderr."""
-
     started: float = field(default_factory=time.monotonic)
-    first_seen: dict[str, tuple[float, int]] = field(default_factory=dict)  # folder: when, and the update then
-    drawn: int = 0  # lines of the table on the terminal
+    first_seen: dict[str, tuple[float, int]] = field(default_factory=dict)  # folder to the time and the update then
+    drawn: int = 0  # lines on the terminal
     shown_at: float = float("-inf")
     states: dict[str, State] = field(default_factory=dict)  # as last printed, without a terminal
 
@@ -99,7 +97,7 @@ class Display:
         self.drawn = len(lines)
 
     def _tell(self, turns: Sequence[Turn]) -> None:
-        """Print each change of state, and every LINES_S seconds each running job."""
+        """Print each change of state, and every LINES_S the running jobs."""
         remind = time.monotonic() - self.shown_at >= LINES_S
         if remind:
             self.shown_at = time.monotonic()
@@ -131,7 +129,6 @@ HEADER = ("run", "done", "loss", "metric", "left", "state")
 
 
 def counts(turns: Sequence[Turn], started: float) -> str:
-    """The number of jobs in each state, in one line."""
     states = Counter(turn.state for turn in turns)
     parts = [f"{states[state]} {state.value}" for state in State if states[state]]
     return f"{len(turns)} runs: {', '.join(parts)}; {duration(time.monotonic() - started)} so far"

@@ -1,4 +1,4 @@
-"""The methods of a comparison: rows of configs/search/<task>.yaml, or any other optimizer by its dotted name."""
+"""The methods of a comparison: rows of configs/search/<task>.yaml, or any optimizer by its dotted name."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ from engine.errors import UserError, nearest, settings_of
 from engine.parameter_groups import over_one_group
 from scripts.protocol import Method
 
-MODEL = "adam"  # a class without its own row begins with this row's rate and weight decay
-FLAGS = ("decoupled_weight_decay", "weight_decouple")  # settings by which some classes decouple the decay
-DECOUPLED = {  # classes that always do, without such a setting or (Adan) whatever it is
+MODEL = "adam"  # a class without a row begins with this row's rate and weight decay
+FLAGS = ("decoupled_weight_decay", "weight_decouple")  # settings that decouple the decay
+DECOUPLED = {  # classes that always do, without a flag or (Adan) whatever it is
     *("Adafactor", "Muon"),  # of torch.optim
-    *("AdamWScheduleFree", "RAdamScheduleFree"),  # of schedulefree (1.4.1): it is added to the normalised gradient
+    *("AdamWScheduleFree", "RAdamScheduleFree"),  # of schedulefree (1.4.1): added to the normalised gradient
     *("Adan", "Conda", "DASH", "Fira", "FlashAdamW", "GaLore", "ScheduleFreeAdamW", "ScheduleFreeRAdam"),
     *("SOAP", "SPAM", "StableSPAM"),  # with the line above, of pytorch_optimizer (4.1.0)
 }
@@ -31,13 +31,13 @@ class Line(OptimizerConfig):
 
 
 class Lines(RootModel[dict[str, Line]]):
-    """A file of configs/search: row to optimizer."""
+    """Row to optimizer, in configs/search."""
 
 
 def read_methods(path: Path, names: Sequence[str]) -> list[Method]:
     """The methods called `names`: rows in `path`, or dotted names of classes.
 
-    Raises UserError for a name that is neither, and for an optimizer that does not take its settings.
+    Raises UserError for another name, and for an optimizer that does not take its settings.
     """
     lines = load_config(Lines, path).model_dump()
     methods = [method_of(name, lines, path) for name in dict.fromkeys(names)]
@@ -63,7 +63,7 @@ def method_of(name: str, lines: dict[str, Any], path: Path) -> Method:
 
 
 def complete_method(row: str, optimizer: dict[str, Any]) -> Method:
-    """The method of a row, whose optimizer and groups name their rates and decays: class defaults are tuned too.
+    """A row's method, whose optimizer and groups name their rates and decays: class defaults are tuned too.
 
     Raises UserError where one factor cannot tune the decays.
     """
@@ -86,20 +86,20 @@ def complete_method(row: str, optimizer: dict[str, Any]) -> Method:
 
 
 def made_of(settings: dict[str, Any]) -> Optimizer:
-    """An optimizer over a matrix, or a UserError where `settings` (of an optimizer or a group) cannot make one."""
+    """An optimizer over a matrix. Raises UserError for settings that make none."""
     with settings_of("optimizer"):
         others = {key: value for key, value in settings.items() if key not in ("name", "match")}
         return over_one_group(settings["name"], others, [Parameter(torch.zeros(2, 2))])
 
 
 def completed(settings: dict[str, Any], made: Optimizer) -> dict[str, Any]:
-    """`settings`, with the rate and the weight decay that the class has where they name none."""
+    """`settings`, with the class's rate and weight decay where they name none."""
     group = made.param_groups[0]
     return settings | {key: group[key] for key in ("lr", "weight_decay") if group.get(key) and key not in settings}
 
 
 def is_decoupled(optimizer: Optimizer) -> bool:
-    """Whether the weight decay, times the rate, is subtracted from the weights and not added to the gradient."""
+    """Whether rate times weight decay is subtracted from the weights, and not added to the gradient."""
     group = optimizer.param_groups[0]
     return not group.get("fixed_decay") and (  # pytorch_optimizer's decay without the rate
         group.get("weight_decay_type", "L2") != "L2"

@@ -12,7 +12,7 @@ def missing(requirements: list[str]) -> list[str]:
     """Those of `requirements` that no installed distribution satisfies."""
     try:
         from packaging.requirements import Requirement
-    except ImportError:  # several requirements depend on it, so this interpreter is bare; pip brings a copy of its own
+    except ImportError:  # the interpreter is bare; pip brings a copy of its own
         from pip._vendor.packaging.requirements import Requirement
 
     def satisfied(requirement: Requirement) -> bool:

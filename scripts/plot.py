@@ -1,6 +1,6 @@
-"""Curves of training and of evaluation: one colour per method, one line of two panels per table and schedule.
+"""Curves of training and evaluation: one colour per method, one line of two panels per table and schedule.
 
-If the training log of a table's author is known, one more line shows the updates of this log.
+If a table's author published a training log, one more line shows its updates.
 """
 
 import math
@@ -22,10 +22,9 @@ from scripts.runs import Run, author_log, by_table
 
 
 def plot_curves(runs: Sequence[Run], path: Path) -> None:
-    """Draw `runs` to `path`, in the format of its suffix. Lines are means over seeds; bands go from lowest to highest.
+    """Draw `runs` to `path`. Lines are means over seeds; bands go from lowest to highest.
 
-    Unfinished runs are drawn if a cell has no complete one. Raises UserError if there is nothing to draw, or if the
-    format is unknown.
+    Unfinished runs stand in for missing complete ones. Raises UserError for no curves and for an unknown suffix.
     """
     drawn = {place: found for place, methods in places(runs).items() if (found := evaluated(methods))}
     if not drawn:
@@ -59,7 +58,7 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
 
 
 def _draw_log(axes: Sequence[Axes], table: str, log: dict[str, Any], of_log: Sequence[Run]) -> None:
-    """The author's training loss beside that of our runs, and the share of clipped updates in our runs."""
+    """The author's training loss beside ours, and our share of clipped updates."""
     end = 1.1 * max(log["bits"])
     name, colour = STYLES[log["row"]]
     for number, run in enumerate(of_log):
@@ -84,13 +83,13 @@ def _draw(axis: Axes, methods: dict[str, list[Run]], key: str) -> None:
             continue
         unfinished = "" if runs[0].result else ", unfinished"
         label = f"{name} (n = {len(values)}{unfinished})"
-        marker = "o" if len(positions) == 1 else None  # a line through one point cannot be seen
+        marker = "o" if len(positions) == 1 else None  # one point makes no visible line
         axis.plot(positions, values.mean(0), color=colour, linewidth=1.8, marker=marker, label=label, zorder=3)
         axis.fill_between(positions, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0, zorder=2)
 
 
 def _enlarge_end(axis: Axes, methods: dict[str, list[Run]], key: str) -> None:
-    """Draw the last third of a panel again, enlarged, in the corner without curves."""
+    """Enlarge the last third of a panel in the corner without curves."""
     curves = [found for runs in methods.values() if len((found := _curves(runs, key))[0])]
     if not curves:
         return
@@ -112,7 +111,7 @@ def _enlarge_end(axis: Axes, methods: dict[str, list[Run]], key: str) -> None:
 
 
 def _curves(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions [evaluations] and values [seeds, evaluations] of the runs with values, to the shortest one's end."""
+    """Positions [evaluations] and values [seeds, evaluations] of the runs with values."""
     found = [[line for line in run.evaluations if isinstance(line.get(key), (int, float))] for run in runs]
     steps = list(zip(*filter(None, found), strict=False))  # as long as the shortest
     positions = [step[0][runs[0].unit] for step in steps]

@@ -1,6 +1,6 @@
-"""Runs jobs, several at a time, and survives the failure of any of them.
+"""Runs jobs, several at a time, and survives the failure of any.
 
-A job is complete when its run folder says so, so a pool that is killed and started again continues.
+Run folders say which jobs are complete: a pool that is killed and started again continues.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from engine.files import is_held
 from engine.machine import core_count
 from scripts.jobs import Job, torchrun
 
-# torchrun passes these signals on to the ranks, if it is new enough for this setting, and gives them time to save.
+# A new enough torchrun passes these signals on to the ranks and lets them save.
 TORCHRUN_ENVIRONMENT = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # seconds, instead of 30
@@ -38,7 +38,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 class State(Enum):
     WAITING = "waiting"
-    HELD = "held"  # another process works in the run folder
+    HELD = "held"  # another process holds the run folder
     RUNNING = "running"
     COMPLETE = "complete"
     FAILED = "failed"
@@ -50,17 +50,17 @@ class Turn:
     job: Job
     state: State = State.WAITING
     process: Popen | None = None  # None also if the job was complete from the start
-    devices: str | None = None  # the job's GPUs
-    log_start: int | None = None  # byte of the log where this process's part begins; None without a log
+    devices: str | None = None
+    log_start: int | None = None  # byte of the log where this process begins
     status: int = 0
     error: str = ""
 
 
 @dataclass(frozen=True)
 class Places:
-    # for each job at a time: its CUDA_VISIBLE_DEVICES, or None for all there are
+    # CUDA_VISIBLE_DEVICES of jobs that run at once; None for all GPUs
     devices: Sequence[str | None] = (None,)
-    gpus: int = 1  # processes of one job
+    gpus: int = 1  # processes of a job
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -72,13 +72,11 @@ def run_jobs(
     show_output: bool = False,
     watch: Callable[[Sequence[Turn]], None] = lambda turns: None,
 ) -> tuple[int, list[Turn]]:
-    """Run `jobs` to their end. Returns an exit status, 0 if all are complete, and the turns with their states.
+    """Run the incomplete ones of `jobs`. Returns an exit status and the turns with their states.
 
-    Complete jobs are skipped. A job whose folder another process holds waits. After a failure the other jobs continue;
-    without `keep_going` they are stopped. The status is that of the first failed job. If a signal stopped the jobs,
-    which save before they end, it is 128 + the signal's number.
-
-    The output goes to the logs, or with `show_output` to our own. `watch` is called several times a second.
+    A job whose folder another process holds waits. After a failure the others continue; without `keep_going` they are
+    stopped. The status is 0, that of the first failed job, or 128 + the number of a signal that stopped the jobs.
+    `show_output` shows the output instead of logging it. `watch` is called several times a second.
     """
     turns = [Turn(job) for job in jobs]
     free, ending = list(places.devices), False
@@ -97,7 +95,7 @@ def run_jobs(
             for turn in turns if not ending else ():
                 if turn.state in (State.WAITING, State.HELD) and free and _begin(turn, free[0], places, show_output):
                     free.pop(0)
-                    if received:  # a signal came while the job was being started
+                    if received:  # while the job was being started
                         turn.process.terminate()
             watch(turns)
             states = {turn.state for turn in turns}
@@ -110,10 +108,9 @@ def run_jobs(
 
 
 def places_for(at_once: int | None, gpus: int, on_cpu: bool = False) -> Places:
-    """The places for `at_once` jobs of `gpus` processes each; by default, as many jobs as there are GPUs for.
+    """The places for `at_once` jobs of `gpus` processes each; by default, as many as there are GPUs for.
 
-    If there are more jobs than GPUs, jobs share GPUs. Without a GPU, the jobs share the cores equally. Raises UserError
-    if there are fewer GPUs than one job needs.
+    More jobs share GPUs, or without a GPU the cores. Raises UserError if one job needs more GPUs.
     """
     found = [] if on_cpu else visible_gpus()
     if found and len(found) < gpus:
@@ -135,7 +132,7 @@ def visible_gpus() -> list[str]:
 
 
 def nvidia_smi(*options: str) -> list[str]:
-    """What nvidia-smi answers to a query, a line for each GPU; nothing if it cannot answer."""
+    """A line for each GPU; empty if nvidia-smi cannot answer."""
     command = ["nvidia-smi", *options, "--format=csv,noheader,nounits"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -144,10 +141,7 @@ def nvidia_smi(*options: str) -> list[str]:
 
 
 def start(command: Sequence[str], log: IO[bytes] | None = None, environment: dict[str, str] | None = None) -> Popen:
-    """Start a process for `command`. Raises OSError if it cannot be started.
-
-    It has its own session. Otherwise a terminal would send Ctrl-C to it a second time.
-    """
+    """Start `command` in a session of its own; otherwise a terminal would send it Ctrl-C twice. Raises OSError."""
     environment = os.environ | TORCHRUN_ENVIRONMENT | (environment or {})
     return Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
 
@@ -158,10 +152,7 @@ def open_log(job: Job) -> IO[bytes]:
 
 
 def last_error(log: Path, begin: int) -> str:
-    """The line of a log, from byte `begin` on, that says why its process failed.
-
-    It is the last `error:` line, because torchrun prints much after it, or else the last line.
-    """
+    """The last `error:` line from byte `begin` on (torchrun prints much after it), or else the last line."""
     try:
         with open(log, "rb") as file:
             file.seek(begin)
@@ -173,7 +164,7 @@ def last_error(log: Path, begin: int) -> str:
 
 
 def _begin(turn: Turn, devices: str | None, places: Places, show_output: bool) -> bool:
-    """Start the turn's process, if its job is unfinished and nobody works on it. Returns whether it was started."""
+    """Start the job if it is unfinished and free. Returns whether it was started."""
     try:
         if turn.job.complete:
             turn.state = State.COMPLETE
@@ -204,7 +195,7 @@ def _end(turn: Turn, stopping: bool) -> None:
     except UserError as error:
         turn.state, turn.error = State.FAILED, str(error)
     if turn.state is State.FAILED:
-        turn.status = turn.status or 1  # status 0, but no result
+        turn.status = turn.status or 1  # 0, but no result
         said = "" if turn.log_start is None else last_error(turn.job.log, turn.log_start)
         ended = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         turn.error = turn.error or (said if status >= 0 else "") or ended
@@ -212,10 +203,9 @@ def _end(turn: Turn, stopping: bool) -> None:
 
 @contextmanager
 def _signals_handed_on(turns: Sequence[Turn]) -> Iterator[list[int]]:
-    """Context in which signals go to the running jobs. Yields the received signals.
+    """Context in which signals go to the running jobs. Yields the received ones.
 
-    Ctrl-C is passed on unchanged (a second one ends a job at once). Any other signal is passed on as SIGTERM, because
-    every version of torchrun passes that on.
+    Ctrl-C is passed on unchanged (a second one ends a job at once), others as SIGTERM, which every torchrun passes on.
     """
     received: list[int] = []
 
@@ -236,7 +226,6 @@ def _signals_handed_on(turns: Sequence[Turn]) -> Iterator[list[int]]:
 
 
 def _end_with_parent() -> None:
-    """Let Linux send SIGTERM when our parent dies, so that the jobs of a killed pool save and stop. (On other systems
-    they continue, and a new pool waits.)"""
+    """Let Linux send SIGTERM when our parent dies: jobs of a killed pool save and stop. Elsewhere they continue."""
     if sys.platform == "linux":
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

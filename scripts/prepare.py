@@ -2,8 +2,8 @@
 
     bash scripts/prepare.sh cifar10|imagenet|one_billion_words|wmt14 [SOURCE] [DEST] [--workers N]
 
-SOURCE is the download, in any form that docs/data.md names. Without it the published files are downloaded (except
-ImageNet's). DEST is by default where the configs look for the data. After an interruption, the same command continues.
+SOURCE is the download, in a form that docs/data.md names; without it the published files are downloaded (except
+ImageNet's). DEST is by default where the configs look. After an interruption, the same command continues.
 """
 
 import argparse
@@ -26,9 +26,10 @@ from language_model import benchmark
 from scripts.arguments import Parser, positive
 
 GB = 1e9
-TRIAL_BYTES = 8 << 20  # of text, encoded to estimate the whole time
-TRIAL_LINES = 1_000  # of each language, tokenized to estimate the whole time
-COPY_BYTES = 64 << 20  # read and written to estimate the whole time
+# Trials that estimate the whole time.
+TRIAL_BYTES = 8 << 20  # of text, encoded
+TRIAL_LINES = 1_000  # of each language, tokenized
+COPY_BYTES = 64 << 20  # read and written
 CIFAR_FILES = (ARCHIVES["cifar10"].file, ARCHIVES["cifar10"].unpacked)
 
 
@@ -41,8 +42,8 @@ class Plan(NamedTuple):
 
 class Table(NamedTuple):
     plan: Callable[[Path | None, Path, argparse.Namespace], Plan]
-    dest: Path  # data.root in the table's configs
-    finished: str | None  # the file that is written last; None if only `make` can tell whether all is complete
+    dest: Path  # data.root in the configs
+    finished: str | None  # the file that is written last; None if only `make` can tell
     script: str  # of its Apollo row
 
 
@@ -60,13 +61,13 @@ def main(arguments: list[str]) -> None:
         if not finished:
             print(f"will write: {amount(plan.bytes)} to {dest}, in {duration(plan.seconds)}", flush=True)
             require_space(dest, plan.bytes)
-        plan.make()  # finished data are only compared with the source
+        plan.make()  # only compares finished data with the source
     where = "" if dest == table.dest else f" {shlex.quote(f'data.root={dest}')}"
     print(f"to train a row: bash scripts/{table.script}{where}")
 
 
 def plan_cifar10(source: Path | None, dest: Path, options: argparse.Namespace) -> Plan:
-    from classification.data import read_cifar10  # here, because importing torch takes seconds
+    from classification.data import read_cifar10  # importing torch takes seconds
 
     def cifar_in(folder: Path) -> Path | None:
         return next((folder / name for name in CIFAR_FILES if (folder / name).exists()), None)
@@ -90,7 +91,7 @@ def plan_cifar10(source: Path | None, dest: Path, options: argparse.Namespace) -
             shutil.rmtree(temporary, ignore_errors=True)
             (shutil.copytree if copied.is_dir() else shutil.copy)(copied, temporary)
             temporary.rename(target)
-        read_cifar10(dest)  # downloads what is missing, unpacks it, and compares the published checksums
+        read_cifar10(dest)  # downloads, unpacks, compares checksums
 
     found = copied or there or "nothing yet: the published archive, 170 MB, will be downloaded"
     return Plan(str(found), 0.36 * GB, 20, make)
@@ -145,7 +146,7 @@ def plan_one_billion_words(source: Path | None, dest: Path, options: argparse.Na
         )
     words = read_vocabulary(vocabulary)
 
-    consumed: list[int] = []  # bytes of the source; of an archive, compressed bytes
+    consumed: list[int] = []  # bytes of the source; of an archive, compressed ones
     parts = text.parts(consumed.append)
     start = time.perf_counter()
     part = next(parts)  # an archive's part is already unpacked
@@ -190,8 +191,8 @@ def plan_wmt14(source: Path | None, dest: Path, options: argparse.Namespace) -> 
             lines += 1
     tokens = (time.perf_counter() - start) / lines * 2 * sum(WMT14.lines.values())
     is_plain = all(place.is_plain for place in places.values())
-    # Time besides tokenizing: a third of it for the subword pieces, and two minutes in one process to learn the BPE.
-    # Disk: 1.4 GB of text if it must be unpacked, 1.5 GB of temporary files, 0.5 GB of arrays.
+    # Time besides tokenizing: a third of it for the pieces, two minutes in one process to learn the BPE.
+    # Disk: 1.4 GB of unpacked text, 1.5 GB of temporary files, 0.5 GB of arrays.
     return Plan(
         ", ".join(dict.fromkeys(str(place.path) for place in places.values())),
         (2.0 if is_plain else 3.4) * GB,
@@ -209,7 +210,7 @@ TABLES = {
 
 
 def copy_speed(files: Iterable[str | Path], dest: Path) -> float:
-    """Bytes per second when `files` are read and written below `dest` at the same time, from a trial of 64 MiB."""
+    """Bytes per second when `files` are read and written below `dest` at once."""
     dest.mkdir(parents=True, exist_ok=True)
     trial = dest / "trial.tmp"
     read = written = 0.0
@@ -236,7 +237,7 @@ def copy_speed(files: Iterable[str | Path], dest: Path) -> float:
 
 
 def require_space(dest: Path, size: float) -> None:
-    """Raise UserError if the disk of `dest` lacks space for `size` bytes. Files from an earlier start count as free."""
+    """Raise UserError if the disk of `dest` lacks `size` bytes. Files of an earlier start count as free."""
     there = next(path for path in (dest.absolute(), *dest.absolute().parents) if path.exists())
     kept = sum(path.stat().st_size for path in dest.rglob("*") if path.is_file())
     free = shutil.disk_usage(there).free
@@ -247,7 +248,7 @@ def require_space(dest: Path, size: float) -> None:
 
 
 def nearest_entries(folder: Path, start: str) -> str:
-    """Up to four names in `folder`, first those that begin with `start`."""
+    """Up to four names, first those that begin with `start`."""
     names = (path.name for path in islice(folder.glob("[!.]*"), 10_000))
     return ", ".join(sorted(names, key=lambda name: (not name.startswith(start), name))[:4]) or "nothing"
 

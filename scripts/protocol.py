@@ -1,7 +1,7 @@
-"""The protocol by which scripts/compare.py tunes every method: the settings to try, as functions of the scores so far.
+"""The protocol of scripts/compare.py for every method: the settings to try, as functions of the scores so far.
 
-docs/comparing.md gives the reasons. A score is a validation value, negated if necessary, so that higher is better; -inf
-for a trial that diverged.
+docs/comparing.md gives the reasons. A score is a validation value, negated where lower is better, or -inf for a trial
+that diverged.
 """
 
 import json
@@ -10,14 +10,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FURTHEST = 9  # half decades from the centre; a search for the best rate stops there
-FACTORS = (0.2, 1.0, 5.0)  # of the weight decay, tried at the best rate
+FURTHEST = 9  # half decades from the centre, where the search for a rate stops
+FACTORS = (0.2, 1.0, 5.0)  # of the weight decay, at the best rate
 
 
 @dataclass(frozen=True)
 class Setting:
     rate: float
-    decay: float | None  # None for a method without weight decay
+    decay: float | None
 
     @property
     def name(self) -> str:
@@ -28,7 +28,7 @@ class Setting:
 class Method:
     row: str
     optimizer: Mapping[str, Any]  # as in a config; its lr is the centre of the grid
-    decoupled: bool = False  # an update subtracts rate * decay times the weights; this product is kept and varied
+    decoupled: bool = False  # updates subtract rate * decay times the weights: this product is kept and varied
 
     @property
     def decay(self) -> float | None:
@@ -43,7 +43,7 @@ class Method:
         return Setting(rate, rounded(factor * at_rate))
 
     def override(self, setting: Setting) -> str:
-        """The optimizer at `setting`, for a config. The rates and decays of its groups change in proportion."""
+        """The optimizer at `setting`, for a config. Rates and decays of groups change in proportion."""
         factors = {"lr": setting.rate / self.optimizer["lr"]}
         if setting.decay is not None:
             factors["weight_decay"] = setting.decay / self.decay
@@ -58,12 +58,12 @@ class Method:
 
 
 def rounded(value: float) -> float:
-    """Three significant digits, so that the name of a trial shows the exact value that it is trained with."""
+    """Three significant digits: the name of a trial shows its exact value."""
     return float(f"{value:.3g}")
 
 
 def best_step(scores: Mapping[int, float]) -> int | None:
-    """The step with the highest score; of several such steps the middle one. None if every trial diverged."""
+    """The step with the highest score, the middle one of several. None if every trial diverged."""
     highest = max(scores.values())
     if highest == -math.inf:
         return None
@@ -72,10 +72,9 @@ def best_step(scores: Mapping[int, float]) -> int | None:
 
 
 def widened(methods: Iterable[Mapping[int, float]]) -> tuple[int, int]:
-    """The lowest and the highest step that all methods must have been tried at.
+    """The lowest and the highest step that all methods must be tried at.
 
-    If a best step is at an edge, the grid grows there by one step. If a method has diverged at all its rates, it grows
-    at the lower edge.
+    The grid grows by one step at the edge where a best step is, and at the lower one if a method diverged at all rates.
     """
     every = list(methods)
     low, high = min(every[0]), max(every[0])
@@ -86,5 +85,5 @@ def widened(methods: Iterable[Mapping[int, float]]) -> tuple[int, int]:
 
 
 def best_factor(scores: Mapping[float, float]) -> float:
-    """The factor of the weight decay with the highest score. For equal scores 1 comes before 1/5, and 1/5 before 5."""
+    """The factor with the highest score. Of equal ones 1 comes before 1/5, and 1/5 before 5."""
     return max(scores, key=lambda factor: (scores[factor], factor == 1, -factor))

@@ -2,8 +2,8 @@
 
     bash scripts/reproduce.sh TABLE|all|LIST      --help lists the options
 
-The runs are written as a list in runs/lists. The run folders say what is done, so the same command continues after a
-kill. LIST is such a file, which you may also write yourself.
+The runs become a list in runs/lists. LIST is such a file, which you may also write yourself. The same command continues
+after a kill.
 """
 
 import argparse
@@ -41,9 +41,9 @@ def main(arguments: list[str]) -> int:
 
 
 def list_of_runs(options: argparse.Namespace) -> Path:
-    """The list that the command line names, or a new list of the runs that it names.
+    """The list that the command line names, or a new one of its runs.
 
-    Raises UserError if it names no runs, and for a wrong config or override.
+    Raises UserError if there are none, and for a wrong config or override.
     """
     valid = (*TASKS, ALL)
     if options.what not in valid:

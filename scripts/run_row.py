@@ -1,6 +1,6 @@
 """One row of a table: trains its cells over the seeds, then prints the row beside the published one.
 
-Complete runs are skipped and unfinished ones resumed. A whole table: scripts/reproduce.py.
+Complete runs are skipped and unfinished ones resumed.
 """
 
 import argparse

@@ -1,9 +1,8 @@
-"""Reads run folders in any state: whole, unfinished, still being written, damaged, or not runs at all.
+"""Reads run folders in any state: whole, unfinished, damaged, or not runs at all.
 
 A trial of a search (scripts/compare.sh) is in <runs>/<table>/search/<row>/<trial>/, a run of a table anywhere else.
-config.yaml holds its settings (`optimizer.lr` is its rate). result.json holds `validation`, its value on the split that
-the search selects by, and `final`, its value on the test set. A run that diverged is complete too: its result.json has
-`"diverged": true`, and it counts with the worst value of its metric.
+result.json holds `validation`, the value on the split that a search selects by, and `final`, the value on the test set.
+A run with `"diverged": true` is complete and counts with the worst value of its metric.
 """
 
 import json
@@ -24,11 +23,11 @@ from engine.errors import one_line
 from engine.run_record import NEUTRAL_KEYS
 from scripts.tables import ROWS, SCHEDULES, position, published
 
-# Keys that may differ within a cell: the seed, keys that change no result, and keys that change only the speed.
+# Keys that may differ within a cell; the last two change only the speed.
 NOT_OF_THE_RECIPE = (*NEUTRAL_KEYS, "seed", "compile", "channels_last")
 FILES = ("config.yaml", "result.json", "metrics.jsonl")  # a folder with one of these may be a run
 EVALUATIONS = ("epoch", "validation")  # kinds of lines in metrics.jsonl
-YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the loader in C is about ten times as fast
+YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C: ten times as fast
 
 
 def lower_is_better(metric: str) -> bool:
@@ -36,12 +35,12 @@ def lower_is_better(metric: str) -> bool:
 
 
 def worst(metric: str) -> float:
-    """The worst value of `metric`: infinity for a perplexity or a loss, 0 for an accuracy or BLEU."""
+    """Infinity for a perplexity or a loss, 0 for an accuracy or BLEU."""
     return math.inf if lower_is_better(metric) else 0.0
 
 
 class Identity(BaseModel):
-    """The keys that config.yaml must have, so that the run has a place in a table."""
+    """The keys that a config.yaml needs for a place in a table."""
 
     table: str
     row: str
@@ -58,7 +57,7 @@ class Result(BaseModel):
     complete: bool
     diverged: bool = False
     validation: float | None = None
-    final_unaveraged: float | None = None  # of the last weights, where `final` is the score of an average
+    final_unaveraged: float | None = None  # of the last weights, where `final` is that of an average
     metric: str = "top1"
     updates: int | None = None
     wall_s: float | None = None
@@ -83,7 +82,7 @@ class Result(BaseModel):
 
 
 class Environment(BaseModel):
-    """What a table takes from environment.json: the recipe that was carried out (world size, batch, passes, ...)."""
+    """environment.json; `recipe` is the one that was carried out (world size, batch, passes, ...)."""
 
     model_config = ConfigDict(extra="allow")
     recipe: dict[str, Any] = {}
@@ -98,11 +97,11 @@ class Run:
     seed: int
     config: dict[str, Any]  # config.yaml: every key, resolved
     environment: dict[str, Any]  # environment.json, without the recipe
-    recipe: dict[str, Any]  # of environment.json
+    recipe: dict[str, Any]
     result: Result | None  # None where the run is not complete
-    read_lines: Callable[[Sequence[str]], list[dict[str, Any]]] = field(repr=False)  # of metrics.jsonl, by their kinds
+    read_lines: Callable[[Sequence[str]], list[dict[str, Any]]] = field(repr=False)  # of metrics.jsonl, by kind
     trial: str | None = None  # its name in its search; None for a run of the table
-    variant: int = 1  # above 1 if its settings are not those of the cell's first recipe
+    variant: int = 1  # above 1 where it does not follow the cell's first recipe
 
     @property
     def cell(self) -> tuple[str, str]:
@@ -123,16 +122,15 @@ class Run:
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl about evaluations."""
         return self.read_lines(EVALUATIONS)
 
     @cached_property
     def training(self) -> list[dict[str, Any]]:
-        """Its log lines of training, one for every log_every updates. A record has none."""
+        """A line for every log_every updates. A record has none."""
         return self.read_lines(("train",))
 
     def logged(self, key: str, updates: Sequence[int]) -> list[float]:
-        """`key` of the log lines at these updates, interpolated; NaN before the first and after the last line."""
+        """`key` at `updates`, interpolated between log lines; NaN before the first and after the last."""
         lines = [line for line in self.training if isinstance(line.get(key), (int, float))]
         if not lines:
             return [math.nan] * len(updates)
@@ -141,9 +139,9 @@ class Run:
 
 
 def read_runs(*folders: Path) -> tuple[list[Run], list[str]]:
-    """Every run at or below `folders`, in the order of the tables; and one line for each file that cannot be used.
+    """Every run at or below `folders`, in the order of the tables; and a line for each unusable file.
 
-    These lines grow when evaluations are read later and are damaged.
+    Later readings of damaged evaluations add lines.
     """
     problems: list[str] = []
     found = sorted({folder for top in folders for folder in _run_folders(top)})
@@ -161,7 +159,7 @@ def by_table(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def author_log(table: str, runs: Sequence[Run]) -> tuple[dict[str, Any], list[Run]]:
-    """The training log that the table's author published, and the `runs` of its cell; both empty if there is none."""
+    """The author's published training log, and the `runs` of its cell; both empty without a log."""
     log = published(table).get("log_of_author", {})
     place = (table, log.get("row"), log.get("schedule"))
     return log, [run for run in runs if (run.table, *run.cell) == place and not run.trial and run.training]
@@ -174,7 +172,7 @@ def _run_folders(top: Path) -> Iterator[Path]:
 
 
 def _read_run(folder: Path, problems: list[str]) -> Run | None:
-    """The run in `folder`; None if its config.yaml does not say which run it is."""
+    """None if config.yaml does not say which run it is."""
     config = _read(folder / "config.yaml", problems)
     if config is None:
         if not (folder / "config.yaml").exists():
@@ -199,7 +197,7 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
 
 
 def make_run(folder: Path, config: dict[str, Any], **rest: Any) -> Run:
-    """The run of `config`; `rest` are its further fields. Raises ValidationError if the config lacks its identity."""
+    """`rest` are further fields. Raises ValidationError if `config` lacks its identity."""
     identity = Identity.model_validate(config)
     return Run(folder, identity.table, identity.row, identity.schedule.name, identity.seed, config, **rest)
 
@@ -208,7 +206,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def _read(path: Path, problems: list[str]) -> Any:
-    """The file's YAML or JSON; None if there is no such file, or if it cannot be read (a problem)."""
+    """None if the file is missing, or cannot be read (a problem)."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = yaml.load(text, Loader=YamlLoader) if path.suffix == ".yaml" else json.loads(text)
@@ -221,7 +219,7 @@ def _read(path: Path, problems: list[str]) -> Any:
 
 
 def _check(model: type[ModelT], values: Any, path: Path, problems: list[str]) -> ModelT | None:
-    """`values` as `model`; None if there are none, or if they do not fit (a problem)."""
+    """`values` as `model`; None if there are none, or they do not fit (a problem)."""
     if values is None:
         return None
     try:
@@ -233,7 +231,7 @@ def _check(model: type[ModelT], values: Any, path: Path, problems: list[str]) ->
 
 
 def read_metrics(path: Path, problems: list[str], kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """The lines of these kinds. The last line may be unfinished."""
+    """The last line may be unfinished."""
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
@@ -244,7 +242,7 @@ def read_metrics(path: Path, problems: list[str], kinds: Sequence[str]) -> list[
     found, damaged = [], []
     for number, line in enumerate(lines, start=1):
         if "train" not in kinds and line.startswith('{"kind": "train"') and line.endswith("}\n"):
-            continue  # parsing lines of other kinds would take most of the time
+            continue  # parsing these would take most of the time
         try:
             values = json.loads(line)
             if values["kind"] in kinds:

@@ -21,14 +21,14 @@ esac
 
 is_suitable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
-# True if the interpreter has torchvision and a new enough torch. They are found and not imported: that takes seconds.
+# True if the interpreter has torchvision and a new enough torch. Importing them would take seconds.
 has_torch() {
   is_suitable "$1" && "$1" -c 'import sys; from importlib.util import find_spec
 sys.exit(not (find_spec("torch") and find_spec("torchvision")))' 2>/dev/null &&
     ! "$1" -m scripts.missing 2>/dev/null | grep -q '^torch'
 }
 
-# True if pip would refuse to install (PEP 668: the system's own Python on Debian, Ubuntu, Homebrew and others).
+# True if pip would refuse to install (PEP 668: the system's Python on Debian, Homebrew and others).
 is_externally_managed() {
   [ -z "${PIP_BREAK_SYSTEM_PACKAGES:-}" ] && "$1" -c 'import os, sys, sysconfig
 mark = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
@@ -59,7 +59,7 @@ for current in python python3; do
   fi
 done
 
-# If the current python has torch but lacks something, and pip may not install into it, a .venv on top uses its torch.
+# If the current python lacks something, and pip may not install into it, a .venv on top uses its torch.
 options=""
 if [ "$python" != .venv/bin/python ] && [ -n "$("$python" -m scripts.missing)" ] && is_externally_managed "$python"; then
   base=$python

@@ -1,6 +1,6 @@
 """The runs of a list as one array of SLURM jobs, through submitit.
 
-A job that is preempted, or whose time is up, gets a signal. Its training saves and ends, and the job is queued again.
+A job that is preempted, or whose time is up, gets a signal: its training saves and ends, and it is queued again.
 """
 
 import os
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from submitit import DelayedSubmission
     from submitit import Job as Submitted
 
-SAVE_S = 180  # seconds before its time is up, a job gets its signal
-TIMEOUTS = 1000  # how often a job may be requeued; each time it continues from its checkpoint
+SAVE_S = 180  # the signal comes so long before the time is up
+TIMEOUTS = 1000  # how often a job may be requeued
 WATCH_S = 10
 
 
 @dataclass(frozen=True)
 class Request:
-    at_once: int = 8  # jobs of the array that run at once
+    at_once: int = 8
     gpus: int = 1  # on each machine
     nodes: int = 1
     on_cpu: bool = False
@@ -40,7 +40,7 @@ class Request:
 
 
 class Training:
-    """One run, called inside its job. submitit calls `checkpoint` when the job must end."""
+    """One run, inside its job. submitit calls `checkpoint` when the job must end."""
 
     def __init__(self, job: Job, gpus: int, nodes: int) -> None:
         self.job, self.gpus, self.nodes = job, gpus, nodes
@@ -58,7 +58,7 @@ class Training:
             begin = log.tell() if log else 0
             process = start(self.job.command(launcher), log)
         self.pid = process.pid
-        signal.signal(signal.SIGTERM, self._stop)  # from scancel, and from a preemption without notice
+        signal.signal(signal.SIGTERM, self._stop)  # of scancel, or a preemption without notice
         self._wait()
         self.pid = None
         process.poll()  # reaps it
@@ -66,7 +66,7 @@ class Training:
             raise RuntimeError(last_error(self.job.log, begin))
 
     def checkpoint(self) -> "DelayedSubmission":
-        """Let the training save and end. Returns the submission that replaces this job."""
+        """Let the training save and end. Returns the job's replacement."""
         from submitit.helpers import DelayedSubmission
 
         self._stop()
@@ -74,7 +74,7 @@ class Training:
         return DelayedSubmission(Training(self.job, self.gpus, self.nodes))
 
     def _over_nodes(self, first: str, job_id: str) -> list[str]:
-        """torchrun's words for one of several machines, which meet on the machine `first`."""
+        """torchrun's words for machines that meet on `first`."""
         port = 20_000 + int(job_id) % 10_000  # differs between jobs
         meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint={first}:{port}", f"--rdzv_id={job_id}"]
         sizes = [f"--nnodes={self.nodes}", f"--nproc_per_node={self.gpus}", "--max_restarts=2"]
@@ -85,17 +85,16 @@ class Training:
             os.kill(self.pid, signal.SIGTERM)
 
     def _wait(self) -> None:
-        """Wait until the training has ended, without reaping it: a signal handler may wait for the same process."""
+        """Wait for the training's end without reaping it: a signal handler may wait for it too."""
         if self.pid is not None:
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
 
 
 def submit(jobs: Sequence[Job], name: str, folder: Path, request: Request, cluster: str = "slurm") -> "list[Submitted]":
-    """Put the incomplete jobs of `jobs` into the queue as one array called `name`.
+    """Put the incomplete ones of `jobs` into the queue as one array called `name`.
 
-    submitit keeps its files in `folder`, which must be on a disk that every machine sees. `cluster` is "slurm", or
-    submitit's "local" to try the same path without SLURM. Raises UserError if submitit or SLURM is missing, or if SLURM
-    refuses the jobs.
+    submitit keeps its files in `folder`, which every machine must see. `cluster` is "slurm", or "local" to try this
+    without SLURM. Raises UserError if submitit or SLURM is missing, or SLURM refuses the jobs.
     """
     try:
         from submitit import AutoExecutor
@@ -139,13 +138,13 @@ def in_queue(name: str) -> int:
 def run_in_queue(
     jobs: Sequence[Job], name: str, folder: Path, request: Request, watch: Callable[[Sequence[Turn]], None]
 ) -> tuple[int, list[Turn]]:
-    """Like `run_jobs`, but through the queue. Submits the incomplete jobs unless it has jobs called `name`, and waits.
+    """`run_jobs` through the queue. Submits the incomplete jobs unless it has jobs called `name`, and waits.
 
     The jobs stay in the queue if the waiting process ends.
     """
     turns = [Turn(job, log_start=0) for job in jobs]
     if not in_queue(name) and not all(job.complete for job in jobs):
-        for turn in turns:  # an error of an earlier attempt is none of this one's
+        for turn in turns:  # errors of earlier attempts do not count
             turn.log_start = turn.job.log.stat().st_size if turn.job.log.exists() else 0
         submitted = submit(jobs, name, folder, request)
         print(f"{len(submitted)} jobs submitted as {name}; scancel --name {name} takes them back", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Small random data sets in the shapes and formats of the real ones, to time a training without its data."""
+"""Small random data sets in the formats of the real ones, to time a training without its data."""
 
 import os
 import subprocess
@@ -17,15 +17,12 @@ SIZES = {  # of an epoch of the real set: images, or tokens
     "cifar10": 50_000,
     "cifar100": 50_000,
     "imagenet": 1_281_167,
-    "prepared": 829_000_000,  # One Billion Words with the standard vocabulary (docs/data.md)
+    "prepared": 829_000_000,  # One Billion Words (docs/data.md)
 }
 
 
 def make_data(name: str, root: Path) -> list[str]:
-    """Write a synthetic data set in place of `name`, one of MAKERS, to `root`, once.
-
-    Returns the overrides that make a training use it.
-    """
+    """Write a data set in place of `name`, one of MAKERS, to `root`, once. Returns the overrides that select it."""
     done = root / "done"
     if not done.exists():
         root.mkdir(parents=True, exist_ok=True)
@@ -36,7 +33,7 @@ def make_data(name: str, root: Path) -> list[str]:
 
 
 def _images(train: int, test: int, classes: int, size: tuple[int, int], suffix: str, test_name: str) -> Callable:
-    """A maker of a folder tree with so many images of each class."""
+    """A maker of a folder tree; counts are per class."""
 
     def make(root: Path) -> None:
         random = np.random.default_rng(0)
@@ -52,7 +49,7 @@ def _images(train: int, test: int, classes: int, size: tuple[int, int], suffix: 
 
 
 def _text(root: Path) -> None:
-    """200,000 words of a vocabulary of 793,470, with the frequencies of Zipf's law."""
+    """200,000 words of a vocabulary of 793,470, by Zipf's law."""
     words = np.array([f"w{number}" for number in range(793_468)])
     vocabulary = ["<S>", "<UNK>", *words.tolist()]
     counts = range(2 * len(vocabulary), len(vocabulary), -1)

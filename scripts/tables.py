@@ -1,4 +1,4 @@
-"""The tables of the paper: which task trains a table's cells, where the cells stand, and what was published."""
+"""The tables of the paper: their tasks, the configs of their cells, and what was published."""
 
 import re
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ TASKS = {
     "imagenet": "classification",
     "one_billion_words": "language_model",
     "wmt14_en_de": "nmt",
-    # the table of scripts/quickstart.sh
+    # of scripts/quickstart.sh
     "digits": "classification",
     "pydoc_topics": "language_model",
     "grammar": "nmt",
-    # today's test bed of optimizers, beside the LSTMs
+    # beside the LSTMs
     "pydoc_topics_transformer": "language_model",
     "news_transformer": "language_model",
 }
@@ -31,25 +31,24 @@ SCHEDULES = ("milestone", "cosine", "inverse_sqrt", "linear", "wsd")  # as files
 
 
 def load_settings(task: str, config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config at `config`, resolved and checked as by train.py of `task`. Raises ConfigError."""
+    """The config as the task's train.py resolves and checks it. Raises ConfigError."""
     return load_config(import_module(f"{task}.config").Config, config, overrides)
 
 
 def load_cell(table: str, config: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config at `config` for runs of `table`, resolved and checked. Raises ConfigError."""
+    """`load_settings` for a run of `table`."""
     return load_settings(TASKS[table], config, overrides)
 
 
 def is_same_update(task: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two configs of `task` make the same updates; they may divide them into different passes."""
+    """Whether two configs make the same updates, perhaps divided into other passes."""
     return update_of(task, one) == update_of(task, other)
 
 
 def update_of(task: str, config: dict[str, Any]) -> tuple[Any, ...]:
     """What defines an update, whatever its division into passes.
 
-    Rows of text are independent, but images share the statistics of BatchNorm, and sentences a batch of similar
-    lengths.
+    Rows of text are independent; images share the statistics of BatchNorm, and sentences a batch of similar lengths.
     """
     batch, passes = config.get("batch"), config.get("passes")
     if not (isinstance(batch, int) and isinstance(passes, int)):
@@ -59,14 +58,14 @@ def update_of(task: str, config: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def rows(table: str) -> list[str]:
-    """The rows of a table that have configs, in the order of the published tables."""
+    """The rows that have configs, in the published order."""
     stems = {path.stem for path in (CONFIGS / table).glob("*.yaml")} - {"base", "published"}
     found = {re.sub(f"_({'|'.join(SCHEDULES)})$", "", stem) for stem in stems}
     return sorted(found, key=lambda row: position(row, ROWS))
 
 
 def cells(table: str, row: str) -> dict[str, Path]:
-    """Schedule to config for each cell of a row: `<row>_<schedule>.yaml`, or `<row>.yaml` if there is only one."""
+    """Schedule to config for a row's cells: `<row>_<schedule>.yaml`, or `<row>.yaml` if there is only one."""
     alone = CONFIGS / table / f"{row}.yaml"
     if alone.exists():
         return {load_cell(table, alone).schedule.name: alone}
@@ -76,7 +75,7 @@ def cells(table: str, row: str) -> dict[str, Path]:
 
 @cache
 def published(table: str) -> dict[str, Any]:
-    """What the authors published; empty for a table that is not theirs."""
+    """What the authors published; empty for other tables."""
     path = CONFIGS / table / "published.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8-sig")) if path.exists() else {}
 
@@ -88,10 +87,10 @@ def later_rows(table: str) -> set[str]:
 
 
 def seeds_of(table: str) -> list[int]:
-    """The published seeds, or one if nobody published the table."""
+    """The published seeds, or one seed."""
     return published(table).get("seeds", [1])
 
 
 def position(name: str, order: tuple[str, ...]) -> tuple[int, str]:
-    """A sorting key: names in `order` come first, in this order."""
+    """A sorting key: names in `order` come first."""
     return (order.index(name) if name in order else len(order), name)

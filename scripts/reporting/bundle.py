@@ -1,8 +1,8 @@
-"""Makes the bundle for a release of a trained model: settings, environment, metrics, result, weights, checksums.
+"""Makes the bundle for a release of a trained model.
 
     config.yaml  environment.json  metrics.jsonl  result.json     as the run left them
-    weights.safetensors     the model's state_dict, with its own names, that gave the run's score: float32 as trained,
-                            of the optimizer's eval mode, or averaged. The metadata name run, update and vocabulary
+    weights.safetensors     the state_dict that gave the run's score: float32 as trained, of the optimizer's eval mode,
+                            or averaged. The metadata name run, update and vocabulary
     codec.json              the vocabulary of a translation run
     SHA256SUMS              for `sha256sum -c SHA256SUMS`
 
@@ -23,9 +23,9 @@ COPIED = ("config.yaml", "environment.json", "metrics.jsonl", "result.json", "co
 
 
 def write_bundle(run_dir: Path, into: Path) -> Path:
-    """Write the bundle of the complete run in `run_dir` to a new folder in `into`.
+    """Write the bundle of the run in `run_dir` to a new folder in `into`.
 
-    Raises UserError if there is no complete run with a checkpoint, or if the folder exists.
+    Raises UserError without a complete run with a checkpoint, or if the folder exists.
     """
     runs, problems = read_runs(run_dir)
     run = next((run for run in runs if run.folder == run_dir), None)

@@ -1,4 +1,4 @@
-"""Writes the pictures as files: each picture of each table as PNG, SVG and PDF, and its numbers as CSV."""
+"""Writes each picture of each table as PNG, SVG and PDF, and its numbers as CSV."""
 
 import math
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from engine.errors import UserError
 from scripts.reporting.pictures import ABOUT, TITLES, Curve, Panel, Style, styles
 from scripts.reporting.style import LOOK
 
-# Files have no date, so that the same numbers give the same file.
+# Without dates the same numbers give the same file.
 FORMATS = {"png": None, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 SVG = {
     "svg.fonttype": "none",  # letters stay letters
-    "svg.hashsalt": "apollo",  # the names of the parts are not random
+    "svg.hashsalt": "apollo",  # part names are not random
 }
 
 
 def draw_all(panels: Sequence[Panel], folder: Path) -> None:
-    """Write every picture of `panels` to `folder`. Raises UserError if the folder cannot be written to."""
+    """Raises UserError if `folder` cannot be written to."""
     look = styles(panels)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def _draw_panel(axes: Axes, panel: Panel, look: dict[str, Style]) -> None:
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """On a logarithmic axis 200 instead of 2 × 10²; below two powers of ten there are numbers between them too."""
+    """200 instead of 2 × 10² on a logarithmic axis; on less than two powers of ten also numbers between them."""
     low, high = axis.get_view_interval()
     between = high / low < 100
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -1,6 +1,6 @@
 """Writes the report as one HTML page that needs no network: sortable tables, interactive pictures, the cells' settings.
 
-plotly.js is part of the page (about 4 MB).
+It includes plotly.js (about 4 MB).
 """
 
 import json
@@ -36,7 +36,7 @@ def write_page(
     runs: Sequence[Run],
     problems: Sequence[str],
 ) -> None:
-    """Write the page, with `tables` by table of the paper. Raises UserError if plotly is not installed."""
+    """Write the page; `tables` are by table of the paper. Raises UserError without plotly."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -82,7 +82,6 @@ def _titled(table: Table) -> str:
 
 
 def _table(table: Table) -> str:
-    """The table without its title."""
     head = _row("th", table.header, table.header)
     body = "".join(_row("td", line, table.header) for line in table.lines)
     notes = "".join(f"<p class=note>{escape(note)}</p>" for note in table.notes)
@@ -96,7 +95,7 @@ def _row(tag: str, texts: Sequence[str], header: Sequence[str]) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> str:
-    """Settings and machines of the cells: first the keys in which cells differ, then what all have in common."""
+    """Settings and machines of the cells: first the keys that differ, then the others."""
     cells: dict[str, list[Run]] = {}
     for run in runs:
         cells.setdefault(f"{run.label} {run.schedule}", []).append(run)

@@ -1,6 +1,6 @@
-"""The numbers in the pictures. matplotlib (drawing.py) and the page (page.py) draw them.
+"""The numbers in the pictures, which drawing.py (matplotlib) and page.py draw.
 
-docs/reproduction.md describes them: curves, levels, sensitivity, budget.
+docs/reproduction.md describes the pictures.
 """
 
 import csv
@@ -21,7 +21,7 @@ from scripts.reporting.statistics import expected_best, interval
 from scripts.reporting.style import OTHER_COLOURS, STYLES
 from scripts.runs import Run, lower_is_better
 
-# Key and label of the training curve and of the evaluation curve: classification, language modelling, translation.
+# Key and label of the two curves: classification, language modelling, translation.
 CURVES = (
     (("train_loss", "training loss"), ("test_top1", "test accuracy (%)")),
     (("train_ppl", "training perplexity"), ("test_ppl", "test perplexity")),
@@ -49,26 +49,26 @@ ABOUT = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One method's points. `y` is None where a trial diverged or a level was never reached."""
+    """`y` is None where a trial diverged or a level was never reached."""
 
     method: str
     x: list[float]
     y: list[float | None]
-    low: list[float | None] = field(default_factory=list)  # with `high` the band; empty if there is none
+    low: list[float | None] = field(default_factory=list)  # with `high` the band, if any
     high: list[float | None] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # one for each point, shown beside its values
-    points: bool = False  # single points instead of a line
-    crosses: list[tuple[float, float]] = field(default_factory=list)  # the places where a missing value is marked
+    notes: list[str] = field(default_factory=list)  # one for each point
+    points: bool = False  # no line
+    crosses: list[tuple[float, float]] = field(default_factory=list)  # marks of missing values
 
 
 @dataclass(frozen=True)
 class Panel:
     picture: str  # curves, levels, sensitivity, budget, reference
-    place: str  # the table, with the schedule if rows have several
+    place: str  # the table, and the schedule if rows have several
     x_label: str
     y_label: str
     curves: list[Curve]
-    by: str = ""  # updates or seconds, if there is one panel for each
+    by: str = ""  # updates or seconds, if each has a panel
     x_log: bool = False
     y_log: bool = False
 
@@ -90,7 +90,6 @@ class Panel:
 
 
 def pictures(runs: Sequence[Run]) -> list[Panel]:
-    """Every picture for which `runs` have the numbers."""
     panels: list[Panel] = []
     for place, methods in places([run for run in runs if not run.trial]).items():
         drawn = evaluated(methods)
@@ -102,7 +101,7 @@ def pictures(runs: Sequence[Run]) -> list[Panel]:
 
 
 def places(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
-    """Runs by picture and method. Each schedule has its own picture."""
+    """Runs by picture and method. Schedules have separate pictures."""
     schedules = Counter((table, row) for table, row, _ in {(run.table, *run.cell) for run in runs})
     several = {table for (table, _), count in schedules.items() if count > 1}
     found: dict[str, dict[str, list[Run]]] = {}
@@ -113,7 +112,7 @@ def places(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
 
 
 def evaluated(methods: dict[str, list[Run]]) -> dict[str, list[Run]]:
-    """Of each method the complete runs with evaluations, or else the unfinished ones; no method without any."""
+    """Each method's complete runs with evaluations, or else its unfinished ones."""
     found = {
         method: [run for run in [run for run in runs if run.result] or runs if run.evaluations]
         for method, runs in methods.items()
@@ -122,12 +121,12 @@ def evaluated(methods: dict[str, list[Run]]) -> dict[str, list[Run]]:
 
 
 def curve_keys(run: Run) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Key and label of the training curve and of the evaluation curve."""
+    """Of the training curve and of the evaluation curve."""
     return next((two for two in CURVES if two[1][0] in run.evaluations[0]), CURVES[0])
 
 
 def points(run: Run, key: str) -> list[tuple[float, float, float]]:
-    """Update, seconds (NaN if unknown) and value of each evaluation with a finite value."""
+    """Update, seconds (NaN if unknown) and value where it is finite."""
     found = ((line["update"], line.get("wall_s", math.nan), line.get(key)) for line in run.evaluations)
     return [point for point in found if isinstance(point[2], (int, float)) and math.isfinite(point[2])]
 
@@ -147,9 +146,9 @@ def curve_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
 
 
 def _mean_curve(method: str, runs: Sequence[Run], key: str, by: str) -> Curve | None:
-    """The mean of `runs` up to the end of the shortest one; None if it has no points, or not their positions."""
+    """The mean of `runs` up to the end of the shortest; None without points or positions."""
     found = [curve for run in runs if (curve := points(run, key))]
-    steps = list(zip(*found, strict=False))  # as long as the shortest
+    steps = list(zip(*found, strict=False))
     which = 0 if by == "updates" else 1
     positions = [mean(point[which] for point in step) for step in steps]
     if not positions or any(map(math.isnan, positions)):
@@ -182,11 +181,11 @@ def level_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
 
 
 def _level_curve(method: str, runs: Sequence[np.ndarray], levels: np.ndarray, which: int, sign: int) -> Curve:
-    """Updates (`which` = 0) or seconds (1) to each of `levels`; `runs` are [3, evaluations], as `points` gives them."""
+    """Updates (`which` = 0) or seconds (1) to each of `levels`; `runs` are [3, evaluations], from `points`."""
     times = np.full((len(runs), len(levels)), np.nan)
     for row, run in zip(times, runs, strict=True):
         best = np.maximum.accumulate(sign * run[2])
-        first = np.searchsorted(best, sign * levels)  # the first evaluation at the level or better
+        first = np.searchsorted(best, sign * levels)  # at the level or better
         reached = first < len(best)
         row[reached] = run[which, first[reached]]
     middle = [None if math.isnan(value) else value for value in times.mean(0).tolist()]  # None: a run never arrives
@@ -221,7 +220,7 @@ def sensitivity_panel(place: str, methods: dict[str, list[Run]], chosen: dict[st
 
 
 def _crossed(curves: Sequence[Curve], lower: bool) -> list[Curve]:
-    """The curves with a cross for each diverged trial, beyond the worst value and at a separate height per method."""
+    """The curves with crosses for diverged trials, beyond the worst value, at one height per method."""
     heights = [value for curve in curves for value in curve.y if value is not None] or [1.0]
     step = (max(heights) - min(heights) or 1.0) * 0.04
     crossed = []
@@ -237,8 +236,7 @@ def _crossed(curves: Sequence[Curve], lower: bool) -> list[Curve]:
 def grid_of(trials: Sequence[Run]) -> list[Run]:
     """The trials in which only the rate varies: those with the settings that have the most rates.
 
-    With decoupled decay a grid keeps the product of rate and decay. So both are tried: the same decay, and the same
-    product, up to the rounding of both to three digits.
+    A grid keeps the decay, or with decoupled decay its product with the rate, up to their rounding to three digits.
     """
     products: list[float] = []
 
@@ -276,7 +274,7 @@ def _trial_curve(method: str, groups: Sequence[Sequence[Run]], chosen: float, po
 
 
 def _chosen_rates(methods: dict[str, list[Run]], finals: Sequence[Run]) -> dict[str, float]:
-    """Method to the rate of its runs of the table; if there are none, to the rate of its best trial."""
+    """Method to the rate of its runs of the table, or else of its best trial."""
     chosen = {}
     for method, trials in methods.items():
         first = trials[0]
@@ -308,7 +306,7 @@ def budget_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
 
 
 def trial_value(trial: Run) -> float:
-    """The value that a search selects by: the test value if a run has no other split."""
+    """What a search selects by: the test value if there is no other."""
     return trial.result.final if trial.result.validation is None else trial.result.validation
 
 
@@ -327,7 +325,7 @@ class Style(NamedTuple):
 
 
 def styles(panels: Sequence[Panel]) -> dict[str, Style]:
-    """The label and style of each method, the same in all panels."""
+    """Each method's style, the same in all panels."""
     others = cycle(OTHER_COLOURS)
     rows: dict[str, tuple[str, str]] = {}
     found = {}

@@ -1,4 +1,4 @@
-"""A table of what the trials of a search gave, over the learning rate: the numbers of the picture of sensitivity."""
+"""A table of a search's trials over the learning rate: the numbers of the picture of sensitivity."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ ABOUT_RATES = (
 
 
 def rates(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines: a line for each row, and one for each recipe that is not that of most of its trials."""
+    """Header and lines: one for each row, and one for each recipe other than that of most of its trials."""
     trials = [run for run in runs if run.trial and run.result and run.rate]
     trials.sort(key=lambda run: (position(run.table, tuple(TASKS)), order(run)))
     lines: dict[str, dict[int, list[Run]]] = {}
@@ -31,7 +31,7 @@ def rates(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 
 def _changes(run: Run, usual: Run) -> list[str]:
-    """`key=value` for each setting of `run` that differs from `usual`, without the optimizer's."""
+    """`key=value` for each setting that differs from `usual`, without the optimizer's."""
     ignored = (*NOT_OF_THE_RECIPE, "optimizer")
     return [f"{key}={value_at(run.config, key)}" for key in differences(run.config, usual.config, ignored)]
 

@@ -1,4 +1,4 @@
-"""Finds the recipe of a run, and the settings that differ from the published one."""
+"""Finds a run's recipe, and its differences from the published one."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,13 +11,13 @@ from scripts.reporting.records import flatten
 from scripts.runs import NOT_OF_THE_RECIPE, Run, order
 from scripts.tables import TASKS, cells, is_same_update, later_rows, load_cell, published, update_of
 
-DIVISION = ("batch", "passes", "batchnorm_group")  # of an update into passes; it may differ for the same update
+DIVISION = ("batch", "passes", "batchnorm_group")  # may differ for the same update
 
 
 def apart(runs: Sequence[Run]) -> list[Run]:
     """`runs`, with a `variant` above 1 for those that do not follow the first recipe of their cell.
 
-    The first recipe of a cell is the published one, or else the one that most complete runs follow.
+    The first recipe is the published one, or else that of most complete runs.
     """
     settings: dict[tuple, dict[tuple, list[Run]]] = {}
     for run in runs:
@@ -32,7 +32,7 @@ def apart(runs: Sequence[Run]) -> list[Run]:
         if len(groups) > 1:
             groups.sort(key=_precedence)
         variants |= {id(run): number for number, group in enumerate(groups, start=1) for run in group}
-    # A run that stays as it is keeps what has been read of its metrics.jsonl.
+    # An unchanged run keeps what it has read of metrics.jsonl.
     return [run if variants.get(id(run), 1) == run.variant else replace(run, variant=variants[id(run)]) for run in runs]
 
 
@@ -42,7 +42,7 @@ def _precedence(group: Sequence[Run]) -> tuple:
 
 
 def _by_batchnorm_batch(runs: Sequence[Run]) -> Iterable[list[Run]]:
-    """Groups runs of the same settings by the batch that BatchNorm saw."""
+    """Groups runs by the batch that BatchNorm saw."""
     batches = [run.recipe.get("batchnorm_batch") for run in runs]
     usual = Counter(batch for batch in batches if batch).most_common(1)
     groups: dict[Any, list[Run]] = {}
@@ -52,10 +52,7 @@ def _by_batchnorm_batch(runs: Sequence[Run]) -> Iterable[list[Run]]:
 
 
 def published_cells(table: str) -> dict[tuple[str, str], list[float]]:
-    """(row, schedule) to the published [mean, std]; empty for a table that nobody published.
-
-    A row has the value of the first table that has the row.
-    """
+    """(row, schedule) to the published [mean, std], from the first table that has the cell."""
     return _later_cells(table) | _by_cell(published(table).get("cells", {}))
 
 
@@ -65,10 +62,7 @@ def first_published_cells(table: str) -> list[tuple[str, str]]:
 
 
 def sources(table: str, shown: Iterable[tuple[str, str]]) -> list[str]:
-    """A sentence that says which of the two published tables the values of the cells `shown` are from.
-
-    Empty where the later table has none of these cells.
-    """
+    """A sentence on the published table of each cell in `shown`; none if the later table has none of them."""
     shown = set(shown)
     later = {cell: value for cell, value in _later_cells(table).items() if cell in shown}
     if not later:
@@ -100,7 +94,7 @@ def _published_recipe(table: str, row: str, schedule: str) -> dict[str, Any]:
 
 
 def changes_to_recipe(run: Run) -> list[str]:
-    """`key=value` for each setting of the run that differs from the published cell; empty if there is no such cell."""
+    """`key=value` for each setting that differs from the published cell, if there is one."""
     if run.cell not in published_cells(run.table):
         return []
     batch = published(run.table).get("batchnorm_batch") or run.recipe.get("batchnorm_batch")
@@ -108,7 +102,7 @@ def changes_to_recipe(run: Run) -> list[str]:
 
 
 def changes_between(run: Run, usual: Run) -> list[str]:
-    """`key=value` for each setting of `run` that differs from `usual`."""
+    """`key=value` for each setting that differs from `usual`."""
     return _changes(run, usual.config, usual.recipe.get("batchnorm_batch"))
 
 

@@ -1,7 +1,7 @@
-"""Records: what a report needs of its runs, in one small file. A record is committed; run folders are not.
+"""Records: what a report needs of its runs, in one small JSON file to be committed.
 
-A record is JSON. It holds each config and environment once. Keys that change no result (folders, workers, …) are left
-out. Curves have at most `MOST_POINTS` evaluations. A trial has no curves.
+It holds each config and environment once, without keys that change no result (folders, workers, …). Trials have no
+curves.
 
 docs/reproduction.md shows how a document takes a table from a record.
 """
@@ -25,9 +25,9 @@ FORMAT = 1
 MOST_POINTS = 250
 CURVES = re.compile(r"update|epoch|wall_s|tokens|(train|test|valid)_\w+")
 KINDS = ("results", "comparison", "searched", "rates")
-# Only at the beginning of a line: an indented mark is an example.
+# An indented mark is an example.
 MARKED = re.compile(r"^(<!-- table (\S+) (\S+) -->\n).*?^(<!-- end of table -->)", re.DOTALL | re.MULTILINE)
-OF_ONE_START = ("command", "started", "resumed_from")  # parts of an environment that describe one start only
+OF_ONE_START = ("command", "started", "resumed_from")  # keys of an environment
 
 
 class _RecordedRun(BaseModel):
@@ -90,7 +90,7 @@ def read_record(path: Path) -> list[Run]:
 
 
 def update_document(path: Path, render: Callable[[list[Run], str], str]) -> int:
-    """Write each marked table of a Markdown file anew. Returns their number."""
+    """Write the marked tables of a Markdown file anew. Returns their number."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -100,7 +100,7 @@ def update_document(path: Path, render: Callable[[list[Run], str], str]) -> int:
 
 
 def updated(path: Path, text: str, render: Callable[[list[Run], str], str]) -> str:
-    """`text` of the document at `path`. Each marked table is replaced by what `render` makes of its record and kind."""
+    """`text` with each marked table as `render` makes it of its record and kind."""
 
     def table(match: re.Match) -> str:
         start, record, kind, end = match.groups()
@@ -112,7 +112,7 @@ def updated(path: Path, text: str, render: Callable[[list[Run], str], str]) -> s
 
 
 def flatten(values: dict[str, Any], ignore: Sequence[str] = (), prefix: str = "") -> dict[str, Any]:
-    """Dotted key to value of nested mappings, without the keys in `ignore` and the keys below them."""
+    """Dotted key to value, without the keys in `ignore` and those below them."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         dotted = f"{prefix}{key}"
@@ -150,7 +150,7 @@ def _without(values: dict[str, Any], keys: Sequence[str], prefix: str = "") -> d
 
 
 def _position(entries: list[str], entry: dict[str, Any]) -> int:
-    """The position of `entry` in `entries`."""
+    """The position of `entry`, which is added if it is new."""
     text = _dump(entry)
     if text not in entries:
         entries.append(text)
@@ -158,16 +158,15 @@ def _position(entries: list[str], entry: dict[str, Any]) -> int:
 
 
 def _result(run: Run) -> dict[str, Any]:
-    """What a report takes from result.json."""
     result = run.result
     kept = {*Result.model_fields, "signature", *published(run.table).get("also", {})}
-    # The worst value may be infinite, which JSON does not allow. Reading restores it.
+    # The worst value may be infinite, which JSON lacks. Reading restores it.
     restored = {"final", "best", "validation"} if result.diverged else set()
     return result.model_dump(include=kept - restored, exclude_none=True)
 
 
 def _columns(evaluations: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """The curves of the evaluations, thinned to at most `MOST_POINTS` (the last one stays), with six digits."""
+    """The curves, thinned to at most `MOST_POINTS` (the last one stays), with six digits."""
     step = -(-len(evaluations) // MOST_POINTS) or 1
     kept = evaluations[::-step][::-1]
     names = dict.fromkeys(name for line in kept for name in line if CURVES.fullmatch(name))

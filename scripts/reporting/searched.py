@@ -1,4 +1,4 @@
-"""A table of optimizers that scripts/compare.sh has tuned on some tasks: how to run each, and what it reached."""
+"""A table of optimizers that scripts/compare.sh has tuned: how to run each, and what it reached."""
 
 import json
 import shlex
@@ -20,7 +20,7 @@ ABOUT_SEARCHED = (
 
 
 def searched(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines: each row with its command on the first table, and its result on every table."""
+    """Header and lines: each row with its command on the first table and its results on all."""
     complete = [run for run in runs if run.result]
     metrics = {run.table: run.result.metric for run in complete}
     tables = sorted(metrics, key=lambda table: position(table, tuple(TASKS)))
@@ -33,7 +33,7 @@ def searched(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 
 def reached(runs: Sequence[Run]) -> str:
-    """The result of a row on one table; one for each schedule and setting, and "-" if it was not tried."""
+    """A row's results on one table, for each schedule and setting; "-" if it was not tried."""
     texts = []
     for schedule, variant in dict.fromkeys((run.schedule, run.variant) for run in runs if not run.trial):
         finals = [run for run in runs if not run.trial and (run.schedule, run.variant) == (schedule, variant)]
@@ -47,7 +47,7 @@ def reached(runs: Sequence[Run]) -> str:
 
 
 def command(run: Run) -> str:
-    """Trains with the settings of `run`, on top of its table's config in configs/comparison."""
+    """Trains with the settings of `run`, on top of its config in configs/comparison."""
     task, path = TASKS[run.table], CONFIGS / "comparison" / f"{run.table}.yaml"
     base = load_settings(task, path, (f"row={run.row}", "optimizer={name: sgd}")).model_dump(mode="json")
     given = {key: run.config[key] for key in TAKEN_WHOLE if run.config.get(key) != base.get(key)}

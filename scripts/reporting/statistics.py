@@ -1,6 +1,6 @@
 """Intervals, tests and expectations over the runs of a cell or the trials of a search.
 
-scipy is imported where it is used, because that takes a second.
+scipy is imported where it is used: that takes a second.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Difference(NamedTuple):
-    """The difference a − b of two means, the ends of its 95 % interval, and the p-value of Welch's t-test."""
+    """The difference a − b of two means, its 95 % interval, and the p-value of Welch's t-test."""
 
     mean: float
     low: float
@@ -21,7 +21,7 @@ class Difference(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> str:
-    """`mean (std)` with the sample standard deviation; for one value only the mean."""
+    """`mean (std)`, the sample standard deviation; of one value the mean."""
     if not values:
         return ""
     varies = len(values) > 1 and math.isfinite(mean(values))
@@ -29,7 +29,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The ends of Student's 95 % interval of the mean; None for fewer than two values, or if one is not finite."""
+    """Student's 95 % interval of the mean; None for fewer than two values, or if one is not finite."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
     half = quantile(len(values), 0.95) * stdev(values) / math.sqrt(len(values))
@@ -37,7 +37,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def prediction_interval(values: Sequence[float], level: float) -> tuple[float, float] | None:
-    """The interval that holds one more normal value with probability `level`; None in the same cases as `interval`."""
+    """The interval that holds one more normal value with probability `level`; None where `interval` is."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
     half = quantile(len(values), level) * stdev(values) * math.sqrt(1 + 1 / len(values))
@@ -46,14 +46,14 @@ def prediction_interval(values: Sequence[float], level: float) -> tuple[float, f
 
 @cache
 def quantile(count: int, level: float) -> float:
-    """Half the width of an interval of `count` values, in standard errors: Student's t with count − 1 degrees."""
+    """Half an interval of `count` values, in standard errors: Student's t with count − 1 degrees of freedom."""
     from scipy import stats
 
     return float(stats.t.ppf((1 + level) / 2, count - 1))
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> Difference | None:
-    """Welch's t-test of two samples; None if one has fewer than two values or one not finite, or if neither varies."""
+    """Welch's t-test; None if a sample has no `interval`, or if neither varies."""
     if interval(a) is None or interval(b) is None or (stdev(a) == 0 and stdev(b) == 0):
         return None
     from scipy import stats
@@ -64,15 +64,15 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Difference | None:
 
 
 def expected_best(trials: Sequence[tuple[float, float]], lower_is_better: bool) -> list[float]:
-    """The expected result of a search with a budget of k trials, for k = 1 … N. A trial is a pair of values. From k
-    trials, drawn without replacement, the one with the best first value is chosen; its second value is the result.
+    """The expected result of a search with a budget of k trials, for k = 1 … N. A trial is a pair of values. Of k
+    trials, drawn without replacement, the best by the first value is chosen; its second value is the result.
 
     Dodge et al. 2019 (arXiv 1910.11758) draw with replacement. Without it, the i-th worst of N trials is the best of k
-    with probability C(i−1, k−1) / C(N, k), and the curve ends at the best of all trials. Trials with equal first values
-    share the mean of their second values. An entry is infinite if some order of the trials gives an infinite value.
+    with probability C(i−1, k−1) / C(N, k). Trials with equal first values share the mean of their second values. An
+    entry is infinite if some order gives an infinite value.
     """
     count = len(trials)
-    ordered = sorted(trials, key=lambda trial: trial[0], reverse=lower_is_better)  # from worst to best
+    ordered = sorted(trials, key=lambda trial: trial[0], reverse=lower_is_better)  # worst first
     seconds: list[float] = []
     for _, tied in groupby(ordered, key=lambda trial: trial[0]):
         values = [second for _, second in tied]

@@ -1,4 +1,4 @@
-"""What all pictures have in common: the name and colour of each method, and matplotlib's settings."""
+"""What all pictures share: the name and colour of each method, and matplotlib's settings."""
 
 # Okabe's and Ito's palette suits any kind of colour vision.
 STYLES = {

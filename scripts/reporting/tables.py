@@ -1,7 +1,7 @@
 """The tables of a report: the means of cells, intervals and costs, a published training log, the trials of a search.
 
-A cell is the mean over its complete runs, with the sample standard deviation in parentheses. Runs of one cell with
-different settings are listed separately. Unfinished runs and unreadable files are listed but not counted.
+A cell is the mean (sample standard deviation) over its complete runs. Runs with different settings are listed
+separately. Unfinished runs are listed but not counted.
 """
 
 import math
@@ -26,8 +26,8 @@ from scripts.tables import ROWS, SCHEDULES, position, published
 from scripts.text_table import format_table
 
 MOST_CHANGES = 8  # that a note names
-Lines = tuple[list[str], list[list[str]]]  # header and lines of a table
-TEST = "apollo − row"  # the column of Welch's test
+Lines = tuple[list[str], list[list[str]]]  # header and lines
+TEST = "apollo − row"  # Welch's test
 ABOUT_WELCH = (
     f"{TEST}: difference of the final means with its 95 % interval, and the p-value of Welch's t-test (number of "
     "runs on both sides), not corrected for the number of rows. A few seeds prove little: with 3 on each side only a "
@@ -50,7 +50,7 @@ class Cell(NamedTuple):
 
 
 def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] = (), markdown: bool = False) -> str:
-    """The table of `runs`, with a line for each cell in `expected`; then notes."""
+    """The table of `runs`, with a line for each `expected` cell; then notes."""
     groups = by_cell(runs)
     facts = published(table)
     title = f"{table}: mean (std) over n seeds"
@@ -65,12 +65,12 @@ def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] 
 
 
 def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
-    """The second table of `runs`: intervals, Apollo against every other row (ABOUT_WELCH), and the cost of a run."""
+    """The second table: intervals, Apollo against every other row (ABOUT_WELCH), costs."""
     return "\n".join(format_table(*comparisons(by_cell(runs)), markdown))
 
 
 def log_table(table: str, runs: Sequence[Run], markdown: bool = False) -> str | None:
-    """The author's training log beside those of `runs`; None if there is no such log or no run of its cell."""
+    """`of_author` as text."""
     log = of_author(table, runs)
     if log is None:
         return None
@@ -79,7 +79,7 @@ def log_table(table: str, runs: Sequence[Run], markdown: bool = False) -> str | 
 
 
 def render(runs: Sequence[Run], kind: str) -> str:
-    """Tables of `runs` as Markdown: `results`, the `comparison`, what was `searched`, or its `rates`."""
+    """Tables as Markdown: `results`, the `comparison`, what was `searched`, or its `rates`."""
     runs = apart(runs)
     if kind == "searched":
         return "\n".join([*format_table(*searched(runs), markdown=True), "", ABOUT_SEARCHED])
@@ -92,7 +92,7 @@ def render(runs: Sequence[Run], kind: str) -> str:
 
 
 def page_tables(runs: Sequence[Run]) -> dict[str, list[Table]]:
-    """The tables of the HTML page, by table of the paper."""
+    """The HTML page's tables, by table of the paper."""
     tables = {}
     for table, of_table in by_table(runs).items():
         groups, facts = by_cell(of_table), published(table)
@@ -111,7 +111,7 @@ def page_tables(runs: Sequence[Run]) -> dict[str, list[Table]]:
 def results(
     table: str, groups: dict[Cell, list[Run]], expected: Iterable[tuple[str, str]] = (), markdown: bool = False
 ) -> Lines:
-    """Header and lines of a table's means. In Markdown the published values are in italics.
+    """A table's means, in Markdown with published values in italics.
 
     Where runs average their weights, `final` is the average's score, and `unaveraged` that of the last weights.
     """
@@ -138,7 +138,7 @@ def results(
 
 
 def comparisons(groups: dict[Cell, list[Run]]) -> Lines:
-    """Header and lines of the second table (see `comparison`), without empty columns."""
+    """The second table (see `comparison`), without empty columns."""
     header = ["row", "schedule", "95 % interval", TEST, "p (n)", "time a run", "memory", "optimizer's share"]
     lines = []
     for cell in sorted(_with_line(groups), key=lambda cell: cell.position):
@@ -165,7 +165,7 @@ def comparisons(groups: dict[Cell, list[Run]]) -> Lines:
 
 
 def of_author(table: str, runs: Sequence[Run]) -> Table | None:
-    """The published training log, and two columns for each of `runs` of its cell; None if there is no such run."""
+    """The author's training log, and two columns for each run of its cell; None without a log or a run."""
     log, of_cell = author_log(table, runs)
     if not of_cell:
         return None
@@ -183,7 +183,6 @@ def of_author(table: str, runs: Sequence[Run]) -> Table | None:
 
 
 def trial_lines(runs: Sequence[Run]) -> Lines:
-    """Header and lines of the table of a search's trials."""
     lines = []
     for run in runs:
         if run.trial and run.result:
@@ -203,18 +202,17 @@ def by_cell(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
 
 
 def _with_line(groups: dict[Cell, list[Run]]) -> list[Cell]:
-    """The cells with a line. A further recipe has none before one of its runs is complete."""
+    """A further recipe has a line as soon as one of its runs is complete."""
     return [cell for cell, runs in groups.items() if cell.variant == 1 or any(run.result for run in runs)]
 
 
 def _scores(runs: Sequence[Run], name: str) -> list[float]:
-    """A score of the complete runs that have it."""
     scores = (getattr(run.result, name, None) for run in runs if run.result)
     return [score for score in scores if isinstance(score, (int, float))]
 
 
 def _of_all(runs: Sequence[Run], value: Callable[[Run], float | None], text: Callable[[float], str]) -> str:
-    """The mean of a value over the runs that have it, as text; "" if no run has it."""
+    """The mean over the runs that have the value, as text; "" if none has."""
     values = [found for run in runs if (found := value(run)) is not None]
     return text(mean(values)) if values else ""
 
@@ -226,10 +224,7 @@ def duration(seconds: float) -> str:
 
 
 def optimizer_share(run: Run) -> float | None:
-    """The optimizer's part of the time of an update, 0 to 1; None if the run's numbers do not give it.
-
-    None too if a slow step, for example one that built a kernel, makes it exceed 1.
-    """
+    """The optimizer's part of an update's time, 0 to 1; None if unknown, or if a slow step makes it exceed 1."""
     result, config = run.result, run.config
     if not result.optimizer_ms_per_step:
         return None
@@ -246,13 +241,11 @@ def optimizer_share(run: Run) -> float | None:
 
 
 def _all_notes(table: str, groups: dict[Cell, list[Run]], lines: Sequence[Sequence[str]]) -> list[str]:
-    """The notes below the table of means that has these lines."""
     notes = [note for of_cell in groups.values() for note in _notes(of_cell, groups)]
     return [*sources(table, [(line[0], line[1]) for line in lines]), *notes]
 
 
 def _notes(of_cell: Sequence[Run], groups: dict[Cell, list[Run]]) -> list[str]:
-    """What a reader of the cell's numbers must know."""
     notes, first = [], of_cell[0]
     cell = f"{first.label} {first.schedule}"
     complete = [run for run in of_cell if run.result]
