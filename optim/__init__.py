@@ -1,6 +1,6 @@
-"""The optimizers of this repository by name: Apollo, written here, and those of torch.optim that it is compared with.
+"""The optimizers of this repository by name: Apollo, and those of torch.optim that it is compared with.
 
-This package needs torch alone and nothing else of the repository.
+This package needs torch alone.
 """
 
 import inspect
@@ -36,12 +36,12 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"apollo": Apollo, "sgd": SGD, "adam": 
 def create_optimizer(name: str, params: ParamsT, **settings: Any) -> Optimizer:
     """Makes the optimizer `name`, a key of OPTIMIZERS or the dotted path of any class.
 
-    Apollo's `warmup` is 0 here unless it is given: in training scripts the warmup belongs to the schedule.
-    `base_optimizer`, which SAM and its kin take, may be a name too; they then get the class of that name.
+    Apollo's `warmup` is 0 here unless given: in training scripts the schedule warms up. `base_optimizer`, which SAM and
+    its kin take, may be a name too.
 
     Raises:
-        ValueError: an unknown name, a path that does not import, a setting that is unknown, missing or refused, or a
-            class that is not made from parameters, or makes no optimizer of torch's kind.
+        ValueError: an unknown name, a path that does not import, an unknown, missing or refused setting, or a class
+            that is not made from parameters, or makes no torch optimizer.
     """
     cls = optimizer_class(name)
     accepted = inspect.signature(cls).parameters
@@ -65,7 +65,7 @@ def create_optimizer(name: str, params: ParamsT, **settings: Any) -> Optimizer:
 
 
 def optimizer_class(name: str) -> Callable[..., Optimizer]:
-    """The class, or the function that makes an optimizer, called `name`. Raises ValueError where there is none."""
+    """The class or function called `name`. Raises ValueError where there is none."""
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
     if "." not in name:
@@ -79,7 +79,7 @@ def optimizer_class(name: str) -> Callable[..., Optimizer]:
 
 
 def _broken_rule(default: Any, value: Any) -> str | None:
-    """The rule that `value` breaks, by the type of the setting's default; None if there is none."""
+    """The rule that `value` breaks, by the type of the setting's default."""
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "true or false"
     if isinstance(default, (int, float)):

@@ -1,11 +1,7 @@
-"""Apollo, an adaptive parameter-wise diagonal quasi-Newton method (Ma, arXiv 2009.13586).
+"""The optimizer Apollo. Read apollo_reference.py first: it is the published algorithm, written literally.
 
-Read apollo_reference.py first: it is the published algorithm, written literally. dispatch.py chooses the implementation
-of a step: single-tensor, foreach or fused.
-
-The average of the gradient, m = d * D, is not stored where it can be computed again from d and B. So the state has two
-tensors, like Adam's. Only decoupled and stable weight decay need a third, because they add to d. d is stored and not m,
-because the sums of a step are over d.
+m = d * D, the average of the gradient, is not stored where d and B give it. So the state has two tensors, like Adam's.
+Decoupled and stable weight decay add to d and need a third. d is stored, not m, because a step's sums are over d.
 """
 
 from collections.abc import Callable
@@ -28,7 +24,7 @@ from .step_tensors import StepTensors
 class Apollo(Optimizer):
     r"""Apollo, an adaptive parameter-wise diagonal quasi-Newton method.
 
-    The state of each parameter tensor is t, m, B (`hessian`) and d, the direction of the last step, all zero at first.
+    The state of each tensor, zero at first, is t (`step`), m, B (`hessian`) and d, the last step's `direction`.
 
         g      <-  gradient  (+ weight_decay * p  if weight_decay_type is "L2")
         t      <-  t + 1,   alpha = (1 - beta) / (1 - beta^t)
@@ -41,47 +37,45 @@ class Apollo(Optimizer):
         d      <-  m / D  (+ weight_decay * p  if "decoupled",  + weight_decay / mean(D) * p  if "stable")
         p      <-  p - lr_t * d
 
-    lr_t rises linearly from `init_lr` to `lr` over the first `warmup` steps. Pass warmup=0 if a scheduler warms up.
-    If lr is 0, no parameter moves, also during the warmup. `load_state_dict` takes all settings from the checkpoint,
-    with two exceptions: the optimizer keeps its own `capturable`, and its lr stays a tensor or a float as it was.
+    lr_t rises linearly from `init_lr` to `lr` in the first `warmup` steps. With lr 0 no parameter moves, even then.
+    `load_state_dict` takes all settings but `capturable` from the checkpoint; lr stays a tensor or a float.
 
-    The published settings are sigma=1.0 with lr 0.5 (image classification) to 10 (language modelling, translation) and
-    warmup 100 to 1000 from init_lr 0.01; or sigma=0.01 with lr 0.01 to 0.1 and warmup 500 from init_lr 1e-5.
+    The published settings are sigma=1.0 with lr 0.5 (images) to 10 (language, translation) and warmup 100 to 1000 from
+    init_lr 0.01; or sigma=0.01 with lr 0.01 to 0.1 and warmup 500 from init_lr 1e-5.
 
     Args:
         params: parameters, named parameters or groups of them.
         lr: learning rate; a float or a 1-element tensor.
         beta: decay of the average of the gradient, in [0, 1).
         eps: keeps the 4-norm's division finite, > 0.
-        sigma: lower bound of the rectified curvature, > 0; not used by rebound "belief". Do not change sigma, beta, eps
-            or rebound during a run: m is kept as d * D.
-        warmup: number of steps of linear warmup; 0 for none.
+        sigma: lower bound of the rectified curvature, > 0; rebound "belief" ignores it. With L2 decay, only the ratio
+            of the rates (lr, init_lr) to sigma matters. Do not change sigma, beta, eps or rebound during a run: m is
+            kept as d * D.
+        warmup: number of warmup steps. Pass 0 if a scheduler warms up.
         init_lr: learning rate of the first warmup step.
         weight_decay: coefficient of weight decay.
-        weight_decay_type: "L2", "decoupled" or "stable". The last two keep a third state tensor (if weight_decay != 0).
+        weight_decay_type: "L2", "decoupled" or "stable"; the last two keep a third state tensor.
         rebound: "constant" or "belief", the rule that bounds the curvature from below.
         maximize: ascend instead of descend.
         foreach: step over lists of tensors (True) or tensor by tensor (False).
-        fused: one native call (CPU, compiled at first use) or a few Triton launches (CUDA) for all tensors. Supported
-            are float32, bfloat16, float16, and on the CPU float64; other dtypes take the foreach step.
-            If foreach and fused are both None, the step is fused where it can be.
-        capturable: keep every scalar on the device, so that the step can be captured in a CUDA graph or compiled whole.
-        carry_sums: let a fused step keep sums for the next one, which saves reading memory. Pass False if your code
-            writes to parameters through `.data` or a numpy view: such a write is not noticed, and with L2 decay one sum
-            would be one step old.
+        fused: one native call (CPU, compiled at first use) or a few Triton launches (CUDA) for all tensors, in float32,
+            bfloat16, float16 and on the CPU float64; foreach for others. If foreach and fused are both None, the step
+            is fused where it can be.
+        capturable: keep every scalar on the device, to capture the step in a CUDA graph or compile it whole.
+        carry_sums: let a fused step keep sums for the next one, which then reads less. Pass False if code writes to
+            parameters through `.data` or a numpy view: this is not noticed, and with L2 decay one sum would be old.
 
-    State, per parameter: `step`, `hessian`, `direction`; where needed also `exp_avg` (m, where it is not d * D) and
-    `sigma`. State and arithmetic are float32 for half-precision parameters, and of the parameter's dtype otherwise.
+    State and arithmetic are float32 for half-precision parameters, and of the parameter's dtype otherwise.
+    `exp_avg` (m) is stored only where it is not d * D, `sigma` only with rebound "belief".
 
     Raises:
-        ValueError: a setting that is out of range, not finite or unknown.
+        ValueError: a setting out of range, not finite or unknown.
         RuntimeError: a sparse or complex gradient; state that does not fit its parameter, or shared memory (step).
 
     Source: arXiv 2009.13586, Algorithm 1; rebound "constant" with sigma 0.01 and "belief" from the later revisions.
     """
 
-    # With this, torch.amp.GradScaler leaves to the step the division by the scale (grad_scale) and skipping
-    # (found_inf).
+    # torch.amp.GradScaler then leaves dividing by the scale (grad_scale) and skipping (found_inf) to the step.
     _step_supports_amp_scaling = True
 
     @override
@@ -117,8 +111,8 @@ class Apollo(Optimizer):
         for group in state_dict["param_groups"]:
             check_settings({**self.defaults, **group})
         own = [(group["capturable"], group["lr"]) for group in self.param_groups]
-        # torch casts loaded state to the parameter's dtype, but ours stays float32 for half-precision parameters. So we
-        # take the tensors once more from the loaded state, as the user's hooks have left it.
+        # torch casts loaded state to the parameter's dtype; ours stays float32 for half precision. So we take it again
+        # from the loaded state, as the user's hooks have left it.
         loaded: dict[str, Any] = {}
         handle = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
         try:
@@ -155,9 +149,9 @@ class Apollo(Optimizer):
         sigmas: list[Tensor | None],
         steps: list[Tensor],
     ) -> None:
-        """Fills the lists with the tensors of the parameters that have a gradient. Makes missing state.
+        """Fills the lists with the tensors of parameters that have a gradient. Makes missing state.
 
-        torch.compile knows `_init_group` by its name and does not trace it. It accepts only lists as its arguments.
+        torch.compile does not trace a function of this name, and accepts only lists as its arguments.
         """
         states = []
         adds_to_state = group["rebound"] == "belief" or group["weight_decay_type"] != "L2"
@@ -186,7 +180,7 @@ class Apollo(Optimizer):
             raise RuntimeError(f"Apollo: the state of {name} has no {missing}; is it another optimizer's?") from None
 
     def _init_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
-        """Adds the missing state that the group's settings need."""
+        """Adds the state that the group's settings need."""
         dtype = state_dtype(param)
         if not state:
             device = param.device if _counts_on_device(group, param) else "cpu"
@@ -194,7 +188,7 @@ class Apollo(Optimizer):
             state["hessian"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["direction"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         if group["rebound"] == "belief" and "sigma" not in state:
-            # The bound of the last step; m is computed from it. While d is 0, any bound is right.
+            # The last step's bound; m is computed from it. While d is 0, any bound is right.
             state["sigma"] = torch.full((), group["sigma"], dtype=dtype, device=param.device)
         if group["weight_decay"] != 0 and group["weight_decay_type"] != "L2" and "exp_avg" not in state:
             state["exp_avg"] = average_of(state, group)  # from now on, d is more than m / D
@@ -202,7 +196,7 @@ class Apollo(Optimizer):
     @torch.no_grad()
     @override
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Performs one step. `closure` reevaluates the model and returns the loss, which is returned."""
+        """Performs one step. `closure` reevaluates the model; its loss is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -230,17 +224,17 @@ class Apollo(Optimizer):
 
     @torch.no_grad()
     def clamped(self) -> float | None:
-        """The share of entries whose |B| is below its bound sigma in the last step; None before the first one.
+        """The share of entries with |B| below its bound sigma in the last step; None before the first one.
 
-        Those entries take the step of SGD with momentum, with the rate lr / sigma. The others take a step that is
-        scaled by their curvature. Reads B once, and waits for the device.
+        Those entries take the step of SGD with momentum, with the rate lr / sigma; the others one scaled by their
+        curvature. Reads B once, and waits for the device.
         """
         counts, numel = [], 0
         for group in self.param_groups:
             for state in (self.state[param] for param in group["params"] if self.state.get(param)):
                 hessian, bound = state["hessian"], state.get("sigma", group["sigma"])
                 numel += hessian.numel()
-                # In parts, because what a comparison makes would otherwise be as large as the tensor.
+                # In parts: a comparison makes a tensor as large as its own.
                 counts += [torch.count_nonzero(part.abs() < bound) for part in hessian.flatten().split(1 << 20)]
         return float(torch.stack([count.to(counts[0].device) for count in counts]).sum()) / numel if numel else None
 
@@ -250,7 +244,7 @@ def _is_capturing() -> bool:
 
 
 def _counts_on_device(group: dict[str, Any], param: Tensor) -> bool:
-    """Whether the count of steps is on the parameter's device, for a graph or a fused step."""
+    """Whether the count of steps is on the parameter's device."""
     wants_fused = group["fused"] or (group["fused"] is None and group["foreach"] is None)
     return group["capturable"] or bool(
         param.device.type == "cuda" and wants_fused and fused_step(param.device, param.dtype)

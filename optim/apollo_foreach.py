@@ -1,6 +1,6 @@
 """Apollo's step over lists of tensors, with torch's foreach operations: few launches, and no extension to build.
 
-foreach has no operation for the sum over a tensor, so these sums are computed one by one.
+foreach cannot sum over a tensor, so these sums are computed one by one.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from .settings import Settings
 from .sharded import join_sums
 from .step_tensors import StepTensors
 
-# On the CPU a long list is cut into parts whose temporaries stay in cache.
+# On the CPU a list is cut into parts whose temporaries stay in cache.
 CPU_PART = 2**17  # elements
 
 
@@ -23,7 +23,7 @@ def _multi_tensor_apollo(tensors: StepTensors, settings: Settings, grad_scale: T
 
 
 def _parts(tensors: StepTensors) -> Iterator[range]:
-    """Consecutive parts of the list: up to CPU_PART elements, or one tensor. On GPUs or with shards the whole list."""
+    """Consecutive parts of up to CPU_PART elements or one tensor; the whole list on GPUs or with shards."""
     params = tensors.params
     if params[0].device.type != "cpu" or any(tensors.shards):  # all ranks must join their sums in the same order
         yield range(len(params))

@@ -1,8 +1,8 @@
 """The published algorithm, written literally. Read this file first.
 
-This is a loop over parameter tensors with three state tensors each, as in the published code: `exp_avg` (m), `hessian`
-(B) and `direction` (d), which is scaled in place before use. Tests compare every form of `optim.Apollo` with this one,
-and this one with trajectories of the published implementations. It is slow, and takes only dense real gradients.
+As in the published code, each parameter tensor has three state tensors: `exp_avg` (m), `hessian` (B) and `direction`
+(d), which is scaled in place before use. Tests compare `optim.Apollo` with this class, and this class with trajectories
+of the published implementations. It is slow, and takes only dense real gradients.
 
 Source: arXiv 2009.13586, Algorithm 1.
 """

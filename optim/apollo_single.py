@@ -1,4 +1,4 @@
-"""Apollo's step tensor by tensor. It reads like the algorithm in the paper, but stores m only where that is needed."""
+"""Apollo's step tensor by tensor. It reads like the paper's algorithm, but stores m only where needed."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ def _single_tensor_apollo(tensors: StepTensors, settings: Settings, grad_scale: 
         if tensors.numels[i] == 0:
             continue
         alpha = averaging_weight(s.beta, t)
-        total = partial(join, groups=tensors.shards[i])  # adds up the shards' sums of a sharded parameter
+        total = partial(join, groups=tensors.shards[i])  # adds up a sharded parameter's sums
 
         grad = tensors.grads[i].to(d.dtype)
         if grad_scale is not None:
@@ -31,7 +31,7 @@ def _single_tensor_apollo(tensors: StepTensors, settings: Settings, grad_scale: 
         if s.l2 != 0:
             grad = grad.add(param, alpha=s.l2)
 
-        # the average of the gradient: m = d * D of the last step, then the change by this gradient
+        # the average of the gradient: m = d * D of the last step, then its change
         exp_avg = tensors.exp_avgs[i]
         if exp_avg is None:
             bound = sigma if s.belief else s.sigma
@@ -39,13 +39,13 @@ def _single_tensor_apollo(tensors: StepTensors, settings: Settings, grad_scale: 
         delta_g = grad - exp_avg
         exp_avg.add_(alpha * delta_g)
 
-        # the diagonal Hessian, by the weak secant equation along the direction of the last step
+        # the diagonal Hessian, by the weak secant equation along the last direction
         denom = total(d.pow(4).sum()) ** 0.25 + norm_eps(s.eps, s.sigma, s.rebound)
         v = d / denom
         delta = total(-alpha * (delta_g / denom * v).sum() - (hessian * v.square()).sum())
         hessian.add_(delta * v.square())
 
-        # the rectified curvature, and the direction of this step
+        # the rectified curvature, and the direction
         if s.belief:
             sigma.copy_(total(delta_g.abs().amax() if delta_g.numel() else delta_g.sum(), largest=True))
             curvature = hessian.abs().clamp_(min=sigma) + curvature_offset(s.eps, s.beta, t, s.rebound)

@@ -1,8 +1,7 @@
-"""Checks the tensors of a step before the step, so that no step reads or writes outside a tensor.
+"""Checks the tensors of a step, so that no step reads or writes outside a tensor.
 
-Between two steps any Python code may give a tensor another shape, dtype, order or memory, or load the state of another
-parameter. The fused steps work with addresses. So every form of the step takes only lists that have passed
-`check_tensors`. This check is slow, so it is repeated only when `facts` have changed.
+Between steps any code may give a tensor another shape, dtype, order or memory, or load another parameter's state, and
+the fused steps work with addresses. The check is slow, so it is repeated only when `facts` have changed.
 """
 
 from bisect import bisect_left
@@ -27,9 +26,9 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 
 def facts(tensors: StepTensors) -> tuple[list[Any], ...]:
-    """What changes if `check_tensors` must be repeated; it is compared at every step, so it is short.
+    """If this changes, `check_tensors` must be repeated. It is compared at every step, so it is short.
 
-    With the same address, dtype, number of elements and strides, elements are where they were.
+    With equal address, dtype, number of elements and strides, elements are where they were.
     """
     large, small = list(_of_shape(tensors)), list(_scalars(tensors))
     return (
@@ -52,7 +51,7 @@ def check_tensors(tensors: StepTensors, name_of: NameOf) -> None:
             wanted = torch.float32 if key == "step" else x.dtype if key == "gradient" else dtype
             fits = x.numel() == 1 if scalar else x.shape == param.shape
             fits = fits and x.dtype == wanted and x.is_floating_point() and x.layout is torch.strided
-            if not fits or (key != "step" and x.device != param.device):  # dispatch.py moves steps to the right device
+            if not fits or (key != "step" and x.device != param.device):  # dispatch.py moves steps
                 shape = "one element" if scalar else f"shape {tuple(param.shape)}"
                 raise RuntimeError(
                     f"Apollo: {key} of {name_of(i)} is {_form(x)}, not {wanted} of {shape} on {param.device}; "
@@ -62,17 +61,16 @@ def check_tensors(tensors: StepTensors, name_of: NameOf) -> None:
 
 
 def written_ranges(tensors: StepTensors) -> Ranges:
-    """The ranges of memory that a step writes to. Ranges that overlap are joined."""
+    """The ranges of memory that a step writes to, joined where they overlap."""
     ranges = [_range_of(x) for x in chain(_of_shape(tensors), _scalars(tensors)) if x.numel()]
     clusters = list(_clusters(ranges))
     return [cluster[0][0] for cluster in clusters], [max(end for _, end in cluster) for cluster in clusters]
 
 
 def apart_from(ranges: Ranges, grads: list[Tensor], known: list[int]) -> list[Tensor]:
-    """The gradients as a kernel may read them. A gradient with a pending sign, or that shares memory with what the step
-    writes, is copied.
+    """The gradients as a kernel may read them: copied if they have a pending sign or overlap what the step writes.
 
-    `known` keeps, for the next step, the addresses of gradients that needed no copy.
+    `known` keeps the addresses of gradients that needed no copy.
     """
     addresses = list(map(Tensor.data_ptr, grads))
     if addresses == known:
@@ -132,7 +130,7 @@ def _check_overlap(tensors: StepTensors, name_of: NameOf) -> None:
 
 
 def _clusters(entries: list[tuple]) -> Iterator[list[tuple]]:
-    """The entries (begin, end, ...) by clusters, in which their ranges of memory overlap."""
+    """The entries (begin, end, ...) in clusters of overlapping memory."""
     cluster, stop = [], 0
     for entry in sorted(entries, key=lambda entry: entry[:2]):
         if cluster and entry[0] >= stop:
@@ -145,7 +143,7 @@ def _clusters(entries: list[tuple]) -> Iterator[list[tuple]]:
 
 
 def _check_cluster(cluster: list[tuple]) -> None:
-    """Compares the addresses of elements, because ranges can interleave, as two views of every other column do."""
+    """Compares addresses of elements, as ranges can interleave: two views of every other column do."""
     start = cluster[0][0]
     seen: list[Tensor] = []
     for k, (begin, _, x, name) in enumerate(cluster):

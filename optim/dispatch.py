@@ -1,4 +1,4 @@
-"""Chooses between the implementations of Apollo's step: single-tensor, foreach, fused."""
+"""Chooses the implementation of Apollo's step: single-tensor, foreach or fused."""
 
 import warnings
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from .fused.layout import is_dense, lay_out_states
 from .settings import Settings
 from .step_tensors import StepTensors
 
-UNFUSED = (_single_tensor_apollo, _multi_tensor_apollo)  # these take their scalars on the host
+UNFUSED = (_single_tensor_apollo, _multi_tensor_apollo)  # they take their scalars on the host
 
 
 def apollo(
@@ -30,10 +30,9 @@ def apollo(
     found_inf: Tensor | None = None,
     name_of: NameOf = "parameter {}".format,
 ) -> None:
-    """Functional form of `Apollo`'s step, in place.
+    """`Apollo`'s step, in place.
 
     Gradients are divided by `grad_scale`, and nothing changes if `found_inf` is not 0 (both 1-element tensors).
-    `name_of(i)` is the name of parameter i in an error.
 
     Raises:
         RuntimeError: a tensor's shape, dtype or device does not fit its parameter, or tensors share memory.
@@ -58,7 +57,7 @@ def apollo(
 
 
 class _List(NamedTuple):
-    """Parameters of one kind, by index, with their step function and what it keeps."""
+    """Parameters of one kind, and what their step function keeps."""
 
     step: Callable[..., None]
     device: torch.device
@@ -67,12 +66,12 @@ class _List(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """The lists of a group, valid as long as `key` is the same."""
+    """A group's lists, valid while `key` is the same."""
 
     key: tuple
     lists: list[_List]
     written: Ranges
-    apart: list[int]  # addresses of gradients that share no memory with what is written
+    apart: list[int]  # addresses of gradients that need no copy
 
 
 _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by a group's first parameter
@@ -81,7 +80,7 @@ _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by a group's first parame
 def _plan(owner: Tensor, tensors: StepTensors, settings: Settings, name_of: NameOf) -> _Plan:
     try:
         key = facts(tensors), settings.foreach, settings.fused, settings.capturable
-    except (AttributeError, TypeError, RuntimeError):  # an entry is not a tensor, or has no memory
+    except (AttributeError, TypeError, RuntimeError):  # an entry is no tensor, or has no memory
         check_tensors(tensors, name_of)
         raise
     plan = _plans.get(owner)
@@ -121,7 +120,6 @@ def _has_plain_memory(tensors: StepTensors, i: int) -> bool:
 
 
 def _implementation(device: torch.device, dtype: torch.dtype, s: Settings, plain: bool) -> Callable[..., None]:
-    """`plain`: memory without gaps, and gradients of the parameters' dtype."""
     if s.fused or (s.fused is None and s.foreach is None):
         return (plain and fused_step(device, dtype)) or _multi_tensor_apollo
     return _multi_tensor_apollo if s.foreach else _single_tensor_apollo
@@ -139,7 +137,7 @@ def fused_step(device: torch.device, dtype: torch.dtype) -> Callable[..., None] 
 
 @cache
 def _triton_works() -> bool:
-    """Whether Triton can launch kernels; a warning if not. It is tried once, since Triton then compiles its driver."""
+    """Whether Triton can launch kernels; a warning if not. It is tried once, as Triton then compiles its driver."""
     if not find_spec("triton"):
         return False
     try:

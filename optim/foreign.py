@@ -1,4 +1,4 @@
-"""Classes of anyone: how they are found by a dotted path, and made from settings."""
+"""Finds classes by a dotted path, and makes them from settings."""
 
 import difflib
 import importlib
@@ -13,7 +13,7 @@ EXTRA = ("pytorch_optimizer", "schedulefree")  # the packages of setup.py's extr
 def find(what: str, path: str, base: type) -> Callable[..., Any]:
     """The class or function with the dotted `path`. ValueError, which begins with `what`, if there is none.
 
-    Where the attribute is missing, the error names the subclasses of `base` that the module has.
+    If the attribute is missing, the error names the subclasses of `base` in the module.
     """
     module_path, _, attribute = path.rpartition(".")
     if not module_path or not attribute:
@@ -21,7 +21,7 @@ def find(what: str, path: str, base: type) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_path)
         found = getattr(module, attribute, None)
-    except Exception as error:  # the import runs foreign code, which may raise anything
+    except Exception as error:  # foreign code, which may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name in EXTRA:
             raise ValueError(
                 f"{what} needs the package {error.name}: pip install {error.name} (the extra `optimizers` of setup.py)"
@@ -36,10 +36,7 @@ def find(what: str, path: str, base: type) -> Callable[..., Any]:
 
 
 def construct(what: str, maker: Callable[..., Any], subject: Any, settings: dict[str, Any]) -> Any:
-    """`maker(subject, **settings)`.
-
-    Raises ValueError, which begins with `what`, for a setting that is unknown, missing or refused.
-    """
+    """`maker(subject, **settings)`. ValueError for an unknown, missing or refused setting."""
     accepted = list(inspect.signature(maker).parameters.values())[1:]
     named = {parameter.name: parameter.default for parameter in accepted if parameter.kind != parameter.VAR_KEYWORD}
     for key in settings:
@@ -52,12 +49,12 @@ def construct(what: str, maker: Callable[..., Any], subject: Any, settings: dict
         return maker(subject, **settings)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
-    except Exception as error:  # foreign classes may check their settings in any way, or not at all
+    except Exception as error:  # foreign classes may check settings in any way, or not at all
         raise ValueError(f"{what}: {error or type(error).__name__}; its settings: {settings}") from error
 
 
 def suggest(name: object, valid: Iterable[str]) -> str:
-    """'; did you mean X? valid: X, Y' for an unknown `name`. A very long list is left out."""
+    """'; did you mean X? valid: X, Y' for an unknown `name`, without a very long list."""
     valid = list(valid)
     near = difflib.get_close_matches(str(name).lower(), [v.lower() for v in valid], n=1)
     parts = [f"did you mean {next(v for v in valid if v.lower() == near[0])!r}?"] if near else []

@@ -1,7 +1,7 @@
 """Learning-rate schedules in closed form, as functions of the update's index.
 
-After a linear warmup one of six rules follows. "milestone" and "cosine" count in "units": a unit is an epoch if the
-published learning rate changes once per epoch, and an update otherwise. The other rules count updates.
+A linear warmup comes first. "milestone" and "cosine" count units: epochs if the published rate changes once per epoch,
+and updates otherwise. The other rules count updates.
 """
 
 import math
@@ -36,18 +36,17 @@ def create_schedule(
 ) -> LRScheduler:
     """Makes the schedule `name` for `optimizer`, to be stepped once per update.
 
-    The schedule of a group starts from the group's `initial_lr`, or else from its learning rate now.
+    A group's schedule starts from its `initial_lr`, or else from its learning rate now.
 
     Args:
         optimizer: any torch optimizer.
-        name: a key of SCHEDULES, or the dotted path of a class with the interface of torch.optim.lr_scheduler.
-        updates_per_unit: number of updates in a unit: the updates of an epoch, or 1.
-        total: length of the training in units; only "cosine", "linear" and "wsd" need it.
-        settings: warmup_updates (default 0) and init_lr (0.0, of the first group; others have it in proportion to their
-            learning rates, and last_lr too). "milestone" also takes milestones, an increasing list of units, and
-            decay_rate (0.1). "cosine", "linear" and "wsd" also take last_lr (0.0). "wsd" also takes decay_share (0.2),
-            the last share of the training's updates, in which the rate falls. A dotted path also takes what its class
-            takes, and counts updates from the end of the warmup.
+        name: a key of SCHEDULES, or the dotted path of a class with torch's interface.
+        updates_per_unit: updates in a unit: those of an epoch, or 1.
+        total: length of the training in units, for "cosine", "linear" and "wsd".
+        settings: warmup_updates (default 0), init_lr (0.0). "milestone": milestones, an increasing list of units, and
+            decay_rate (0.1). "cosine", "linear", "wsd": last_lr (0.0). "wsd": decay_share (0.2), the share of updates
+            in which the rate falls. init_lr and last_lr are the first group's; others have them in proportion to their
+            learning rates. A class also takes its own settings, and counts updates from the warmup's end.
 
     Raises:
         ValueError: an unknown name or setting, a value out of range, or a warmup in both schedule and optimizer.
@@ -90,9 +89,8 @@ def learning_rate(
 ) -> float | Tensor:
     """Learning rate of update `t`, counted from 0. The schedule `name` starts from `lr`.
 
-    "linear" falls from the end of the warmup to last_lr at the end of the training. "wsd" (warmup, stable, decay) is
-    by Hu et al. 2024 (arXiv 2404.06395). It stays at `lr`, and falls linearly at the end, as in Hägele et al. 2024
-    (arXiv 2405.18392).
+    "linear" falls from the end of the warmup to last_lr at the end of the training. "wsd" (warmup, stable, decay; Hu et
+    al. 2024, arXiv 2404.06395) stays at `lr`, then falls linearly, as in Hägele et al. 2024 (arXiv 2405.18392).
     """
     if t < warmup_updates:
         return init_lr + (lr - init_lr) * t / warmup_updates
@@ -106,18 +104,18 @@ def learning_rate(
     if name in ("linear", "wsd"):
         length = total * updates_per_unit
         begin = decay_begin(name, length, warmup_updates, decay_share)
-        left = (length - t) / (length - begin)  # share of the decay that is left; above 1 before it begins
+        left = (length - t) / (length - begin)  # share of the decay left; above 1 before it begins
         return last_lr + (lr - last_lr) * min(max(left, 0.0), 1.0)
     return lr
 
 
 def decay_begin(name: str, length: int, warmup_updates: int, decay_share: float) -> int:
-    """The update with which the decay of "linear" or "wsd" begins, in a training of `length` updates."""
+    """The update with which the decay of "linear" or "wsd" begins."""
     return warmup_updates if name == "linear" else length - max(1, round(decay_share * length))
 
 
 class UpdateSchedule(LRScheduler):
-    """A schedule with torch's interface. `last_epoch` is the index of the update."""
+    """`last_epoch` is the index of the update."""
 
     @override
     def __init__(self, optimizer: Optimizer, name: str, settings: dict[str, Any]) -> None:
@@ -132,7 +130,7 @@ class UpdateSchedule(LRScheduler):
         ]
 
     def _in_proportion(self, lr: float | Tensor) -> dict[str, float | Tensor]:
-        """init_lr and last_lr of a group that starts from `lr`: the settings are those of the first group."""
+        """init_lr and last_lr of a group that starts from `lr`."""
         first = self.base_lrs[0]
         if lr == first or first == 0:
             return {}

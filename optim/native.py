@@ -1,8 +1,8 @@
-"""Compiles a C++ file of this repository for this processor at first use, and keeps the result in a cache.
+"""Compiles a C++ file of this repository for this processor at first use, and caches the result.
 
-The C++ has a plain C interface and includes nothing of torch, so that it compiles in seconds and works with any version
-of torch. The cache is in $TORCH_EXTENSIONS_DIR, $XDG_CACHE_HOME or ~/.cache. Its key is made of the sources, the
-compiler with its flags, and the processor.
+The C++ has a plain C interface without torch, so it compiles in seconds and works with any torch. The cache is in
+$TORCH_EXTENSIONS_DIR, $XDG_CACHE_HOME or ~/.cache. Its key is made of the sources, the compiler with its flags, and the
+processor.
 """
 
 import ctypes
@@ -16,18 +16,18 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-Signatures = dict[str, tuple[type | None, list[type]]]  # by a function's name: its result and arguments, of ctypes
+Signatures = dict[str, tuple[type | None, list[type]]]  # ctypes of a function's result and arguments, by its name
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 
 
 class NotCompiled(Exception):
-    """The reason, in one line, why there is no library."""
+    """The reason, in one line."""
 
 
 def load_library(source: Path, signatures: Signatures, instead: str) -> ctypes.CDLL | None:
-    """The library of one C++ file. If there is none: None, after a warning that says what is used `instead`.
+    """The library of one C++ file. If there is none: None, after a warning that names what is used `instead`.
 
-    Callers keep the result (functools.cache), so that they warn only once.
+    Callers cache the result, so that they warn only once.
     """
     try:
         library = ctypes.CDLL(str(compile_library(source)))
@@ -41,7 +41,7 @@ def load_library(source: Path, signatures: Signatures, instead: str) -> ctypes.C
 
 
 def compile_library(source: Path) -> Path:
-    """The path of the shared library, compiled if it is not in the cache. Raises NotCompiled."""
+    """The path of the shared library, compiled if not in the cache. Raises NotCompiled."""
     try:
         return _compile(source)
     except (OSError, subprocess.SubprocessError) as error:
@@ -66,8 +66,8 @@ def _compile(source: Path) -> Path:
     except OSError:  # no writable cache: compile for this process alone
         built = Path(tempfile.mkdtemp(prefix="apollo_optim_")) / built.name
 
-    # Several processes may build at once: each builds into its own file and renames it. Compilers without OpenMP
-    # (Apple's) still vectorise the loops, on one thread.
+    # Several processes may build at once: each renames a file of its own. Compilers without OpenMP (Apple's) still
+    # vectorise the loops, on one thread.
     handle, temporary = tempfile.mkstemp(dir=built.parent, suffix=".so")
     os.close(handle)
     try:

@@ -1,7 +1,7 @@
-"""Converts optimizer state between `optim.Apollo` and the published implementation of Apollo.
+"""Converts optimizer state between `optim.Apollo` and the published implementation.
 
-The published implementation keeps three tensors for each parameter: `exp_avg_grad` (m), `approx_hessian` (B) and
-`update` (the direction d of the last step). It counts steps in a Python int. Its sigma is a constant and not a setting.
+The published one keeps three tensors for each parameter: `exp_avg_grad` (m), `approx_hessian` (B) and `update` (d). It
+counts steps in a Python int. Its sigma is a constant.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 
 from .apollo_math import average_of
 
-# What a group holds in both. Only `optim.Apollo` has the other settings (sigma, foreach, ...).
+# What a group holds in both.
 SHARED = ("lr", "beta", "eps", "warmup", "init_lr", "weight_decay", "weight_decay_type", "rebound")
 SHARED += ("initial_lr", "param_names", "params")
 DEFAULTS = {"weight_decay_type": "L2", "rebound": "constant", "maximize": False, "foreach": None, "fused": None}
@@ -18,11 +18,11 @@ DEFAULTS |= {"capturable": False, "carry_sums": True}
 
 
 def from_published(state_dict: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    """Makes a state dict for `Apollo.load_state_dict` from the published optimizer's state dict.
+    """Makes a state dict for `Apollo.load_state_dict` from the published optimizer's.
 
     Args:
         state_dict: the published optimizer's, over the same parameters in the same order.
-        settings: for every group. They override those in `state_dict`. `sigma` is always needed (1.0 or 0.01), and
+        settings: for every group, instead of those in `state_dict`. `sigma` is always needed (1.0 or 0.01), and
             `weight_decay_type` if the published version fixed it.
 
     Raises:
@@ -38,7 +38,7 @@ def from_published(state_dict: dict[str, Any], **settings: Any) -> dict[str, Any
     for published in state_dict["param_groups"]:
         group = DEFAULTS | _shared(published) | settings
         groups.append(group)
-        # With "belief" m is kept for every decay type: the last bound of D, max|g - m|, is not in the published state.
+        # With "belief" m is always kept: the last bound of D, max|g - m|, is not in the published state.
         stores = group["rebound"] == "belief" or (group["weight_decay"] != 0 and group["weight_decay_type"] != "L2")
         for i in (i for i in group["params"] if i in state_dict["state"]):
             old = state_dict["state"][i]
@@ -57,7 +57,7 @@ def from_published(state_dict: dict[str, Any], **settings: Any) -> dict[str, Any
 
 
 def to_published(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The published optimizer's state dict from `Apollo.state_dict()`, without the settings that only `Apollo` has."""
+    """The published optimizer's state dict from `Apollo.state_dict()`."""
     groups, state = [], {}
     for group in state_dict["param_groups"]:
         groups.append({**_shared(group), "base_lr": group.get("initial_lr", group["lr"])})

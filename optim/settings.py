@@ -16,7 +16,7 @@ REBOUNDS = ("constant", "belief")
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one group. See `Apollo` for their meaning."""
+    """The settings of one group; see `Apollo`."""
 
     lr: float | Tensor
     beta: float
@@ -47,17 +47,17 @@ class Settings:
 
     @property
     def l2(self) -> float:
-        """The coefficient of weight decay that is added to the gradient."""
+        """The weight decay added to the gradient."""
         return self.weight_decay if self.weight_decay_type == "L2" else 0.0
 
     @property
     def decay(self) -> float:
-        """The coefficient of weight decay that is added to the direction."""
+        """The weight decay added to the direction."""
         return 0.0 if self.weight_decay_type == "L2" else self.weight_decay
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Raises ValueError if a setting of an Apollo group is not valid."""
+    """Raises ValueError if a setting is not valid."""
     lr = settings["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr as a tensor must have 1 element, not shape {tuple(lr.shape)}")

@@ -1,7 +1,7 @@
 """Apollo's sums over parameters that are sharded (FSDP2, tensor parallelism: torch's DTensor).
 
-Each rank steps over its local shard. The sums over a tensor are joined by all-reduces of one small array for the whole
-list, so that any number of ranks takes the same step.
+Each rank steps over its shard. All-reduces of one small array join the sums for the whole list, so any number of ranks
+takes the same step.
 """
 
 import sys
@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# One group of ranks for each sharded dimension of the mesh, none if a tensor is whole.
+# A group of ranks for each sharded dimension of the mesh, none if a tensor is whole.
 ProcessGroups = tuple[Any, ...]
 
 
 def any_sharded(tensors: list[Tensor]) -> bool:
-    """Whether a DTensor is among `tensors`. DTensor is not imported, because the import is slow."""
+    """Whether a DTensor is among `tensors`. DTensor is not imported here: its import is slow."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
 
@@ -55,7 +55,7 @@ def join_sums(sums: Tensor, shards: list[ProcessGroups], largest: bool = False) 
 
 
 def join(x: Tensor, groups: ProcessGroups, largest: bool = False) -> Tensor:
-    """The sum (or the maximum) of a 0-d tensor over the ranks, in place."""
+    """The sum (or maximum) of a 0-d tensor over the ranks, in place."""
     if groups:
         join_sums(x.view(1, 1), [groups], largest)
     return x

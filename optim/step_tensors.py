@@ -11,20 +11,20 @@ from .sharded import ProcessGroups, any_sharded, local_shard, process_groups
 
 @dataclass
 class StepTensors:
-    """Entry i of every list belongs to parameter i. State and gradients have the shape of their parameter.
+    """Entry i of every list belongs to parameter i. State and gradients have its shape.
 
-    State is float32 for half-precision parameters, and of the parameter's dtype otherwise. `sigmas` are 0-d, of the
-    state's dtype. `steps` are 0-d float32, on the CPU or on the parameter's device.
+    State has `checks.state_dtype`. `sigmas` are 0-d of this dtype. `steps` are 0-d float32, on the CPU or on the
+    parameter's device.
     """
 
     params: list[Tensor]
     grads: list[Tensor]
-    exp_avgs: list[Tensor | None]  # m, None where it is d * D; for a step either all are None or none is
+    exp_avgs: list[Tensor | None]  # m, None where it is d * D; in a step all are None or none is
     hessians: list[Tensor]  # B
     directions: list[Tensor]  # d
-    sigmas: list[Tensor | None]  # the last step's bound of D, only for rebound "belief"
+    sigmas: list[Tensor | None]  # the bound of D in the last step, only for rebound "belief"
     steps: list[Tensor]  # t
-    numels: list[int] = field(default_factory=list)  # elements of the whole parameter, over all ranks
+    numels: list[int] = field(default_factory=list)  # elements of the parameter, over all ranks
     shards: list[ProcessGroups] = field(default_factory=list)  # the ranks that share a parameter, () for a whole one
 
     kept: dict[str, Any] = field(default_factory=dict)  # what a step keeps while only gradients change
@@ -48,7 +48,7 @@ class StepTensors:
         """This rank's part of each tensor, with numels and shards."""
         numels = list(map(Tensor.numel, self.params))
         if not any_sharded(self.params):
-            # Not by `replace`, which torch.compile of torch 2.6 does not know.
+            # torch.compile of torch 2.6 does not know `replace`.
             return StepTensors(*self.tensors, numels, [()] * len(numels))
         return replace(
             self,

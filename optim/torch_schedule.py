@@ -1,7 +1,6 @@
-"""Schedules of others by their dotted names: those of torch.optim.lr_scheduler, and any with the same interface.
+"""Schedules by their dotted paths: those of torch.optim.lr_scheduler, and any with the same interface.
 
-They count updates. A warmup can go before them: it rises to the rate that the schedule begins with, and the schedule
-takes its first step after the warmup's end.
+They count updates. A warmup before them rises to the rate that they begin with; their first step comes after its end.
 """
 
 from typing import Any
@@ -17,13 +16,13 @@ from .foreign import construct, find
 def create_torch_schedule(
     optimizer: Optimizer, name: str, *, warmup_updates: int, init_lr: float, length: int | None, **settings: Any
 ) -> LRScheduler:
-    """Makes the schedule with the dotted path `name`, after `warmup_updates` updates of warmup from `init_lr`.
+    """Makes the schedule with the dotted path `name`, after a warmup from `init_lr`.
 
-    `length` is the number of updates of the training, if it is known.
+    `length` is the training's number of updates, if known.
 
     Raises:
-        ValueError: a path that does not import, a setting that is unknown, missing or refused, a schedule that waits
-            for a metric, or one that ends before the training.
+        ValueError: a path that does not import, an unknown, missing or refused setting, a schedule that waits for a
+            metric, or one that ends before the training.
     """
     cls = find(f"schedule {name!r}", name, LRScheduler)
     if isinstance(cls, type) and issubclass(cls, ReduceLROnPlateau):
@@ -44,14 +43,14 @@ def create_torch_schedule(
 
 
 class AfterWarmup(LRScheduler):
-    """`schedule` after a linear warmup, which rises from `init_lr` to the rate of each group in its first update."""
+    """`schedule` after a linear warmup from `init_lr` to each group's rate in the first update of `schedule`."""
 
     @override
     def __init__(self, optimizer: Optimizer, schedule: LRScheduler, warmup_updates: int, init_lr: float) -> None:
         self.optimizer, self.schedule = optimizer, schedule
         self.warmup_updates, self.init_lr = warmup_updates, init_lr
         self.first = [float(group["lr"]) for group in optimizer.param_groups]
-        self.last_epoch = 0  # the index of the update, as in every schedule of this package
+        self.last_epoch = 0  # the index of the update
         self._warm_up()
 
     @override
@@ -64,7 +63,7 @@ class AfterWarmup(LRScheduler):
 
     def _warm_up(self) -> None:
         for group, first in zip(self.optimizer.param_groups, self.first, strict=True):
-            # init_lr is that of the first group. Others have it in proportion to their rates.
+            # init_lr is the first group's.
             init_lr = self.init_lr * (first / self.first[0] if self.first[0] else 1.0)
             lr = init_lr + (first - init_lr) * (self.last_epoch / self.warmup_updates)
             if isinstance(group["lr"], Tensor):

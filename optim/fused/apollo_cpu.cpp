@@ -1,21 +1,19 @@
 // Apollo's step over a list of tensors on the CPU, in one call. apollo_cpu.h has the arithmetic.
 //
-// The cost of a step is reading memory. A tensor is read twice, because its sums must be known before its first element
-// can be updated. Sums other than that of g * d are carried over (carried_sums.py). So the first pass reads g and d;
-// the second reads g, p, B, d and writes p, B, d.
+// The cost of a step is reading memory. A tensor is read twice: its sums must be known before its first element is
+// updated. All sums but that of g * d are carried over (carried_sums.py). So the first pass reads g and d; the second
+// reads g, p, B, d and writes p, B, d.
 //
-// An embedding's gradient is zero in the rows of words that are not in the batch. The first pass reads d only for blocks
-// whose gradient is not zero. If d is zero too and there is no weight decay, nothing changes, and p and B are not
-// touched. d is set to zero when it is less than the least normal number, about 800 steps after a word was last seen.
+// An embedding's gradient is zero in the rows of words that are not in the batch. The first pass reads d only where the
+// gradient is not zero. If d is zero too and there is no weight decay, p and B are not touched. d is set to zero below
+// the least normal number, about 800 steps after a word was last seen.
 //
-// Large tensors are cut into chunks. The chunks are processed in waves that fit in the cores' own caches where that is
-// possible. Each core takes the same chunks in both passes. If a tensor's g and d do not fit in a shared cache, the
-// second pass goes backwards, in longer chunks, because the last ones are still in the cache. Otherwise it goes
-// forwards, which suits hardware prefetching better.
+// Large tensors are cut into chunks. A wave of chunks fits in the cores' own caches where possible. Each core takes the
+// same chunks in both passes. If a tensor's g and d do not fit in a shared cache, the second pass goes backwards, in
+// longer chunks, because the last ones are still in the cache. Otherwise it goes forwards, which suits prefetching.
 //
-// The sums of a chunk do not depend on the thread that computes them, nor on whether they are carried over or computed
-// anew. Chunks are added up in their order. So the result is the same, bit for bit, on any number of threads and after
-// a resume.
+// A chunk's sums do not depend on the thread, nor on whether they are carried over. Chunks are added up in their order.
+// So the result is bit for bit the same on any number of threads and after a resume.
 
 #include "apollo_cpu.h"
 
@@ -37,7 +35,7 @@ struct Chunk {
   int64_t elements_ahead;      // in the chunks before it
   Blocks zeros;                // where its gradient is zero
   ApolloSums sums;             // of this chunk, in this step
-  ApolloStateSums state_sums;  // of this chunk: as the last step left them, then as this one leaves them
+  ApolloStateSums state_sums;  // of this chunk: left by the last step, then by this one
 };
 
 template <class S>
@@ -59,7 +57,7 @@ Loops<S> loops_for(bool flag, Flags... flags) {
   return flag ? loops_for<P, S, KNOWN..., true>(flags...) : loops_for<P, S, KNOWN..., false>(flags...);
 }
 
-// One step, or some stages of it, over a list of tensors. S: dtype of the state and of all arithmetic.
+// Stages of a step over a list of tensors.
 template <class S>
 struct Step {
   Loops<S> loops;
@@ -98,7 +96,7 @@ struct Step {
     total.bdd += c.state_sums.bdd, total.pd += c.state_sums.pd;
   }
 
-  // Adds the sums that do not depend on the gradient to those that do.
+  // Adds the sums that need no gradient to the others.
   void complete(int64_t i) const {
     sums[i].d4 = state_sums[i].d4, sums[i].bdd = state_sums[i].bdd;
     sums[i].gd += s.l2 * state_sums[i].pd - state_sums[i].md;
@@ -116,7 +114,7 @@ struct Step {
     if (s.stable) direct(c);
   }
 
-  // Every thread of a team calls this for one wave: the chunks from `first` to `last`.
+  // Every thread of a team calls this for a wave: the chunks from `first` to `last`.
   void step_wave(int64_t first, int64_t last) {
     // This thread takes the chunks that begin in its part of the wave's elements.
     const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
@@ -170,7 +168,7 @@ struct Step {
     const int64_t team = std::max<int64_t>(1, std::min(threads, all / kLeast));
 
     const bool all_stages = stages == (s.stable ? kSum | kUpdate | kDirection : kSum | kUpdate);
-    std::vector<int64_t> uncut;     // tensors that are done in one go
+    std::vector<int64_t> uncut;     // tensors done in one go
     std::vector<int64_t> waves{0};  // the first chunk of each wave; a tensor is never in two waves
     int64_t elements = 0, wave_start = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -212,9 +210,9 @@ struct Step {
 
 }  // namespace
 
-// Runs `stages` of the step of n tensors on up to `threads` threads. dtype is that of parameters and gradients: 0 float32,
-// 1 float64, 2 bfloat16, 3 float16. The state is float32, or float64 for float64. `sums` [n] pass from stage to stage,
-// and `state_sums` [n] from step to step.
+// Runs `stages` of the step of n tensors on up to `threads` threads. dtype of parameters and gradients: 0 float32, 1
+// float64, 2 bfloat16, 3 float16. The state is float32, or float64 for float64. `sums` [n] pass from stage to stage,
+// `state_sums` [n] from step to step.
 extern "C" void apollo_step(ApolloTensor* tensors, ApolloSums* sums, ApolloStateSums* state_sums,
                             const ApolloSettings* settings, int64_t n, int64_t dtype, int64_t stages, int64_t threads) {
   const ApolloSettings& s = *settings;

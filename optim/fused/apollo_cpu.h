@@ -1,4 +1,4 @@
-// The arithmetic of Apollo's step, over one chunk of a tensor at a time. optim/apollo.py explains the letters.
+// The arithmetic of Apollo's step over one chunk of a tensor. optim/apollo.py explains the letters.
 
 #pragma once
 
@@ -14,14 +14,14 @@ extern "C" {
 
 struct ApolloSettings {
   double lr, beta, eps, sigma, init_lr;
-  double l2, decay;        // coefficients of weight decay: added to the gradient, added to the direction
+  double l2, decay;        // weight decay: added to the gradient, added to the direction
   double grad_factor;      // -1 to maximize, divided by a gradient scaler's scale
   int64_t warmup, belief, stable;
   int64_t stored;  // whether the tensors have an exp_avg
-  int64_t uncut;   // a tensor of at most this many elements is not cut and leaves no sums; at most kHugeChunk
+  int64_t uncut;   // a tensor of at most this many elements (up to kHugeChunk) is not cut and leaves no sums
 };
 
-// One tensor of the list: addresses (0 for none) and the numbers of elements on this rank and on all ranks.
+// Addresses of a tensor (0 for none), and its numbers of elements on this rank and on all ranks.
 struct ApolloTensor {
   void *param, *grad, *exp_avg, *hessian, *direction, *sigma;
   float* step;
@@ -29,33 +29,31 @@ struct ApolloTensor {
   int64_t state_sums_known;  // whether its ApolloStateSums hold the sums of the last step
 };
 
-// Sums over a tensor: of d^4, (g - m) d, B d^2 and D, and the maximum of |g - m|. The caller joins the sums of shards.
+// Sums over a tensor: of d^4, (g - m) d, B d^2 and D; the maximum of |g - m|. The caller joins the sums of shards.
 struct ApolloSums {
   double d4, gd, bdd, curvature, max;
 };
 
-// The sums that do not depend on the gradient, over a tensor or this rank's shard of it: of d^4, m d, B d^2, and with L2
-// decay of p d.
+// The sums that need no gradient, over a tensor or its shard: of d^4, m d, B d^2, and with L2 decay of p d.
 struct ApolloStateSums {
   double d4, md, bdd, pd;
 };
 
-// Stages of a step. Only decay "stable" has kDirection: it needs the mean of D before d can be computed.
+// Only decay "stable" has kDirection: it needs the mean of D before d can be computed.
 enum { kSum = 1, kUpdate = 2, kDirection = 4 };
 
 }  // extern "C"
 
 namespace {  // apollo_cpu.cpp alone includes this file
 
-constexpr int64_t kBlock = 256;        // elements summed in the state's dtype; the sums of blocks are added in double
+constexpr int64_t kBlock = 256;        // elements summed in the state's dtype; their sums are added in double
 constexpr int64_t kChunk = 16384;      // elements of a chunk
 constexpr int64_t kHuge = 1 << 20;     // a tensor of more elements has more than 8 MiB of g and d in float32
 constexpr int64_t kHugeChunk = 65536;  // elements of its chunks
 constexpr int64_t kWave = 65536;       // elements of a wave for each thread
-constexpr int64_t kLeast = 8192;       // elements for which one more thread is worth its start
+constexpr int64_t kLeast = 8192;       // elements that are worth one more thread
 
-// The loops of a step are compiled for each Form. P: dtype of parameters and gradients. S: dtype of the state and of
-// all arithmetic.
+// The loops are compiled for each Form. P: dtype of parameters and gradients. S: of the state and of all arithmetic.
 template <class P_, class S_, bool L2_, bool STORED_, bool BELIEF_, bool STABLE_>
 struct Form {
   using P = P_;
@@ -64,7 +62,7 @@ struct Form {
   static constexpr bool CARRY = !STABLE && !BELIEF;  // whether large tensors leave sums for the next step
 };
 
-// delta is the one in B <- B + delta * d^2, where d is not divided by its norm.
+// delta: of B <- B + delta * d^2, where d is not divided by its norm.
 template <class S>
 struct Scalars {
   S l2, decay, grad_factor, lr, alpha, delta;
@@ -101,15 +99,15 @@ Scalars<S> scalars_of_update(const ApolloTensor& t, const ApolloSettings& s, con
   return x;
 }
 
-// D. A NaN in b stays a NaN, as with torch's clamp.
+// D. A NaN in b stays one, as with torch's clamp.
 template <bool BELIEF, class S>
 inline S rectify(S b, S bound, S offset) {
   const S a = std::fabs(b), rectified = a < bound ? bound : a;
   return BELIEF ? rectified + offset : rectified;
 }
 
-// Adds a block's part of the sums that do not depend on the gradient. It is not inlined, so that carried sums and sums
-// that are computed anew have the same bits.
+// Adds a block's part of the sums that need no gradient. It is not inlined, so that carried and new sums have the
+// same bits.
 template <class F>
 __attribute__((noinline)) void sum_block(ApolloStateSums& total, const ApolloTensor& t, typename F::S bound,
                                          typename F::S offset, int64_t begin, int64_t end) {
@@ -160,8 +158,8 @@ void clear_subnormal(S* __restrict x, int64_t begin, int64_t end) {
 
 using Blocks = std::bitset<kHugeChunk / kBlock>;  // one bit for each block of a chunk
 
-// Returns in gd the sum of g * d without L2 decay's part of g, and in max the maximum of |g - m| with this part. Marks in
-// `zeros` the blocks of the gradient that are zero, but not with BELIEF, which needs all of m.
+// Returns gd, the sum of g * d without L2 decay, and max, the maximum of |g - m| with it. Marks in `zeros` where the
+// gradient is zero, but not with BELIEF, which needs all of m.
 template <class F>
 ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<typename F::S>& x, int64_t begin, int64_t end, Blocks& zeros) {
   using P = typename F::P;
@@ -196,8 +194,8 @@ ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<typename F::S>& x, int
   return total;
 }
 
-// Adds the sums that the next step needs to `state_sums`, if that is not null. With STABLE it does not update d and p,
-// and returns the sum of D, whose mean they need.
+// Adds the next step's sums to `state_sums`, if not null. With STABLE it leaves d and p as they are, and returns the
+// sum of D, whose mean they need.
 template <class F>
 double update_chunk(const ApolloTensor& t, const Scalars<typename F::S>& x, int64_t begin, int64_t end,
                     const Blocks& zeros, ApolloStateSums* state_sums) {

@@ -2,10 +2,8 @@
 
 A step begins with sums, of which only that of g * d needs the new gradient. The last step computes the others while
 their numbers are in cache or registers. They are computed anew if they are missing (after a resume or a step of another
-kind), or if a parameter or its state was written to since then. Autograd's version counters show such a write, unless
-it goes through `.data` or a numpy view (carry_sums=False is for these).
-
-Decay "stable" and rebound "belief" carry nothing. (The first pass of "belief" must read everything anyway.)
+kind), or if autograd's version counters show a write to a parameter or its state. Writes through `.data` or a numpy
+view are not seen (carry_sums=False is for these).
 """
 
 from typing import Any
@@ -17,7 +15,7 @@ from ..settings import Settings
 
 
 class CarriedSums:
-    """Sums that steps have left, by an owner tensor, and forgotten with it."""
+    """Sums by their owner tensor, which are forgotten with it."""
 
     def __init__(self) -> None:
         self._left: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -26,7 +24,7 @@ class CarriedSums:
         self._left[owner] = note, sums
 
     def take(self, owner: Tensor, note: tuple) -> Any | None:
-        """Removes and returns the sums left with this owner; None if there are none, or if their note differs."""
+        """Removes and returns the sums of this owner; None if there are none, or their note differs."""
         left_note, sums = self._left.pop(owner, (None, None))
         return sums if left_note == note else None
 
@@ -36,5 +34,5 @@ def are_carried(settings: Settings) -> bool:
 
 
 def note_of(settings: Settings, tensors: list[Tensor]) -> tuple:
-    """Is equal as long as the sums are valid, by the addresses and versions of the tensors."""
+    """Is equal while the sums are valid."""
     return settings.l2 != 0, settings.sigma, [(x.data_ptr(), x._version) for x in tensors]

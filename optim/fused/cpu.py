@@ -1,6 +1,6 @@
-"""Apollo's fused step on the CPU: one call into apollo_cpu.cpp for a whole list of tensors.
+"""Apollo's fused step on the CPU: one call into apollo_cpu.cpp for a list of tensors.
 
-The C++ is compiled at first use (optim/native.py), or earlier by `python -m optim.fused.cpu`.
+The C++ is compiled at first use, or earlier by `python -m optim.fused.cpu`.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ SOURCE = Path(__file__).with_name("apollo_cpu.cpp")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SUM, UPDATE, DIRECTION = 1, 2, 4
 GRAD, KNOWN, COLUMNS = 1, 9, 10  # of struct ApolloTensor, in words of 64 bits
-LARGE = 65536  # elements; up to this size a tensor is done in one go, in cache: p, g, B and d in float32 are 1 MiB
+LARGE = 65536  # most elements of a tensor done in one go, in cache: p, g, B and d in float32 are 1 MiB
 
 _carried = CarriedSums()  # an array for each large parameter, owned by its direction
 
@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL | None:
 def _fused_cpu_apollo(
     tensors: StepTensors, settings: Settings, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """The step for parameters of one dtype whose memory has no gaps."""
+    """The step for parameters of one dtype without gaps in memory."""
     if found_inf is not None and found_inf.item():
         return
     s, params, kept = settings, tensors.params, tensors.kept
@@ -82,7 +82,7 @@ def _fused_cpu_apollo(
         dtype = DTYPES[params[0].dtype]
         library().apollo_step(*arrays, struct, len(params), dtype, stages, torch.get_num_threads())
 
-    increment_version(params)  # autograd does not see the writes of the native code
+    increment_version(params)  # autograd does not see native writes
     if not any(tensors.shards):
         run(SUM | UPDATE | DIRECTION if s.stable else SUM | UPDATE)
     else:

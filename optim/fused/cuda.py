@@ -1,13 +1,12 @@
-"""Apollo's fused step on a GPU: three Triton launches for a whole list of tensors, five with decay "stable".
+"""Apollo's fused step on a GPU: three Triton launches for a list of tensors, five with decay "stable".
 
-    sum_chunks      for each chunk of the list: its part of the sums that are not carried over from the last step
+    sum_chunks      for each chunk: its part of the sums that are not carried over
     make_scalars    for each tensor: adds up its chunks, makes the scalars of its update, counts the step
     update_chunks   for each chunk: m, B, d, p
 
-The kernels (triton_kernels.py) find the tensors through a table of addresses on the device, which is sent only when an
-address has changed. Nothing waits for the device: step counts, found_inf and learning rates that are tensors are read
-there. Sums are carried over (carried_sums.py), but not with capturable=True: the replay of a CUDA graph cannot check
-whether they are still valid. Importing this file needs Triton.
+The kernels find the tensors through a table of addresses on the device, sent only when an address has changed. Nothing
+waits for the device: step counts, found_inf and tensor learning rates are read there. With capturable=True no sums are
+carried over (carried_sums.py): the replay of a CUDA graph cannot check them.
 """
 
 import math
@@ -44,16 +43,16 @@ from .triton_kernels import (
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 CHUNK = 16384  # elements of a chunk
-BLOCK = 1024  # elements that a program holds in registers at a time
+BLOCK = 1024  # elements in registers at a time
 JOIN = 1024  # chunks added up at a time
 
-_carried = CarriedSums()  # a tensor of the chunks' sums for a whole list, owned by its first direction
+_carried = CarriedSums()  # of a whole list's chunks, owned by its first direction
 
 
 def _fused_cuda_apollo(
     tensors: StepTensors, settings: Settings, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """The step for parameters of one device and dtype whose memory has no gaps."""
+    """The step for parameters of one device and dtype without gaps in memory."""
     s, params, device = settings, tensors.params, tensors.params[0].device
     stored, sharded = tensors.stores_average, any(tensors.shards)
 
@@ -76,8 +75,8 @@ def _fused_cuda_apollo(
         kept["table_of"] = grads, s.belief
         kept["table"] = tuple(chain.from_iterable(zip(*columns, strict=True)))
         kept["aligned"] = all(address % 16 == 0 for column in (addresses[0], *addresses[2:5]) for address in column)
-        # Gradients by themselves: in DistributedDataParallel's buckets they follow one another without gaps, and one
-        # short bias would also cost the other tensors their loads of 16 bytes.
+        # Gradients apart: DistributedDataParallel's buckets have no gaps, and after a short bias they would cost the
+        # other tensors their loads of 16 bytes.
         kept["grad_aligned"] = all(address % 16 == 0 for address in grads)
     table = _on_device(kept["table"], device)
     if _is_capturing(device):
@@ -98,11 +97,11 @@ def _fused_cuda_apollo(
     log_beta, one_minus_beta = math.log(s.beta) if s.beta > 0 else -1e30, 1 - s.beta
     common = {"P": DTYPES[params[0].dtype], "ALIGNED": kept["aligned"], "CHUNK": CHUNK, "BLOCK": BLOCK}
     flags = {"L2": s.l2 != 0, "STORED": stored, "SCALED": grad_scale is not None, "GRAD_ALIGNED": kept["grad_aligned"]}
-    # Without fused multiply-adds, carried sums and sums that are computed anew have the same bits.
+    # Without fused multiply-adds, carried and newly computed sums have the same bits.
     flags |= {**common, "enable_fp_fusion": False}
     skipping = {"FOUND_INF": found_inf is not None}
 
-    increment_version(params)  # autograd does not see the writes of the kernels
+    increment_version(params)  # autograd does not see the writes of kernels
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if len(chunks):
             sum_chunks[(len(chunks),)](
@@ -137,8 +136,8 @@ def _fused_cuda_apollo(
 
 
 def launch_one() -> None:
-    """Launches the smallest kernel on the row of one empty tensor. Raises Triton's error if that fails."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton's interpreter runs it
+    """Launches the smallest kernel on one empty tensor. Raises Triton's error if that fails."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton's interpreter runs it
     table = torch.zeros(1, COLUMNS.value, dtype=torch.int64, device=device)
     sums = torch.empty(1, SUMS.value, dtype=torch.float64, device=device)
     join_chunks[(1,)](table, sums, sums, JOIN=JOIN)
@@ -150,15 +149,14 @@ def _addresses(tensors: list[Tensor]) -> list[int]:
 
 @lru_cache(maxsize=64)
 def _chunks(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[int], list[int]]:
-    """Tensor and place of each chunk, [chunks, 2] on the device; each tensor's first chunk and count of chunks."""
+    """Tensor and place of each chunk, [chunks, 2] on the device; first chunk and count for each tensor."""
     counts = [-(-numel // CHUNK) for numel in numels]
     first = [0, *accumulate(counts)][:-1]
     places = [(i, k) for i, count in enumerate(counts) for k in range(count)]
     return torch.tensor(places, dtype=torch.int64).view(-1, 2).to(device), first, counts
 
 
-# For each size one pinned and one device buffer are in reserve: a capture of a CUDA graph uses both up, and should not
-# allocate them itself.
+# For each size a pinned and a device buffer are in reserve: the capture of a CUDA graph should not allocate them.
 _tables: OrderedDict[tuple, Tensor] = OrderedDict()
 _reserve: dict[tuple, tuple[Tensor, Tensor]] = {}
 _captured: list[tuple[Tensor, ...]] = []  # tensors that CUDA graphs still read

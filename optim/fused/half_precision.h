@@ -1,4 +1,4 @@
-// Loads and stores numbers of the parameters' dtypes, and converts them to and from the dtype of the arithmetic.
+// Loads and stores numbers of the parameters' dtypes, converted to and from the dtype of the arithmetic.
 
 #pragma once
 
@@ -7,8 +7,7 @@
 
 namespace {
 
-// Half-precision numbers are held as their bits. They are converted without branches, so that loops over them vectorise
-// with any compiler.
+// Half-precision numbers are held as bits and converted without branches, so that loops vectorise with any compiler.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -31,7 +30,7 @@ inline float load(float x) { return x; }
 inline double load(double x) { return x; }
 inline float load(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
 inline float load(Float16 x) {
-  // exponent and mantissa are moved to their places; the product corrects the bias, also for subnormals
+  // exponent and mantissa move to their places; the product corrects the bias, also for subnormals
   const float magnitude = float_of(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;
   const uint32_t infinite = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
   return float_of(bits_of(magnitude) | infinite | uint32_t(x.bits & 0x8000) << 16);
@@ -47,7 +46,7 @@ inline void store(BFloat16& to, float x) {
 inline void store(Float16& to, float x) {
   const uint32_t magnitude = bits_of(x) & 0x7fffffff;
   const uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
-  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;  // the ulp of 0.5f is the smallest float16
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;  // 0.5f's ulp is the least float16
   uint32_t half = magnitude < 0x38800000 ? subnormal : normal;
   half = magnitude >= 0x47800000 ? 0x7c00 : half;
   half = magnitude > 0x7f800000 ? 0x7e00 : half;

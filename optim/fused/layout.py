@@ -1,4 +1,4 @@
-"""The order of elements in memory. The fused steps need it, because they pair elements by address."""
+"""The order of elements in memory: the fused steps pair elements by address."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def is_dense(x: Tensor) -> bool:
 def lay_out_states(params: list[Tensor], *states: list[Tensor]) -> None:
     """Brings states, in place, into the order of their dense parameters.
 
-    They may have another one if they were loaded, or if the model's memory format was changed.
+    Loading, or another memory format of the model, may have changed it.
     """
     for i, param in enumerate(params):
         for state in states:
@@ -28,7 +28,7 @@ def lay_out_states(params: list[Tensor], *states: list[Tensor]) -> None:
 
 
 def laid_out(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """The gradients, copied if needed into the order of their dense parameters."""
+    """The gradients, copied if needed into the order of their parameters."""
     if list(map(Tensor.stride, params)) == list(map(Tensor.stride, grads)):  # nearly always
         return grads
     return [
@@ -38,5 +38,5 @@ def laid_out(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
 
 
 def _layout(x: Tensor) -> list[int]:
-    """The strides that matter: of dimensions longer than one."""
+    """The strides of dimensions longer than one."""
     return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]

@@ -1,7 +1,4 @@
-"""The Triton kernels of Apollo's fused step on a GPU. cuda.py launches them and says how they fit together.
-
-Each program finds its tensor through a row of a table of addresses.
-"""
+"""The Triton kernels of Apollo's fused step on a GPU. cuda.py launches them."""
 
 import triton
 import triton.language as tl
@@ -9,10 +6,10 @@ import triton.language as tl
 PARAM, GRAD, EXP_AVG, HESSIAN, DIRECTION, SIGMA, STEP, NUMEL, WHOLE_NUMEL, FIRST_CHUNK, CHUNKS, COLUMNS = (
     tl.constexpr(i) for i in range(12)
 )
-# Columns of the scalars of a tensor's step. D = max(|B|, bound) + offset, in the last step and in this one.
+# Columns of a tensor's scalars. D = max(|B|, bound) + offset, before this step and in it.
 LR, ALPHA, DELTA, BOUND_BEFORE, OFFSET_BEFORE, BOUND, OFFSET, DECAY, SCALARS = (tl.constexpr(i) for i in range(9))
-# Columns of the sums over a tensor or chunk. A step may leave the first four for the next one: the sums of d^4, B d^2,
-# m d and (with L2 decay) p d. Then follow the sum of g d (without L2 decay's part of g), max|g - m|, and the sum of D.
+# Columns of the sums over a tensor or chunk: of d^4, B d^2, m d and (with L2 decay) p d, which a step may leave for the
+# next one; of g d (g without L2 decay), the maximum of |g - m|, and the sum of D.
 D4, BDD, MD, PD, GD, MAX, CURVATURE, SUMS = (tl.constexpr(i) for i in range(8))
 
 
@@ -51,7 +48,7 @@ def _load(pointer, offsets, mask):
 
 @triton.jit
 def _sum_state(param, average, hessian, direction, d4, bdd, md, pd, L2: tl.constexpr):
-    """Adds a block's part of the sums that do not depend on the gradient."""
+    """Adds a block's part of the sums that need no gradient."""
     square = direction * direction
     if L2:
         pd += param * direction
@@ -60,7 +57,7 @@ def _sum_state(param, average, hessian, direction, d4, bdd, md, pd, L2: tl.const
 
 @triton.jit
 def _store_state_sums(out, d4, bdd, md, pd):
-    # In float64 the result does not depend on the order in which a kernel adds up the lanes.
+    # In float64 the order in which a kernel adds up the lanes does not matter.
     tl.store(out + D4, tl.sum(d4.to(tl.float64), 0))
     tl.store(out + BDD, tl.sum(bdd.to(tl.float64), 0))
     tl.store(out + MD, tl.sum(md.to(tl.float64), 0))
@@ -135,7 +132,7 @@ def sum_chunks(
 
 @triton.jit
 def _joined(partials, row, COLUMN: tl.constexpr, JOIN: tl.constexpr, LARGEST: tl.constexpr):
-    """The sum (or the maximum) of one column over a tensor's chunks."""
+    """The sum (or maximum) of one column over a tensor's chunks."""
     first = tl.load(row + FIRST_CHUNK)
     count = tl.load(row + CHUNKS)
     total = tl.zeros([JOIN], tl.float64)
@@ -165,7 +162,7 @@ def join_chunks(table, partials, sums, JOIN: tl.constexpr):
 
 @triton.jit
 def _sum_of(sums, partials, row, tensor, COLUMN: tl.constexpr, SHARDED: tl.constexpr, JOIN: tl.constexpr):
-    """One sum over a tensor, which is joined over the ranks if it is sharded."""
+    """One sum over a tensor, joined over the ranks if it is sharded."""
     if SHARDED:
         total = tl.load(sums + tensor * SUMS + COLUMN)
     else:
@@ -257,7 +254,7 @@ def _update_block(
         rounded = (param - lr * direction).to(p.dtype.element_ty)
         tl.store(d + offsets, direction, mask)
         tl.store(p + offsets, rounded, mask)
-        if CARRY:  # the same bits as a sum that is computed anew
+        if CARRY:  # the same bits as a sum computed anew
             if not STORED:
                 average = direction * curvature
             d4, bdd, md, pd = _sum_state(rounded.to(tl.float32), average, hessian, direction, d4, bdd, md, pd, L2)
@@ -271,7 +268,7 @@ def update_chunks(
     SCALED: tl.constexpr, FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, GRAD_ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Begins with the last chunks: sum_chunks read their g and d last, so these may still be in the L2 cache."""
+    """Begins with the last chunks: their g and d may still be in the L2 cache after sum_chunks."""
     chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     tensor = tl.load(chunks + 2 * chunk)
     row = table + tensor * COLUMNS
@@ -310,14 +307,14 @@ def update_chunks(
     out = partials + chunk * SUMS
     if STABLE:
         tl.store(out + CURVATURE, tl.sum(curvatures, 0).to(tl.float64))
-    if CARRY:  # noqa: SIM102  (older compilers of Triton do not take both at once)
+    if CARRY:  # noqa: SIM102  (older Tritons do not compile both at once)
         if here > 0:  # a skipped step leaves the sums as they are
             _store_state_sums(out, d4, bdd, md, pd)
 
 
 @triton.jit
 def make_stable_decay(table, partials, sums, scalars, decay, SHARDED: tl.constexpr, JOIN: tl.constexpr):
-    """Decay "stable": divides the coefficient by the mean of D over the tensor."""
+    """Decay "stable": divides the coefficient by the mean of D."""
     tensor = tl.program_id(0).to(tl.int64)
     row = table + tensor * COLUMNS
     total = _sum_of(sums, partials, row, tensor, CURVATURE, SHARDED, JOIN)
@@ -330,7 +327,7 @@ def direct_chunks(
     table, chunks, scalars, found_inf,
     P: tl.constexpr, FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Decay "stable": computes d and p, which update_chunks has left out."""
+    """Decay "stable": computes d and p, which update_chunks left out."""
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunks + 2 * chunk)
     row = table + tensor * COLUMNS
