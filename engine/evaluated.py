@@ -68,7 +68,7 @@ def eval_mode(run: RunT, renew: Renew = None) -> Iterator[None]:
 def averaged(run: RunT, renew: Renew = None) -> Iterator[list[int]]:
     """Within, the model has the average of the run's weights. Gives the updates of the kept weights that it is of.
 
-    Raises UserError where no weights are kept.
+    Raises UserError where it is one of kept weights, and there are none.
     """
     if run.average:
         state, updates = run.average.module.state_dict(), []

@@ -71,7 +71,7 @@ class RunRecord:
             self._lock = hold(folder, "training")
             require_same_settings(config, folder)
             save_config(config, folder / "config.yaml")
-            self._metrics = open(folder / "metrics.jsonl", "a+b")  # noqa: SIM115
+            self._metrics = open(folder / "metrics.jsonl", "a+b")  # noqa: SIM115 - open as long as the run
             self._log = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         except OSError as error:
             reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
@@ -100,7 +100,7 @@ class RunRecord:
 
     @property
     def wall_s(self) -> float:
-        """Running time in seconds, over all sessions."""
+        """Running time in seconds, with that before a resumption."""
         return self.wall_s_before + time.monotonic() - self.started
 
     def say(self, text: str) -> None:
