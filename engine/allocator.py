@@ -7,7 +7,7 @@ thousands of page faults per step.
 import ctypes
 from collections.abc import Callable
 
-# Of mallopt(3), from glibc's malloc.h.
+# Parameters of mallopt(3), from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 MADV_POPULATE_WRITE = 23  # of madvise(2), since Linux 5.14
 

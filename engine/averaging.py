@@ -1,6 +1,6 @@
 """The mean of the last weights that a run has kept. The published scores of translation belong to such a mean.
 
-The weights are kept in RUN/averaging/<update>/. A resumed run repeats these names.
+The weights are kept in RUN/averaging/<update>/. A resumed run writes the same files.
 """
 
 import shutil
@@ -13,10 +13,7 @@ from engine.errors import UserError
 
 
 def keep_weights(run_dir: Path, update: int, model: torch.nn.Module, vocabulary: str | None, last: int) -> None:
-    """Write the weights of this update. Only the `last` newest stay.
-
-    `vocabulary` is its digest, None in a task without one.
-    """
+    """Write the weights of this update with the vocabulary's digest, if any. Only the `last` newest stay."""
     folder = run_dir / "averaging" / f"{update:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     write_checkpoint(folder, {"model": model.state_dict(), "codec": vocabulary}, keep=1)

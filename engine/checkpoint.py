@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill: written beside, synced and renamed. They are never unpickled.
 
 `checkpoint.pt` is the newest, `checkpoint.1.pt` the one before. One of them is whole at every instant. Each is a zip
-archive of torch.save. Its comment is a checksum of all bytes before it, because torch.load and the zip format's
-checksums do not look at every bit. If a file is damaged, the next older one is used.
+archive of torch.save. Its comment is a checksum of all bytes before it: torch.load and the zip format's checksums do
+not look at every bit. Instead of a damaged file, the next older one is used.
 """
 
 import os
@@ -48,7 +48,7 @@ class Progress:
     trained_on: float = 0.0  # examples or tokens up to the last evaluation
     train_s: float = 0.0  # seconds of training alone, likewise
     best: float | None = None  # of all evaluations
-    last: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
+    last: dict[str, float] = field(default_factory=dict)  # metrics, likewise
 
 
 @dataclass
@@ -218,7 +218,7 @@ def _existing(folder: Path) -> list[Path]:
 
 
 class _Hashed:
-    """The file that torch.save writes to."""
+    """The file for torch.save."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.hash = file, xxh3_128()
@@ -242,7 +242,7 @@ def _trailer(hashed: xxh3_128) -> bytes:
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """What the file holds, or None and what is wrong with it. Raises UserError where it cannot be read."""
+    """What the file holds, or None and what is wrong with it."""
     hashed = xxh3_128()
     try:
         with open(path, "rb") as file:

@@ -1,8 +1,8 @@
 """Strict configuration: YAML files over a `base:`, `key=value` on top, checked by a pydantic model.
 
 Files merge key by key, except `optimizer`, `schedule` and `average`: these are taken whole from the last file that
-gives them, because their settings belong to one method. Every error is one line that names the source of the value (a
-file or the command line), the key, and what would be right.
+gives them, because their settings belong to one method. Every error names in one line the file or command line, the
+key, and what would be right.
 """
 
 import math
@@ -107,8 +107,8 @@ class CheckpointConfig(Strict):
 class AverageConfig(Strict):
     """The average of weights that is evaluated: an exponential one (`decay`), or the mean of the `last` kept ones.
 
-    The exponential average is a <- decay * a + (1 - decay) * w after every update, and begins as the weights after the
-    first one. The mean is formed at the end of the run.
+    The exponential average, a <- decay * a + (1 - decay) * w, begins as the weights after the first update. The mean is
+    formed at the end of the run.
     """
 
     decay: float | None = Field(None, gt=0, lt=1)
@@ -123,7 +123,7 @@ class AverageConfig(Strict):
 
 
 class RunConfig(Strict):
-    """The keys of every task's config; a task adds its own (data, model, epochs or updates, ...)."""
+    """The keys of every task's config; a task adds its own."""
 
     DIFFERENTIABLE_TWICE: ClassVar[bool] = False  # whether all functions of the task's models are
 
@@ -154,7 +154,7 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def load_config(model: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read `path` over its `base:` files, apply `key=value` overrides, and check the whole against `model`.
+    """Read `path` over its `base:` files, apply `key=value` overrides, and check against `model`.
 
     Override keys may be dotted (`optimizer.lr=0.1`); values are YAML. Raises ConfigError.
     """
@@ -187,7 +187,7 @@ def dump_config(config: BaseModel) -> str:
 
 
 def differences(ours: Any, theirs: Any, ignore: Sequence[str] = (), prefix: str = "") -> list[str]:
-    """The dotted keys whose values differ between nested mappings, without those in `ignore` and below."""
+    """The dotted keys whose values differ, without those in `ignore` and below."""
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):
         return [] if ours == theirs else [prefix.rstrip(".")]
     found = []
@@ -247,7 +247,7 @@ def _set_dotted(values: dict, key: str, value: Any, sources: dict[str, str]) -> 
 
 
 def _explain(error: ValidationError, model: type[BaseModel], sources: dict[str, str], path: str) -> str:
-    """The first problem that pydantic found, in one line."""
+    """Pydantic's first problem, in one line."""
     problem = error.errors()[0]
     keys, holder = _place(model, problem["loc"])
     if problem["type"].startswith("union_tag"):

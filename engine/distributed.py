@@ -69,7 +69,7 @@ class World:
             self.barrier()
 
     def synchronize(self) -> None:
-        """Wait until the device has done everything given to it."""
+        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -103,8 +103,8 @@ def divide(batch: int, passes: int, ranks: int) -> tuple[int, int] | None:
 def setup(device: str = "auto", deterministic: bool = False) -> World:
     """Join torchrun's process group if there is one (WORLD_SIZE is set), and choose this rank's device.
 
-    `device`: auto (cuda where there is one), cpu or cuda. Raises UserError where cuda is asked for and missing, and
-    where the environment makes no sense.
+    `device`: auto (cuda where there is one), cpu or cuda. Raises UserError where cuda is missing, or the
+    environment makes no sense.
     """
     if deterministic:
         use_deterministic_algorithms()
@@ -132,9 +132,9 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
 def _join(backend: str) -> None:
     """Join the process group that torchrun's environment describes.
 
-    After a rank has died, torchrun starts all ranks again on the same store (seen with torch 2.14). It still holds the
-    addresses of the dead ranks, and a rank that reads one waits in vain. So each attempt gets keys of its own. Several
-    machines count their attempts separately, so there the keys stay shared.
+    After a rank has died, torchrun starts all ranks again on the same store (seen with torch 2.14). A rank that reads a
+    dead one's address there waits in vain, so each attempt gets keys of its own. Several machines count their attempts
+    separately: there the keys stay shared.
     """
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store, rank, world_size = next(dist.rendezvous("env://"))

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from engine.errors import UserError
 
-TIMEOUT = 30.0  # seconds without an answer from the server
+TIMEOUT = 30.0  # seconds without an answer
 BLOCK = 1 << 20
 
 
@@ -35,7 +35,6 @@ def download(url: str, path: Path, checksum: str | None = None) -> None:
 
 
 def matches(path: Path, checksum: str) -> bool:
-    """Whether `path` has this checksum."""
     kind, _, expected = checksum.partition(":")
     return digest_of(path, kind) == expected
 

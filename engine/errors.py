@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """Something only the user can put right; `run_main` prints it on one line, without a traceback."""
+    """Something that only the user can put right."""
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
@@ -46,7 +46,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
 
 
 def explain(error: OSError) -> str:
-    """The system's words, and what helps."""
+    """What the system reports, and what helps."""
     advice = {
         errno.ENOSPC: "free some space, then run the same command again",
         errno.EDQUOT: "free some space, then run the same command again",

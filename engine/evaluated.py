@@ -1,13 +1,11 @@
 """Which weights are evaluated: those of the optimizer's eval mode, and their average.
 
 Schedule-free optimizers (Defazio et al., arXiv 2405.15682) have two modes: after `train()` the model has the weights at
-which gradients are taken, after `eval()` those that are the result. A run trains and saves its checkpoints in train
-mode. It evaluates, averages and writes its result in eval mode.
+which gradients are taken, after `eval()` those of the result. A run trains and saves checkpoints in train mode. It
+evaluates, averages and writes its result in eval mode.
 
 A run with `average:` is evaluated twice. The names of the average's metrics end in `_average`. `final` in result.json
 is the average's score, and `final_unaveraged` that of the weights themselves.
-
-After an evaluation the model is restored bit for bit.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ def has_modes(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def exponential_average(model: torch.nn.Module, config: RunConfig) -> AveragedModel | None:
-    """A model that holds the exponential average, where the config asks for one."""
+    """A model for the exponential average, if the config asks for one."""
     if not (config.average and config.average.decay):
         return None
     if config.precision == "apex-O2":
@@ -66,9 +64,9 @@ def eval_mode(run: RunT, renew: Renew = None) -> Iterator[None]:
 
 @contextmanager
 def averaged(run: RunT, renew: Renew = None) -> Iterator[list[int]]:
-    """Within, the model has the average of the run's weights. Gives the updates of the kept weights that it is of.
+    """Within, the model has the average of the run's weights. Gives the updates of the kept weights in it.
 
-    Raises UserError where it is one of kept weights, and there are none.
+    Raises UserError where the mean has no kept weights.
     """
     if run.average:
         state, updates = run.average.module.state_dict(), []
@@ -84,7 +82,7 @@ def averaged(run: RunT, renew: Renew = None) -> Iterator[list[int]]:
 
 @contextmanager
 def _undone(model: torch.nn.Module) -> Iterator[None]:
-    """Restore the model's parameters and buffers after the block."""
+    """Restore the model's parameters and buffers bit for bit after the block."""
     tensors = [*model.parameters(), *model.buffers()]
     before = [tensor.detach().clone() for tensor in tensors]
     try:
@@ -140,15 +138,12 @@ def record_final(run: RunT, **values: float) -> None:
 
 
 def of_result(metrics: dict[str, float], name: str) -> float:
-    """The metric `name` of the weights of the run's result."""
+    """The metric `name` of the run's result."""
     return metrics.get(f"{name}{AVERAGE}", metrics[name])
 
 
 def results(metrics: dict[str, float], **names: str) -> dict[str, float]:
-    """Keys of result.json from an evaluation's metrics, for each key=name whose metric exists.
-
-    Where it is the average's, `<key>_unaveraged` is that of the weights themselves.
-    """
+    """Keys of result.json from an evaluation's metrics, for each key=name whose metric exists."""
     found = {}
     for key, name in names.items():
         if name in metrics:
@@ -159,7 +154,6 @@ def results(metrics: dict[str, float], **names: str) -> dict[str, float]:
 
 
 def update_average(run: Run) -> None:
-    """Take the weights into the exponential average, if there is one."""
     average, model = run.average, run.model
     if average is None:
         return
@@ -175,7 +169,7 @@ def update_average(run: Run) -> None:
 
 
 def is_kept(run: Run) -> bool:
-    """Whether the weights after this update are to be averaged. At its end, every run has at least one of them."""
+    """Whether to average the weights after this update. A run that would keep none keeps the last."""
     average, progress = run.config.average, run.progress
     if not average or average.decay:
         return False

@@ -16,7 +16,7 @@ AGREE_EVERY = 5  # updates, with several ranks
 
 
 class StopRequest:
-    """Created once, in the main thread."""
+    """Create it once, in the main thread."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -39,7 +39,7 @@ class StopRequest:
 
 
 def _signals() -> list[signal.Signals]:
-    """Without SIGHUP if nohup ignores it, and without SIGUSR1 if NCCL may use it."""
+    """SIGHUP is left out if nohup ignores it, and SIGUSR1 with NCCL, which may use it."""
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)

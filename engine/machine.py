@@ -1,4 +1,4 @@
-"""The machine's cores, its processor's name, and whether it computes in bfloat16."""
+"""The machine's cores and processor."""
 
 import os
 import platform

@@ -7,7 +7,7 @@ import torch
 from engine.distributed import World
 from engine.errors import UserError
 
-DIVERGED = "the run has diverged"  # scripts recognise the error by it
+DIVERGED = "the run has diverged"  # scripts and benchmarks look for it
 
 
 class Sums:
@@ -18,7 +18,7 @@ class Sums:
         self.values = torch.zeros(len(names), dtype=torch.float64, device=device)
 
     def add(self, **amounts: torch.Tensor | float) -> None:
-        """Add amounts (0-d tensors or numbers). KeyError for an unknown name."""
+        """Add 0-d tensors or numbers. KeyError for an unknown name."""
         if unknown := amounts.keys() - set(self.names):
             raise KeyError(f"no sums of {', '.join(sorted(unknown))}")
         self.values += torch.stack([self._scalar(amounts.get(name, 0.0)) for name in self.names])

@@ -8,7 +8,7 @@ from pathlib import Path
 from engine.errors import UserError
 
 ABOVE, BELOW = 2, 3  # levels
-MOST = 1_000  # folders that are looked into
+MOST = 1_000  # folders searched
 
 
 def nearest_folder(place: Path, fits: Callable[[Path], object]) -> Path | None:

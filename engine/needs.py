@@ -1,8 +1,8 @@
 """What some optimizers need besides gradients: a closure, or gradients that can be differentiated again.
 
 `needs: closure` hands `step` a function that takes the gradients of the same update again, at the current weights: SAM
-calls it once, L-BFGS some 20 times. All passes, their augmentation and their dropout are the same. Metrics, BatchNorm's
-running statistics and a network's carried state are those of the first time.
+calls it once, L-BFGS some 20 times. Passes, augmentation and dropout are the same. Metrics, BatchNorm's running
+statistics and a network's carried state are those of the first time.
 `needs: create_graph` keeps the graph of the gradients: AdaHessian takes products with the Hessian from it.
 """
 

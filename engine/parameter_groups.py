@@ -30,7 +30,7 @@ TORCH_FUSED = ("adam", "adamw", "sgd")  # torch's with a fused step
 class SeveralOptimizers(Optimizer):
     """Optimizers over parameters of their own, which step one after the other.
 
-    Its `param_groups` are the same dictionaries as theirs: a learning rate changed here changes there.
+    Its `param_groups` are the same dictionaries as theirs.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -65,8 +65,8 @@ def _all(optimizers: Sequence[Optimizer], mode: str) -> None:
 def create_grouped_optimizer(model: Module, config: OptimizerConfig, device_type: str) -> Optimizer:
     """The optimizer of `config` over the parameters of `model`, on a device of `device_type`.
 
-    On CUDA torch's own take their fused step, as Apollo does, unless the config names another. Torch's default, the
-    foreach step, reads and writes memory about three times as often.
+    On CUDA torch's own take their fused step unless the config names another. Torch's default, the foreach step, reads
+    and writes memory about three times as often.
 
     Raises UserError for a group without parameters and for settings that do not fit.
     """
@@ -113,7 +113,7 @@ def divide_parameters(model: Module, groups: Sequence[GroupConfig]) -> list[list
 
 
 def describe_groups(model: Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """What each group holds, for environment.json; parameters without a group come first."""
+    """What each group holds; parameters without a group come first."""
     divided = zip([None, *config.groups], divide_parameters(model, config.groups), strict=True)
     return [
         {
@@ -134,7 +134,7 @@ def _matches(match: str | int, name: str, parameter: torch.Tensor) -> bool:
 def over_one_group(name: str, settings: dict[str, Any], parameters: list[Parameter]) -> Optimizer:
     """An optimizer over one group, which also gets the settings that the constructor does not name.
 
-    Some classes look for settings in their groups, such as pytorch_optimizer.Muon for `use_muon`.
+    pytorch_optimizer.Muon looks for `use_muon` there.
     """
     named = inspect.signature(optimizer_class(name)).parameters
     flags = {key: value for key, value in settings.items() if key not in named}
@@ -144,7 +144,7 @@ def over_one_group(name: str, settings: dict[str, Any], parameters: list[Paramet
 def _one_group(
     name: str, settings: dict[str, Any], parameters: list[Parameter], own: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The parameter group that the optimizer's constructor makes of `settings`, and so has checked.
+    """The parameter group that the optimizer's constructor makes of `settings`, which it checks.
 
     Raises ValueError where it keeps one of `own` outside of the group.
     """

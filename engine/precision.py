@@ -52,8 +52,7 @@ class Precision:
     def data_parallel(self, network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
         """`network`, with gradients averaged over all ranks, except in passes inside its `no_sync()`.
 
-        Buffers are not sent in training: each rank normalises by its own batch. World.copy_buffers sends them for an
-        evaluation.
+        Buffers are not sent in training: each rank normalises by its own batch.
         """
         return DistributedDataParallel(
             network,
@@ -86,7 +85,7 @@ class Precision:
     def step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor] | None = None) -> bool:
         """Take the optimizer step. Returns False if the scaler skipped it because a gradient overflowed.
 
-        `closure` takes the gradients again; with a scaler there must be none.
+        With a scaler there must be no `closure`.
         """
         if not self.scaler.is_enabled():
             optimizer.step() if closure is None else optimizer.step(closure)

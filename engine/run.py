@@ -50,19 +50,19 @@ RunT = TypeVar("RunT", bound="Run")
 class Run:
     """What a loop works with, made by `assemble`. A task's subclass adds its own fields."""
 
-    METRICS: ClassVar[tuple[str, ...]]  # sums over a window: the loss first, then the task's own
-    COUNTED: ClassVar[str]  # the metric that counts what is trained on: "examples" or "tokens"
+    METRICS: ClassVar[tuple[str, ...]]  # summed over a window, the loss first
+    COUNTED: ClassVar[str]  # one of METRICS: "examples" or "tokens"
 
     config: RunConfig
     world: World
     record: RunRecord
     model: torch.nn.Module  # evaluated and saved
-    network: torch.nn.Module  # the model as trained: perhaps compiled, perhaps in DistributedDataParallel
+    network: torch.nn.Module  # as trained: perhaps compiled, or in DistributedDataParallel
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     precision: Precision
     needs: str | None  # of the optimizer's step: closure or create_graph
-    window: Sums  # training metrics since the last log line
+    window: Sums  # since the last log line
     progress: Progress
     checkpoints: Checkpoints
     stop: StopRequest
@@ -72,14 +72,14 @@ class Run:
     average: AveragedModel | None  # the exponential one of the weights
     vocabulary: str | None = None  # digest of the data's
     take_step: Callable[[], bool]  # the optimizer's; False where the scaler skipped it
-    clock: float = 0.0  # when the timed training began
+    clock: float = 0.0  # the start of timed training
     optimizer_ms: list[float] = field(default_factory=list)  # one sample every log_every updates
 
 
 def read_arguments(config: type[ConfigT], arguments: list[str], usage: str) -> ConfigT:
     """The config that a command line `CONFIG [key=value ...]` names. Without one, print the usage and exit.
 
-    Raises UserError for a config that cannot be used.
+    Raises UserError for an unusable config.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
@@ -108,7 +108,7 @@ def create_precision(name: str, device: torch.device, say: Callable[[str], None]
 def with_optimizer(
     model: torch.nn.Module, config: RunConfig, precision: Precision
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """The model as `precision` wants it, and the config's optimizer over its parameters."""
+    """The model and its optimizer, as `precision` wants them. Raises UserError where settings do not fit."""
     optimizer = create_grouped_optimizer(model, config.optimizer, precision.device_type)
     if any("lr" not in group for group in optimizer.param_groups):
         raise UserError(f"optimizer {config.optimizer.name} has no learning rate, lr, that a schedule could set")
@@ -133,7 +133,7 @@ def assemble(
     """A Run of class `kind` at its beginning; `own` are the fields that this class adds.
 
     The schedule counts in units of `updates_per_unit` updates, and the run has `total` of them. By default a unit is an
-    epoch. `network` is the model as called in training, e.g. compiled; by default the model itself.
+    epoch. `network` is the model as called in training; by default the model itself.
     """
     if evaluated.has_modes(optimizer):
         optimizer.train()  # some begin in eval mode
@@ -174,9 +174,9 @@ def assemble(
 
 
 def restore(run: Run) -> dict[str, Any] | None:
-    """Load the last checkpoint and rewind the record to it; returns what the task saved with it.
+    """Load the last checkpoint and rewind the record to it; returns what it holds besides.
 
-    None where there is no checkpoint. Raises UserError where it is not one of this run.
+    None without a checkpoint. Raises UserError for one of another run.
     """
     saved = run.checkpoints.restore(run.progress)
     if saved:
@@ -223,15 +223,15 @@ def wait_for_device(run: Run) -> None:
 
 
 def averaged_over_ranks(run: Run, is_last: bool) -> AbstractContextManager:
-    """Context of one pass of an update: the ranks average their gradients after the last pass only."""
+    """Within, the ranks average their gradients only if this pass is the last of an update."""
     return nullcontext() if is_last or run.world.world_size == 1 else run.network.no_sync()
 
 
 def end_update(run: Run, bar: tqdm, again: Callable[[], torch.Tensor]) -> Wish:
     """Take the optimizer's and the schedule's step; returns what the ranks agree to do next.
 
-    `again`, for an optimizer that needs a closure, takes the gradients of this update once more, counts nothing, and
-    returns this rank's loss. The ranks save after an update whose weights are kept for averaging.
+    `again` takes the gradients of this update once more, counts nothing, and returns this rank's loss. The ranks save
+    when weights are kept for averaging.
     """
     progress = run.progress
     rate = run.optimizer.param_groups[0]["lr"]
@@ -257,7 +257,7 @@ def end_update(run: Run, bar: tqdm, again: Callable[[], torch.Tensor]) -> Wish:
 
 def _step(run: Run, again: Callable[[], torch.Tensor]) -> bool:
     seed, place, name = run.config.seed, ("optimizer", run.progress.update), run.config.optimizer.name
-    seed_step(seed, *place)  # what an optimizer draws is the same on every rank
+    seed_step(seed, *place)  # the optimizer draws alike on all ranks
     closure = closure_of(again, run.world, seed, *place) if run.needs == "closure" else None
     try:
         taken = run.take_step() if closure is None else run.precision.step(run.optimizer, closure)
@@ -283,7 +283,7 @@ def _timed_step(run: Run, again: Callable[[], torch.Tensor]) -> bool:
 
 
 def close_window(run: Run) -> dict[str, float] | None:
-    """The sums of METRICS over all ranks since the last call, None where nothing was counted; a new window begins.
+    """The sums of METRICS over all ranks since the last call, or None where nothing was counted.
 
     Raises UserError where the loss is not finite.
     """
@@ -299,18 +299,18 @@ def close_window(run: Run) -> dict[str, float] | None:
 
 
 def log_window(run: Run, bar: tqdm, **means: float | None) -> None:
-    """Write a line of training metrics: `means` over the window, the learning rate and the speed."""
+    """Write a line with `means` over the window, the learning rate and the speed."""
     progress = run.progress
     parts = getattr(run.optimizer, "optimizers", [run.optimizer])  # Apollo may be one of several
     if run.world.is_main and (apollo := next((one for one in parts if isinstance(one, Apollo)), None)):
-        means["clamped"] = apollo.clamped()  # see "Choosing a learning rate" in docs/apollo.md
+        means["clamped"] = apollo.clamped()  # "Choosing a learning rate" in docs/apollo.md
     run.record.metrics("train", progress.update, epoch=progress.epoch + 1, **means, lr=progress.lr, **_speed(run))
     shown = {name: f"{mean:.4g}" for name, mean in means.items() if mean is not None}
     bar.set_postfix(epoch=progress.epoch + 1, **shown)
 
 
 def save(run: Run, **own: torch.Tensor) -> None:
-    """Write a checkpoint with what the task saves besides, `own`. Every rank calls this, with the same values.
+    """Write a checkpoint with the task's `own` values. Every rank calls this with the same ones.
 
     Raises UserError where the training loss or a weight is not finite: such weights must not push out good ones.
     """
@@ -343,20 +343,19 @@ def record_evaluation(run: Run, kind: str, trained: dict[str, float], found: dic
 
 
 def end_epoch(run: Run) -> None:
-    """The next epoch begins."""
     run.progress.epoch += 1
     run.progress.update_in_epoch = 0
 
 
 def say_stopped(run: Run) -> int:
-    """Say that a signal has stopped the run; returns the exit status."""
+    """Say that a signal stopped the run; returns the exit status."""
     update, signal = run.progress.update, run.stop.signal.name
     run.record.say(f"stopped at update {update} by {signal}; saved: the same command goes on")
     return run.stop.exit_status
 
 
 def write_result(run: Run, metric: str, final: float, **own: Any) -> None:
-    """Write result.json: `final` is the run's `metric`, and `own` are the task's further keys.
+    """Write result.json: `final` is the run's `metric`, and `own` are the task's keys.
 
     Raises UserError where `final` or a weight is not finite.
     """
@@ -385,6 +384,6 @@ def parameter_count(model: torch.nn.Module) -> int:
 
 
 def _speed(run: Run) -> dict[str, float]:
-    """Examples or tokens a second since the last evaluation, under its recorded name."""
+    """Examples or tokens a second since the last evaluation."""
     progress = run.progress
     return {f"{run.COUNTED}_per_s": round(progress.since_evaluation[run.COUNTED] / progress.since_evaluation_s, 1)}

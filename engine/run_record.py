@@ -1,7 +1,7 @@
 """The run folder: what ran (config.yaml, environment.json), how it went (metrics.jsonl, log.txt), what came out.
 
-A run with `result.json`, written last, is whole. Only rank 0 writes. torch is imported late, because scripts that look
-at run folders should start fast.
+A run with `result.json`, written last, is whole. Only rank 0 writes. torch is imported late: scripts that read run
+folders start fast.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class RunRecord:
 
     @contextmanager
     def start(self) -> Iterator[None]:
-        """If the block, which prepares the training, fails, remove a folder that was made for this run."""
+        """If the block fails, remove a folder that was made for this run."""
         try:
             yield
         except BaseException:
@@ -87,7 +87,7 @@ class RunRecord:
             raise
 
     def remove_if_new(self) -> None:
-        """Remove the run's folder, and those above it, where they were made for this run."""
+        """Remove the folders that were made for this run."""
         if self.world.is_main and self.folder in self._made:
             shutil.rmtree(self.folder, ignore_errors=True)
             for parent in self._made[1:]:
@@ -100,7 +100,7 @@ class RunRecord:
 
     @property
     def wall_s(self) -> float:
-        """Running time in seconds, with that before a resumption."""
+        """Running time in seconds."""
         return self.wall_s_before + time.monotonic() - self.started
 
     def say(self, text: str) -> None:
@@ -110,7 +110,7 @@ class RunRecord:
             self._log.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}  {text}\n")
 
     def say_complete(self) -> int:
-        """Say that there is nothing to do; returns the exit status."""
+        """Returns the exit status."""
         self.say(f"{self.folder} is complete: nothing to do")
         return 0
 
@@ -127,7 +127,7 @@ class RunRecord:
             write_atomically(path, json.dumps(now, indent=1) + "\n")
 
     def metrics(self, kind: str, update: int, **values: Any) -> None:
-        """Append one line to metrics.jsonl (and to TensorBoard)."""
+        """Append a line to metrics.jsonl and TensorBoard."""
         if self.world.is_main:
             line = {"kind": kind, "update": update, **{name: _finite(value) for name, value in values.items()}}
             self._metrics.write((json.dumps(line, allow_nan=False) + "\n").encode())
@@ -153,7 +153,7 @@ class RunRecord:
     def rewind(self, position: dict[str, Any] | None, update: int = 0) -> None:
         """Drop the lines written after `position` (all for None), which the run will repeat.
 
-        `update` is that of the position. TensorBoard forgets it and all later ones, and gets its remaining lines again.
+        `update` is that of the position. TensorBoard forgets it and later ones, and gets its remaining lines again.
         """
         position = position or {"metrics_bytes": 0, "wall_s": 0.0}
         self.wall_s_before = position["wall_s"]
@@ -188,7 +188,6 @@ def _finite(value: Any) -> Any:
 
 
 def describe_environment(world: World) -> dict[str, Any]:
-    """Versions, device, threads, git revision and the command."""
     import numpy
     import torch
 
@@ -216,7 +215,7 @@ def describe_environment(world: World) -> dict[str, Any]:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: allocated by torch on a GPU, resident for the process on the CPU."""
+    """Peak memory in MiB: allocated by torch on a GPU, resident on the CPU."""
     if device.type == "cuda":
         import torch
 
@@ -228,7 +227,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def holds_training(run_dir: Path) -> bool:
-    """Whether a run in `run_dir` got as far as a checkpoint or a result."""
+    """Whether a run left a checkpoint or a result."""
     return (run_dir / "result.json").exists() or any(run_dir.glob("checkpoint*.pt"))
 
 
@@ -253,7 +252,7 @@ def require_same_settings(config: BaseModel, run_dir: Path, elsewhere: str = "an
 
 
 def _tensorboard(run_dir: Path, update: int) -> Any:
-    """A writer of events that hides earlier ones of `update` and later."""
+    """A writer of events. It hides older events from `update` on."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

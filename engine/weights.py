@@ -59,7 +59,7 @@ def _of_checkpoint(saved: dict[str, Any]) -> Weights:
 
 
 def read_bundled(folder: Path) -> Weights | None:
-    """The weights of weights.safetensors; None without the file. Raises UserError where they cannot be read."""
+    """The weights of weights.safetensors, or None. Raises UserError where they cannot be read."""
     path = folder / BUNDLED
     if not path.exists():
         return None
