@@ -116,7 +116,7 @@ class Checkpoints:
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
-    """Write `state` as the newest checkpoint in `folder`, keeping `keep`. Raises UserError, e.g. on a full disk."""
+    """Write `state` as the newest of `keep` checkpoints. Raises UserError, e.g. on a full disk."""
     newest, temporary = _path(folder, 0), folder / "checkpoint.tmp"
     try:
         with open(temporary, "wb") as file:

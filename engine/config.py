@@ -74,9 +74,9 @@ class Named(WithSettings):
 
 
 class GroupConfig(WithSettings):
-    """Parameters with settings of their own, and with another optimizer where `name` is given."""
+    """Parameters with settings of their own, or with another optimizer, `name`."""
 
-    match: str | NonNegativeInt  # a regular expression found in a parameter's name, or a number of dimensions
+    match: str | NonNegativeInt  # a regular expression for names, or a number of dimensions
     name: str | None = None
 
     @field_validator("match")
@@ -282,7 +282,7 @@ def _source_of(dotted: str, sources: dict[str, str]) -> str | None:
 def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
     """The keys that lead to a problem, and the model that has or lacks the last of them.
 
-    Where `name` selects one of several models, pydantic puts that name into `loc` as if it were a key.
+    Where `name` selects a model, pydantic puts it into `loc` like a key.
     """
     keys, holder, kind = [], model, model
     for part in loc:

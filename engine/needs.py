@@ -56,7 +56,7 @@ def needs_of(config: RunConfig, optimizer: torch.optim.Optimizer, world: World) 
 def closure_of(
     again: Callable[[], torch.Tensor], world: World, seed: int, *place: int | str
 ) -> Callable[[], torch.Tensor]:
-    """A closure over `again`, which takes this rank's gradients and returns its loss. It returns the ranks' mean loss.
+    """A closure that calls `again` for this rank's gradients and loss, and returns the ranks' mean loss.
 
     After each call the optimizer's own draws go on from `place`, alike on all ranks.
     """

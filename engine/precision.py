@@ -50,9 +50,9 @@ class Precision:
         return model, optimizer
 
     def data_parallel(self, network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-        """`network`, with gradients averaged over all ranks, except in passes inside its `no_sync()`.
+        """`network` with gradients averaged over all ranks, except inside its `no_sync()`.
 
-        Buffers are not sent in training: each rank normalises by its own batch.
+        Buffers are not sent: each rank normalises by its own batch.
         """
         return DistributedDataParallel(
             network,
@@ -105,5 +105,5 @@ class Precision:
 
 
 def _divides_in_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step divides gradients by the attribute `grad_scale`, as Apollo's and torch's fused ones do."""
+    """Whether the step divides gradients by `grad_scale`, as Apollo's and torch's fused ones do."""
     return type(optimizer) in OPTIMIZERS.values() and getattr(optimizer, "_step_supports_amp_scaling", False)

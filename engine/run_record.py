@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from engine.distributed import World
 
-# Keys that do not change what a run computes, and that a resumed run may change.
+# Keys that do not change what a run computes: a resumed run may change them.
 NEUTRAL_KEYS = (
     "run_dir",
     "checkpoint",

@@ -1,4 +1,4 @@
-"""Randomness as a function of the place in the run (seed, epoch, step or sample index), never of earlier draws.
+"""Randomness from the place in the run (seed, epoch, step or sample index), never from earlier draws.
 
 So a resumed run repeats the uninterrupted one, whatever the number of workers and ranks.
 """
