@@ -1,21 +1,21 @@
-"""On the CPU, the process keeps the memory that a training step frees, and reuses it in the next step.
+"""On the CPU, the process keeps the memory that a training step frees for the next step.
 
-Otherwise glibc returns large free blocks to the system, which clears each page again. For a ResNet-110 this costs tens
-of thousands of page faults per step.
+Otherwise glibc returns large free blocks to the system, which clears each page again: for a ResNet-110 tens of
+thousands of page faults per step.
 """
 
 import ctypes
 from collections.abc import Callable
 
-# Parameters of mallopt(3), with the values of glibc's malloc.h.
+# Parameters of mallopt(3), from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 MADV_POPULATE_WRITE = 23  # of madvise(2), since Linux 5.14
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed memory. Returns False, and does nothing, with another C library.
+    """Tell glibc to keep freed memory. Returns False with another C library.
 
-    The process's size then stays at its peak, which each training step reaches anyway.
+    The process's size then stays at its peak, which each step reaches anyway.
     """
     mallopt = _of_glibc("mallopt")
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**28))
@@ -23,7 +23,7 @@ def keep_freed_memory() -> bool:
 
 
 def populate(address: int, size: int) -> bool:
-    """Ask the system for all pages of a new memory mapping at once. Otherwise each page comes at its first write.
+    """Ask for all pages of a new memory mapping at once, not each at its first write.
 
     `size` is in bytes. Returns False if the system does not support this.
     """

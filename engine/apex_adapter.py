@@ -1,6 +1,6 @@
 """NVIDIA's apex as a precision: amp at opt_level O1 or O2, and apex's DistributedDataParallel.
 
-docs/apex.md says which apex this needs. Only apex's documented functions are called.
+docs/apex.md says which apex this needs.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +15,7 @@ from engine.precision import Precision
 
 
 def require_apex(name: str, device: torch.device) -> None:
-    """Raise UserError if `name` (apex-O1, apex-O2) cannot run: without CUDA, or without an apex that still has amp."""
+    """Raise UserError if `name` (apex-O1, apex-O2) lacks CUDA, or an apex that still has amp."""
     if device.type != "cuda":
         raise UserError(f"precision={name} exists on CUDA devices only, not on {device.type}; use precision=fp32")
     try:
@@ -29,7 +29,7 @@ def require_apex(name: str, device: torch.device) -> None:
 
 
 class ApexPrecision(Precision):
-    """apex.amp behind the interface of Precision. One per process, because amp patches torch's functions for good."""
+    """apex.amp as a Precision. One per process, because amp patches torch's functions for good."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         from apex import amp, parallel
@@ -43,12 +43,12 @@ class ApexPrecision(Precision):
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         model, self.optimizer = self.amp.initialize(model, optimizer, opt_level=self.opt_level, verbosity=0)
-        self.optimizer.zero_grad()  # makes O2's float32 weights now, so that a loaded state is not rounded to float16
+        self.optimizer.zero_grad()  # makes O2's float32 weights before a state is loaded, which float16 would round
         return model, self.optimizer
 
     @override
     def data_parallel(self, network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-        # Gradients are reduced after the whole backward pass. They then include those of earlier passes.
+        # Reduced after the whole backward pass, gradients include those of earlier passes.
         network = self.parallel.DistributedDataParallel(network, delay_allreduce=True)
         network.no_sync = partial(_no_sync, network)
         return network
@@ -60,7 +60,7 @@ class ApexPrecision(Precision):
     @override
     def backward(self, loss: torch.Tensor, is_last: bool = True) -> None:
         scale = self._scale()
-        # If amp unscaled before the last pass, it would put earlier gradients aside, and no rank could reduce them.
+        # Unscaling before the last pass would put earlier gradients aside, and they would not be reduced.
         with self.amp.scale_loss(loss, self.optimizer, delay_unscale=not is_last) as scaled:
             scaled.backward()
         self.overflowed = self._scale() < scale
@@ -73,7 +73,7 @@ class ApexPrecision(Precision):
 
     @override
     def step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor] | None = None) -> bool:
-        optimizer.step()  # amp skips it after an overflow; engine/needs.py lets no closure come here
+        optimizer.step()  # amp skips it after an overflow; engine/needs.py refuses closures
         return not self.overflowed
 
     def _scale(self) -> float:
@@ -81,7 +81,7 @@ class ApexPrecision(Precision):
 
     @override
     def state_dict(self) -> dict:
-        """amp's own state, and at O2 also the float32 weights behind the model's float16 weights."""
+        """amp's own state, and at O2 the float32 weights behind the model's float16 ones."""
         masters = list(self.amp.master_params(self.optimizer)) if self.opt_level == "O2" else []
         return {"amp": dict(self.amp.state_dict()), "masters": [weight.detach() for weight in masters]}
 

@@ -1,7 +1,6 @@
 """The mean of the last weights that a run has kept. The published scores of translation belong to such a mean.
 
-The weights are kept in RUN/averaging/<update>/. An interrupted run writes the same files as an uninterrupted one,
-because the update names them.
+The weights are kept in RUN/averaging/<update>/. A resumed run writes the same files.
 """
 
 import shutil
@@ -14,10 +13,7 @@ from engine.errors import UserError
 
 
 def keep_weights(run_dir: Path, update: int, model: torch.nn.Module, vocabulary: str | None, last: int) -> None:
-    """Write the weights of this update. Only the `last` newest stay.
-
-    `vocabulary` is the digest of the data's, None in a task without one.
-    """
+    """Write the weights of this update with the vocabulary's digest, if any. Only the `last` newest stay."""
     folder = run_dir / "averaging" / f"{update:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     write_checkpoint(folder, {"model": model.state_dict(), "codec": vocabulary}, keep=1)
@@ -26,9 +22,9 @@ def keep_weights(run_dir: Path, update: int, model: torch.nn.Module, vocabulary:
 
 
 def average_weights(run_dir: Path, last: int, vocabulary: str | None) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """The mean of the `last` newest kept weights (of all, if there are fewer), and the updates that they are from.
+    """The mean of the `last` newest kept weights, or of fewer, and the updates that they are from.
 
-    Raises UserError if there are none, if they are of different models, or if their vocabulary is not `vocabulary`.
+    Raises UserError if there are none, or if their models or vocabularies differ.
     """
     folders = _kept(run_dir)[-last:]
     if not folders:

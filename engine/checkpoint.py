@@ -1,8 +1,8 @@
-"""Checkpoints that survive being killed: written beside, synced, renamed; the last few kept; never unpickled.
+"""Checkpoints that survive a kill: written beside, synced and renamed. They are never unpickled.
 
-`checkpoint.pt` is the newest, `checkpoint.1.pt` the one before. At every instant at least one of them is whole. Each is
-a zip archive of torch.save whose comment is a checksum of all bytes before it, because torch.load and the zip format's
-checksums do not look at every bit. If a file is damaged, it is named, and the next older one is used.
+`checkpoint.pt` is the newest, `checkpoint.1.pt` the one before. One of them is whole at every instant. Each is a zip
+archive of torch.save. Its comment is a checksum of all bytes before it: torch.load and the zip format's checksums do
+not look at every bit. Instead of a damaged file, the next older one is used.
 """
 
 import os
@@ -22,9 +22,9 @@ from xxhash import xxh3_128
 from engine.distributed import World
 from engine.errors import UserError, explain
 
-DEAREST = 0.01  # share of the running time that saves between evaluations may take
+DEAREST = 0.01  # share of the running time that saves may take
 COMMENT = b"xxh3-128 of all before this: "
-NO_COMMENT = b"\0\0"  # how an archive without a comment ends: with the comment's length
+NO_COMMENT = b"\0\0"  # the comment's length, at an archive's end
 TRAILER_BYTES = len(NO_COMMENT) + len(COMMENT) + 2 * xxh3_128().digest_size
 BLOCK_BYTES = 1 << 24
 
@@ -40,23 +40,23 @@ class Progress:
     """Where a run is."""
 
     epoch: int = 0  # epochs completed
-    update: int = 0  # optimizer updates taken, over all epochs
+    update: int = 0  # taken over all epochs
     update_in_epoch: int = 0
-    lr: float = 0.0  # of the last update; a tensor of an optimizer's stays one until the host waits for the device
-    since_evaluation: dict[str, float] = field(default_factory=dict)  # sums of training metrics, as far as logged
+    lr: float = 0.0  # of the last update; may be a tensor until the host waits for the device
+    since_evaluation: dict[str, float] = field(default_factory=dict)  # sums of logged metrics
     since_evaluation_s: float = 0.0  # seconds of training alone
     trained_on: float = 0.0  # examples or tokens up to the last evaluation
-    train_s: float = 0.0  # seconds of training alone up to the last evaluation
-    best: float | None = None  # best evaluation so far
-    last: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
+    train_s: float = 0.0  # seconds of training alone, likewise
+    best: float | None = None  # of all evaluations
+    last: dict[str, float] = field(default_factory=dict)  # metrics, likewise
 
 
 @dataclass
 class Checkpoints:
-    """Saves and restores `parts` (anything with state_dict and load_state_dict) together with a Progress.
+    """Saves and restores `parts` together with a Progress. Rank 0 writes; every rank calls every method.
 
-    Rank 0 writes; every rank calls every method. `minutes` is the time between saves that `due` asks for, longer where
-    saving takes more than 1 % of it (0: each time); `keep` is the number of files kept.
+    `due` asks for a save every `minutes` (0: each time), or less often where saving takes more than 1 % of that.
+    `keep` is the number of files kept.
     """
 
     folder: Path
@@ -73,7 +73,7 @@ class Checkpoints:
         return time.monotonic() - self.saved_at >= seconds
 
     def save(self, progress: Progress, extra: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint; UserError on any failure, and the older ones are untouched."""
+        """Write a checkpoint. A failure raises UserError and leaves the older ones untouched."""
         started = time.monotonic()
         if self.world.is_main:
             state = {name: part.state_dict() for name, part in self.parts.items()}
@@ -85,7 +85,8 @@ class Checkpoints:
     def restore(self, progress: Progress) -> dict[str, Any] | None:
         """Load the newest whole checkpoint into `parts` and `progress`; returns its `extra`, or None without one.
 
-        Damaged ones are set aside, as *.damaged: the next save must not push a whole one out and keep them.
+        Damaged ones become *.damaged: the next save must not push out a whole one and keep them. Raises UserError
+        where the checkpoint does not fit.
         """
         state, damaged = _newest_whole(self.folder, self.say)
         if state is None:
@@ -115,7 +116,7 @@ class Checkpoints:
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
-    """Write `state` as the newest checkpoint in `folder`, keeping `keep`. Raises UserError, e.g. on a full disk."""
+    """Write `state` as the newest of `keep` checkpoints. Raises UserError, e.g. on a full disk."""
     newest, temporary = _path(folder, 0), folder / "checkpoint.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -140,15 +141,15 @@ def write_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
 
 
 def read_checkpoint(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest whole checkpoint of `folder` on the CPU, or None where there is none.
+    """The newest whole checkpoint of `folder` on the CPU, or None; `say` names damaged ones.
 
-    Damaged ones are named through `say`. Raises UserError where all are damaged, or one cannot be read.
+    Raises UserError where all are damaged, or one cannot be read.
     """
     return _newest_whole(folder, say)[0]
 
 
 def _newest_whole(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Any] | None, list[Path]]:
-    """The newest whole checkpoint, and the files that are newer and damaged."""
+    """The newest whole checkpoint, and the damaged files that are newer."""
     found = _existing(folder)
     for position, path in enumerate(found):
         state, damage = _read(path)
@@ -162,9 +163,9 @@ def _newest_whole(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, A
 
 
 def unreadable(value: Any, place: str = "state") -> str | None:
-    """Where in `value` something stands that a checkpoint would not give back, and its type; None where nothing does.
+    """The place and type of something in `value` that a checkpoint would not give back, or None.
 
-    Tensors, numbers, text and plain containers of these are given back; all else is written and read for a trial.
+    Tensors, numbers, text and plain containers pass; all else is written and read for a trial.
     """
     if isinstance(value, torch.Tensor) or type(value) in (bool, int, float, str, type(None)):
         return None
@@ -177,13 +178,13 @@ def unreadable(value: Any, place: str = "state") -> str | None:
         torch.save(value, file)
         file.seek(0)
         torch.load(file, weights_only=True)
-    except Exception:  # whatever it is that cannot be written or read
+    except Exception:  # of any class
         return f"{place} is a {type(value).__name__}"
     return None
 
 
 def require_same_shapes(model: torch.nn.Module, state: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Raise UserError, naming the first difference, where `state` belongs to another model than `model`."""
+    """Raise UserError, naming the first difference, where `state` belongs to another model."""
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{source}: the checkpoint's model is no mapping of names to tensors: another program's")
     if different := different_shapes(model.state_dict(), state):
@@ -197,7 +198,7 @@ def require_same_shapes(model: torch.nn.Module, state: Mapping[str, torch.Tensor
 def different_shapes(
     one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
 ) -> tuple[str, tuple[int, ...] | str, tuple[int, ...] | str] | None:
-    """The first name whose tensors differ in shape, with both shapes or "absent"; None where all are alike."""
+    """The first name whose tensors differ in shape, with both shapes or "absent"; None without one."""
     for name in {**one, **other}:
         shapes = [tuple(state[name].shape) if name in state else "absent" for state in (one, other)]
         if shapes[0] != shapes[1]:
@@ -210,14 +211,14 @@ def _path(folder: Path, age: int) -> Path:
 
 
 def _existing(folder: Path) -> list[Path]:
-    """Checkpoint files, newest first. `checkpoint.pt` may be missing: a save was killed between two renames."""
+    """Checkpoint files, newest first. A kill between two renames leaves no `checkpoint.pt`."""
     ages = [re.fullmatch(r"checkpoint\.([1-9][0-9]{0,8})\.pt", path.name) for path in folder.glob("checkpoint.*.pt")]
     numbered = [_path(folder, age) for age in sorted(int(match[1]) for match in ages if match)]
     return [path for path in (_path(folder, 0), *numbered) if path.exists()]
 
 
 class _Hashed:
-    """The file that torch.save writes to."""
+    """The file for torch.save."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.hash = file, xxh3_128()
@@ -230,7 +231,7 @@ class _Hashed:
         self.file.flush()
 
     def end(self) -> None:
-        """Give the archive its comment: its last two bytes, zeros so far, are the comment's length."""
+        """Replace the archive's last two bytes, the comment's length, by that length and the comment."""
         self.file.seek(-len(NO_COMMENT), os.SEEK_END)
         self.file.write(_trailer(self.hash))
 
@@ -241,7 +242,7 @@ def _trailer(hashed: xxh3_128) -> bytes:
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """What the file holds, or None and what is wrong with it. Raises UserError where it cannot be read at all."""
+    """What the file holds, or None and what is wrong with it."""
     hashed = xxh3_128()
     try:
         with open(path, "rb") as file:
@@ -262,7 +263,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The operating system's own words: torch wraps a failed write in an error about its archive format."""
+    """The system's own words: torch wraps a failed write in an error about its archive format."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.strerror:

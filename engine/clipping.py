@@ -1,7 +1,7 @@
 """How many updates clip their gradients.
 
-The loops count on the device, in the Sums of a log line's interval, so that nothing waits for the device. They add
-COUNTS once per update. docs/apollo.md explains the share.
+The loops add COUNTS once per update to the Sums of a log line's interval, so nothing waits for the device.
+docs/apollo.md explains the share.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from engine.config import Named
 
 COUNTS = ("clipped", "updates")
-ENOUGH = 500  # updates after the warmup before a warning is possible
+ENOUGH = 500  # updates after the warmup before a warning
 NEARLY_ALL = 0.9
 
 
@@ -18,13 +18,13 @@ class ClippingWatch:
 
     def __init__(self, optimizer: Named, schedule: Named, say: Callable[[str], None]) -> None:
         warmups = (optimizer.settings.get("warmup", 0), schedule.settings.get("warmup_updates", 0))
-        self.warmup = max(warmups)  # updates; the longer of the two
+        self.warmup = max(warmups)  # updates
         self.say = say
         self.clipped = self.updates = 0.0
         self.said = False
 
     def share(self, sums: dict[str, float], update: int, world_size: int = 1) -> float:
-        """The share of clipped updates in an interval that ends with `update`. `sums` holds COUNTS over all ranks."""
+        """The share of clipped updates in the interval before `update`. `sums` holds COUNTS over all ranks."""
         clipped, updates = (sums[name] / world_size for name in COUNTS)
         if update - updates >= self.warmup:
             self.clipped += clipped

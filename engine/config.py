@@ -1,8 +1,8 @@
 """Strict configuration: YAML files over a `base:`, `key=value` on top, checked by a pydantic model.
 
-Files merge key by key, except `optimizer`, `schedule` and `average`: each is a choice and its settings, taken whole
-from the last file that gives it, so that nothing is inherited from another method. Every error is one line that names
-where the value came from (a file or the command line), the key, and what would be right.
+Files merge key by key, except `optimizer`, `schedule` and `average`: these are taken whole from the last file that
+gives them, because their settings belong to one method. Every error names in one line the file or command line, the
+key, and what would be right.
 """
 
 import math
@@ -33,7 +33,7 @@ from engine.files import write_atomically
 
 TAKEN_WHOLE = ("optimizer", "schedule", "average")
 COMMAND_LINE = "command line"
-FORMER_KEYS = {  # and what stands for them now
+FORMER_KEYS = {  # and what replaces them
     "global_batch": "an update is passes x batch: batch is what one pass sees, and the ranks divide the passes",
     "accumulation": "passes is the number of passes that make an update, over all ranks",
     "sync_batchnorm": "batchnorm_group is the number of images behind one statistic",
@@ -41,17 +41,17 @@ FORMER_KEYS = {  # and what stands for them now
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that cannot be used; the message is one line."""
+    """A configuration that cannot be used."""
 
 
 class Strict(BaseModel):
-    """Base of every config model: unknown keys and wrong types are errors (an int may stand for a float)."""
+    """Unknown keys and wrong types are errors (an int may stand for a float)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class WithSettings(BaseModel):
-    """Keys of our own and, as `settings`, all others, which whoever takes them checks."""
+    """All other keys are `settings`, checked by whoever takes them."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -68,15 +68,15 @@ class WithSettings(BaseModel):
 
 
 class Named(WithSettings):
-    """A name and its settings, e.g. `{name: apollo, lr: 0.5}`; whoever is named checks the settings."""
+    """A name and its settings, e.g. `{name: apollo, lr: 0.5}`."""
 
     name: str
 
 
 class GroupConfig(WithSettings):
-    """Parameters with settings of their own; those of another optimizer, where `name` is given."""
+    """Parameters with settings of their own, or with another optimizer, `name`."""
 
-    match: str | NonNegativeInt  # a regular expression found in a parameter's name, or its number of dimensions
+    match: str | NonNegativeInt  # a regular expression for names, or a number of dimensions
     name: str | None = None
 
     @field_validator("match")
@@ -90,8 +90,8 @@ class GroupConfig(WithSettings):
 
 
 class OptimizerConfig(Named):
-    needs: Literal["closure", "create_graph"] | None = None  # what its step needs besides gradients (engine/needs.py)
-    groups: list[GroupConfig] = []  # the first that matches a parameter has it (engine/parameter_groups.py)
+    needs: Literal["closure", "create_graph"] | None = None  # engine/needs.py
+    groups: list[GroupConfig] = []  # engine/parameter_groups.py
 
     @model_serializer(mode="wrap")
     def _as_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -100,20 +100,20 @@ class OptimizerConfig(Named):
 
 
 class CheckpointConfig(Strict):
-    minutes: NonNegativeFloat = 10.0  # between saves in mid-epoch; the end of every epoch saves too
+    minutes: NonNegativeFloat = 10.0  # between saves within an epoch; its end saves too
     keep: PositiveInt = 2  # files kept
 
 
 class AverageConfig(Strict):
-    """The average of weights that is evaluated: an exponential one (`decay`), or the mean of some that are kept.
+    """The average of weights that is evaluated: an exponential one (`decay`), or the mean of the `last` kept ones.
 
-    The exponential average is a <- decay * a + (1 - decay) * w after every update, and begins as the weights after the
-    first one. The mean is that of the `last` weights kept; it is formed at the end of the run.
+    The exponential average, a <- decay * a + (1 - decay) * w, begins as the weights after the first update. The mean is
+    formed at the end of the run.
     """
 
     decay: float | None = Field(None, gt=0, lt=1)
-    every: PositiveInt | None = None  # keep weights every so many updates; None: at each epoch's end
-    last: PositiveInt = 10  # how many are kept and averaged
+    every: PositiveInt | None = None  # updates between kept weights; None: an epoch
+    last: PositiveInt = 10  # number kept and averaged
 
     @model_validator(mode="after")
     def _one_form(self) -> "AverageConfig":
@@ -123,22 +123,22 @@ class AverageConfig(Strict):
 
 
 class RunConfig(Strict):
-    """The keys that every task's config has; a task adds its own (data, model, epochs or updates, ...)."""
+    """The keys of every task's config; a task adds its own."""
 
     DIFFERENTIABLE_TWICE: ClassVar[bool] = False  # whether all functions of the task's models are
 
-    table: str  # the table of the paper, or any name for runs of one's own
+    table: str  # of the paper, or any name
     row: str  # the method's name in that table
     optimizer: OptimizerConfig
     schedule: Named = Named(name="constant")
     seed: NonNegativeInt = 1
     run_dir: str | None = None  # default: runs/<table>/<row>_<schedule>/seed<seed>
-    batch: PositiveInt  # what one forward-backward pass sees: images, rows of text, or (in translation) tokens
-    passes: PositiveInt = 1  # that make an update; the ranks divide them
+    batch: PositiveInt  # per forward-backward pass: images, rows of text, or (in translation) tokens
+    passes: PositiveInt = 1  # per update; the ranks divide them
     precision: Literal["fp32", "tf32", "bf16", "fp16", "apex-O1", "apex-O2"] = "fp32"
     compile: bool = False  # torch.compile
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    deterministic: bool = False  # on a GPU: torch's deterministic algorithms, so that a resumed run repeats bit for bit
+    deterministic: bool = False  # torch's deterministic algorithms: on a GPU a resumed run repeats bit for bit
     log_every: PositiveInt = 50  # updates
     tensorboard: bool = False
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -154,9 +154,9 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def load_config(model: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read `path` and the files below it (`base:`), apply `key=value` overrides, and check the whole against `model`.
+    """Read `path` over its `base:` files, apply `key=value` overrides, and check against `model`.
 
-    Override keys may be dotted (`optimizer.lr=0.1`); values are read as YAML. Raises ConfigError.
+    Override keys may be dotted (`optimizer.lr=0.1`); values are YAML. Raises ConfigError.
     """
     sources: dict[str, str] = {}
     values = _read_with_bases(Path(path), sources, seen=())
@@ -176,7 +176,7 @@ def load_config(model: type[ConfigT], path: str | Path, overrides: Sequence[str]
 
 
 def save_config(config: BaseModel, path: str | Path) -> None:
-    """Write the resolved config as YAML that `load_config` reads back to the same values. An equal file is kept."""
+    """Write the resolved config as YAML that `load_config` reads. An equal file is kept."""
     path, text = Path(path), dump_config(config)
     if not (path.exists() and path.read_bytes() == text.encode()):
         write_atomically(path, text)
@@ -187,7 +187,7 @@ def dump_config(config: BaseModel) -> str:
 
 
 def differences(ours: Any, theirs: Any, ignore: Sequence[str] = (), prefix: str = "") -> list[str]:
-    """The dotted keys whose values differ between two nested mappings, without those in `ignore` and below."""
+    """The dotted keys whose values differ, without those in `ignore` and below."""
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):
         return [] if ours == theirs else [prefix.rstrip(".")]
     found = []
@@ -198,7 +198,7 @@ def differences(ours: Any, theirs: Any, ignore: Sequence[str] = (), prefix: str 
 
 
 def value_at(values: Any, dotted: str) -> Any:
-    """The value of a dotted key in nested mappings; None where there is none."""
+    """The value of a dotted key in nested mappings, or None."""
     for key in dotted.split("."):
         values = values.get(key) if isinstance(values, dict) else None
     return values
@@ -247,7 +247,7 @@ def _set_dotted(values: dict, key: str, value: Any, sources: dict[str, str]) -> 
 
 
 def _explain(error: ValidationError, model: type[BaseModel], sources: dict[str, str], path: str) -> str:
-    """The first problem that pydantic found, in one line."""
+    """Pydantic's first problem, in one line."""
     problem = error.errors()[0]
     keys, holder = _place(model, problem["loc"])
     if problem["type"].startswith("union_tag"):
@@ -265,7 +265,7 @@ def _explain(error: ValidationError, model: type[BaseModel], sources: dict[str, 
         about = problem["ctx"]
         return f"{source}: {dotted} should be one of {about['expected_tags']}, not '{about['tag']}'"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if problem["type"] == "value_error":  # one of our own validators: its words say it all
+    if problem["type"] == "value_error":  # from a validator of this file
         if COMMAND_LINE in (place for key, place in sources.items() if key.startswith(f"{dotted}.")):
             source = COMMAND_LINE
         return f"{source}: {dotted}: {problem['ctx']['error']}{more}"
@@ -273,16 +273,16 @@ def _explain(error: ValidationError, model: type[BaseModel], sources: dict[str, 
 
 
 def _source_of(dotted: str, sources: dict[str, str]) -> str | None:
-    """Where the key, or the nearest key above it, was last given."""
+    """Where the key, or the nearest one above it, was last given."""
     while dotted and dotted not in sources:
         dotted = dotted.rpartition(".")[0]
     return sources.get(dotted)
 
 
 def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
-    """The keys that lead to a problem, and the model that has, or lacks, the last of them.
+    """The keys that lead to a problem, and the model that has or lacks the last of them.
 
-    Where a key has one of several models, by its `name`, pydantic puts that name into `loc` as if it were a key.
+    Where `name` selects a model, pydantic puts it into `loc` like a key.
     """
     keys, holder, kind = [], model, model
     for part in loc:

@@ -1,7 +1,6 @@
-"""YAML by the core schema of YAML 1.2, where PyYAML by itself follows YAML 1.1.
+"""YAML by the core schema of YAML 1.2; PyYAML alone follows YAML 1.1.
 
-So 010 is ten, 5e-4 is a number, and 1:30, 1_000, 2020-01-01 and yes are text. The merge key `<<` is understood, though
-1.2 has dropped it.
+So 010 is ten, 5e-4 is a number, and 1:30, 1_000, 2020-01-01 and yes are text. The merge key `<<` of 1.1 works too.
 """
 
 import re
@@ -13,9 +12,9 @@ from typing import Any, ClassVar
 import yaml
 from yaml.constructor import ConstructorError
 
-MOST_VALUES = 10_000  # that a text may stand for: aliases of aliases could stand for more than memory holds
+MOST_VALUES = 10_000  # aliases of aliases could stand for more than memory holds
 TAG = "tag:yaml.org,2002:"
-# YAML 1.2.2, section 10.3.2: pattern, first characters and conversion, in the order in which they are tried.
+# YAML 1.2.2, section 10.3.2: pattern, first characters and conversion, tried in this order.
 SCALARS: dict[str, tuple[str, list[str], Callable[[str], Any]]] = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""], lambda text: None),
     "bool": (
@@ -37,7 +36,7 @@ SCALARS: dict[str, tuple[str, list[str], Callable[[str], Any]]] = {
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML text: mappings, lists and scalars. Raises yaml.YAMLError."""
+    """The value of a YAML text. Raises yaml.YAMLError."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -53,25 +52,25 @@ def read_yaml(text: str) -> Any:
 
 
 def _unshared(value: Any) -> Any:
-    """`value` with copies of what aliases repeat, because an override changes one place alone."""
+    """`value` with copies of what aliases repeat: an override changes one place alone."""
     if isinstance(value, dict):
         return {key: _unshared(child) for key, child in value.items()}
     return [_unshared(child) for child in value] if isinstance(value, list) else value
 
 
 def write_yaml(value: Any) -> str:
-    """A text that YAML 1.1 and 1.2 read alike: floats as 1.0e-08, and quotes around text that either misreads."""
+    """A text that YAML 1.1 and 1.2 read alike: floats as 1.0e-08, quotes around text that either misreads."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=None)
 
 
 def _checked_size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values `node` stands for once every alias is written out.
+    """How many values `node` stands for, with aliases written out.
 
-    Raises ConstructorError for a key that is no text, or that is given twice.
+    Raises ConstructorError for a key that is no text, or is given twice.
     """
     if id(node) in known:
         return known[id(node)]
-    known[id(node)] = 1  # for a node that holds itself, which PyYAML refuses later
+    known[id(node)] = 1  # for a node within itself, which PyYAML refuses later
     children = node.value if isinstance(node, yaml.CollectionNode) else ()
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in children]
@@ -86,15 +85,15 @@ def _checked_size(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads the core schema alone: another tag is refused."""
+    """Refuses tags beyond the core schema."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
     yaml_constructors: ClassVar[dict] = {None: yaml.SafeLoader.construct_undefined}
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put the keys of merged mappings, `<<: *a` or `<<: [*a, *b]`, before the mapping's own; the own ones hold.
+        """Put the keys of merged mappings, `<<: *a` or `<<: [*a, *b]`, before the mapping's own, which override them.
 
-        PyYAML's takes, of a key that the merged mapping has itself overridden, the overridden value.
+        Where a merged mapping overrides a key itself, PyYAML's method takes the overridden value.
         """
         merged = [value for key, value in node.value if key.tag == f"{TAG}merge"]
         node.value = own = [pair for pair in node.value if pair[0].tag != f"{TAG}merge"]
@@ -118,7 +117,7 @@ def _construct(convert: Callable[[str], Any], loader: yaml.SafeLoader, node: yam
     text = loader.construct_scalar(node)
     try:
         return convert(text)
-    except (ValueError, KeyError):  # tagged as what it is not, or a number of more digits than Python converts
+    except (ValueError, KeyError):  # a wrong tag, or more digits than Python converts
         kind = node.tag.removeprefix(TAG)
         raise ConstructorError(None, None, f"{text[:40]!r} cannot be read as {kind}", node.start_mark) from None
 

@@ -1,4 +1,4 @@
-"""One process or many: reads torchrun's environment, picks nccl or gloo, and counts things once over all ranks."""
+"""One process or many: reads torchrun's environment, picks nccl or gloo, and connects the ranks."""
 
 import os
 import socket
@@ -13,28 +13,28 @@ import torch.distributed as dist
 
 from engine.errors import UserError
 
-# How long a rank waits for another one's host. Rank 0 may be downloading, or writing a large checkpoint. If a rank
-# dies, its connections close, and the others learn it at once.
+# How long a rank waits for another one's host, which may be downloading or writing a large checkpoint. If a rank dies,
+# its connections close, and the others learn it at once.
 PATIENCE = timedelta(days=1)
-ADDRESS = ("MASTER_ADDR", "MASTER_PORT")  # where torchrun says that the ranks meet
+ADDRESS = ("MASTER_ADDR", "MASTER_PORT")  # where the ranks meet
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all ranks. With one process every method is the identity."""
+    """This process's place among all ranks."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
-    hosts: dist.ProcessGroup | None = None  # of several ranks: gloo, so that hosts agree without their devices
+    hosts: dist.ProcessGroup | None = None  # gloo: several hosts agree without their devices
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add `tensor` up over all ranks, in place."""
+        """Add up `tensor` over all ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -47,9 +47,9 @@ class World:
         return int(box)
 
     def begin_max(self, box: torch.Tensor) -> dist.Work | None:
-        """Begin to put the largest value of any rank into `box`, on the CPU; it is there after the result's `wait()`.
+        """Begin to put the largest value of any rank into `box`, on the CPU. It is there after the result's `wait()`.
 
-        None with one process, where it is there already.
+        None with one process.
         """
         if self.world_size == 1:
             return None
@@ -61,7 +61,7 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 runs the block before the others do: it downloads or makes what they then find."""
+        """Rank 0 runs the block before the others: it downloads or makes what they then find."""
         if not self.is_main:
             self.barrier()
         yield
@@ -69,18 +69,18 @@ class World:
             self.barrier()
 
     def synchronize(self) -> None:
-        """Wait until the device has done everything given to it, so that a clock can be read."""
+        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def copy_buffers(self, model: torch.nn.Module) -> None:
-        """Give every rank rank 0's buffers (BatchNorm statistics differ by rank), so that all evaluate one model."""
+        """Give every rank rank 0's buffers before an evaluation: BatchNorm statistics differ by rank."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
     def require_divisible(self, batch: int, passes: int) -> None:
-        """Raise UserError where the ranks cannot divide the `passes` (of `batch` each) of an update equally.
+        """Raise UserError where the ranks cannot divide an update's `passes` (of `batch` each) equally.
 
         Rank r takes the passes r, r + world_size, ...
         """
@@ -95,16 +95,16 @@ class World:
 
 
 def divide(batch: int, passes: int, ranks: int) -> tuple[int, int] | None:
-    """(batch, passes) of an update of the same size, in the fewest passes that `ranks` divide; None: there is none."""
+    """(batch, passes) of an update of the same size, in the fewest passes that `ranks` can divide, or None."""
     more = lcm(passes, ranks)
     return None if batch * passes % more else (batch * passes // more, more)
 
 
 def setup(device: str = "auto", deterministic: bool = False) -> World:
-    """Join the process group if torchrun started us (WORLD_SIZE is set), and choose this rank's device.
+    """Join torchrun's process group if there is one (WORLD_SIZE is set), and choose this rank's device.
 
-    `device`: auto (cuda where there is one), cpu or cuda. `deterministic` asks torch for algorithms that give the same
-    bits each time. Raises UserError where cuda is asked for and missing, and where the environment makes no sense.
+    `device`: auto (cuda where there is one), cpu or cuda. Raises UserError where cuda is missing, or the
+    environment makes no sense.
     """
     if deterministic:
         use_deterministic_algorithms()
@@ -121,7 +121,7 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
     if world_size > 1 and not dist.is_initialized():
         try:
             _join("nccl" if device == "cuda" else "gloo")
-        except (RuntimeError, ValueError) as error:  # torch's errors of the network are RuntimeErrors
+        except (RuntimeError, ValueError) as error:  # torch's network errors are RuntimeErrors
             place = ":".join(os.environ[name] for name in ADDRESS)
             raise UserError(f"rank {rank} of {world_size} cannot join the others at {place}: {error}") from error
     place = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
@@ -132,9 +132,9 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
 def _join(backend: str) -> None:
     """Join the process group that torchrun's environment describes.
 
-    After a rank has died torchrun starts all of them again, on the store that it keeps (seen with torch 2.14): there
-    the addresses of the dead ranks still stand, and a rank that reads one waits for it in vain. Each attempt therefore
-    gets keys of its own. Several machines count their attempts separately, so there the keys stay shared.
+    After a rank has died, torchrun starts all ranks again on the same store (seen with torch 2.14). A rank that reads a
+    dead one's address there waits in vain, so each attempt gets keys of its own. Several machines count their attempts
+    separately: there the keys stay shared.
     """
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store, rank, world_size = next(dist.rendezvous("env://"))
@@ -145,9 +145,9 @@ def _join(backend: str) -> None:
 
 
 def read_environment() -> tuple[int, int, int]:
-    """This process's rank, the number of ranks, and the rank on this machine, from what torchrun sets.
+    """This process's rank, the number of ranks, and the rank on this machine, from torchrun's variables.
 
-    Raises UserError, naming the variable, for one that is no such number, and for a WORLD_SIZE without the rest.
+    Raises UserError for a variable that is no such number, and for a WORLD_SIZE without the rest.
     """
     world_size = _number("WORLD_SIZE", 1, range(1, 1 << 31))
     if world_size == 1:
@@ -179,10 +179,10 @@ def _number(name: str, default: int, valid: range) -> int:
 
 
 def use_deterministic_algorithms() -> None:
-    """Ask torch for algorithms that give the same bits each time; an operation that has none raises RuntimeError.
+    """Ask torch for algorithms that give the same bits each time; an operation without one raises RuntimeError.
 
-    Call it before anything is computed on a GPU: cuBLAS reads its variable when it is first used.
+    Call it before a GPU computes anything: cuBLAS reads its variable at its first use.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch.use_deterministic_algorithms
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False  # it chooses by speed, which differs from run to run
+    torch.backends.cudnn.benchmark = False  # it chooses by measured speed

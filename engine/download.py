@@ -10,14 +10,14 @@ from tqdm import tqdm
 
 from engine.errors import UserError
 
-TIMEOUT = 30.0  # seconds without an answer from the server
+TIMEOUT = 30.0  # seconds without an answer
 BLOCK = 1 << 20
 
 
 def download(url: str, path: Path, checksum: str | None = None) -> None:
     """Make `path` hold the file of `url`. `checksum` is "sha256:…" or "md5:…", or None if none is published.
 
-    An existing file is compared and not downloaded again. Raises UserError for a failure, or another checksum.
+    An existing file is only checked. Raises UserError for a failure, or another checksum.
     """
     if path.exists():
         if checksum and not matches(path, checksum):
@@ -35,13 +35,12 @@ def download(url: str, path: Path, checksum: str | None = None) -> None:
 
 
 def matches(path: Path, checksum: str) -> bool:
-    """Whether `path` has this checksum, "sha256:…" or "md5:…"."""
     kind, _, expected = checksum.partition(":")
     return digest_of(path, kind) == expected
 
 
 def digest_of(path: Path, kind: str) -> str:
-    """The digest of a file in hexadecimal digits, by the algorithm that hashlib calls `kind`."""
+    """A file's digest in hexadecimal digits, by hashlib's algorithm `kind`."""
     digest = new(kind, usedforsecurity=False)
     size = path.stat().st_size
     bar = tqdm(total=size, desc=f"checking {path.name}", unit="B", unit_scale=True, leave=False, disable=None)
@@ -59,7 +58,7 @@ def _fetch(url: str, part: Path) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416 means that nothing is left: only the renaming was interrupted
+        if error.code != 416:  # nothing is left: the renaming was interrupted
             raise
         return
     with response, open(part, "ab" if response.status == 206 else "wb") as file:

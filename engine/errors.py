@@ -9,11 +9,11 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """Something only the user can put right; `run_main` prints its one line instead of a traceback."""
+    """Something that only the user can put right."""
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """`" (did you mean 'epochs'?)"` for the closest of `valid`, or `""` where nothing is close."""
+    """`" (did you mean 'epochs'?)"` for the closest of `valid`, or `""`."""
     matches = get_close_matches(word, list(valid), n=1)
     return f" (did you mean '{matches[0]}'?)" if matches else ""
 
@@ -38,7 +38,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         _print_error(error)
-    except OSError as error:  # a full disk can strike at any read or write
+    except OSError as error:  # e.g. a full disk
         if not error.strerror:
             raise
         _print_error(f"{error.filename or 'reading or writing'}: {explain(error)}")
@@ -46,7 +46,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
 
 
 def explain(error: OSError) -> str:
-    """What the system says happened, and what helps."""
+    """What the system reports, and what helps."""
     advice = {
         errno.ENOSPC: "free some space, then run the same command again",
         errno.EDQUOT: "free some space, then run the same command again",

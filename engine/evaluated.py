@@ -1,13 +1,11 @@
-"""Which weights are evaluated: those of the optimizer's eval mode, and beside them their average.
+"""Which weights are evaluated: those of the optimizer's eval mode, and their average.
 
-Some optimizers have two modes, as the schedule-free ones do (Defazio et al., arXiv 2405.15682): after `train()` the
-model has the weights at which gradients are taken, after `eval()` those that are the result. A run trains, and saves
-its checkpoints, in train mode. It evaluates, averages, and writes its result in eval mode.
+Schedule-free optimizers (Defazio et al., arXiv 2405.15682) have two modes: after `train()` the model has the weights at
+which gradients are taken, after `eval()` those of the result. A run trains and saves checkpoints in train mode. It
+evaluates, averages and writes its result in eval mode.
 
-A run with `average:` is evaluated twice: with its weights, and with their average. The names of the average's metrics
-end in `_average`. `final` in result.json is the average's score, and `final_unaveraged` that of the weights themselves.
-
-What the model goes through for an evaluation is undone after it, bit for bit.
+A run with `average:` is evaluated twice. The names of the average's metrics end in `_average`. `final` in result.json
+is the average's score, and `final_unaveraged` that of the weights themselves.
 """
 
 from __future__ import annotations
@@ -30,9 +28,9 @@ if TYPE_CHECKING:
 
     RunT = TypeVar("RunT", bound=Run)
     Evaluate = Callable[[RunT], dict[str, float]]
-    Renew = Callable[[RunT], None] | None  # takes the statistics of the model's BatchNorm anew, for other weights
+    Renew = Callable[[RunT], None] | None  # takes BatchNorm's statistics anew, for other weights
 
-AVERAGE = "_average"  # ends the names of the average's metrics
+AVERAGE = "_average"
 
 
 def has_modes(optimizer: torch.optim.Optimizer) -> bool:
@@ -40,7 +38,7 @@ def has_modes(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def exponential_average(model: torch.nn.Module, config: RunConfig) -> AveragedModel | None:
-    """A model to take averages in, where the config asks for an exponential one."""
+    """A model for the exponential average, if the config asks for one."""
     if not (config.average and config.average.decay):
         return None
     if config.precision == "apex-O2":
@@ -50,7 +48,7 @@ def exponential_average(model: torch.nn.Module, config: RunConfig) -> AveragedMo
 
 @contextmanager
 def eval_mode(run: RunT, renew: Renew = None) -> Iterator[None]:
-    """Within, the model has the weights of the optimizer's eval mode; `renew` takes BatchNorm's statistics for them."""
+    """Within, the model has the weights of the optimizer's eval mode."""
     if not has_modes(run.optimizer):
         yield
         return
@@ -66,9 +64,9 @@ def eval_mode(run: RunT, renew: Renew = None) -> Iterator[None]:
 
 @contextmanager
 def averaged(run: RunT, renew: Renew = None) -> Iterator[list[int]]:
-    """Within, the model has the average of the run's weights. Gives the updates of the weights kept, if it is of such.
+    """Within, the model has the average of the run's weights. Gives the updates of the kept weights in it.
 
-    Raises UserError where the average is one of weights kept, and there are none.
+    Raises UserError where the mean has no kept weights.
     """
     if run.average:
         state, updates = run.average.module.state_dict(), []
@@ -84,7 +82,7 @@ def averaged(run: RunT, renew: Renew = None) -> Iterator[list[int]]:
 
 @contextmanager
 def _undone(model: torch.nn.Module) -> Iterator[None]:
-    """What the block does to the model's parameters and buffers is undone after it."""
+    """Restore the model's parameters and buffers bit for bit after the block."""
     tensors = [*model.parameters(), *model.buffers()]
     before = [tensor.detach().clone() for tensor in tensors]
     try:
@@ -96,14 +94,14 @@ def _undone(model: torch.nn.Module) -> Iterator[None]:
 
 
 def final(run: RunT, renew: Renew = None) -> AbstractContextManager:
-    """Within, the model has the weights that the run's result is about: the average, or else those of eval mode."""
+    """Within, the model has the weights of the run's result: the average, or else those of eval mode."""
     return averaged(run, renew) if run.config.average else eval_mode(run, renew)
 
 
 def scores(run: RunT, evaluate: Evaluate, renew: Renew = None) -> dict[str, float]:
-    """What `evaluate` finds about the weights, and about their exponential average where the run has one.
+    """What `evaluate` finds about the weights, and about their exponential average if there is one.
 
-    Where the last evaluated weights are not those of the checkpoint, they are written to the run folder.
+    Weights that are not those of the checkpoint are written to the run folder.
     """
     with eval_mode(run, renew):
         found = evaluate(run)
@@ -115,7 +113,7 @@ def scores(run: RunT, evaluate: Evaluate, renew: Renew = None) -> dict[str, floa
 
 
 def last_scores(run: RunT, evaluate: Evaluate, renew: Renew = None) -> dict[str, float]:
-    """The metrics of the last evaluation and, at the end of a run, those of the mean of the weights kept."""
+    """At the end of a run: the metrics of the last evaluation, and those of the mean of the kept weights."""
     if not run.config.average or run.average:
         return run.progress.last
     found = _scores_of_average(run, evaluate, renew)
@@ -131,7 +129,7 @@ def _scores_of_average(run: RunT, evaluate: Evaluate, renew: Renew) -> dict[str,
 
 
 def record_final(run: RunT, **values: float) -> None:
-    """Write a line of the metrics that are taken at the end of the run alone."""
+    """Write a line of the metrics that only the end of the run takes."""
     progress = run.progress
     for name, value in values.items():
         require_finite(value, progress.update, name)
@@ -140,15 +138,12 @@ def record_final(run: RunT, **values: float) -> None:
 
 
 def of_result(metrics: dict[str, float], name: str) -> float:
-    """The metric `name` of the weights that the run's result is about."""
+    """The metric `name` of the run's result."""
     return metrics.get(f"{name}{AVERAGE}", metrics[name])
 
 
 def results(metrics: dict[str, float], **names: str) -> dict[str, float]:
-    """Keys of result.json from an evaluation's metrics: for each key=name the metric, where there is one.
-
-    Where the metric is the average's, `<key>_unaveraged` is that of the weights themselves.
-    """
+    """Keys of result.json from an evaluation's metrics, for each key=name whose metric exists."""
     found = {}
     for key, name in names.items():
         if name in metrics:
@@ -159,7 +154,6 @@ def results(metrics: dict[str, float], **names: str) -> dict[str, float]:
 
 
 def update_average(run: Run) -> None:
-    """Take the weights into the exponential average, if the run has one."""
     average, model = run.average, run.model
     if average is None:
         return
@@ -167,7 +161,7 @@ def update_average(run: Run) -> None:
         if average.n_averaged == 0:
             average.update_parameters(model)
             return
-        # The same as update_parameters, which would copy its count to the GPU each time, and wait for that.
+        # As update_parameters does, which would wait for a copy of its count to the GPU.
         average.multi_avg_fn([*average.module.parameters()], [*model.parameters()], average.n_averaged)
         for kept, buffer in zip(average.module.buffers(), model.buffers(), strict=True):
             kept.copy_(buffer)
@@ -175,7 +169,7 @@ def update_average(run: Run) -> None:
 
 
 def is_kept(run: Run) -> bool:
-    """Whether the weights after this update are to be averaged; the last ones are where there would be none else."""
+    """Whether to average the weights after this update. A run that would keep none keeps the last."""
     average, progress = run.config.average, run.progress
     if not average or average.decay:
         return False
@@ -186,7 +180,7 @@ def is_kept(run: Run) -> bool:
 
 
 def keep_for_average(run: Run) -> None:
-    """Keep the weights for averaging, unless the training loss or a weight is not finite."""
+    """Keep the weights for averaging. Raises UserError where the training loss or a weight is not finite."""
     update = run.progress.update
     require_finite(run.window.reduce(run.world)["loss"], update)
     with eval_mode(run):
@@ -196,7 +190,7 @@ def keep_for_average(run: Run) -> None:
 
 
 def _write(run: Run, updates: Sequence[int] = ()) -> None:
-    """Write the model's weights to the run folder, where the tasks' evaluate.py finds them."""
+    """Write the model's weights to the run folder, for the tasks' evaluate.py."""
     if run.world.is_main:
         weights = Weights(run.model.state_dict(), run.progress.update, run.vocabulary, tuple(updates))
         write_weights(run.record.folder, weights)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and folders that one process at a time works in."""
+"""Files that are whole or absent, and folders for one process at a time."""
 
 import errno
 import fcntl
@@ -10,9 +10,9 @@ from typing import IO, Any
 
 from engine.errors import UserError, explain
 
-HELD = (BlockingIOError, PermissionError)  # EAGAIN and EACCES: what lockf raises where another process has the lock
-LOOK_S = 0.1  # `is_held` of another process holds a lock for less
-# What lockf reports on Lustre without `flock`, on NFS without a lock daemon, and the like.
+HELD = (BlockingIOError, PermissionError)  # EAGAIN and EACCES: another process has lockf's lock
+LOOK_S = 0.1  # another process's `is_held` holds a lock for less
+# What lockf reports on Lustre without `flock`, NFS without a lock daemon, and the like.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -27,7 +27,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_json(path: Path, advice: str = "delete it, then run the same command again") -> dict[str, Any] | None:
-    """The mapping in a JSON file, or None without a file. Raises UserError, with `advice`, where it is damaged."""
+    """The mapping in a JSON file, or None without one. Raises UserError, with `advice`, where it is damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
@@ -44,12 +44,11 @@ def read_json(path: Path, advice: str = "delete it, then run the same command ag
 def hold(folder: Path, doing: str, wait: bool = False) -> IO[str]:
     """Hold `folder` until the file returned is closed; `doing` says for what, e.g. "training".
 
-    Where another process holds it, `wait`, or raise UserError; also for a folder that cannot be written to, and for a
-    file system without locks. lockf's lock belongs to the process; flock's would be inherited by its workers, which
-    outlive a kill for a moment.
+    Raises UserError where another process holds it (unless `wait`), it cannot be written to, or its file system has no
+    locks. flock's lock would pass to the process's workers, which outlive a kill for a moment; lockf's does not.
     """
     try:
-        file = open(folder / ".lock", "w")  # noqa: SIM115 - the lock lives as long as the file is open
+        file = open(folder / ".lock", "w")  # noqa: SIM115 - an open file holds the lock
     except OSError as error:
         raise UserError(f"{folder}/.lock cannot be written ({error.strerror}): choose another folder") from None
     how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
@@ -72,7 +71,7 @@ def hold(folder: Path, doing: str, wait: bool = False) -> IO[str]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether another process holds `folder`. False where this cannot be found out: `hold` will say why."""
+    """Whether another process holds `folder`. False where this is unknown: `hold` will say why."""
     try:
         file = open(folder / ".lock", "r+")  # noqa: SIM115
     except OSError:

@@ -1,6 +1,6 @@
-"""Signals ask the loop to stop after the current update. A second Ctrl-C stops at once.
+"""Signals ask the loop to stop after the current update. After one, Ctrl-C stops at once.
 
-They are SIGTERM, Ctrl-C, SIGHUP (a terminal closes), and SIGUSR1 and SIGUSR2 of schedulers.
+They are SIGTERM, Ctrl-C, SIGHUP (a terminal closes), and schedulers' SIGUSR1 and SIGUSR2.
 """
 
 import signal
@@ -29,7 +29,7 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """128 + the signal's number."""
+        """128 + the signal."""
         return 128 + (self.signal or signal.SIGTERM)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -39,7 +39,7 @@ class StopRequest:
 
 
 def _signals() -> list[signal.Signals]:
-    """The signals that ask to stop. SIGHUP is left out if nohup ignores it, and SIGUSR1 with NCCL, which may use it."""
+    """SIGHUP is left out if nohup ignores it, and SIGUSR1 with NCCL, which may use it."""
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
@@ -49,7 +49,7 @@ def _signals() -> list[signal.Signals]:
 
 
 class Wish(IntEnum):
-    """What the ranks agree on after an update. The largest wish of any rank counts."""
+    """The largest wish of any rank counts."""
 
     GO_ON = 0
     SAVE = 1
@@ -59,8 +59,8 @@ class Wish(IntEnum):
 class Agreement:
     """What the ranks do next: go on, save (rank 0 wants to), or save and stop (a signal has reached one of them).
 
-    Several ranks ask one another after an update, and read the answer AGREE_EVERY updates later. By then it is there,
-    so nobody waits. It passes between the hosts, and no device takes part.
+    Several ranks ask one another after an update, and read the answer AGREE_EVERY updates later, when nobody waits for
+    it. It passes between the hosts, without their devices.
     """
 
     def __init__(self, world: World, stop: StopRequest) -> None:
@@ -68,7 +68,7 @@ class Agreement:
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
 
     def after(self, update: int, save_due: bool) -> Wish:
-        """What all ranks do after `update`. Every rank calls this after every update."""
+        """What all ranks do next. Every rank calls this after every update."""
         wish = Wish.SAVE if save_due and self.world.is_main else Wish.GO_ON
         wish = Wish.STOP if self.stop.requested else wish
         if self.world.world_size == 1:

@@ -1,16 +1,16 @@
-"""The machine's cores, its processor's name, and whether it computes in bfloat16."""
+"""The machine's cores and processor."""
 
 import os
 import platform
 from pathlib import Path
 
 CPU_INFO = Path("/proc/cpuinfo")
-# Linux's names of the instructions that multiply bfloat16 numbers: AVX-512-BF16 and AMX on x86, BF16 on ARM.
+# Linux's names of instructions that multiply bfloat16 numbers: AVX-512-BF16 and AMX on x86, BF16 on ARM.
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def core_count() -> int:
-    """The number of cores that this process may use."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -21,19 +21,19 @@ def cpu_name() -> str:
 
 
 def cpu_has_bf16() -> bool | None:
-    """Whether the processor has bfloat16 arithmetic; None if the system does not report it."""
+    """Whether the processor has bfloat16 arithmetic; None if this is unknown."""
     flags = cpu_flags()
     return not BF16_FLAGS.isdisjoint(flags) if flags else None
 
 
 def cpu_flags() -> list[str]:
-    """What the processor can do, by Linux's names (avx2, amx_bf16, ...); none if the system does not report it."""
+    """The processor's features, by Linux's names (avx2, amx_bf16, ...); none if they are not reported."""
     lines = _cpu_info("flags") or _cpu_info("Features")
     return lines[0].split() if lines else []
 
 
 def _cpu_info(key: str) -> list[str]:
-    """The values of `key` in Linux's description of the processor."""
+    """The values of `key` in /proc/cpuinfo."""
     try:
         lines = CPU_INFO.read_text().splitlines()
     except OSError:

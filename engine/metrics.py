@@ -1,4 +1,4 @@
-"""Sums that live on the device, reduced over ranks and read back only when somebody looks at them."""
+"""Sums on the device, reduced over ranks and read back only when needed."""
 
 import math
 
@@ -7,18 +7,18 @@ import torch
 from engine.distributed import World
 from engine.errors import UserError
 
-DIVERGED = "the run has diverged"  # in the error that ends such a run, by which others recognise it
+DIVERGED = "the run has diverged"  # scripts and benchmarks look for it
 
 
 class Sums:
-    """Named running sums in float64 on one device: `add` never waits for the device, `reduce` does."""
+    """Named sums in float64 on one device: `add` never waits for it, `reduce` does."""
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
         self.names = names
         self.values = torch.zeros(len(names), dtype=torch.float64, device=device)
 
     def add(self, **amounts: torch.Tensor | float) -> None:
-        """Add amounts (0-d tensors or numbers). KeyError for an unknown name."""
+        """Add 0-d tensors or numbers. KeyError for an unknown name."""
         if unknown := amounts.keys() - set(self.names):
             raise KeyError(f"no sums of {', '.join(sorted(unknown))}")
         self.values += torch.stack([self._scalar(amounts.get(name, 0.0)) for name in self.names])
@@ -26,7 +26,7 @@ class Sums:
     def _scalar(self, amount: torch.Tensor | float) -> torch.Tensor:
         if isinstance(amount, torch.Tensor):
             return amount.detach().to(self.values)
-        return self.values.new_full((), amount)  # filled on the device: no copy from the host to wait for
+        return self.values.new_full((), amount)  # filled on the device, without a copy
 
     def reduce(self, world: World) -> dict[str, float]:
         """The sums over all ranks."""
@@ -36,13 +36,13 @@ class Sums:
         self.values.zero_()
 
     def gather(self, world: World) -> torch.Tensor:
-        """Every rank's own sums, [world_size, names], for a checkpoint."""
+        """Every rank's own sums, [world_size, names]."""
         rows = self.values.new_zeros(world.world_size, len(self.names))
         rows[world.rank] = self.values
         return world.sum(rows)
 
     def scatter(self, rows: torch.Tensor, world: World) -> None:
-        """Take this rank's row; where the number of ranks has changed, rank 0 takes all."""
+        """Take this rank's row; if the number of ranks has changed, rank 0 takes all."""
         if len(rows) == world.world_size:
             self.values.copy_(rows[world.rank])
         elif world.is_main:
@@ -50,13 +50,13 @@ class Sums:
 
 
 def require_finite(value: float, update: int, name: str = "training loss") -> None:
-    """Raise UserError where the metric `name` is NaN or infinite; `update` says where in the run."""
+    """Raise UserError, naming `update`, where the metric `name` is NaN or infinite."""
     if not math.isfinite(value):
         raise _diverged(f"the {name} is {value}", update)
 
 
 def require_finite_weights(model: torch.nn.Module, world: World, update: int) -> None:
-    """Raise UserError, on every rank, where a weight or buffer of any rank's `model` is NaN or infinite."""
+    """Raise UserError on every rank where a weight or buffer of any rank is NaN or infinite."""
     tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     flags = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]) if tensors else torch.ones(1)
     if world.max(int(not flags.all())):

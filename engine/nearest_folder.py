@@ -1,4 +1,4 @@
-"""The folder that a user probably meant: the nearest one, above or below the given one, that holds what is needed."""
+"""The folder that a user probably meant: the nearest one that holds what is needed."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -8,14 +8,14 @@ from pathlib import Path
 from engine.errors import UserError
 
 ABOVE, BELOW = 2, 3  # levels
-MOST = 1_000  # folders that are looked into
+MOST = 1_000  # folders searched
 
 
 def nearest_folder(place: Path, fits: Callable[[Path], object]) -> Path | None:
-    """The nearest folder to `place` for which `fits` is true, or None. The folders above come before those below.
+    """The nearest folder to `place` for which `fits` is true, or None. Folders above come before those below.
 
-    If `place` is a file, or does not exist, the search begins with its parent. A folder for which `fits` raises OSError
-    or UserError is passed over: nobody asked for it.
+    If `place` is no folder, the search begins with its parent. A folder for which `fits` raises OSError or UserError is
+    passed over.
     """
     level = [place if place.is_dir() else place.parent]
     above = level if level[0] != place else []
@@ -40,7 +40,7 @@ def _first(folders: Iterable[Path], fits: Callable[[Path], object]) -> Path | No
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folders in `folder` except hidden ones, sorted; none if it cannot be read."""
+    """The folders in `folder`, without hidden ones, sorted; none if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return sorted(Path(entry.path) for entry in entries if entry.is_dir() and entry.name[0] != ".")

@@ -1,9 +1,9 @@
-"""What the step of some optimizers needs besides gradients: a closure, or gradients that can be differentiated again.
+"""What some optimizers need besides gradients: a closure, or gradients that can be differentiated again.
 
-`needs: closure` hands `step` a function that takes the gradients of the very same update again, at the weights of that
-moment: SAM calls it once, L-BFGS some 20 times. All passes, their augmentation and their dropout are the same. The
-metrics, BatchNorm's running statistics and a network's carried state are those of the first time.
-`needs: create_graph` keeps the graph of the gradients, from which AdaHessian takes products with the Hessian.
+`needs: closure` hands `step` a function that takes the gradients of the same update again, at the current weights: SAM
+calls it once, L-BFGS some 20 times. Passes, augmentation and dropout are the same. Metrics, BatchNorm's running
+statistics and a network's carried state are those of the first time.
+`needs: create_graph` keeps the graph of the gradients: AdaHessian takes products with the Hessian from it.
 """
 
 import inspect
@@ -21,17 +21,17 @@ from engine.errors import UserError
 from engine.parameter_groups import SeveralOptimizers
 from engine.seed import seed_step
 
-HINTS = {  # words of an error, and the setting that its optimizer probably lacks
+HINTS = {  # words of an error, and the setting that probably helps
     "closure": "optimizer.needs=closure",
     "does not have a grad_fn": "optimizer.needs=create_graph",
-    "view size is not compatible": "channels_last=false",  # torch's L-BFGS reads gradients as if they were contiguous
+    "view size is not compatible": "channels_last=false",  # torch's L-BFGS reads gradients as contiguous
 }
 
 
 def needs_of(config: RunConfig, optimizer: torch.optim.Optimizer, world: World) -> str | None:
-    """What `optimizer` needs: as the config says, or a closure where its step cannot be called without one.
+    """What the config says, or a closure where the step requires one.
 
-    Raises UserError, naming the setting, where that cannot be had.
+    Raises UserError where another setting excludes that.
     """
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     required = closure is not None and closure.default is inspect.Parameter.empty
@@ -48,7 +48,7 @@ def needs_of(config: RunConfig, optimizer: torch.optim.Optimizer, world: World) 
         }
     if needs and (found := next((name for name, is_there in obstacles.items() if is_there), None)):
         raise UserError(f"optimizer {config.optimizer.name} needs {needs}, which does not go together with {found}")
-    if needs == "create_graph":  # the gradients, and their graph, are let go before the next update
+    if needs == "create_graph":  # gradients and graph are freed before the next update
         warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
     return needs
 
@@ -56,9 +56,9 @@ def needs_of(config: RunConfig, optimizer: torch.optim.Optimizer, world: World) 
 def closure_of(
     again: Callable[[], torch.Tensor], world: World, seed: int, *place: int | str
 ) -> Callable[[], torch.Tensor]:
-    """A closure over `again`, which takes this rank's gradients and returns its loss; its result is the ranks' mean.
+    """A closure that calls `again` for this rank's gradients and loss, and returns the ranks' mean loss.
 
-    After each call the draws of the optimizer itself go on from `place`, alike on all ranks.
+    After each call the optimizer's own draws go on from `place`, alike on all ranks.
     """
     calls = count(1)
 
@@ -71,7 +71,7 @@ def closure_of(
 
 
 def explain_failure(error: Exception, needs: str | None) -> str:
-    """What an optimizer raised in its step and where, in one line, and the setting that helps where that is known."""
+    """An optimizer's error and its place in one line, with the setting that probably helps."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     hint = next((setting for words, setting in HINTS.items() if words in str(error)), None)
     advice = f"; set {hint}" if hint and hint != f"optimizer.needs={needs}" else ""

@@ -1,13 +1,13 @@
-"""Groups of parameters with settings of their own, or with another optimizer, by a pattern of the parameters' names.
+"""Groups of parameters with settings of their own, or with another optimizer.
 
     optimizer: {name: adamw, lr: 3.0e-4, weight_decay: 0.1, groups: [
-      {match: embedding, lr: 1.0e-3},                   # a regular expression, found anywhere in the name
-      {match: 1, weight_decay: 0},                      # all tensors of one dimension: biases, and the scales of norms
-      {match: 2, name: torch.optim.Muon, lr: 0.02}]}    # what is left of the matrices gets another optimizer
+      {match: embedding, lr: 1.0e-3},                   # a regular expression, searched in the name
+      {match: 1, weight_decay: 0},                      # tensors of one dimension: biases, scales of norms
+      {match: 2, name: torch.optim.Muon, lr: 0.02}]}    # the other matrices get another optimizer
 
-A parameter belongs to the first group that matches it, and to the optimizer itself where none does. A group takes over
-the optimizer's settings, except for those that it gives; with a name of its own it takes over nothing. Several
-optimizers stand behind one object, so that the loops, the schedule, the scaler and checkpoints see one.
+A parameter belongs to the first group that matches it, or else to the optimizer itself. A group inherits the settings
+that it does not give; with a name of its own it inherits nothing. The loops, the schedule, the scaler and checkpoints
+see several optimizers as one.
 """
 
 import inspect
@@ -24,13 +24,13 @@ from engine.config import GroupConfig, OptimizerConfig
 from engine.errors import UserError, nearest, settings_of
 from optim import create_optimizer, optimizer_class
 
-TORCH_FUSED = ("adam", "adamw", "sgd")  # the optimizers of torch that have a fused step
+TORCH_FUSED = ("adam", "adamw", "sgd")  # torch's with a fused step
 
 
 class SeveralOptimizers(Optimizer):
-    """Optimizers over parameters of their own, which take their steps one after the other.
+    """Optimizers over parameters of their own, which step one after the other.
 
-    Its `param_groups` are theirs, the same dictionaries: who changes a learning rate here changes it there.
+    Its `param_groups` are the same dictionaries as theirs.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -51,7 +51,7 @@ class SeveralOptimizers(Optimizer):
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where `state` is one of another number of optimizers."""
+        """Raises ValueError where `state` has another number of optimizers."""
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(own)
         self.param_groups = [group for one in self.optimizers for group in one.param_groups]  # they are new ones
@@ -63,10 +63,10 @@ def _all(optimizers: Sequence[Optimizer], mode: str) -> None:
 
 
 def create_grouped_optimizer(model: Module, config: OptimizerConfig, device_type: str) -> Optimizer:
-    """The optimizer of `config` over the parameters of `model`, which are on a device of `device_type`.
+    """The optimizer of `config` over the parameters of `model`, on a device of `device_type`.
 
-    On CUDA torch's own take their fused step, as Apollo does, unless the config names another: of itself, torch takes
-    the foreach step, which reads and writes memory about three times as often.
+    On CUDA torch's own take their fused step unless the config names another. Torch's default, the foreach step, reads
+    and writes memory about three times as often.
 
     Raises UserError for a group without parameters and for settings that do not fit.
     """
@@ -97,7 +97,7 @@ def _with_fused(name: str, settings: dict[str, Any], device_type: str) -> dict[s
 
 
 def divide_parameters(model: Module, groups: Sequence[GroupConfig]) -> list[list[Parameter]]:
-    """The parameters that no group matches, then those of each group. Raises UserError where a group has none."""
+    """The parameters without a group, then those of each group. Raises UserError where a group has none."""
     parts: list[list[Parameter]] = [[] for _ in range(len(groups) + 1)]
     for name, parameter in model.named_parameters():
         matching = (index for index, group in enumerate(groups, start=1) if _matches(group.match, name, parameter))
@@ -113,7 +113,7 @@ def divide_parameters(model: Module, groups: Sequence[GroupConfig]) -> list[list
 
 
 def describe_groups(model: Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """What each group holds, for environment.json; first those parameters that no group matches, if there are any."""
+    """What each group holds; parameters without a group come first."""
     divided = zip([None, *config.groups], divide_parameters(model, config.groups), strict=True)
     return [
         {
@@ -132,9 +132,9 @@ def _matches(match: str | int, name: str, parameter: torch.Tensor) -> bool:
 
 
 def over_one_group(name: str, settings: dict[str, Any], parameters: list[Parameter]) -> Optimizer:
-    """An optimizer over one group. The group also gets the settings that the constructor does not name.
+    """An optimizer over one group, which also gets the settings that the constructor does not name.
 
-    Some classes, such as pytorch_optimizer.Muon with `use_muon`, look for settings in the groups that they are given.
+    pytorch_optimizer.Muon looks for `use_muon` there.
     """
     named = inspect.signature(optimizer_class(name)).parameters
     flags = {key: value for key, value in settings.items() if key not in named}
@@ -144,9 +144,9 @@ def over_one_group(name: str, settings: dict[str, Any], parameters: list[Paramet
 def _one_group(
     name: str, settings: dict[str, Any], parameters: list[Parameter], own: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The parameter group that the optimizer's constructor makes of `settings`: so it has checked them.
+    """The parameter group that the optimizer's constructor makes of `settings`, which it checks.
 
-    Raises ValueError where it keeps one of `own` elsewhere than in the group.
+    Raises ValueError where it keeps one of `own` outside of the group.
     """
     group = over_one_group(name, settings, parameters).param_groups[0]
     for key in own or {}:

@@ -1,9 +1,9 @@
-"""Mixed precision in one path: autocast and a gradient scaler, which can be disabled.
+"""Mixed precision: autocast and a gradient scaler.
 
 fp32 is full precision everywhere. tf32 lets CUDA matrix products round their inputs to 10 mantissa bits. bf16 and fp16
-use autocast, and fp16 also dynamic loss scaling. With bf16, the products that autocast leaves in float32 may round as
-with tf32. Parameters, gradients and optimizer state stay float32. apex-O1 and apex-O2 leave these steps to NVIDIA's
-apex (engine/apex_adapter.py).
+use autocast, and fp16 also dynamic loss scaling. With bf16, products that autocast leaves in float32 may round as with
+tf32. Parameters, gradients and optimizer state stay float32. apex-O1 and apex-O2 use NVIDIA's apex
+(engine/apex_adapter.py).
 """
 
 from collections.abc import Callable, Iterable
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.errors import UserError
 from optim import OPTIMIZERS
 
-# What torch calls this argument since 2.13, and before.
+# Torch's name of this argument since 2.13, and before.
 BUFFERS_ARE_SENT = next(
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -26,34 +26,33 @@ AUTOCAST_DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": t
 
 
 class Precision:
-    """The precision of a run: `autocast()` around the forward pass, then `backward` and `step`.
+    """`autocast()` goes around the forward pass; `backward` and `step` follow.
 
-    Raises UserError if the device does not support it.
+    Raises UserError if the device does not support the precision.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
         if name == "tf32" and device.type != "cuda":
             raise UserError(f"precision=tf32 exists on CUDA devices only, not on {device.type}; use precision=fp32")
         if device.type == "cuda":
-            tf32 = name in ("tf32", "bf16")  # bf16 keeps 7 mantissa bits, so that 10 lose nothing that matters
+            tf32 = name in ("tf32", "bf16")  # bf16 keeps 7 mantissa bits, so 10 are enough
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = tf32
         self.device_type = device.type
         self.dtype = AUTOCAST_DTYPES[name]
-        self.create_graph = False  # whether gradients can be differentiated again (engine/needs.py)
+        self.create_graph = False  # engine/needs.py
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     def prepare(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        """The model and optimizer to train instead of these. Called before compiling and data_parallel."""
+        """The model and optimizer to train instead. Called before compiling and data_parallel."""
         return model, optimizer
 
     def data_parallel(self, network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-        """`network`, with gradients averaged over all ranks, except in passes inside its `no_sync()`.
+        """`network` with gradients averaged over all ranks, except inside its `no_sync()`.
 
-        Gradients are views of what is sent. Buffers are not sent in training: each rank normalises by its own batch,
-        and for an evaluation the ranks take rank 0's (World.copy_buffers).
+        Buffers are not sent: each rank normalises by its own batch.
         """
         return DistributedDataParallel(
             network,
@@ -66,33 +65,32 @@ class Precision:
         return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
 
     def backward(self, loss: torch.Tensor, is_last: bool = True) -> None:
-        """Add the gradients of `loss`. `is_last` is False if more gradients follow before the step."""
+        """Add the gradients of `loss`. `is_last` is False if more follow before the step."""
         self.scaler.scale(loss).backward(create_graph=self.create_graph)
 
     def clip(
         self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], max_norm: float
     ) -> torch.Tensor:
-        """Clip the true (unscaled) gradients to a total norm of `max_norm`. Returns the norm before clipping.
+        """Clip the unscaled gradients to a total norm of `max_norm`. Returns the norm before clipping.
 
-        On CUDA an optimizer that can divide gradients in its step, where it reads them anyway, is left to do so: that
-        spares two transfers of all gradients.
+        On CUDA an optimizer that can divide gradients in its step does so: that spares two transfers of them all.
         """
         self.scaler.unscale_(optimizer)
         if not (self.device_type == "cuda" and not self.scaler.is_enabled() and _divides_in_step(optimizer)):
             return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         norm = torch.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
-        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # as clip_grad_norm_, but for its reciprocal
+        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # clip_grad_norm_ has the reciprocal
         return norm
 
     def step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor] | None = None) -> bool:
         """Take the optimizer step. Returns False if the scaler skipped it because a gradient overflowed.
 
-        `closure` takes the gradients again, for an optimizer that asks for them; with a scaler there must be none.
+        With a scaler there must be no `closure`.
         """
         if not self.scaler.is_enabled():
             optimizer.step() if closure is None else optimizer.step(closure)
             if _divides_in_step(optimizer):
-                optimizer.grad_scale = None  # of this update's gradients alone
+                optimizer.grad_scale = None  # it holds for one update
             return True
         scale = self.scaler.get_scale()
         self.scaler.step(optimizer)
@@ -107,5 +105,5 @@ class Precision:
 
 
 def _divides_in_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step divides gradients by the attribute `grad_scale`: Apollo's does, and torch's fused ones."""
+    """Whether the step divides gradients by `grad_scale`, as Apollo's and torch's fused ones do."""
     return type(optimizer) in OPTIMIZERS.values() and getattr(optimizer, "_step_supports_amp_scaling", False)

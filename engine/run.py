@@ -1,6 +1,6 @@
-"""What the three training loops share: the objects of a run, and the steps that are the same in every task.
+"""What the three training loops share: the objects of a run, and the steps common to all tasks.
 
-A train.py calls these functions in the order in which they stand here:
+A train.py calls these functions in this order:
 
     read_arguments                                                       in `main`
     create_precision, with_optimizer, assemble, restore, write_environment        in `prepare`
@@ -9,7 +9,7 @@ A train.py calls these functions in the order in which they stand here:
     record_evaluation, end_epoch                                         after an evaluation
     say_stopped, write_result                                                      at the end
 
-Which weights an evaluation is of, engine/evaluated.py says.
+engine/evaluated.py says which weights are evaluated.
 """
 
 import time
@@ -48,38 +48,38 @@ RunT = TypeVar("RunT", bound="Run")
 
 @dataclass(kw_only=True)
 class Run:
-    """What a loop works with. `assemble` makes it once; a task's subclass adds what that task needs besides."""
+    """What a loop works with, made by `assemble`. A task's subclass adds its own fields."""
 
-    METRICS: ClassVar[tuple[str, ...]]  # sums over a window: of the loss first, then the task's own
-    COUNTED: ClassVar[str]  # the one of METRICS that counts what is trained on, e.g. "examples" or "tokens"
+    METRICS: ClassVar[tuple[str, ...]]  # summed over a window, the loss first
+    COUNTED: ClassVar[str]  # one of METRICS: "examples" or "tokens"
 
     config: RunConfig
     world: World
     record: RunRecord
-    model: torch.nn.Module  # the model itself: evaluated and saved
-    network: torch.nn.Module  # the model as trained: perhaps compiled, perhaps in DistributedDataParallel
+    model: torch.nn.Module  # evaluated and saved
+    network: torch.nn.Module  # as trained: perhaps compiled, or in DistributedDataParallel
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     precision: Precision
-    needs: str | None  # what the optimizer's step needs besides gradients: closure, create_graph
-    window: Sums  # training metrics since the last log line
+    needs: str | None  # of the optimizer's step: closure or create_graph
+    window: Sums  # since the last log line
     progress: Progress
     checkpoints: Checkpoints
     stop: StopRequest
     agreement: Agreement
     updates: int  # of the whole run
     updates_per_epoch: int
-    average: AveragedModel | None  # the exponential one of the weights, where the config asks for it
-    vocabulary: str | None = None  # digest of the data's; a checkpoint made with another is refused
+    average: AveragedModel | None  # the exponential one of the weights
+    vocabulary: str | None = None  # digest of the data's
     take_step: Callable[[], bool]  # the optimizer's; False where the scaler skipped it
-    clock: float = 0.0  # when the training that is being timed began
-    optimizer_ms: list[float] = field(default_factory=list)  # a sample, one an interval of log_every
+    clock: float = 0.0  # the start of timed training
+    optimizer_ms: list[float] = field(default_factory=list)  # one sample every log_every updates
 
 
 def read_arguments(config: type[ConfigT], arguments: list[str], usage: str) -> ConfigT:
-    """The config that a command line `CONFIG [key=value ...]` names; without one the usage is printed, and that is all.
+    """The config that a command line `CONFIG [key=value ...]` names. Without one, print the usage and exit.
 
-    Raises UserError for a config that cannot be used.
+    Raises UserError for an unusable config.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
@@ -88,7 +88,7 @@ def read_arguments(config: type[ConfigT], arguments: list[str], usage: str) -> C
 
 
 def create_precision(name: str, device: torch.device, say: Callable[[str], None]) -> Precision:
-    """The precision called `name` in a config; `say` gets a warning where it is far slower than fp32.
+    """The precision called `name`; `say` gets a warning where it is far slower than fp32.
 
     Raises UserError where the device or the installation lacks it.
     """
@@ -96,8 +96,8 @@ def create_precision(name: str, device: torch.device, say: Callable[[str], None]
         require_apex(name, device)
         return ApexPrecision(name, device)
     if name == "bf16" and device.type == "cpu" and cpu_has_bf16() is False:
-        # Products of two 1024 x 1024 matrices by torch 2.14 on an AMD EPYC, whose oneDNN was kept from using bf16
-        # arithmetic by ONEDNN_MAX_CPU_ISA: with AVX2 some 50 to 100 times the time of fp32, with AVX-512 2 times.
+        # Products of 1024 x 1024 matrices by torch 2.14 on an AMD EPYC, without bf16 arithmetic by ONEDNN_MAX_CPU_ISA:
+        # with AVX2 they took 50 to 100 times as long as in fp32, with AVX-512 twice as long.
         say(
             "warning: this CPU has no bf16 arithmetic (AVX-512-BF16, AMX, or ARM's BF16), so precision=bf16 is slower "
             "than fp32, up to 100 times without AVX-512: use precision=fp32"
@@ -108,7 +108,7 @@ def create_precision(name: str, device: torch.device, say: Callable[[str], None]
 def with_optimizer(
     model: torch.nn.Module, config: RunConfig, precision: Precision
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """The model as `precision` wants it, and the config's optimizer over its parameters."""
+    """The model and its optimizer, as `precision` wants them. Raises UserError where settings do not fit."""
     optimizer = create_grouped_optimizer(model, config.optimizer, precision.device_type)
     if any("lr" not in group for group in optimizer.param_groups):
         raise UserError(f"optimizer {config.optimizer.name} has no learning rate, lr, that a schedule could set")
@@ -130,10 +130,10 @@ def assemble(
     network: torch.nn.Module | None = None,
     **own: Any,
 ) -> RunT:
-    """A Run of class `kind` at its beginning, with its schedule, metrics and checkpoints; `own` are the fields it adds.
+    """A Run of class `kind` at its beginning; `own` are the fields that this class adds.
 
-    The schedule counts in units of `updates_per_unit` updates, and the run has `total` of them; by default a unit is an
-    epoch. `network` is the model as it is called in training, e.g. compiled; by default the model itself.
+    The schedule counts in units of `updates_per_unit` updates, and the run has `total` of them. By default a unit is an
+    epoch. `network` is the model as called in training; by default the model itself.
     """
     if evaluated.has_modes(optimizer):
         optimizer.train()  # some begin in eval mode
@@ -174,9 +174,9 @@ def assemble(
 
 
 def restore(run: Run) -> dict[str, Any] | None:
-    """Take up the run folder's last checkpoint, and rewind the record to it; returns what `save` was given besides.
+    """Load the last checkpoint and rewind the record to it; returns what it holds besides.
 
-    None where there is no checkpoint: the run begins. Raises UserError where it is not one of this run.
+    None without a checkpoint. Raises UserError for one of another run.
     """
     saved = run.checkpoints.restore(run.progress)
     if saved:
@@ -192,10 +192,7 @@ def restore(run: Run) -> dict[str, Any] | None:
 
 
 def write_environment(run: Run, **own: Any) -> None:
-    """Write environment.json: the machine, the recipe, and how many ranks carry it out; `own` are the task's facts.
-
-    Where the optimizer has groups, they are recorded too, and said.
-    """
+    """Write environment.json: the machine, the recipe, the optimizer's groups and the task's `own` facts."""
     config = run.config
     if config.optimizer.groups:
         own["groups"] = describe_groups(run.model, config.optimizer)
@@ -206,18 +203,18 @@ def write_environment(run: Run, **own: Any) -> None:
 
 
 def progress_bar(run: Run, updates: int) -> tqdm:
-    """A bar over the run's `updates`; shown by rank 0, and on a terminal alone."""
+    """A bar over the run's `updates`, shown by rank 0 on a terminal."""
     disable = None if run.world.is_main else True
     return tqdm(total=updates, initial=run.progress.update, unit="update", disable=disable)
 
 
 def start_clock(run: Run) -> None:
-    """Training begins, or goes on: the time since the last wait is not counted."""
+    """Count training time from here on."""
     run.clock = time.perf_counter()
 
 
 def wait_for_device(run: Run) -> None:
-    """Wait for the device, which may be many updates behind the host, and count the training time up to here."""
+    """Wait for the device, and count the training time up to here."""
     run.world.synchronize()
     now = time.perf_counter()
     run.progress.since_evaluation_s += now - run.clock
@@ -226,23 +223,23 @@ def wait_for_device(run: Run) -> None:
 
 
 def averaged_over_ranks(run: Run, is_last: bool) -> AbstractContextManager:
-    """Context of one pass of an update: after the last pass, and not before, the ranks average their gradients."""
+    """Within, the ranks average their gradients only if this pass is the last of an update."""
     return nullcontext() if is_last or run.world.world_size == 1 else run.network.no_sync()
 
 
 def end_update(run: Run, bar: tqdm, again: Callable[[], torch.Tensor]) -> Wish:
-    """Take the optimizer's and the schedule's step, and count the update; returns what the ranks agree to do next.
+    """Take the optimizer's and the schedule's step; returns what the ranks agree to do next.
 
-    `again` takes the gradients of this update once more, counts nothing, and returns this rank's loss: for an optimizer
-    that needs a closure. The ranks save after an update whose weights are kept for averaging.
+    `again` takes the gradients of this update once more, counts nothing, and returns this rank's loss. The ranks save
+    when weights are kept for averaging.
     """
     progress = run.progress
     rate = run.optimizer.param_groups[0]["lr"]
     progress.lr = rate.clone() if isinstance(rate, torch.Tensor) else rate  # float() would wait for the device
-    # The step is timed now and then, not every time: a clock has to wait for the device. The first one builds kernels.
+    # A clock has to wait for the device, so few steps are timed. The first one builds kernels.
     is_timed = progress.update > 0 and (progress.update - 1) % run.config.log_every == 0
     step = _timed_step if is_timed else _step
-    if step(run, again):  # an update that the scaler skips advances nothing
+    if step(run, again):  # the scaler did not skip it
         with settings_of("schedule"):  # it may be anyone's
             run.schedule.step()
         evaluated.update_average(run)
@@ -260,7 +257,7 @@ def end_update(run: Run, bar: tqdm, again: Callable[[], torch.Tensor]) -> Wish:
 
 def _step(run: Run, again: Callable[[], torch.Tensor]) -> bool:
     seed, place, name = run.config.seed, ("optimizer", run.progress.update), run.config.optimizer.name
-    seed_step(seed, *place)  # what an optimizer draws is the same on every rank
+    seed_step(seed, *place)  # the optimizer draws alike on all ranks
     closure = closure_of(again, run.world, seed, *place) if run.needs == "closure" else None
     try:
         taken = run.take_step() if closure is None else run.precision.step(run.optimizer, closure)
@@ -286,9 +283,9 @@ def _timed_step(run: Run, again: Callable[[], torch.Tensor]) -> bool:
 
 
 def close_window(run: Run) -> dict[str, float] | None:
-    """The sums of METRICS over all ranks since the last call, None where there are none; a new window begins.
+    """The sums of METRICS over all ranks since the last call, or None where nothing was counted.
 
-    They are added to those since the last evaluation. Raises UserError where the loss is not finite.
+    Raises UserError where the loss is not finite.
     """
     wait_for_device(run)
     sums = run.window.reduce(run.world)
@@ -302,20 +299,20 @@ def close_window(run: Run) -> dict[str, float] | None:
 
 
 def log_window(run: Run, bar: tqdm, **means: float | None) -> None:
-    """Write a line of training metrics: `means` over the window just closed, the learning rate and the speed."""
+    """Write a line with `means` over the window, the learning rate and the speed."""
     progress = run.progress
-    parts = getattr(run.optimizer, "optimizers", [run.optimizer])  # of several, Apollo may be one
+    parts = getattr(run.optimizer, "optimizers", [run.optimizer])  # Apollo may be one of several
     if run.world.is_main and (apollo := next((one for one in parts if isinstance(one, Apollo)), None)):
-        means["clamped"] = apollo.clamped()  # see "Choosing a learning rate" in docs/apollo.md
+        means["clamped"] = apollo.clamped()  # "Choosing a learning rate" in docs/apollo.md
     run.record.metrics("train", progress.update, epoch=progress.epoch + 1, **means, lr=progress.lr, **_speed(run))
     shown = {name: f"{mean:.4g}" for name, mean in means.items() if mean is not None}
     bar.set_postfix(epoch=progress.epoch + 1, **shown)
 
 
 def save(run: Run, **own: torch.Tensor) -> None:
-    """Write a checkpoint, unless the training loss or a weight is not finite: such weights must not push out good ones.
+    """Write a checkpoint with the task's `own` values. Every rank calls this with the same ones.
 
-    `own` is what the task saves besides; `restore` returns it. Every rank calls this, with the same values.
+    Raises UserError where the training loss or a weight is not finite: such weights must not push out good ones.
     """
     wait_for_device(run)
     window = run.window.gather(run.world)
@@ -328,10 +325,9 @@ def save(run: Run, **own: torch.Tensor) -> None:
 
 
 def record_evaluation(run: Run, kind: str, trained: dict[str, float], found: dict[str, float]) -> None:
-    """Write a line of the metrics `trained` since the last evaluation and those `found` by this one.
+    """Write a line with the metrics `trained` since the last evaluation and those `found` by this one.
 
-    `kind` names the line: epoch, validation. A new interval begins. The metrics are kept as `progress.last`. Raises
-    UserError, and writes nothing, where one that was found is not finite.
+    `kind` names the line: epoch, validation. Raises UserError, and writes nothing, where one of `found` is not finite.
     """
     progress = run.progress
     for name, value in found.items():
@@ -347,22 +343,21 @@ def record_evaluation(run: Run, kind: str, trained: dict[str, float], found: dic
 
 
 def end_epoch(run: Run) -> None:
-    """The next epoch begins, at its first update."""
     run.progress.epoch += 1
     run.progress.update_in_epoch = 0
 
 
 def say_stopped(run: Run) -> int:
-    """Say that a signal has stopped the run, which is saved; returns the exit status."""
+    """Say that a signal stopped the run; returns the exit status."""
     update, signal = run.progress.update, run.stop.signal.name
     run.record.say(f"stopped at update {update} by {signal}; saved: the same command goes on")
     return run.stop.exit_status
 
 
 def write_result(run: Run, metric: str, final: float, **own: Any) -> None:
-    """Write result.json: `final` is the run's `metric`, and `own` are the task's further keys.
+    """Write result.json: `final` is the run's `metric`, and `own` are the task's keys.
 
-    Raises UserError where `final` or a weight is not finite: such a run is not complete.
+    Raises UserError where `final` or a weight is not finite.
     """
     config, progress = run.config, run.progress
     require_finite(final, progress.update, metric)
@@ -389,6 +384,6 @@ def parameter_count(model: torch.nn.Module) -> int:
 
 
 def _speed(run: Run) -> dict[str, float]:
-    """Examples or tokens a second since the last evaluation, by the name under which it is recorded."""
+    """Examples or tokens a second since the last evaluation."""
     progress = run.progress
     return {f"{run.COUNTED}_per_s": round(progress.since_evaluation[run.COUNTED] / progress.since_evaluation_s, 1)}

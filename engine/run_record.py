@@ -1,7 +1,7 @@
 """The run folder: what ran (config.yaml, environment.json), how it went (metrics.jsonl, log.txt), what came out.
 
-`result.json` is written last, so a run that has it is whole. Only rank 0 writes. torch is imported where it is used, so
-that scripts that look at run folders start fast.
+A run with `result.json`, written last, is whole. Only rank 0 writes. torch is imported late: scripts that read run
+folders start fast.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from engine.distributed import World
 
-# Keys that do not change what a run computes: a resumed run may have other values.
+# Keys that do not change what a run computes: a resumed run may change them.
 NEUTRAL_KEYS = (
     "run_dir",
     "checkpoint",
@@ -79,7 +79,7 @@ class RunRecord:
 
     @contextmanager
     def start(self) -> Iterator[None]:
-        """What must be done before training: where it fails, a folder that was made for this run is removed again."""
+        """If the block fails, remove a folder that was made for this run."""
         try:
             yield
         except BaseException:
@@ -87,7 +87,7 @@ class RunRecord:
             raise
 
     def remove_if_new(self) -> None:
-        """Remove the run's folder, and what was made above it, where it was made for this run."""
+        """Remove the folders that were made for this run."""
         if self.world.is_main and self.folder in self._made:
             shutil.rmtree(self.folder, ignore_errors=True)
             for parent in self._made[1:]:
@@ -100,34 +100,34 @@ class RunRecord:
 
     @property
     def wall_s(self) -> float:
-        """Seconds of running time so far."""
+        """Running time in seconds."""
         return self.wall_s_before + time.monotonic() - self.started
 
     def say(self, text: str) -> None:
-        """One line for the user: on the terminal (above any progress bar) and in log.txt."""
+        """Write a line on the terminal (above any progress bar) and to log.txt."""
         if self.world.is_main:
             tqdm.write(text, file=sys.stderr)
             self._log.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}  {text}\n")
 
     def say_complete(self) -> int:
-        """Returns the exit status of a command that has nothing to do."""
+        """Returns the exit status."""
         self.say(f"{self.folder} is complete: nothing to do")
         return 0
 
     def environment(self, **recipe: Any) -> None:
-        """Write environment.json; `recipe` has world size, batch, passes, ..."""
+        """Write environment.json with the `recipe`: world size, batch, passes, ..."""
         if self.world.is_main:
             path = self.folder / "environment.json"
             now = describe_environment(self.world) | {"recipe": recipe}
             before = read_json(path)
-            if before is not None:  # a resumed run: keep what its first part ran on
+            if before is not None:  # a resumed run
                 earlier = before.pop("resumed_from", [])
                 same = [key for key in ("packages", "cpu_flags") if before.get(key) == now[key]]
                 now["resumed_from"] = [*earlier, {key: value for key, value in before.items() if key not in same}]
             write_atomically(path, json.dumps(now, indent=1) + "\n")
 
     def metrics(self, kind: str, update: int, **values: Any) -> None:
-        """Append one line to metrics.jsonl (and to TensorBoard)."""
+        """Append a line to metrics.jsonl and TensorBoard."""
         if self.world.is_main:
             line = {"kind": kind, "update": update, **{name: _finite(value) for name, value in values.items()}}
             self._metrics.write((json.dumps(line, allow_nan=False) + "\n").encode())
@@ -147,14 +147,13 @@ class RunRecord:
             return {}
         os.fsync(self._metrics.fileno())
         if self._board:
-            self._board.flush()  # by itself it writes every two minutes, and a kill would lose what came before
+            self._board.flush()  # by itself it writes only every two minutes
         return {"metrics_bytes": self._metrics.seek(0, os.SEEK_END), "wall_s": self.wall_s}
 
     def rewind(self, position: dict[str, Any] | None, update: int = 0) -> None:
-        """Drop the lines written after `position` (all of them for None): the run is about to repeat them.
+        """Drop the lines written after `position` (all for None), which the run will repeat.
 
-        `update` is the one at which the position was taken. TensorBoard forgets it and all later ones, and is given
-        those lines again that were written at it before.
+        `update` is that of the position. TensorBoard forgets it and later ones, and gets its remaining lines again.
         """
         position = position or {"metrics_bytes": 0, "wall_s": 0.0}
         self.wall_s_before = position["wall_s"]
@@ -179,17 +178,16 @@ class RunRecord:
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """result.json, or None where the run is unfinished. Raises UserError where it is damaged."""
+    """result.json, or None for an unfinished run. Raises UserError where it is damaged."""
     return read_json(run_dir / "result.json")
 
 
 def _finite(value: Any) -> Any:
-    """None for NaN and infinity, which JSON has not."""
+    """None for NaN and infinity, which JSON lacks."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe_environment(world: World) -> dict[str, Any]:
-    """Versions, device, threads, git revision and the command."""
     import numpy
     import torch
 
@@ -217,7 +215,7 @@ def describe_environment(world: World) -> dict[str, Any]:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: allocated by torch on a GPU, resident for the process on the CPU."""
+    """Peak memory in MiB: allocated by torch on a GPU, resident on the CPU."""
     if device.type == "cuda":
         import torch
 
@@ -229,12 +227,12 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def holds_training(run_dir: Path) -> bool:
-    """Whether a run in `run_dir` got as far as a checkpoint or a result."""
+    """Whether a run left a checkpoint or a result."""
     return (run_dir / "result.json").exists() or any(run_dir.glob("checkpoint*.pt"))
 
 
 def require_same_settings(config: BaseModel, run_dir: Path, elsewhere: str = "another run_dir") -> None:
-    """Raise UserError where `run_dir` holds a run with other settings; `elsewhere` says how to choose another place."""
+    """Raise UserError, with `elsewhere` as advice, where `run_dir` holds a run with other settings."""
     path = run_dir / "config.yaml"
     if not path.exists() or not holds_training(run_dir):
         return
@@ -254,7 +252,7 @@ def require_same_settings(config: BaseModel, run_dir: Path, elsewhere: str = "an
 
 
 def _tensorboard(run_dir: Path, update: int) -> Any:
-    """A writer of events; those of `update` and later are not shown any longer."""
+    """A writer of events. It hides older events from `update` on."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -263,7 +261,7 @@ def _tensorboard(run_dir: Path, update: int) -> Any:
 
 
 def _git_revision() -> str | None:
-    """The commit of the code that runs, with `+changes` where the working tree differs from it."""
+    """The commit of this code, with `+changes` where the working tree differs."""
     root = Path(__file__).resolve().parent.parent
     try:
         revision, changes = (

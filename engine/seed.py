@@ -1,4 +1,4 @@
-"""Randomness as a function of the place in the run (seed, epoch, step or sample index), never of earlier draws.
+"""Randomness from the place in the run (seed, epoch, step or sample index), never from earlier draws.
 
 So a resumed run repeats the uninterrupted one, whatever the number of workers and ranks.
 """
@@ -11,13 +11,13 @@ import torch
 
 
 def derive(seed: int, *path: int | str) -> int:
-    """A 63-bit integer that depends on `seed` and every element of `path`. It is the same on every platform."""
+    """A 63-bit integer from `seed` and every element of `path`, the same on every platform."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (seed, *path))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def generator(seed: int, *path: int | str) -> torch.Generator:
-    """A fresh generator on the CPU, seeded for this place in the run."""
+    """A CPU generator, seeded for this place in the run."""
     return torch.Generator().manual_seed(derive(seed, *path))
 
 

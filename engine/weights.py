@@ -1,7 +1,7 @@
-"""The weights of a trained model: those of its run folder, or of a bundle.
+"""The weights of a trained model, from its run folder or a bundle.
 
-A bundle holds the model's state_dict in weights.safetensors. So does the folder of a run whose evaluated weights are
-not those of its checkpoint (engine/evaluated.py).
+A bundle holds the model's state_dict in weights.safetensors. So does a run folder where the evaluated weights are not
+the checkpoint's (engine/evaluated.py).
 """
 
 import os
@@ -20,16 +20,16 @@ BUNDLED = "weights.safetensors"
 
 
 class Weights(NamedTuple):
-    state: dict[str, torch.Tensor]  # the model's state_dict, on the CPU
-    update: int  # updates that the run had taken
-    vocabulary: str | None = None  # digest of the data's; None in a task without one
+    state: dict[str, torch.Tensor]  # a state_dict on the CPU
+    update: int  # updates taken
+    vocabulary: str | None = None  # its digest; None in a task without one
     averaged: tuple[int, ...] = ()  # updates whose weights they are the mean of
 
 
 def read_weights(folder: Path, say: Callable[[str], None]) -> Weights:
-    """The weights to evaluate: of weights.safetensors, or else of the newest checkpoint of the run folder.
+    """The weights to evaluate: of weights.safetensors, or else of the newest checkpoint.
 
-    `say` gets the names of damaged checkpoints. Raises UserError where there are none, or where they cannot be read.
+    `say` gets the names of damaged checkpoints. Raises UserError where there are no weights, or none can be read.
     """
     if bundled := read_bundled(folder):
         return bundled
@@ -43,7 +43,7 @@ def read_weights(folder: Path, say: Callable[[str], None]) -> Weights:
 
 
 def read_trained(folder: Path, say: Callable[[str], None]) -> Weights:
-    """The weights of the newest checkpoint as they are trained on; otherwise as `read_weights`."""
+    """The weights of the newest checkpoint, as they are trained on. Raises UserError as `read_weights` does."""
     return _of_checkpoint(_read_saved(folder, say))
 
 
@@ -59,14 +59,14 @@ def _of_checkpoint(saved: dict[str, Any]) -> Weights:
 
 
 def read_bundled(folder: Path) -> Weights | None:
-    """The weights of weights.safetensors; None without the file. Raises UserError where they cannot be read."""
+    """The weights of weights.safetensors, or None. Raises UserError where they cannot be read."""
     path = folder / BUNDLED
     if not path.exists():
         return None
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
         averaged = tuple(map(int, about.get("averaged_updates", "").split()))
         return Weights(state, int(about["update"]), about.get("vocabulary"), averaged)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -74,18 +74,18 @@ def read_bundled(folder: Path) -> Weights | None:
 
 
 def write_weights(folder: Path, weights: Weights, **about: str) -> None:
-    """Write weights.safetensors. `about` goes to the file's metadata, beside what `read_weights` reads there."""
+    """Write weights.safetensors, with `about` in its metadata."""
     about["update"] = str(weights.update)
     if weights.vocabulary:
         about["vocabulary"] = weights.vocabulary
     if weights.averaged:
         about["averaged_updates"] = " ".join(map(str, weights.averaged))
-    # safetensors takes no tensors that share memory, and tied weights do.
+    # safetensors takes no tensors that share memory, as tied weights do.
     state = {name: tensor.contiguous().clone() for name, tensor in weights.state.items()}
     temporary = folder / f"{BUNDLED}.tmp"
     try:
         save_file(state, temporary, metadata=about)
-        temporary.chmod(0o644)  # safetensors lets nobody else read it
+        temporary.chmod(0o644)  # safetensors lets only its owner read it
         os.replace(temporary, folder / BUNDLED)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

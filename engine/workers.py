@@ -1,4 +1,4 @@
-"""Worker processes for preparing data. They end with their parent, also when it is killed."""
+"""Worker processes for preparing data. They end with their parent, even if it is killed."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from engine.errors import UserError
 
 
 def positive(text: str) -> int:
-    """A number of workers, or of anything else, from the command line."""
+    """A number from the command line."""
     if not text.isdecimal() or not int(text):
         raise ArgumentTypeError(f"a whole number above 0, not {text}")
     return int(text)
@@ -24,7 +24,7 @@ def positive(text: str) -> int:
 def worker_pool(workers: int, environment: Mapping[str, str] | None = None) -> Iterator[ProcessPoolExecutor]:
     """A pool of `workers` processes with additions to their `environment`. UserError if the system kills one.
 
-    At its end it drops the work that has not begun.
+    At its end, work that has not begun is dropped.
     """
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (environment or {},)) as pool:
         try:
