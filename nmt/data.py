@@ -72,7 +72,6 @@ class Side:
 
 
 class Split:
-
     def __init__(self, folder: Path, name: str, manifest: dict[str, Any]) -> None:
         entry, languages = manifest["splits"][name], (manifest["source"], manifest["target"])
         self.source, self.target = (Side(folder, name, language, entry) for language in languages)
