@@ -69,8 +69,9 @@ def build(
 ) -> None:
     """Encode `source` into `out`, or finish an earlier preparation there.
 
-    Without a `vocabulary` file, words must occur `threshold` times in the training text. UserError if the source or the
-    vocabulary cannot be used, if `out` is in use or made from something else, or if the disk is full.
+    Without a `vocabulary` file, the words are those that occur at least `threshold` times in the training text.
+    UserError if the source or the vocabulary cannot be used, if `out` is in use or made from something else, or if the
+    disk is full.
     """
     text = find_source(source, sorted(set(tests)))
     given = read_vocabulary(vocabulary) if vocabulary else None

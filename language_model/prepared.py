@@ -50,7 +50,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Corpus:
-    """`test` is the benchmark's test file, or all held-out files without it. `all_test` holds all if there are more."""
+    """`test` is the benchmark's test file or, without it, all test files. `all_test` holds all if there are more."""
 
     train: Sequence[Shard]
     test: Sequence[Shard]

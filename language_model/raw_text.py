@@ -3,7 +3,7 @@
     training-monolingual.tokenized.shuffled/news.en-*           training text, without news.en-00000-of-00100
     heldout-monolingual.tokenized.shuffled/news.en.heldout-*    the named files, or all, are the test set
 
-A part becomes a shard. A large file is cut into parts of PART_BYTES, each with all of its last line.
+A part becomes a shard. A large file is cut into parts of PART_BYTES, each continued to the end of a line.
 """
 
 import io

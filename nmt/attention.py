@@ -48,7 +48,7 @@ class Attention(nn.Module):
         return self.output(to_rows(attended.transpose(1, 2).flatten(2)))
 
     def _spelled_out(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """Plain operations: on the CPU the fused kernel has no dropout, and its backward pass is slow on sentences."""
+        """On the CPU the fused kernel has no dropout, and its backward pass is slow on sentences."""
         scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
         if causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
@@ -63,7 +63,7 @@ class SelfAttention(Attention):
         return self.attend(*self._project(x, size), mask, causal)
 
     def step(self, x: Tensor, size: Size, state: DecodingState, layer: int) -> Tensor:
-        """Attention of the newest words, of size [B, K]. `layer` is the layer's number in the state."""
+        """Attention of the newest words, of size [B, K]. `layer` is its number in the decoder."""
         queries, keys, values = self._project(x, size)
         return self.attend(queries, *state.append(layer, keys, values), state.mask)
 

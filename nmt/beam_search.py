@@ -2,9 +2,9 @@
 
 A hypothesis's score is log p(words) / length ** length_penalty, as in fairseq's generation. The length counts EOS.
 
-Each step has the K best continuations of a sentence and the K ways to end one of its hypotheses. An end counts if it is
-among the K best of both. A sentence is finished when K ends have counted, when no continuation can beat the best end,
-or at its greatest length.
+A step has a sentence's K best continuations and the K ends of its hypotheses. An end counts if it is among the K best
+of both. A sentence is finished when K ends have counted, when no continuation can beat the best end, or at its greatest
+length.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from nmt.codec import BOS, EOS, PAD
 from nmt.model import Transformer
 
-LONGER = 50  # a translation's most words beyond its source's, as in "Attention Is All You Need"
+LONGER = 50  # words that a translation may have beyond its source's, as in "Attention Is All You Need"
 DROP_SHARE = 0.8  # finished sentences leave the batch when at most this share is unfinished
 
 
@@ -39,12 +39,11 @@ def translate(
 ) -> list[Hypothesis]:
     """The best translation of each source (ids without EOS), in the sources' order.
 
-    A batch has at most `max_tokens` padded source words, or one sentence. The model is put into evaluation mode. The
-    caller's autocast applies.
+    A batch has at most `max_tokens` padded source words, or one sentence. The model is put into evaluation mode.
     """
     model.eval()
     device = next(model.parameters()).device
-    order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))  # longest first: a lack of memory shows at once
+    order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))  # a lack of memory shows at once
     found: list[Hypothesis | None] = [None] * len(sources)
     with tqdm(
         total=len(sources), unit="sentence", desc="translating", leave=False, disable=None if progress else True
@@ -71,7 +70,7 @@ def beam_search(
 ) -> list[Hypothesis]:
     """The best hypothesis for each sentence of `source`, [B, S] int64 on the model's device, padded with PAD.
 
-    `longest` [B] int64 is each translation's greatest length, with EOS.
+    `longest` [B] int64 limits their lengths, with EOS.
     """
     device, k = source.device, beam_size
     if longest is None:
@@ -81,7 +80,7 @@ def beam_search(
     def penalty(length: Tensor | int) -> Tensor | float:
         return length**length_penalty
 
-    # For each sentence: its number, its K hypotheses with their scores, and its best end.
+    # For each sentence: its number, K hypotheses with their scores, and the best end.
     number = torch.arange(len(source), device=device)
     scores = torch.full((len(source), k), -torch.inf, device=device)
     scores[:, 0] = 0.0  # all hypotheses start equal, so one is enough

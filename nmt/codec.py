@@ -29,7 +29,10 @@ MIN_PAIR_COUNT = 2  # as in subword-nmt
 
 
 class Codec:
-    """`size` includes the special tokens. `digest` is a SHA-256 in hex."""
+    """`size` includes special tokens. `digest` is a SHA-256 in hex.
+
+    A `language` of None is the source in encode_lines, and elsewhere the target.
+    """
 
     def __init__(self, source: str, target: str, pieces: Sequence[str], merges: Sequence[str]) -> None:
         self.source, self.target = source, target
@@ -61,14 +64,14 @@ class Codec:
         write_atomically(Path(folder) / FILE, self._serialised())
 
     def encode_lines(self, lines: Iterable[str], language: str | None = None) -> list[list[int]]:
-        """Ids of raw lines, without <s> and </s>. `language` None is the source's."""
+        """Ids of raw lines, without <s> and </s>."""
         return self.encode_tokens([self.tokenize(line, language or self.source) for line in lines])
 
     def encode_tokens(self, lines: Sequence[str]) -> list[list[int]]:
         return [found.ids for found in self._bpe.encode_batch_fast(lines, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], language: str | None = None) -> str:
-        """Text of `ids` up to the first </s>, without special tokens. `language` None is the target's."""
+        """Text of `ids` up to the first </s>, without special tokens."""
         return moses(language or self.target).detokenize(self.decode_tokens(ids))
 
     def decode_tokens(self, ids: Iterable[int]) -> str:
@@ -78,7 +81,6 @@ class Codec:
         return " ".join(pieces.replace(WORD_START, " ").split())
 
     def tokenize(self, line: str, language: str | None = None, normalize: bool = True) -> str:
-        """As Moses.tokenize. `language` None is the target's."""
         return moses(language or self.target).tokenize(line, normalize)
 
     def _serialised(self) -> str:

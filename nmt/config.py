@@ -36,8 +36,6 @@ class ModelConfig(Strict):
 
 
 class DecodingConfig(Strict):
-    """The settings under `decoding:`."""
-
     beam: PositiveInt = 5
     length_penalty: NonNegativeFloat = 0.6
 

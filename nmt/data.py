@@ -1,8 +1,7 @@
 """Batches of prepared parallel text: limited by tokens, of similar lengths, the same for any number of ranks.
 
-An epoch's batches hold sentences of about one length, and are shuffled. An update takes the next `passes` batches, so
-it sees several lengths, as published (fairseq's EpochBatchIterator gives each GPU one batch). Its batches depend on the
-seed and the epoch alone, and the ranks divide them.
+Batches hold sentences of about one length, and are shuffled. An update takes the next `passes` batches, so it sees
+several lengths, as published (fairseq's EpochBatchIterator gives each GPU one batch). The ranks divide them.
 """
 
 from collections.abc import Iterator
@@ -32,8 +31,8 @@ class Batch(NamedTuple):
     source: Tensor  # [B, S]: ids, EOS
     target_in: Tensor  # [B, T]: BOS, ids
     target_out: Tensor  # [B, T]: ids, EOS
-    tokens: int  # of the target, with EOS, without padding; 0 for a pass without work
-    update_tokens: int = 0  # the same of the update's passes on all ranks; 0 in evaluation
+    tokens: int  # of the target, without padding; 0 for a pass without work
+    update_tokens: int = 0  # of the whole update on all ranks; 0 in evaluation
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`. The host does not wait for it."""
@@ -87,14 +86,14 @@ class Split:
 
     @cached_property
     def references(self) -> list[str]:
-        """The target side's raw text. Only the valid and the test split have it."""
+        """The target's raw text, in the valid and the test split."""
         lines = self.raw.read_bytes().decode().removesuffix("\n").split("\n")
         if len(lines) != len(self):
             raise UserError(f"{self.raw} has {len(lines):,} lines, not {len(self):,}: prepare the data again")
         return lines
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """These pairs, padded to the longest of each side. Without pairs: one row whose loss is zero."""
+        """These pairs, padded. Without pairs: one row whose loss is zero."""
         if not len(indices):
             one = torch.tensor([[EOS], [BOS], [PAD]])
             return Batch(*one[:, None], tokens=0)
@@ -108,7 +107,7 @@ class Split:
 
 
 class ParallelData:
-    """Prepared data, opened. UserError if it is not whole."""
+    """UserError if the data is not whole."""
 
     def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
         self.root, self.manifest = root, manifest
@@ -152,9 +151,8 @@ def train_batches(
 ) -> Iterator[list[tuple[int, Batch]]]:
     """The epoch's updates from `start_update` on, each as this rank's passes: [(index in the update, batch)].
 
-    This rank takes the passes rank, rank + world_size, ... A batch takes sentences while sentences x longest side <=
-    `max_tokens`. The last update's passes beyond the last batch hold no sentence. UserError if a pair is longer than
-    `max_tokens`.
+    This rank takes the passes rank, rank + world_size, ... In a batch, sentences x longest side <= `max_tokens`. Passes
+    beyond the last batch hold no sentence. UserError if a pair is longer than `max_tokens`.
     """
     order = _by_length(split, _random(seed, "pairs", epoch).uniform(-JITTER, JITTER, len(split)))
     cuts = _cuts(split.longest[order], max_tokens)
@@ -189,8 +187,8 @@ def eval_batches(
 def _by_length(split: Split, noise: np.ndarray | float) -> np.ndarray:
     """All pairs, sorted by their longer side, then by the difference of the sides.
 
-    The difference rises at one length and falls at the next, so neighbours never differ much. With `noise` added to it,
-    other pairs come together in each epoch.
+    The difference rises at one length and falls at the next, so neighbours differ little. `noise` added to it brings
+    other pairs together in each epoch.
     """
     source, target = split.source.lengths, split.target.lengths
     difference = np.where(split.longest % 2, source - target, target - source)
@@ -198,10 +196,7 @@ def _by_length(split: Split, noise: np.ndarray | float) -> np.ndarray:
 
 
 def _cuts(longest: np.ndarray, budget: int, multiple: int = ROWS_MULTIPLE) -> np.ndarray:
-    """Where to cut pairs of ascending length: pairs x longest <= budget in each part. The last cut is the end.
-
-    A part has a multiple of `multiple` pairs if they fit.
-    """
+    """Where to cut pairs of ascending length: pairs x longest <= budget in each part. The last cut is the end."""
     if longest[-1] > budget:
         raise UserError(
             f"a pair of {longest[-1]:,} tokens does not fit batch={budget:,}: raise it to that many at least"

@@ -1,7 +1,7 @@
 """What decoding remembers between two words: keys and values.
 
-To copy these to a hypothesis's children would be slow. So the K hypotheses of a sentence share one cache with a slot
-for each hypothesis and step. Only the mask of a hypothesis's ancestors is reordered.
+To copy these to a hypothesis's children would be slow. So a sentence's K hypotheses share one cache with a slot for
+each hypothesis and step. Only the mask of ancestors is reordered.
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class DecodingState:
 
     @property
     def mask(self) -> Tensor | None:
-        """The slots to attend to, [B, 1, K, slots so far]. None means all."""
+        """Slots to attend to, [B, 1, K, slots so far]. None means all."""
         return None if self.hypotheses == 1 else self.slots[..., : self.length * self.hypotheses]
 
     def next_word(self) -> None:

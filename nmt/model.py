@@ -1,7 +1,7 @@
 """The Transformer of "Attention Is All You Need".
 
-One matrix is the source, target and output embedding. `forward` sees whole target sentences, `step` one more word of
-each hypothesis.
+One matrix is the source, target and output embedding. `forward` sees whole sentences, `step` one word of each
+hypothesis.
 """
 
 import math
@@ -47,9 +47,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Embeddings with std width**-0.5, attention by its `initialise`, feed-forward layers by torch's default.
+        """As in fairseq's transformer of September 2020, on which the published code was built.
 
-        As in fairseq's transformer of September 2020, on which the published code was built.
+        Feed-forward layers keep torch's default.
         """
         nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5)
         self.embedding.weight[PAD].zero_()
@@ -71,8 +71,7 @@ class Transformer(nn.Module):
         Args:
             source: [B, S], ending with EOS.
             target_in: [B, T], beginning with BOS.
-            target_out: [B, T], ending with EOS: the words to predict. The result is then (loss, nll) of nmt/loss.py,
-                summed over the `tokens` words. Padded positions are not projected.
+            target_out: [B, T], ending with EOS: the words to predict. The result is then (loss, nll) of nmt/loss.py.
             tokens: the words in target_out without padding. To count them here would make the host wait.
         """
         hidden = self.decode(target_in, *self.encode(source))
@@ -86,7 +85,7 @@ class Transformer(nn.Module):
     def encode(self, source: Tensor) -> tuple[Tensor, Size, Tensor | None]:
         """Memory as rows, its size [B, S], and the mask [B, 1, 1, S] of words to attend to (None: all)."""
         mask = (source != PAD)[:, None, None]
-        if source.device.type == "cpu" and mask.all():  # on a GPU this test would make the host wait
+        if source.device.type == "cpu" and mask.all():  # on a GPU the host would wait
             mask = None
         x = self.embed(source, self.positions(source.shape[1], source.device))
         for layer in self.encoder:
@@ -101,13 +100,13 @@ class Transformer(nn.Module):
         return self.decoder_norm(x)
 
     def start(self, source: Tensor, hypotheses: int) -> DecodingState:
-        """Encode. Returns the state for the first `step` of `hypotheses` translations of each sentence."""
+        """The state for the first `step` of `hypotheses` translations of each sentence."""
         memory, size, mask = self.encode(source)
         cross = [layer.cross_attention.keys_values(memory, size) for layer in self.decoder]
         return DecodingState(hypotheses, cross, mask)
 
     def step(self, words: Tensor, state: DecodingState) -> Tensor:
-        """Logits [B, K, V] for the words after `words` [B, K], each hypothesis's newest word (at first BOS)."""
+        """Logits [B, K, V] for the words after `words` [B, K], the newest ones (at first BOS)."""
         state.next_word()
         x = self.embed(words, self.positions(state.length, words.device)[-1])
         for index, layer in enumerate(self.decoder):
@@ -115,7 +114,7 @@ class Transformer(nn.Module):
         return linear(self.decoder_norm(x), self.embedding.weight)[: words.numel()].view(*words.shape, -1)
 
     def embed(self, words: Tensor, positions: Tensor) -> Tensor:
-        """Scaled embeddings of `words` [B, T] plus `positions` [T, width] or [width], after dropout, as rows."""
+        """`words` [B, T] and `positions` [T, width] or [width] as rows, after dropout."""
         return self.dropout(to_rows(self.embedding(words) * math.sqrt(self.config.width) + positions))
 
     def positions(self, length: int, device: torch.device) -> Tensor:
@@ -161,7 +160,7 @@ class DecoderLayer(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + dropout(sublayer(x)), with a layer norm of the sum (post) or of the sublayer's input (pre)."""
+    """x + dropout(sublayer(x)), with layer norm of the sum (post) or of the sublayer's input (pre)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ def loss_sums(
 def translate_split(
     model: Transformer, split: Split, decoding: DecodingConfig, max_tokens: int, world: World
 ) -> list[list[int]]:
-    """Ids of translations of all of `split`, made by all ranks together, known to each; always in fp32."""
+    """Ids of translations of all of `split`, made by all ranks, known to each; always in fp32."""
     share = range(world.rank, len(split), world.world_size)
     sources = [split.source.sentence(i) for i in share]
     hypotheses = translate(model, sources, decoding.beam, decoding.length_penalty, max_tokens, world.is_main)

@@ -1,8 +1,8 @@
 """From a line of raw text to Moses tokens, and back.
 
-The steps of the usual WMT recipes, in their order, are normalize-punctuation.perl, remove-non-printing-char.perl (a
-soft hyphen becomes a blank and splits a word), and tokenizer.perl with aggressive hyphen splitting. sacremoses does the
-first and the last. docs/data.md lists all differences from the Perl scripts.
+As in the usual WMT recipes: normalize-punctuation.perl, remove-non-printing-char.perl (a soft hyphen becomes a blank
+and splits a word), tokenizer.perl with aggressive hyphen splitting. sacremoses does the first and the last.
+docs/data.md lists all differences from the Perl scripts.
 """
 
 import re

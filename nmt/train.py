@@ -1,9 +1,8 @@
 """Train a translation model: python -m nmt.train CONFIG [key=value ...]     (also under torchrun)
 
-The whole run, top to bottom: main, train, train_epoch with the loop, validation, the test set's scores; `prepare`,
-below, makes what they need. `batch` counts tokens of the longer side, with padding. Losses are in nats per target
-token, EOS counted, padding not. After an interruption the same command continues the run, on the CPU to bit-identical
-weights.
+Read it top to bottom: main, train, train_epoch with the loop, validation, the test set's scores; `prepare` makes what
+they need. `batch` counts tokens of the longer side, with padding. Losses are in nats per target token, EOS counted,
+padding not. After an interruption the same command continues the run, on the CPU to bit-identical weights.
 """
 
 import math
@@ -49,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def train(config: Config, world: World) -> int:
-    """Train to the end, or until a signal; returns the exit status."""
+    """Train until the end or a signal; returns the exit status."""
     record = RunRecord(config, config.folder, world, config.tensorboard)
     if record.complete:
         return record.say_complete()
@@ -64,7 +63,7 @@ def train(config: Config, world: World) -> int:
 
 
 def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
-    """Train to the end of the epoch, or of the run; False if a signal came before that (all is saved then)."""
+    """Train to the end of the epoch or the run; False if a signal came before (all is saved then)."""
     config, world, progress = run.config, run.world, run.progress
     batches = train_batches(
         run.data.train, config.batch, config.passes, config.seed, progress.epoch, world.rank, world.world_size,
@@ -115,7 +114,6 @@ def take_gradients(run: TranslationRun, passes: list[tuple[int, Batch]], again: 
 
 
 def log(run: TranslationRun, bar: tqdm) -> None:
-    """Record training metrics since the last log line."""
     if sums := runs.close_window(run):
         norm = float(run.gradient_norm)  # not finite if an overflow skipped the update
         clipped = run.clipping.share(sums, run.progress.update, run.world.world_size)
@@ -128,7 +126,6 @@ def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
 
 
 def validate(run: TranslationRun) -> dict[str, float]:
-    """Loss, perplexity and BLEU of the validation set."""
     config, split = run.config, run.data.valid
     sums = loss_sums(run.model, split, config.eval_batch, config.label_smoothing, run.precision, run.world)
     valid = means(sums, "valid_")
@@ -137,7 +134,7 @@ def validate(run: TranslationRun) -> dict[str, float]:
 
 
 def finish_validation(run: TranslationRun, valid: dict[str, float]) -> None:
-    """Record the validation, and the mean training loss since the last one."""
+    """Record the validation, and the training loss since the last one."""
     progress, sums = run.progress, run.progress.since_evaluation
     progress.best = max(evaluated.of_result(valid, "valid_bleu"), progress.best or 0.0)
     trained = means(sums, "train_") | {"tokens": progress.trained_on + sums["tokens"]}
@@ -151,7 +148,6 @@ def finish_validation(run: TranslationRun, valid: dict[str, float]) -> None:
 
 
 def translated(run: TranslationRun, split: Split) -> list[list[int]]:
-    """Ids of translations of all of `split`, known to each rank."""
     return translate_split(run.model, split, run.config.decoding, run.config.eval_batch, run.world)
 
 
@@ -200,7 +196,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> TranslationRun:
     seed_step(config.seed, "initialisation")
     model = create_model(config.model, data.codec.size).to(world.device)
     model, optimizer = runs.with_optimizer(model, config, precision)
-    if config.compile:  # the layers alone, where the time goes
+    if config.compile:  # only where the time goes
         for layer in (*model.encoder, *model.decoder):
             layer.compile(dynamic=True)
 

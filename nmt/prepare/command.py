@@ -89,7 +89,6 @@ def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: boo
 
 
 def prepare_grammar(out: Path, wait: bool = False) -> None:
-    """Generate the sentences of toy_text.py and prepare them."""
     toy_text.write(out / "text")
     prepare(GRAMMAR, out / "text", out, wait=wait)
 

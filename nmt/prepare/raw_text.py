@@ -80,7 +80,7 @@ def scan(path: Path) -> TextFile:
 
 
 def scan_pair(paths: Sequence[Path], lines: int | None = None) -> tuple[TextFile, TextFile]:
-    """Both sides of a text. UserError if their numbers of lines differ, or are not `lines`."""
+    """Both sides of a text. UserError if their lines differ in number, or are not `lines`."""
     one, other = map(scan, paths)
     if one.lines != other.lines:
         raise UserError(

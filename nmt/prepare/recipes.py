@@ -1,7 +1,7 @@
 """The recipes of the paper's table and of the generated sentences.
 
-The paper trains on WMT 2014 (Europarl v7, Common Crawl, News Commentary v9), validates on newstest2013 and tests on the
-full newstest2014. The line counts are those of WMT's files.
+The paper's is WMT 2014, validated on newstest2013 and tested on the full newstest2014. The line counts are those of
+WMT's files.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,11 +1,10 @@
 """Finds the two sides of a text: plain files, the tree that fairseq's script leaves in orig/, SGM, or the archives.
 
-Text of SGM and archives is written to the preparation's folder, never to the source. A text has one of these names:
+Text of SGM and archives is written to the preparation's folder. A text has one of these names:
 
     europarl-v7.de-en.en            plain, one sentence a line
     newstest2013-src.en.sgm         of statmt's test.tgz
-    newstest2014-deen-ref.de.sgm    of statmt's test-full.tgz: either language may be src, because both directions have
-                                    the same test set
+    newstest2014-deen-ref.de.sgm    of statmt's test-full.tgz: either language may be src
 """
 
 import logging
@@ -51,7 +50,7 @@ Side = tuple[str, str]  # text, language
 def find_texts(source: Path, texts: Sequence[str], languages: Sequence[str], unpacked: Path) -> dict[str, list[Path]]:
     """For each of `texts` a plain file in both `languages`, from `source` or made in `unpacked`.
 
-    A text is a name or a path below `source`. UserError as in `locate`, or if an archive is damaged or not the
+    A text is a name or a path below `source`. UserError if a text is nowhere, or if an archive is damaged or not the
     published one.
     """
     places = locate(source, texts, languages)
@@ -130,7 +129,6 @@ def _unpack(archive: Path, targets: Mapping[str, Path]) -> None:
 
 @cache
 def _members(archive: Path) -> dict[str, str]:
-    """The members by the last part of their names."""
     logging.info("looking into %s", archive)
     with _readable(archive):
         if archive.suffix == ".zip":
@@ -179,7 +177,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _nothing(source: Path, text: str, language: str) -> str:
-    """An error message: what was looked for, and the most similar names there."""
+    """An error message: what was looked for, and similar names there."""
     folder, name = source / os.path.dirname(text), os.path.basename(text)
     looked, archives = [f"{name}.{language}"], [archive.name for archive in ARCHIVES if name in archive.texts]
     if name.startswith("newstest"):

@@ -35,13 +35,13 @@ Map = Callable[[Callable[["Chunk"], Result], Sequence["Chunk"]], Iterator[Result
 
 @dataclass(frozen=True)
 class Chunk:
-    """CHUNK lines of both sides, and the files of their tokens."""
+    """CHUNK lines of both sides."""
 
     split: str
     files: Pair
     index: int  # in the files
     tokens: tuple[Path, Path]
-    counts: Path  # written last: if it exists, the tokens are whole
+    counts: Path  # written last: then the tokens are whole
 
     @property
     def lines(self) -> int:
@@ -60,7 +60,6 @@ def make_chunks(split: str, pairs: Sequence[Pair], recipe: Recipe, work: Path) -
 
 @contextmanager
 def processes(workers: int) -> Iterator[Map]:
-    """A map over `workers` processes."""
     if workers == 1:
         yield map
         return
@@ -144,10 +143,7 @@ def encode(split: str, chunks: Sequence[Chunk], codec: Codec, recipe: Recipe, ou
 def encode_chunk(
     recipe: Recipe, work: Path, dtype: np.dtype, chunk: Chunk
 ) -> tuple[dict[str, int], list[tuple[np.ndarray, np.ndarray]]]:
-    """The lines left after each filter; then for each side all ids end to end, and the sentences' lengths.
-
-    A length includes the sentence's </s>, the filters do not.
-    """
+    """The lines left after each filter; then each side's ids end to end, and its sentences' lengths, with </s>."""
     sides = []
     for path in chunk.tokens:
         lines = path.read_bytes().decode().split("\n")[:-1]

@@ -93,7 +93,7 @@ def write(folder: Path) -> None:
 
 
 def generate(count: int) -> list[tuple[str, str]]:
-    """Pairs (English, German), no English sentence twice."""
+    """Pairs (English, German), each English sentence once."""
     draw = random.Random(SEED)
     pairs: dict[str, str] = {}
     while len(pairs) < count:
@@ -173,7 +173,7 @@ def _noun(draw: random.Random, nouns: Words, can_be_pronoun: bool = False) -> tu
 
 
 def _one_of(draw: random.Random, items: Sequence[Any]) -> Any:
-    """Draws by random() alone: Python promises stable numbers for this method only."""
+    """Uses random() alone: Python promises stable numbers for this method only."""
     return items[int(draw.random() * len(items))]
 
 
