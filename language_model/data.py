@@ -191,7 +191,7 @@ def scored_batches(
     columns = torch.zeros(longest + 1, len(bounds), dtype=torch.int64)
     counted = torch.zeros(longest, len(bounds), dtype=torch.bool)
     for row, (start, stop) in enumerate(bounds):
-        columns[0, row] = int(tokens[start - 1])  # the </S> before the row; for the first row, the last one
+        columns[0, row] = int(tokens[start - 1])  # the </S> before the row; for the first, the text's last
         columns[1 : stop - start + 1, row] = torch.from_numpy(tokens[start:stop].astype(np.int64))
         counted[: stop - start, row] = True
     columns, counted = columns.to(device), counted.to(device)

@@ -82,7 +82,7 @@ class LanguageModel(nn.Module):
         """Whether recurrent layers must not run under the current autocast.
 
         On CUDA, autocast to bfloat16 gives cuDNN float16 (torch's aten/src/ATen/cudnn/AutocastRNN.cpp), in which small
-        gradients underflow. A CPU may lack an LSTM in bfloat16.
+        gradients underflow without a loss scale. A CPU may lack an LSTM in bfloat16.
         """
         device = x.device.type
         if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != torch.bfloat16:

@@ -25,7 +25,7 @@ ROTARY_BASE = 10_000.0  # Su et al. 2021, section 3.2.2
 
 
 class Transformer(nn.Module):
-    """Predicts each token from at most `window` tokens before it. ValueError for cutoffs that do not fit `words`."""
+    """Predicts a token from at most `window` tokens before it. ValueError for cutoffs that do not fit `words` words."""
 
     def __init__(self, config: TransformerConfig, words: int, window: int) -> None:
         super().__init__()

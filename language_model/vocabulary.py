@@ -1,6 +1,6 @@
 """The words that a model knows, most frequent first, and their ids.
 
-Every sentence is wrapped in <S> and </S>, and other words become <UNK>. A file holds one `word count` line per word.
+Every sentence is wrapped in <S> and </S>. Unknown words become <UNK>. A file holds one `word count` line per word.
 The standard vocabulary of One Billion Words has no </S>, which then gets the count of <S> and the last id, as in the
 published preprocessing.
 """

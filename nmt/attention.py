@@ -63,7 +63,7 @@ class SelfAttention(Attention):
         return self.attend(*self._project(x, size), mask, causal)
 
     def step(self, x: Tensor, size: Size, state: DecodingState, layer: int) -> Tensor:
-        """Attention of the newest words, of size [B, K]. `layer` is its number in the decoder."""
+        """Attention of the newest words, of size [B, K]. `layer` is this layer's number."""
         queries, keys, values = self._project(x, size)
         return self.attend(queries, *state.append(layer, keys, values), state.mask)
 

@@ -43,7 +43,7 @@ def translate(
     """
     model.eval()
     device = next(model.parameters()).device
-    order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))  # a lack of memory shows at once
+    order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))  # longest first: a lack of memory shows at once
     found: list[Hypothesis | None] = [None] * len(sources)
     with tqdm(
         total=len(sources), unit="sentence", desc="translating", leave=False, disable=None if progress else True

@@ -25,7 +25,7 @@ class ModelConfig(Strict):
     decoder_layers: PositiveInt = 6
     norm: Literal["post", "pre"] = "post"
     dropout: float = Field(0.1, ge=0, lt=1)  # of embeddings and sublayers' outputs
-    attention_dropout: float = Field(0.1, ge=0, lt=1)  # of attention weights
+    attention_dropout: float = Field(0.1, ge=0, lt=1)
     activation_dropout: float = Field(0.1, ge=0, lt=1)  # after the feed-forward sublayers' ReLU
 
     @model_validator(mode="after")

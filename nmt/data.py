@@ -31,11 +31,11 @@ class Batch(NamedTuple):
     source: Tensor  # [B, S]: ids, EOS
     target_in: Tensor  # [B, T]: BOS, ids
     target_out: Tensor  # [B, T]: ids, EOS
-    tokens: int  # of the target, without padding; 0 for a pass without work
+    tokens: int  # of the target, with EOS, without padding; 0 for a pass without work
     update_tokens: int = 0  # of the whole update on all ranks; 0 in evaluation
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`. The host does not wait for it."""
+        """The batch on `device`. The host does not wait for a GPU."""
         if device.type == "cpu":
             return self
         tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in self[:3]]

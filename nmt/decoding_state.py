@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-FIRST_STEPS = 32  # room of the first cache
+FIRST_STEPS = 32  # words in the first cache
 
 Pair = tuple[Tensor, Tensor]
 
 
 @dataclass
 class DecodingState:
-    """Caches of all decoder layers for B sentences of K hypotheses."""
+    """Caches of all decoder layers for K hypotheses of each of B sentences."""
 
     hypotheses: int  # K
     cross: list[Pair]  # of each layer: the source's keys and values, [B, heads, S, width / heads]

@@ -31,7 +31,7 @@ def smoothed_cross_entropy(
         label_smoothing: in [0, 1).
 
     Returns:
-        Two 0-d float32 tensors. Only the first has gradients, for `hidden` and `weight`.
+        Two 0-d float32 tensors. Only the first has gradients.
     """
     dtype = product_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):

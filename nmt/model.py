@@ -114,7 +114,7 @@ class Transformer(nn.Module):
         return linear(self.decoder_norm(x), self.embedding.weight)[: words.numel()].view(*words.shape, -1)
 
     def embed(self, words: Tensor, positions: Tensor) -> Tensor:
-        """`words` [B, T] and `positions` [T, width] or [width] as rows, after dropout."""
+        """Scaled embeddings of `words` [B, T] plus `positions` [T, width] or [width], as rows."""
         return self.dropout(to_rows(self.embedding(words) * math.sqrt(self.config.width) + positions))
 
     def positions(self, length: int, device: torch.device) -> Tensor:
@@ -160,7 +160,7 @@ class DecoderLayer(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + dropout(sublayer(x)), with layer norm of the sum (post) or of the sublayer's input (pre)."""
+    """With layer norm of the sum (post) or of the sublayer's input (pre)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

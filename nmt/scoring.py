@@ -62,7 +62,7 @@ def sacre_bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[
 
 
 def all_scores(hypotheses: Sequence[Sequence[int]], references: Sequence[str], codec: Codec) -> dict[str, Any]:
-    """The four scores of `hypotheses` (ids) against raw reference text."""
+    """The four scores of `hypotheses` (ids) against raw text."""
     sacrebleu, signature = sacre_bleu([codec.decode(ids) for ids in hypotheses], references)
     tokens = [codec.decode_tokens(ids) for ids in hypotheses]
     as_they_are = [codec.tokenize(line, normalize=False) for line in references]

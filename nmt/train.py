@@ -121,7 +121,7 @@ def log(run: TranslationRun, bar: tqdm) -> None:
 
 
 def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
-    """Mean label-smoothed loss and nll per target token; names begin with `split`."""
+    """Mean loss and nll per target token; names begin with `split`."""
     return {f"{split}{name}": sums[name] / sums["tokens"] for name in ("loss", "nll")}
 
 

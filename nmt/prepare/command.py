@@ -60,8 +60,8 @@ def main(arguments: list[str]) -> int:
 def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: bool = False) -> None:
     """Prepare the files that `recipe` names, below `folder`, into `out`.
 
-    `wait`: wait for another process that prepares into `out`; otherwise that is a UserError. Raises UserError also if a
-    file is missing, not UTF-8, empty or does not match its other side, and if `out` holds other data.
+    UserError if another process prepares into `out` (with `wait` it waits), if a file is missing, not UTF-8, empty or
+    does not match its other side, or if `out` holds other data.
     """
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, "preparing data", wait):
@@ -121,7 +121,7 @@ def _scan(recipe: Recipe, folder: Path, unpacked: Path) -> dict[str, list[Pair]]
 
 
 def _describe(recipe: Recipe, inputs: dict[str, list[Pair]]) -> dict[str, Any]:
-    """The head of the manifest."""
+    """The manifest's head."""
     return {
         "recipe": recipe.name,
         "source": recipe.source,

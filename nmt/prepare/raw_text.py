@@ -36,7 +36,7 @@ class TextFile:
         return len(self.starts) - 1
 
     def read(self, chunk: int) -> list[str]:
-        """One chunk's lines. UserError if one is not UTF-8."""
+        """A chunk's lines. UserError if one is not UTF-8."""
         with open(self.path, "rb") as file:
             file.seek(self.starts[chunk])
             block = file.read(self.starts[chunk + 1] - self.starts[chunk])

@@ -68,7 +68,7 @@ def processes(workers: int) -> Iterator[Map]:
 
 
 def tokenize(split: str, chunks: Sequence[Chunk], recipe: Recipe, each: Map) -> Counter[str]:
-    """The first stage: write the tokens of every chunk, and count each character in them."""
+    """The first stage: write every chunk's tokens, and count each character."""
     characters = Counter()
     with _bar(f"tokens of {split}", chunks) as bar:
         for chunk, found in zip(chunks, each(partial(tokenize_chunk, recipe), chunks), strict=True):
@@ -110,7 +110,7 @@ def learn_codec(chunks: Sequence[Chunk], characters: Counter[str], recipe: Recip
 
 
 def encode(split: str, chunks: Sequence[Chunk], codec: Codec, recipe: Recipe, out: Path, each: Map) -> dict[str, Any]:
-    """The third stage: write arrays and raw text. Returns the split's lines, pairs, tokens and checksums."""
+    """The third stage: write arrays and raw text. Returns the split's manifest entry."""
     dtype = np.dtype("<u2" if codec.size <= 1 << 16 else "<u4")
     languages = (recipe.source, recipe.target)
     lengths: dict[str, list[np.ndarray]] = {language: [] for language in languages}

@@ -1,8 +1,8 @@
 """English-German sentences from a small grammar: the data set that needs no download.
 
-The grammar has what makes German hard for a model: gender and case on articles, adjectives and pronouns; the finite
-verb second in a main clause and last in a subordinate one; the perfect with haben or sein; verbs with the dative. The
-English determines the German. The files are the same everywhere.
+It has what makes German hard: gender and case on articles, adjectives and pronouns; the finite verb second in main
+clauses and last in subordinate ones; the perfect with haben or sein; verbs with the dative. The English determines the
+German. The files are the same everywhere.
 """
 
 import os
