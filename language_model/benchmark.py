@@ -1,6 +1,6 @@
 """The One Billion Word benchmark (Chelba et al., arXiv 1312.3005): its files, and the counts that identify them.
 
-docs/data_facts.yaml gives the public source of each value, and a test compares the two.
+docs/data_facts.yaml gives each value's public source, and a test compares the two.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +12,9 @@ ARCHIVE_CHECKSUM = "sha256:01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190b
 VOCABULARY = "1b_word_vocab.txt"
 VOCABULARY_URL = f"https://github.com/rafaljozefowicz/lm/raw/master/{VOCABULARY}"
 TRAIN_FILES = frozenset(f"news.en-{number:05}-of-00100" for number in range(1, 100))
-NOT_FOR_TRAINING = "news.en-00000-of-00100"  # the whole held-out text, which the benchmark's script leaves there
+NOT_FOR_TRAINING = "news.en-00000-of-00100"  # the whole held-out text
 TEST_FILE = "news.en.heldout-00000-of-00050"  # the test set of the benchmark's authors
-WORDS_TOLERANCE = 1e-5  # programs define white space differently: wc counts 2,358 words fewer
+WORDS_TOLERANCE = 1e-5  # wc defines white space differently and counts 2,358 words fewer
 EXPECTED = {  # lines end with a newline, words with white space
     "the training text": {"lines": 30_301_028, "words": 768_648_884},
     TEST_FILE: {"lines": 6_075, "words": 153_583},
@@ -22,14 +22,14 @@ EXPECTED = {  # lines end with a newline, words with white space
 
 
 def warnings(shards: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """One line per difference from the benchmark, if the training files have its names."""
+    """Differences from the benchmark, if the training files have its names."""
     train = [shard for shard in shards if shard["split"] == "train"]
     found = {shard["file"] for shard in train}
     if not found <= TRAIN_FILES:
         return
     if missing := sorted(TRAIN_FILES - found):
         yield f"{len(missing)} of the benchmark's 99 training files are not there, the first of them {missing[0]}"
-        train = []  # only the held-out file can be compared
+        train = []  # cannot be compared
     test = [shard for shard in shards if shard["file"] == TEST_FILE]
     for (what, expected), of_text in zip(EXPECTED.items(), (train, test), strict=True):
         for unit, count in expected.items():

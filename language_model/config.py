@@ -1,4 +1,4 @@
-"""The settings of a language model's run. torch is not imported here: commands that only read configs start fast."""
+"""The settings of a language model's run. torch is not imported: commands that only read configs start fast."""
 
 from typing import Annotated, Literal
 
@@ -8,35 +8,33 @@ from engine.config import RunConfig, Strict
 
 
 class DataConfig(Strict):
-    """The settings under `data:` in a config."""
+    """The settings under `data:`."""
 
-    name: Literal["prepared", "pydoc_topics"]  # a folder that language_model.prepare wrote, or Python's own topics
+    name: Literal["prepared", "pydoc_topics"]  # what language_model.prepare wrote, or Python's own topics
     root: str = "data/one_billion_words"  # of prepared
-    validation: float = Field(0.0, ge=0, lt=1)  # share of the training sentences that are held out and evaluated
+    validation: float = Field(0.0, ge=0, lt=1)  # share of training sentences held out and evaluated
 
 
 class ModelConfig(Strict):
-    """The settings under `model:` in a config. The defaults are the published sizes."""
+    """The settings under `model:`. The defaults are the published sizes."""
 
     name: Literal["lstm", "gru", "rnn"]  # rnn: with tanh
-    cutoffs: list[PositiveInt]  # ids where the adaptive softmax starts a new cluster
+    cutoffs: list[PositiveInt]  # ids where clusters of the adaptive softmax start
     embedding: PositiveInt = 300
     hidden: PositiveInt = 2048
     layers: PositiveInt = 2
-    dropout: float = Field(0.1, ge=0, lt=1)  # of the embeddings, between the layers, and of the last layer's output
-    div_value: float = Field(4.0, ge=1)  # the projection of cluster i has hidden / div_value**i dimensions
+    dropout: float = Field(0.1, ge=0, lt=1)  # of the embeddings and of each layer's output
+    div_value: float = Field(4.0, ge=1)  # cluster i has vectors of hidden / div_value**i dimensions
 
 
 class TransformerConfig(Strict):
-    """The settings under `model:` in a config, for the other network."""
-
     name: Literal["transformer"]
     cutoffs: list[PositiveInt]
     width: PositiveInt = 512
     inner_width: PositiveInt = 2048  # of the feed-forward parts
     layers: PositiveInt = 6
     heads: PositiveInt = 8
-    dropout: float = Field(0.1, ge=0, lt=1)  # of the word vectors and of what each part adds
+    dropout: float = Field(0.1, ge=0, lt=1)  # of the word vectors and of each part's output
     div_value: float = Field(4.0, ge=1)  # cluster i has vectors of width / div_value**i dimensions
 
     @model_validator(mode="after")
@@ -50,6 +48,6 @@ class Config(RunConfig):
     epochs: PositiveInt
     data: DataConfig
     model: Annotated[ModelConfig | TransformerConfig, Field(discriminator="name")]
-    sequence_length: PositiveInt = 20  # tokens of each row in an update: for a Transformer, its window
+    sequence_length: PositiveInt = 20  # tokens of a row in an update: a Transformer's window
     gradient_clip: PositiveFloat | None = None  # of the norm of all gradients together
-    eval_rows: PositiveInt = 32  # that the test text is cut into; the state starts from zero in each
+    eval_rows: PositiveInt = 32  # that the test text is cut into

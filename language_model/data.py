@@ -1,12 +1,12 @@
 """Batches of token ids: contiguous rows of a shard for training, rows of whole sentences for testing.
 
-Training follows the published batching. The order of the shards, and of the sentences in each, is a function of (seed,
-epoch). A shard's tokens are laid out as batch x passes contiguous rows, and an update takes the next sequence_length
-columns of all rows. Pass k has the rows from k x batch on; the ranks divide the passes. The network's state goes on in
-each row, and starts from zero at a new shard. What does not fill a last update is dropped.
+Training follows the published batching. Seed and epoch give the order of the shards and of their sentences. A shard's
+tokens fill batch x passes contiguous rows, and an update takes the next sequence_length columns. Pass k has the rows
+from k x batch on; the ranks divide the passes. The network's state goes on in each row, and starts from zero at a new
+shard. What does not fill a last update is dropped.
 
-Testing predicts every token exactly once. The text is cut, where sentences start, into rows of about the same length,
-whose state starts from zero. A row's first <S> is predicted from the </S> before it.
+A test text is cut, where sentences start, into rows of about the same length, whose state starts from zero. A row's
+first <S> is predicted from the </S> before it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,16 +29,16 @@ TEST_STEPS = 64  # columns of a test batch
 
 
 class TrainBatch(NamedTuple):
-    """Tokens of one pass and the tokens that follow them, both int64 [sequence_length, batch]."""
+    """Tokens of a pass and the tokens after them, both int64 [sequence_length, batch]."""
 
     tokens: Tensor
     targets: Tensor
     starts_shard: bool  # the state must start from zero
-    on_host: Tensor  # the targets in the host's memory, to be counted there
+    on_host: Tensor  # the targets on the host, to be counted there
 
 
 class ScoredBatch(NamedTuple):
-    """As a TrainBatch, and `counted`, bool [steps, rows]: False where a row has ended."""
+    """As a TrainBatch. `counted`, bool [steps, rows], is False where a row has ended."""
 
     tokens: Tensor
     targets: Tensor
@@ -46,14 +46,14 @@ class ScoredBatch(NamedTuple):
 
 
 def load_corpus(config: DataConfig) -> Corpus:
-    """The corpus that language_model.prepare made in `config.root`, or Python's own topics."""
+    """The corpus prepared in `config.root`, or Python's own topics."""
     return open_corpus(Path(config.root)) if config.name == "prepared" else pydoc_corpus()
 
 
 def hold_out(corpus: Corpus, share: float) -> Corpus:
-    """`corpus` with the nearest number to `share` of the sentences of each shard moved from `train` to `valid`.
+    """`corpus` with about `share` of each shard's sentences moved from `train` to `valid`.
 
-    The draw is the same for every seed of training, so that runs can be compared. UserError where a part is empty.
+    The draw does not depend on the training's seed, which makes runs comparable. UserError if a part is empty.
     """
     train, valid = [], []
     for index, shard in enumerate(corpus.train):
@@ -77,10 +77,7 @@ def _read_part(shard: Shard, sentences: np.ndarray) -> Arrays:
 
 
 class TextData:
-    """Batches of `corpus` on `device`.
-
-    Raises UserError where no shard fills an update, or there is nothing to test on.
-    """
+    """Batches of `corpus` on `device`. UserError if no shard fills an update, or the test text is empty."""
 
     def __init__(
         self,
@@ -107,13 +104,13 @@ class TextData:
             raise UserError("the test files hold no sentence: prepare the data with others (--test)")
 
     def _updates(self, tokens: int) -> int:
-        """Updates in a shard: its last token is only ever a target."""
+        """Updates in a shard, whose last token is only a target."""
         return max(0, tokens - 1) // (self.batch * self.passes * self.sequence_length)
 
     def train_batches(
         self, epoch: int, rank: int = 0, world_size: int = 1, *, start_update: int = 0
     ) -> Iterator[list[tuple[int, TrainBatch]]]:
-        """The epoch's updates from `start_update` on: for each, this rank's passes, as (index in the update, batch)."""
+        """The epoch's updates from `start_update` on: this rank's passes as (index in the update, batch)."""
         own = range(rank, self.passes, world_size)
         shards = self.corpus.train
         skip = start_update
@@ -133,10 +130,9 @@ class TextData:
             skip = 0
 
     def _columns(self, epoch: int, index: int, length: int, own: range) -> list[tuple[Tensor, Tensor]]:
-        """The rows of each pass of `own` in shard `index`, `length` tokens of each and the token after them.
+        """Each pass of `own` in shard `index`: [length + 1, batch], on the device and on the host (one tensor on CPUs).
 
-        Each is [length + 1, batch], on the device and on the host; on the CPU both are the same tensor. Batches are
-        views of it.
+        Batches are views of these.
         """
         shard = self.corpus.train[index]
         order = torch.randperm(shard.sentences, generator=generator(self.seed, "sentences", epoch, index)).numpy()
@@ -153,7 +149,7 @@ class TextData:
 
 
 def sentences_in_order(shard: Arrays, order: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Tokens `start` to `stop` of the shard's sentences one after the other in `order`; int64 [stop - start]."""
+    """Tokens `start` to `stop` of the shard's sentences in `order`; int64 [stop - start]."""
     tokens, offsets = shard
     starts = offsets.astype(np.int64)
     lengths = np.diff(starts)[order]
@@ -167,7 +163,7 @@ def sentences_in_order(shard: Arrays, order: np.ndarray, start: int, stop: int) 
 
 
 def read_text(shards: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of all `shards` one after the other, and the lengths of their sentences."""
+    """The tokens of all `shards` end to end, and their sentences' lengths."""
     arrays = [shard.read() for shard in shards]
     return np.concatenate([tokens for tokens, _ in arrays]), np.concatenate([np.diff(ends) for _, ends in arrays])
 
@@ -182,9 +178,9 @@ def scored_batches(
     steps: int = TEST_STEPS,
     device: torch.device | str,
 ) -> Iterator[ScoredBatch]:
-    """Every token of a text as a target exactly once: `tokens` of sentences of these `lengths`, one after the other.
+    """Every token of a text as a target once. `lengths` are those of its sentences.
 
-    The text is cut into `rows` rows, of which `rank` takes every world_size-th. A batch has up to `steps` columns.
+    Of the `rows` rows, `rank` takes every world_size-th. A batch has up to `steps` columns.
     """
     ends = np.cumsum(lengths)
     cuts = np.unique(ends[np.searchsorted(ends, np.linspace(0, ends[-1], rows + 1)[1:])])
@@ -195,7 +191,7 @@ def scored_batches(
     columns = torch.zeros(longest + 1, len(bounds), dtype=torch.int64)
     counted = torch.zeros(longest, len(bounds), dtype=torch.bool)
     for row, (start, stop) in enumerate(bounds):
-        columns[0, row] = int(tokens[start - 1])  # the </S> before the row; before the first, that of the last
+        columns[0, row] = int(tokens[start - 1])  # the </S> before the row; for the first, the text's last
         columns[1 : stop - start + 1, row] = torch.from_numpy(tokens[start:stop].astype(np.int64))
         counted[: stop - start, row] = True
     columns, counted = columns.to(device), counted.to(device)

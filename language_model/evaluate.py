@@ -1,8 +1,8 @@
 """Score a text with a trained model: python -m language_model.evaluate RUN|BUNDLE FILE [key=value ...]
 
-RUN is a run folder, whose newest checkpoint is used; BUNDLE is what `python -m scripts.report --bundle RUN` made of it.
-FILE holds text as the training text was: tokenized, one sentence a line. scoring.py explains the three perplexities.
-key=value changes the run's config, e.g. data.root=FOLDER if the data has moved, or precision, device, eval_rows.
+RUN is a run folder, whose newest checkpoint is used; BUNDLE comes from `python -m scripts.report --bundle RUN`.
+FILE is tokenized text, one sentence a line. scoring.py explains the three perplexities. key=value changes the run's
+config: data.root=FOLDER, precision, device, eval_rows.
 """
 
 import sys
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
 
 
 def evaluate_file(config: Config, run: Path, file: Path, world: World) -> dict[str, Any]:
-    """The values to print about `file`, by name. Raises UserError if the run, its data or the file cannot be used."""
+    """The values to print, by name. UserError if the run, its data or the file cannot be used."""
     corpus = load_corpus(config.data)
     weights = read_weights(run, _say)
     if weights.vocabulary != corpus.vocabulary_digest:
@@ -71,7 +71,7 @@ def _say(line: str) -> None:
 
 
 def _read(file: Path, vocabulary: Any) -> tuple[np.ndarray, np.ndarray, int]:
-    """The file's tokens, its sentences' lengths, and the number of words outside the vocabulary."""
+    """The file's tokens, sentence lengths, and number of unknown words."""
     try:
         part = Part("test", str(file), 0, 0, file.stat().st_size, path=file)
         encoded = [vocabulary.encode(text) for text in part.texts()]

@@ -1,7 +1,7 @@
-"""The published language model: an embedding, an LSTM (or GRU, or plain RNN), and an adaptive softmax over all words.
+"""The published language model: an embedding, an LSTM (or GRU, or plain RNN), and an adaptive softmax.
 
-The network's state is one detached float32 tensor [parts, layers, rows, hidden]. The parts are h and c for an LSTM, and
-only h for the others. The Transformer of transformer.py is the other choice; its state has its rows in the same place.
+The state is one detached float32 tensor [parts, layers, rows, hidden]. An LSTM's parts are h and c; the others have
+only h. The other choice is transformer.py, whose state has its rows in the same place.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,7 @@ CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
 class LanguageModel(nn.Module):
-    """Predicts each token of a text from those before it. The ids of words go from the most to the least frequent.
-
-    Raises ValueError for cutoffs that do not fit the vocabulary of `words` words.
-    """
+    """Predicts each token of a text from those before it. ValueError for cutoffs that do not fit `words` words."""
 
     def __init__(self, config: ModelConfig, words: int) -> None:
         super().__init__()
@@ -32,8 +29,8 @@ class LanguageModel(nn.Module):
         self.parts = 2 if config.name == "lstm" else 1
         self.hidden = config.hidden
         self.embedding = nn.Embedding(words, config.embedding)
-        # One module for each layer, and dropout between them by torch. cuDNN's dropout keeps random numbers of its own:
-        # to seed them, as we do in every pass, makes the host wait for the device.
+        # One module per layer, with torch's dropout between: cuDNN's dropout keeps random numbers of its own, and to
+        # seed them in every pass makes the host wait.
         inputs = [config.embedding, *[config.hidden] * (config.layers - 1)]
         self.rnn = nn.ModuleList(CELLS[config.name](width, config.hidden) for width in inputs)
         self.softmax = create_softmax(config.hidden, words, config.cutoffs, config.div_value)
@@ -43,7 +40,7 @@ class LanguageModel(nn.Module):
     def _initialise(self) -> None:
         """Published: He-uniform embedding, Xavier-uniform recurrent matrices, zero biases. The softmax keeps torch's.
 
-        An LSTM has two bias vectors per layer. The forget gate's quarter of each is 1, so together they add 2.
+        In both bias vectors of an LSTM's layer, the forget gate's quarter is 1. Together they add 2.
         """
         nn.init.kaiming_uniform_(self.embedding.weight)
         for parameter in self.rnn.parameters():
@@ -52,7 +49,7 @@ class LanguageModel(nn.Module):
             else:
                 nn.init.zeros_(parameter)
                 if self.parts == 2:
-                    nn.init.ones_(parameter.data.chunk(4)[1])  # the gates' order is input, forget, cell, output
+                    nn.init.ones_(parameter.data.chunk(4)[1])  # gates: input, forget, cell, output
 
     def zero_state(self, rows: int) -> Tensor:
         """The state at the start of a text."""
@@ -64,8 +61,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of `targets`, float32 [steps, rows], and the state after the last step.
 
-        `tokens` and `targets`: int64 [steps, rows]. A target is the token that follows. `sizes` are cluster_sizes of
-        the targets; without them they are counted here, and on a GPU the host waits for that.
+        `tokens` and the `targets` that follow them: int64 [steps, rows]. `sizes` are the targets' cluster_sizes.
+        Without them the host waits for a GPU.
         """
         output, after = self.dropout(self.embedding(tokens)), []
         with torch.autocast(output.device.type, enabled=False) if self._needs_float32(output) else nullcontext():
@@ -82,10 +79,10 @@ class LanguageModel(nn.Module):
         return log_prob.view_as(targets), torch.cat(after, 1).detach().float()
 
     def _needs_float32(self, x: Tensor) -> bool:
-        """Whether the recurrent layers must not run under the autocast that is on now.
+        """Whether recurrent layers must not run under the current autocast.
 
-        On CUDA, autocast to bfloat16 also gives cuDNN float16 (torch's aten/src/ATen/cudnn/AutocastRNN.cpp), in which
-        small gradients underflow without a loss scale. On the CPU, the processor may lack an LSTM in bfloat16.
+        On CUDA, autocast to bfloat16 gives cuDNN float16 (torch's aten/src/ATen/cudnn/AutocastRNN.cpp), in which small
+        gradients underflow without a loss scale. A CPU may lack an LSTM in bfloat16.
         """
         device = x.device.type
         if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != torch.bfloat16:
@@ -97,7 +94,7 @@ Network = LanguageModel | Transformer
 
 
 def create_model(config: ModelConfig | TransformerConfig, words: int, window: int) -> Network:
-    """The network of `config`; a Transformer sees `window` tokens. ValueError as from the network's class."""
+    """The network of `config`; a Transformer sees `window` tokens. ValueError as from its class."""
     if isinstance(config, TransformerConfig):
         return Transformer(config, words, window)
     return LanguageModel(config, words)
@@ -105,10 +102,7 @@ def create_model(config: ModelConfig | TransformerConfig, words: int, window: in
 
 @cache
 def cpu_has_bf16_lstm() -> bool:
-    """Whether an LSTM runs in bfloat16 on this processor. If not, it stays in float32 while the rest is in bfloat16.
-
-    On x86, oneDNN's bfloat16 LSTM needs AVX-512, and torch calls it without checking that.
-    """
+    """Whether an LSTM runs in bfloat16 here. On x86, oneDNN's needs AVX-512, and torch calls it without a check."""
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         try:
             nn.LSTM(1, 1)(torch.zeros(1, 1, 1))

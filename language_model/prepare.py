@@ -1,9 +1,9 @@
 """Encode a text corpus for training: python -m language_model.prepare SOURCE OUT [--vocabulary FILE]
 
-SOURCE is the One Billion Word benchmark, unpacked or as its .tar.gz (raw_text.py lists what is read), or any text in
-the same layout: tokenized, one sentence per line, UTF-8. prepared.py describes the output.
+SOURCE is the One Billion Word benchmark, unpacked or as its .tar.gz (raw_text.py), or text in the same layout:
+tokenized, one sentence per line, UTF-8. prepared.py describes the output.
 
-After any interruption the same command continues: finished shards are kept. Memory does not grow with the corpus.
+After an interruption the same command continues. Memory does not grow with the corpus.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from language_model.vocabulary import (
     read_vocabulary,
 )
 
-JOURNAL = "shards.jsonl"  # of an unfinished preparation: its inputs, the vocabulary, each finished shard
+JOURNAL = "shards.jsonl"  # of an unfinished preparation: inputs, vocabulary, finished shards
 
 Source = FolderSource | ArchiveSource
 T = TypeVar("T")
@@ -67,11 +67,11 @@ def build(
     tests: Iterable[str] = (TEST_FILE,),
     workers: int = 1,
 ) -> None:
-    """Encode `source` into the folder `out`, or finish an earlier preparation there.
+    """Encode `source` into `out`, or finish an earlier preparation there.
 
-    The vocabulary is the file `vocabulary`, or else the words that occur at least `threshold` times in the training
-    text. Raises UserError if the source or the vocabulary cannot be used, if `out` is in use or made from something
-    else, or if the disk is full.
+    Without a `vocabulary` file, the words are those that occur at least `threshold` times in the training text.
+    UserError if the source or the vocabulary cannot be used, if `out` is in use or made from something else, or if the
+    disk is full.
     """
     text = find_source(source, sorted(set(tests)))
     given = read_vocabulary(vocabulary) if vocabulary else None
@@ -93,7 +93,7 @@ def build(
             logging.info("%s: %d shards are there already", out, len(done))
         encode = partial(_encode, out, words)
         left = (part for part in _with_bar(text, "encoding") if part.name not in done)
-        with ThreadPoolExecutor(1) as disk:  # waits until one shard is on disk while others are encoded
+        with ThreadPoolExecutor(1) as disk:  # waits for the disk while shards are encoded
             recorded = []
             for entry in _in_parallel(encode, left, workers):
                 recorded.append(disk.submit(_record, out, entry))
@@ -104,9 +104,9 @@ def build(
 
 
 def _resume(out: Path, made_from: dict[str, str]) -> tuple[str | None, dict[str, dict[str, Any]]]:
-    """The vocabulary's digest and the entries of the whole shards that an earlier preparation left in `out`.
+    """The vocabulary's digest and the whole shards' entries from an earlier preparation.
 
-    Afterwards there is a journal and no manifest, except for a finished preparation without damage.
+    Leaves a journal and no manifest, unless the preparation is finished and undamaged.
     """
     for leftover in (*out.glob("*.tmp"), *out.glob("*/*.tmp")):
         leftover.unlink()
@@ -119,7 +119,7 @@ def _resume(out: Path, made_from: dict[str, str]) -> tuple[str | None, dict[str,
         for line in lines[1:]:
             if "name" in line:
                 entries.append(line)
-            else:  # shards before this line were encoded with another vocabulary
+            else:  # earlier shards had another vocabulary
                 known, entries = line["vocabulary"], []
     if before != made_from:
         raise UserError(f"{out} holds other text, or another vocabulary: choose another folder, or delete it")
@@ -137,7 +137,7 @@ def _resume(out: Path, made_from: dict[str, str]) -> tuple[str | None, dict[str,
 
 
 def _read_journal(out: Path) -> list[dict[str, Any]]:
-    """The journal's lines, without a last line that a kill cut off."""
+    """The journal's whole lines: a kill may cut off the last one."""
     try:
         lines = (out / JOURNAL).read_bytes().split(b"\n")[:-1]
         return [json.loads(line) for line in lines]
@@ -162,7 +162,7 @@ def _record(out: Path, entry: dict[str, Any]) -> None:
 def _provide_vocabulary(
     text: Source, out: Path, known: str | None, given: Vocabulary | None, threshold: int, workers: int
 ) -> str:
-    """Write the vocabulary to `out` if it is not there. Returns its digest."""
+    """Write the vocabulary if it is missing. Returns its digest."""
     if known and (out / VOCABULARY).exists():
         return known
     if given is None:
@@ -216,7 +216,7 @@ def _count(part: Part) -> Counter[str]:
 
 
 def _in_parallel(function: Callable[[Part], T], parts: Iterable[Part], workers: int) -> Iterator[T]:
-    """function(part) for each of `parts`, in the order in which they finish. Only a few parts wait at a time."""
+    """function(part) for each of `parts`, as they finish. Only a few parts wait at a time."""
     if workers == 1:
         yield from map(function, parts)
         return

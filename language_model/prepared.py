@@ -1,12 +1,12 @@
-"""A prepared corpus: one shard for each part of the text, and a manifest.
+"""A prepared corpus: a shard for each part of the text, and a manifest.
 
-    train/NAME.tokens, test/NAME.tokens      ids of all sentences in a row, with <S> and </S>; uint16 if the vocabulary
-                                             has up to 65,536 words, else uint32; little-endian
-    train/NAME.offsets, test/NAME.offsets    the start of each sentence, and the end of the last one; uint32
+    train/NAME.tokens, test/NAME.tokens      ids of all sentences, with <S> and </S>; uint16 for up to 65,536 words,
+                                             else uint32; little-endian
+    train/NAME.offsets, test/NAME.offsets    each sentence's start, and the last one's end; uint32
     vocabulary.txt                           one `word count` per line, in the order of the ids
     manifest.json                            written last; training reads nothing without it
 
-Training compares a shard's checksum each time it opens the shard.
+Training compares a shard's checksum when it opens it.
 """
 
 import json
@@ -50,20 +50,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text for training and testing, as token ids.
-
-    `test` is the benchmark's own test file, or all test files if that was not prepared. If more held-out files were
-    prepared, `all_test` holds all of them.
-    """
+    """`test` is the benchmark's test file or, without it, all test files. `all_test` holds all if there are more."""
 
     train: Sequence[Shard]
     test: Sequence[Shard]
     words: int  # in the vocabulary
     vocabulary_digest: str
     load_vocabulary: Callable[[], Vocabulary]
-    facts: dict[str, Any]  # identifies the text in the record of a run
+    facts: dict[str, Any]  # identifies the text in a run's record
     all_test: Sequence[Shard] = ()
-    valid: Sequence[Shard] = ()  # what `hold_out` has taken from the training text
+    valid: Sequence[Shard] = ()  # taken from the training text by `hold_out`
 
 
 def token_dtype(words: int) -> np.dtype:
@@ -71,10 +67,7 @@ def token_dtype(words: int) -> np.dtype:
 
 
 def write_shard(part: Part, vocabulary: Vocabulary, out: Path) -> dict[str, Any]:
-    """Encode `part` to its two files in `out`. Returns its entry in the manifest.
-
-    Raises UserError, e.g. if the disk is full.
-    """
+    """Encode `part` to two files in `out`. Returns its manifest entry. UserError e.g. if the disk is full."""
     path = out / part.name
     dtype = token_dtype(len(vocabulary))
     checksum, ends, unknown, lines = xxh3_64(), [np.zeros(1, np.int64)], 0, 0
@@ -118,7 +111,7 @@ def wait_for_disk(entry: dict[str, Any], out: Path) -> None:
 
 
 def damage(entry: dict[str, Any], out: Path) -> str | None:
-    """What is wrong with a shard's files, by their sizes; None if they are whole."""
+    """What is wrong with a shard's files, by their sizes, or None."""
     sizes = entry["tokens"] * entry["bytes_per_token"], (entry["sentences"] + 1) * OFFSET.itemsize
     for suffix, size in zip(SUFFIXES, sizes, strict=True):
         path = _with(out / entry["name"], suffix)
@@ -138,7 +131,7 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError while `path` is written into a UserError that says how to continue."""
+    """Turn an OSError in writing `path` into a UserError that says how to continue."""
     try:
         yield
     except OSError as error:
@@ -149,7 +142,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def finished(out: Path) -> dict[str, Any] | None:
-    """The manifest in `out`, None if there is none. Raises UserError if a field is missing, or not of its kind."""
+    """The manifest in `out`, or None. UserError if a field is missing or not of its kind."""
     manifest = read_manifest(out, MANIFEST_KEYS, FORMAT)
     if manifest is None:
         return None
@@ -166,7 +159,7 @@ def finished(out: Path) -> dict[str, Any] | None:
 
 
 def open_corpus(root: Path) -> Corpus:
-    """The corpus prepared in `root`. Raises UserError if something is missing or does not fit."""
+    """The corpus prepared in `root`. UserError if something is missing or does not fit."""
     manifest = finished(root)
     if manifest is None:
         raise UserError(
@@ -208,7 +201,6 @@ def open_corpus(root: Path) -> Corpus:
 
 
 def summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Files, tokens, sentences and the share of words outside the vocabulary."""
     tokens, sentences, words, unknown = (
         sum(entry[key] for entry in entries) for key in ("tokens", "sentences", "words", "unknown")
     )

@@ -1,10 +1,9 @@
 """The unpacked benchmark, or its .tar.gz read as a stream, in parts of bounded size.
 
-    training-monolingual.tokenized.shuffled/news.en-*           the training text, without news.en-00000-of-00100
-    heldout-monolingual.tokenized.shuffled/news.en.heldout-*    the named files, or all of them, are the test set
+    training-monolingual.tokenized.shuffled/news.en-*           training text, without news.en-00000-of-00100
+    heldout-monolingual.tokenized.shuffled/news.en.heldout-*    the named files, or all, are the test set
 
-A part becomes a shard. A file larger than PART_BYTES is cut into parts of PART_BYTES, each continued to the end of its
-last line.
+A part becomes a shard. A large file is cut into parts of PART_BYTES, each continued to the end of a line.
 """
 
 import io
@@ -29,16 +28,16 @@ FOLDERS = {"train": "training-monolingual.tokenized.shuffled", "test": "heldout-
 PART_BYTES = 64 << 20  # a training file of the benchmark has 42 MB
 BLOCK_BYTES = 1 << 18  # read and encoded at once
 LINE_BYTES = 16 << 20  # the longest line accepted
-ALL = "all"  # may stand in place of the test files' names
+ALL = "all"  # stands for all test files
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Part:
-    """The lines of a text file from byte `start` to byte `stop`. `data` holds them if the file is in an archive."""
+    """A file's lines from byte `start` to `stop`. `data` holds them if it is in an archive."""
 
     split: str  # train or test
-    file: str  # the file's name
+    file: str  # its name
     index: int  # of this part in the file
     start: int
     stop: int
@@ -50,7 +49,7 @@ class Part:
         return f"{self.split}/{self.file}.{self.index:03}"
 
     def texts(self) -> Iterator[str]:
-        """The text, some whole lines at a time. Raises UserError if it is not UTF-8 or a line is too long."""
+        """The text, some whole lines at a time. UserError if it is not UTF-8 or a line is too long."""
         with io.BytesIO(self.data) if self.path is None else open(self.path, "rb") as file:
             file.seek(0 if self.path is None else self.start)
             position = self.start
@@ -87,7 +86,7 @@ class FolderSource:
 
     @cached_property
     def identity(self) -> list[list[str]]:
-        """What identifies this text: the names and the SHA-256 of its files."""
+        """Names and SHA-256 of the files."""
         with _bar(self.total, f"reading {self.place.name}") as bar:
             return [[split, path.name, _sha256(path, bar)] for split, path in self.files]
 
@@ -102,7 +101,7 @@ class FolderSource:
         return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
 
     def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
-        """All parts, training first. `advance` receives each part's bytes."""
+        """All parts. `advance` receives each one's bytes."""
         for split, path in self.files:
             start, index, size = 0, 0, path.stat().st_size
             with open(path, "rb") as file:
@@ -116,7 +115,7 @@ class FolderSource:
 
 
 class ArchiveSource:
-    """The benchmark's archive, .tar or .tar.gz, which is never unpacked."""
+    """A .tar or .tar.gz."""
 
     def __init__(self, archive: Path, tests: Sequence[str]) -> None:
         self.place, self.tests = archive, tests
@@ -124,7 +123,7 @@ class ArchiveSource:
 
     @cached_property
     def identity(self) -> list[list[str]]:
-        """What identifies this text: the archive's SHA-256 and the names of the test files."""
+        """The archive's SHA-256 and the test files' names."""
         with _bar(self.total, f"reading {self.place.name}") as bar:
             digest = _sha256(self.place, bar)
         if self.place.name == ARCHIVE and f"sha256:{digest}" != ARCHIVE_CHECKSUM:
@@ -132,7 +131,7 @@ class ArchiveSource:
         return [["archive", digest], *(["test", name] for name in sorted(self.tests))]
 
     def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
-        """All parts in the archive's order. `advance` receives the bytes read since its last call."""
+        """All parts. `advance` receives the bytes read since the last call."""
         found: set[tuple[str, str]] = set()
         told = 0
         try:
@@ -172,9 +171,9 @@ class ArchiveSource:
 
 
 def find_source(path: Path, tests: Sequence[str]) -> FolderSource | ArchiveSource:
-    """The text at `path`, with the held-out files named `tests`. Raises UserError if something is missing.
+    """The text at `path`, with the held-out files `tests`. UserError if something is missing.
 
-    `path` is the archive, the folder that holds the two text folders, or the folder above one of these.
+    `path` is the archive, the folder with the two text folders, or the folder above one of these.
     """
     if path.is_dir():
         below = [folder for folder in path.glob("*/") if (folder / FOLDERS["train"]).is_dir()]
@@ -193,7 +192,7 @@ def find_source(path: Path, tests: Sequence[str]) -> FolderSource | ArchiveSourc
 
 
 def _or_nearest(path: Path) -> str:
-    """The end of a message: the nearest folder to a wrong SOURCE that would be a right one, if there is one."""
+    """The end of a message: the nearest right SOURCE."""
     near = nearest_folder(path, lambda folder: (folder / FOLDERS["train"]).is_dir() or (folder / ARCHIVE).is_file())
     return f"; the nearest folder that can be SOURCE: {near}" if near else ""
 
@@ -212,7 +211,7 @@ def _sha256(path: Path, bar: tqdm) -> str:
 
 
 def _read_lines(file: BinaryIO, size: int, name: str) -> bytes:
-    """The next `size` bytes and the rest of the line."""
+    """`size` bytes and the rest of the line."""
     block = file.read(size)
     if not block or block.endswith(b"\n"):
         return block

@@ -16,9 +16,9 @@ from language_model.model import Network
 def score(
     model: Network, tokens: np.ndarray, lengths: np.ndarray, rows: int, precision: Precision, world: World
 ) -> dict[str, float]:
-    """Sums over all ranks: `loss`, the negative log-probabilities of all tokens of a text, and `tokens`, their number.
+    """Sums over all ranks: `loss`, the negative log-probabilities of a text's tokens, and `tokens`, their number.
 
-    The text is that of `scored_batches`. Raises RuntimeError unless each token was counted exactly once.
+    RuntimeError unless each token was counted once.
     """
     model.eval()
     sums, state = Sums(("loss", "tokens"), world.device), None
@@ -38,7 +38,7 @@ def score(
 def final_perplexities(
     data: TextData, model: Network, rows: int, precision: Precision, world: World, test_loss: float
 ) -> dict[str, float]:
-    """By each denominator: of the test set, whose mean loss is `test_loss`, and of all held-out files, if prepared."""
+    """By each denominator: of the test set, whose mean loss is `test_loss`, and of all held-out files."""
     corpus = data.corpus
     sentences = sum(shard.sentences for shard in corpus.test)
     found = perplexities(test_loss * data.test_tokens, data.test_tokens, sentences)
@@ -53,17 +53,15 @@ def final_perplexities(
 
 def perplexity(loss: float) -> float:
     """exp of a mean loss in nats."""
-    return math.exp(min(loss, 709.0))  # beyond is beyond a float
+    return math.exp(min(loss, 709.0))  # exp(710) is beyond a float
 
 
 def perplexities(loss: float, tokens: int, sentences: int) -> dict[str, float]:
     """Perplexity by each denominator, for the total `loss` (nats) of a text's `tokens`, marks included.
 
-    ppl                words, and the <S> and </S> of each sentence: as the published code counts, and as in training
-    ppl_with_end_mark  words, and the </S> of each sentence: what the benchmark's literature reports
+    ppl                words, <S> and </S>: as in the published code, and in training
+    ppl_with_end_mark  words and </S>: as in the benchmark's literature
     ppl_per_word       words alone
-
-    The numerator of all three is the loss of the whole text.
     """
     return {
         "ppl": perplexity(loss / tokens),

@@ -1,6 +1,6 @@
-"""The adaptive softmax over all words (Grave et al. 2017, arXiv 1609.04309), in the form that training needs.
+"""The adaptive softmax over all words (Grave et al. 2017, arXiv 1609.04309), as training needs it.
 
-The most frequent words are in its head. The other words are in clusters, its tails, which are smaller projections.
+The most frequent words are in its head, the others in clusters (tails) with smaller projections.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import log_softmax, pad
 
-ROWS = 32  # each cluster of the softmax computes a multiple of this many rows
+ROWS = 32  # a cluster computes a multiple of this many rows
 
 
 def create_softmax(hidden: int, words: int, cutoffs: Sequence[int], div_value: float) -> nn.AdaptiveLogSoftmaxWithLoss:
-    """torch's module for `hidden` features and `words` words, with a new cluster at each of `cutoffs`.
-
-    Raises ValueError for cutoffs that do not fit the vocabulary or the features.
-    """
+    """torch's module. ValueError for cutoffs that do not fit the vocabulary or the `hidden` features."""
     cutoffs = list(cutoffs)
     if not cutoffs or cutoffs != sorted(set(cutoffs)) or not 0 < cutoffs[0] <= cutoffs[-1] < words:
         raise ValueError(f"cutoffs={cutoffs} must rise, from 1 on, and stay below the vocabulary's {words:,} words")
@@ -29,7 +26,7 @@ def create_softmax(hidden: int, words: int, cutoffs: Sequence[int], div_value: f
 
 
 def cluster_sizes(softmax: nn.AdaptiveLogSoftmaxWithLoss, targets: Tensor) -> list[int]:
-    """How many of `targets`, int64, each cluster has. Where they are on a GPU, the host waits for it."""
+    """How many of `targets`, int64, each cluster has. If they are on a GPU, the host waits."""
     return torch.bincount(_clusters(softmax, targets.flatten()), minlength=len(softmax.cutoffs)).tolist()
 
 
@@ -42,12 +39,12 @@ def adaptive_log_prob(
 ) -> Tensor:
     """The `output` of softmax(hidden, targets), float32 [N], for `hidden` [N, features] and `targets` int64 [N].
 
-    It differs from the module's own forward in four ways:
-    - Under autocast only the matrix products are in half precision. Log-probabilities are float32.
-    - The host does not wait for the device if it is given `sizes`, the targets' cluster_sizes.
-    - A cluster without targets gets a gradient of zeros. The module gives it none, and ranks could then disagree.
-    - Each cluster takes a multiple of ROWS rows. On CPUs, oneDNN compiles a kernel for each new shape, and blocks of
-      many sizes fragment the memory. Padding saves a fifth of an update's time there, and memory stays flat.
+    It differs from the module's forward in four ways:
+    - Under autocast only matrix products are in half precision.
+    - With `sizes`, the targets' cluster_sizes, the host does not wait for the device.
+    - A cluster without targets gets zero gradients. The module gives it none, and ranks could then disagree.
+    - Each cluster takes a multiple of ROWS rows. On CPUs, oneDNN compiles a kernel for each shape, and blocks of many
+      sizes fragment the memory. Padding saves a fifth of an update's time there, and memory stays flat.
     """
     sizes = cluster_sizes(softmax, targets) if sizes is None else sizes
     cluster = _clusters(softmax, targets)
@@ -60,7 +57,7 @@ def adaptive_log_prob(
     for index, (tail, high, size) in enumerate(zip(softmax.tail, softmax.cutoffs[1:], sizes[1:], strict=True), start=1):
         rows = min(total, -(-size // ROWS) * ROWS)
         first = min(begin, total - rows)
-        some = slice(first, first + rows)  # the cluster's rows, and a few of other clusters, which do not count
+        some = slice(first, first + rows)  # the cluster's rows, and a few others, which do not count
         in_tail = _LogProb.apply(tail(hidden[some]), (targets[some] - low).clamp(0, high - low - 1))
         in_tail = torch.where(cluster[some] == index, in_tail, 0.0)
         log_prob = log_prob + pad(in_tail, (first, total - first - rows))
@@ -71,8 +68,7 @@ def adaptive_log_prob(
 class _LogProb(torch.autograd.Function):
     """Log-probabilities, float32 [N], of `targets` [N] under `logits` [N, classes] of any precision.
 
-    The gradient, one-hot minus softmax, is computed in one step. This takes half the time and memory of log_softmax and
-    nll_loss, whose two gradients are each as large as the logits in float32.
+    The gradient, one-hot minus softmax, takes one step, and half the time and memory of log_softmax and nll_loss.
     """
 
     @staticmethod

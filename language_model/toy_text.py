@@ -1,7 +1,7 @@
 """English text that comes with every Python: its reference manual, as `help()` shows it.
 
-It has about 90,000 tokens, and differs a little between versions of Python, so a run records its hash. It is cut into
-paragraphs at empty lines, repeated paragraphs are dropped, and every tenth paragraph is test text.
+It has about 90,000 tokens. It differs between versions of Python, so a run records its hash. Empty lines separate
+paragraphs, repeated ones are dropped, and every tenth is test text.
 """
 
 import platform
@@ -14,7 +14,7 @@ import numpy as np
 from language_model.prepared import Corpus, Shard
 from language_model.vocabulary import Vocabulary, count_words, counted_vocabulary, digest
 
-THRESHOLD = 2  # a word with fewer occurrences in the training text is <UNK>
+THRESHOLD = 2  # rarer words of the training text are <UNK>
 SHARDS = 4
 TEST_EVERY = 10  # paragraphs
 TOKEN = re.compile(r"\w+|([^\w\s])\1*")  # a word, or a sign
@@ -22,7 +22,7 @@ TOKEN = re.compile(r"\w+|([^\w\s])\1*")  # a word, or a sign
 
 @cache
 def pydoc_corpus() -> Corpus:
-    """The corpus. Each process makes it again, because that is fast."""
+    """The corpus. Each process makes it again: that is fast."""
     text = paragraphs()
     train = [line for number, line in enumerate(text) if number % TEST_EVERY != TEST_EVERY - 1]
     test = text[TEST_EVERY - 1 :: TEST_EVERY]
@@ -41,7 +41,7 @@ def pydoc_corpus() -> Corpus:
 
 
 def paragraphs() -> list[str]:
-    """Every paragraph once, in the order of the topics' names."""
+    """Every paragraph once, in the order of topics' names."""
     from pydoc_data.topics import topics
 
     parts = (part for name in sorted(topics) for part in re.split(r"\n\s*\n", topics[name]))

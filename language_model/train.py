@@ -1,8 +1,7 @@
 """Train a language model: python -m language_model.train CONFIG [key=value ...]     (also under torchrun)
 
-The whole run, top to bottom: main, train, train_epoch with the loop itself, evaluation; `prepare`, below, makes all
-that they work with. Interrupt it at any moment and run the same command again: it goes on where it was, the network's
-state included, and on the CPU it ends with bit-identical weights.
+Read it top to bottom: main, train, train_epoch with the loop, evaluation; `prepare` makes what they need. After an
+interruption the same command continues the run, on the CPU to bit-identical weights.
 """
 
 import math
@@ -39,7 +38,7 @@ class TextRun(runs.Run):
     model: Network
     data: TextData
     clipping: ClippingWatch
-    states: dict[int, torch.Tensor]  # of the rows of each of this rank's passes, in dimension 2
+    states: dict[int, torch.Tensor]  # of this rank's passes, with the rows in dimension 2
 
 
 def main(arguments: list[str]) -> int:
@@ -49,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def train(config: Config, world: World) -> int:
-    """Train to the end, or until a signal asks to stop; returns the exit status."""
+    """Train until the end or a signal; returns the exit status."""
     record = RunRecord(config, config.folder, world, config.tensorboard)
     if record.complete:
         return record.say_complete()
@@ -65,7 +64,7 @@ def train(config: Config, world: World) -> int:
 
 
 def train_epoch(run: TextRun, bar: tqdm) -> bool:
-    """Train to the end of the epoch; False where a signal asked to stop before it (everything is saved then)."""
+    """Train to the end of the epoch; False if a signal came before that (all is saved then)."""
     config, world, progress = run.config, run.world, run.progress
     run.network.train()
     batches = run.data.train_batches(
@@ -90,12 +89,12 @@ def train_epoch(run: TextRun, bar: tqdm) -> bool:
 def take_gradients(
     run: TextRun, passes: list[tuple[int, TrainBatch]], before: dict[int, torch.Tensor], again: bool = False
 ) -> torch.Tensor:
-    """Take one update's gradients from states `before`; returns the mean loss. `again`: for a closure, uncounted."""
+    """Take an update's gradients from states `before`; returns the mean loss. `again`: for a closure, uncounted."""
     config, world, total = run.config, run.world, 0.0
     run.optimizer.zero_grad()
     for index, (tokens, targets, starts_shard, on_host) in passes:
         is_last = index + world.world_size >= config.passes
-        seed_step(config.seed, "step", run.progress.update, index)  # dropout is the same whichever rank takes the pass
+        seed_step(config.seed, "step", run.progress.update, index)  # the same dropout on any rank
         state = torch.zeros_like(before[index]) if starts_shard else before[index]
         with runs.averaged_over_ranks(run, is_last):
             with run.precision.autocast():
@@ -116,7 +115,6 @@ def take_gradients(
 
 
 def log(run: TextRun, bar: tqdm) -> None:
-    """Record the training metrics since the last log line."""
     if sums := runs.close_window(run):
         own = means(sums)
         if sums["updates"]:
@@ -125,13 +123,13 @@ def log(run: TextRun, bar: tqdm) -> None:
 
 
 def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
-    """Mean loss per token in nats, and perplexity; the names begin with `split`."""
+    """Mean loss per token in nats, and perplexity; names begin with `split`."""
     loss = sums["loss"] / sums["tokens"]
     return {f"{split}loss": loss, f"{split}ppl": perplexity(loss)}
 
 
 def evaluate(run: TextRun) -> dict[str, float]:
-    """Loss and perplexity on the test text and, where sentences are held out, on the validation text."""
+    """Loss and perplexity of the test text and of held-out sentences, if any."""
     found = {}
     for split, shards in (("test_", run.data.corpus.test), ("valid_", run.data.corpus.valid)):
         if shards:
@@ -142,7 +140,7 @@ def evaluate(run: TextRun) -> dict[str, float]:
 
 
 def finish_epoch(run: TextRun, tested: dict[str, float]) -> None:
-    """Record the epoch, and save: the next one starts from here."""
+    """Record the epoch, and save."""
     progress = run.progress
     progress.best = min(evaluated.of_result(tested, "test_ppl"), progress.best or math.inf)
     runs.record_evaluation(run, "epoch", means(progress.since_evaluation, "train_"), tested)
@@ -157,7 +155,7 @@ def finish_epoch(run: TextRun, tested: dict[str, float]) -> None:
 
 
 def finish(run: TextRun) -> None:
-    """Write result.json, and say what came out."""
+    """Write result.json and say the scores."""
     last, files = evaluated.last_scores(run, evaluate), run.data.corpus.facts["test"]["files"]
     found = evaluated.results(last, final="test_ppl", validation="valid_ppl")
     run.progress.best = best = min(found["final"], run.progress.best)
@@ -174,7 +172,7 @@ def finish(run: TextRun) -> None:
 
 
 def save(run: TextRun) -> None:
-    """Write a checkpoint, with the state of all rows of all ranks: any number of ranks can take it up."""
+    """Write a checkpoint with all ranks' states: any number of ranks can restore it."""
     batch, passes = run.config.batch, run.config.passes
     state = run.model.zero_state(batch * passes)
     for index, own in run.states.items():
@@ -183,12 +181,11 @@ def save(run: TextRun) -> None:
 
 
 def rows_of(index: int, batch: int) -> slice:
-    """The rows that pass `index` of every update has."""
     return slice(index * batch, (index + 1) * batch)
 
 
 def prepare(config: Config, world: World, record: RunRecord) -> TextRun:
-    """Build everything the loop needs, and take up the run folder's last checkpoint if there is one."""
+    """Build what the loop needs, and restore the last checkpoint if there is one."""
     world.require_divisible(config.batch, config.passes)
     precision = runs.create_precision(config.precision, world.device, record.say)
     if (config.precision, config.model.name, world.device.type) == ("fp16", "lstm", "cpu"):

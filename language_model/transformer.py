@@ -1,12 +1,12 @@
-"""A decoder-only Transformer in the place of the LSTM: the same data, the same loop, the same adaptive softmax.
+"""A decoder-only Transformer in the place of the LSTM, with the same data, loop and adaptive softmax.
 
-Each layer normalises before its attention and before its feed-forward part (pre-norm). Positions are rotary (Su et al.
-2021, arXiv 2104.09864). The vector of an input word is its row in the softmax, so that each word has one vector: tied
-and adaptive embeddings (Press and Wolf 2017, arXiv 1608.05859; Baevski and Auli 2019, arXiv 1809.10853).
+Layers are pre-norm. Positions are rotary (Su et al. 2021, arXiv 2104.09864). The vector of an input word is its row in
+the softmax: tied and adaptive embeddings (Press and Wolf 2017, arXiv 1608.05859; Baevski and Auli 2019, arXiv
+1809.10853).
 
-The network sees at most `window` tokens, which is the config's sequence_length. In training each row of a batch is a
-window of its own, and nothing is carried over. In evaluation the state holds the last half of a window, so that every
-token is predicted from at least as many tokens before it, where the text has them.
+The network sees at most `window` tokens, the config's sequence_length. In training each row of a batch is a window. In
+evaluation the state holds the last half of a window, so each token is predicted from at least as many, where the text
+has them.
 
 Each matrix is a parameter of its own, without a bias, because some optimizers (Muon) treat each by itself.
 """
@@ -25,15 +25,12 @@ ROTARY_BASE = 10_000.0  # Su et al. 2021, section 3.2.2
 
 
 class Transformer(nn.Module):
-    """Predicts each token from at most `window` tokens before it.
-
-    Raises ValueError for cutoffs that do not fit the vocabulary of `words` words.
-    """
+    """Predicts a token from at most `window` tokens before it. ValueError for cutoffs that do not fit `words` words."""
 
     def __init__(self, config: TransformerConfig, words: int, window: int) -> None:
         super().__init__()
         self.window, self.head_width = window, config.width // config.heads
-        self.test_steps = window - window // 2  # columns of a test batch; the other half of the window is the state
+        self.test_steps = window - window // 2  # columns of a test batch; the state is the rest of the window
         self.softmax = create_softmax(config.width, words, config.cutoffs, config.div_value)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
@@ -41,12 +38,11 @@ class Transformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal draws that keep the variance of what a matrix gets: a standard deviation of inputs**-0.5.
+        """Normal draws with a standard deviation of inputs**-0.5, which keeps the variance of a matrix's input.
 
-        What the two parts of each layer add is smaller, by the square root of their number (Radford et al. 2019,
-        section 2.3), so that the sum of all has the variance of one. Word vectors have width**-0.5, in the head and,
-        after its projection, in every cluster. So the scores of words have a variance of 1, and the input word is too
-        small in the sum to be predicted as the next one.
+        The output of each part of a layer is divided by the square root of the number of parts (Radford et al. 2019,
+        section 2.3). Word vectors have width**-0.5, in clusters after the projection. So words' scores have variance 1,
+        and the input word is too small in the sum to be predicted as the next one.
         """
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
@@ -62,18 +58,14 @@ class Transformer(nn.Module):
             nn.init.normal_(rows.weight, std=width**-0.5)
 
     def zero_state(self, rows: int) -> Tensor:
-        """The state at the start of a text, int64 [1, 1, rows, tokens]: the tokens that went before, which are none."""
+        """The state at the start of a text, int64 [1, 1, rows, tokens], without tokens."""
         return torch.zeros(1, 1, rows, 0, dtype=torch.int64, device=self.softmax.head.weight.device)
 
     @override(check_signature=False)  # torch declares that forward returns None
     def forward(
         self, tokens: Tensor, targets: Tensor, state: Tensor, sizes: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of `targets`, float32 [steps, rows], and the state after the last step.
-
-        `tokens` and `targets`: int64 [steps, rows]. The state and `tokens` together have at most `window` tokens a row.
-        `sizes` are those of LanguageModel.forward.
-        """
+        """As LanguageModel.forward. The state and `tokens` together have at most `window` tokens a row."""
         seen = torch.cat([state[0, 0], tokens.T], 1)  # [rows, tokens]
         x = self.dropout(word_vectors(self.softmax, seen))
         angles = rotary_angles(seen.shape[1], self.head_width, seen.device)
@@ -86,7 +78,7 @@ class Transformer(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention to the tokens before and to the token itself, and a feed-forward part; each adds to its input."""
+    """Causal attention and a feed-forward part; each adds to its input."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -114,9 +106,9 @@ class Layer(nn.Module):
 
 
 def word_vectors(softmax: nn.AdaptiveLogSoftmaxWithLoss, tokens: Tensor) -> Tensor:
-    """The rows of `tokens` in the softmax, those in clusters through the cluster's projection: [*tokens.shape, width].
+    """The rows of `tokens` in the softmax, those in clusters after the projection: [*tokens.shape, width].
 
-    It waits for nothing on a GPU: each cluster computes all tokens, and gives only its own.
+    The host need not wait: each cluster computes all tokens, and gives only its own.
     """
     vectors = embedding(tokens.clamp(max=softmax.cutoffs[0] - 1), softmax.head.weight)
     for (projection, rows), low, high in zip(softmax.tail, softmax.cutoffs[:-1], softmax.cutoffs[1:], strict=True):
@@ -126,13 +118,13 @@ def word_vectors(softmax: nn.AdaptiveLogSoftmaxWithLoss, tokens: Tensor) -> Tens
 
 
 def rotary_angles(steps: int, size: int, device: torch.device) -> Tensor:
-    """The angle by which each pair of a head's `size` features turns at each position, float32 [steps, size / 2]."""
+    """The angle of each pair of a head's `size` features at each position, float32 [steps, size / 2]."""
     frequencies = ROTARY_BASE ** (-torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
     return torch.arange(steps, dtype=torch.float32, device=device)[:, None] * frequencies
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """`x`, [..., steps, size], with each pair (i, i + size / 2) of its features turned by `angles`; of x's dtype."""
+    """`x`, [..., steps, size], with its features (i, i + size / 2) turned by `angles`; of x's dtype."""
     first, second = x.chunk(2, -1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).type_as(x)

@@ -1,8 +1,8 @@
 """The words that a model knows, most frequent first, and their ids.
 
-Every sentence is wrapped in <S> and </S>, and a word outside the vocabulary becomes <UNK>. A file holds one
-`word count` line per word. The standard vocabulary of One Billion Words has no line for </S>, which then gets the count
-of <S> and becomes the last word, as in the published preprocessing.
+Every sentence is wrapped in <S> and </S>. Unknown words become <UNK>. A file holds one `word count` line per word.
+The standard vocabulary of One Billion Words has no </S>, which then gets the count of <S> and the last id, as in the
+published preprocessing.
 """
 
 import heapq
@@ -19,12 +19,12 @@ import numpy as np
 from engine.errors import UserError
 
 MARKS = START, END, UNKNOWN = "<S>", "</S>", "<UNK>"
-BREAK = "\0"  # marks the end of a line among the words of a text
-COUNTED_AT_ONCE = 4_000_000  # different words in memory while counting, about 600 MB
+BREAK = "\0"  # marks the end of a line among words
+COUNTED_AT_ONCE = 4_000_000  # different words in memory, about 600 MB
 
 
 class Vocabulary:
-    """`words` in the order of their ids, with their `counts`. They must contain <S>, </S> and <UNK>."""
+    """`words` in the order of their ids, with `counts`. They must contain <S>, </S> and <UNK>."""
 
     def __init__(self, words: Sequence[str], counts: Sequence[int]) -> None:
         self.words, self.counts = words, counts
@@ -39,11 +39,11 @@ class Vocabulary:
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """The sentences of `text`, one per line: ids, uint32 [tokens], and sentence lengths, int64 [sentences].
 
-        Lines are those of str.splitlines(), as in the published code: its codecs.open also breaks lines at U+0085 and
-        U+2028. Lines without a word are left out.
+        Lines end as in str.splitlines() and in the published code's codecs.open, also at U+0085 and U+2028. Lines
+        without a word are left out.
         """
         lines = text.replace(BREAK, "\N{REPLACEMENT CHARACTER}").splitlines() or [""]
-        # A line's end gives two places: its </S> and the next line's <S>.
+        # Two places for a line's end: its </S> and the next line's <S>.
         words = f" {BREAK} {BREAK} ".join([*lines, ""]).split()
         tokens = np.fromiter(map(self._ids.__getitem__, words), np.uint32, len(words))
         tokens = np.roll(tokens, 1)
@@ -60,7 +60,7 @@ class Vocabulary:
 
 
 class _Ids(dict):
-    """Word to id; a missing word gives `unknown`. The lookup runs in C, which makes encoding fast."""
+    """Word to id, or `unknown`. The lookup runs in C, which makes encoding fast."""
 
     __slots__ = ("unknown",)
 
@@ -73,10 +73,9 @@ def digest(content: bytes) -> str:
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
-    """The vocabulary in a file of `word count` lines, sorted by falling counts. Raises UserError for other content.
+    """The words of `word count` lines, sorted by falling counts, without those of count 0. UserError for other content.
 
-    As in the published code, words with equal counts keep the file's order, and the last line of a word gives its
-    count. Words with count 0 are left out.
+    As in the published code, words with equal counts keep their order, and a word's last line gives its count.
     """
     counts: dict[str, int] = {}
     twice = []
@@ -120,7 +119,7 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
-    """The count of each word; that of <S> is the number of lines with words."""
+    """Each word's count; that of <S> is the number of lines with words."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text.split())
@@ -129,10 +128,10 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
 
 
 def counted_vocabulary(counts: Iterable[Counter[str]], threshold: int, scratch: Path = Path()) -> Vocabulary:
-    """The words that occur at least `threshold` times in all `counts` together. The others count as <UNK>.
+    """The words that occur at least `threshold` times in all `counts`. The others count as <UNK>.
 
-    The most frequent word comes first; words with equal counts are in sorted order. While counting, memory holds at
-    most COUNTED_AT_ONCE words and one of the `counts`. More words go to sorted files in `scratch`, which are merged.
+    Words with equal counts are sorted. Memory holds at most COUNTED_AT_ONCE words and one of the `counts`. More words
+    go to sorted files in `scratch`, which are merged.
     """
     total: Counter[str] = Counter()
     spilled: list[Path] = []

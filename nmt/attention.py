@@ -1,7 +1,7 @@
 """Multi-head attention: projections, then torch's scaled_dot_product_attention.
 
-Queries, keys and values have one matrix each, as published. Apollo's sums go over a whole tensor, so one matrix for all
-three would be another method. Hidden states are rows (nmt/rows.py).
+Queries, keys and values have one matrix each, as published: Apollo's sums go over a whole tensor, so a joint matrix
+would be another method. Hidden states are rows (nmt/rows.py).
 """
 
 import torch
@@ -13,12 +13,10 @@ from nmt.decoding_state import DecodingState
 from nmt.dropout import Dropout
 from nmt.rows import to_rows
 
-Size = tuple[int, int]  # of a batch: sentences and words, or sentences and hypotheses
+Size = tuple[int, int]  # sentences and words, or sentences and hypotheses
 
 
 class Attention(nn.Module):
-    """The part common to both kinds of attention."""
-
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
@@ -27,21 +25,21 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """As fairseq's MultiheadAttention.reset_parameters. Biases of queries, keys and values stay Linear's."""
+        """As in fairseq's MultiheadAttention.reset_parameters. Other biases stay Linear's."""
         for projection in (self.query, self.key, self.value):
             nn.init.xavier_uniform_(projection.weight, gain=2**-0.5)
         nn.init.xavier_uniform_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
     def split(self, rows: Tensor, size: Size) -> Tensor:
-        """Projected rows as [B, heads, T, width / heads]."""
+        """Rows as [B, heads, T, width / heads]."""
         batch, words = size
         return rows[: batch * words].view(batch, words, self.heads, -1).transpose(1, 2)
 
     def attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False
     ) -> Tensor:
-        """[B, heads, T, width / heads] to rows. `mask` is boolean: True where a query may look."""
+        """[B, heads, T, width / heads] to rows. `mask` is True where a query may look."""
         if queries.device.type == "cpu" and queries.requires_grad:
             attended = self._spelled_out(queries, keys, values, mask, causal)
         else:
@@ -50,10 +48,7 @@ class Attention(nn.Module):
         return self.output(to_rows(attended.transpose(1, 2).flatten(2)))
 
     def _spelled_out(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """The same in plain operations, for training on the CPU.
-
-        There the fused kernel has no dropout, and its backward pass is slow on sentences.
-        """
+        """On the CPU the fused kernel has no dropout, and its backward pass is slow on sentences."""
         scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
         if causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
@@ -68,7 +63,7 @@ class SelfAttention(Attention):
         return self.attend(*self._project(x, size), mask, causal)
 
     def step(self, x: Tensor, size: Size, state: DecodingState, layer: int) -> Tensor:
-        """Attention of the newest words alone, of size [B, K]. `layer` is the decoder layer's number in the state."""
+        """Attention of the newest words, of size [B, K]. `layer` is this layer's number."""
         queries, keys, values = self._project(x, size)
         return self.attend(queries, *state.append(layer, keys, values), state.mask)
 
@@ -78,7 +73,7 @@ class SelfAttention(Attention):
 
 class CrossAttention(Attention):
     def keys_values(self, memory: Tensor, size: Size) -> tuple[Tensor, Tensor]:
-        """Keys and values of the source words, [B, heads, S, width / heads] each."""
+        """Keys and values of the source, [B, heads, S, width / heads] each."""
         return self.split(self.key(memory), size), self.split(self.value(memory), size)
 
     @override(check_signature=False)

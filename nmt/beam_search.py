@@ -1,10 +1,10 @@
-"""Batched beam search: a few tensor operations a word for all sentences of a batch and all their hypotheses.
+"""Batched beam search: a few tensor operations a word for all hypotheses of all sentences of a batch.
 
 A hypothesis's score is log p(words) / length ** length_penalty, as in fairseq's generation. The length counts EOS.
 
-Each step looks at the K best continuations of a sentence and at the K ways to end one of its hypotheses. An end counts
-if it is among the K best of both. A sentence is finished when K ends have counted, when no continuation can beat the
-best end any more, or at its longest allowed length.
+A step has a sentence's K best continuations and the K ends of its hypotheses. An end counts if it is among the K best
+of both. A sentence is finished when K ends have counted, when no continuation can beat the best end, or at its greatest
+length.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from tqdm import tqdm
 from nmt.codec import BOS, EOS, PAD
 from nmt.model import Transformer
 
-LONGER = 50  # a translation may have this many words more than its source, as in "Attention Is All You Need"
-DROP_SHARE = 0.8  # finished sentences leave the batch when at most this share of it is unfinished
+LONGER = 50  # words that a translation may have beyond its source's, as in "Attention Is All You Need"
+DROP_SHARE = 0.8  # finished sentences leave the batch when at most this share is unfinished
 
 
 class Hypothesis(NamedTuple):
@@ -37,10 +37,9 @@ def translate(
     max_tokens: int = 4096,
     progress: bool = False,
 ) -> list[Hypothesis]:
-    """The best translation of each source (ids without EOS), in the order of the sources.
+    """The best translation of each source (ids without EOS), in the sources' order.
 
-    Sentences of similar length share a batch of at most `max_tokens` padded source words (or of one sentence). The
-    model is put into evaluation mode. The caller's autocast applies.
+    A batch has at most `max_tokens` padded source words, or one sentence. The model is put into evaluation mode.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -71,7 +70,7 @@ def beam_search(
 ) -> list[Hypothesis]:
     """The best hypothesis for each sentence of `source`, [B, S] int64 on the model's device, padded with PAD.
 
-    `longest` [B] int64 is each translation's greatest length, with EOS. Default: 50 more than its source.
+    `longest` [B] int64 limits their lengths, with EOS.
     """
     device, k = source.device, beam_size
     if longest is None:
@@ -81,10 +80,10 @@ def beam_search(
     def penalty(length: Tensor | int) -> Tensor | float:
         return length**length_penalty
 
-    # For each sentence in the batch: its number, its K hypotheses with their scores, and its best end.
+    # For each sentence: its number, K hypotheses with their scores, and the best end.
     number = torch.arange(len(source), device=device)
     scores = torch.full((len(source), k), -torch.inf, device=device)
-    scores[:, 0] = 0.0  # all hypotheses are equal at the start, so one is enough
+    scores[:, 0] = 0.0  # all hypotheses start equal, so one is enough
     words = source.new_full((len(source), k), BOS)
     history = source.new_empty((len(source), k, 0))
     best = torch.full((len(source),), -torch.inf, device=device)
@@ -102,7 +101,6 @@ def beam_search(
         top, top_words = logits.topk(min(k, logits.shape[2]), dim=2)
         continued, index = (top + log_p).flatten(1).topk(k, dim=1)
 
-        # An end counts if it is among the K best of both kinds.
         least = torch.cat((continued, ended), 1).topk(k, dim=1).values[:, -1:]
         last = longest == length
         counts = ((ended >= least) | last[:, None]) & ended.isfinite() & ~done[:, None]

@@ -1,8 +1,7 @@
-"""Joint byte-pair encoding of Moses tokens: one vocabulary for both languages, because all embeddings are shared.
+"""Joint byte-pair encoding of Moses tokens: one vocabulary for both languages, because they share all embeddings.
 
 A piece that begins a token carries the mark U+2581. So decoding gives back the exact tokens, and no text can spell a
-special token. The library tokenizers learns and applies the merges. They are kept in a plain `codec.json`. Prepared
-data, checkpoints and translations belong together if its digest is the same.
+special token. Prepared data and checkpoints belong together if the digest of `codec.json` is the same.
 """
 
 import json
@@ -25,12 +24,15 @@ from nmt.text import WORD_START, moses
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 FILE = "codec.json"
-MAX_CHARACTERS = 1000  # characters that have a piece; Common Crawl has thousands that occur a few times
-MIN_PAIR_COUNT = 2  # as in subword-nmt: a pair that occurs once gets no merge
+MAX_CHARACTERS = 1000  # that have a piece; Common Crawl has thousands of rare ones
+MIN_PAIR_COUNT = 2  # as in subword-nmt
 
 
 class Codec:
-    """`size` includes the special tokens. `digest` is a SHA-256 in hex."""
+    """`size` includes special tokens. `digest` is a SHA-256 in hex.
+
+    A `language` of None is the source in encode_lines, and elsewhere the target.
+    """
 
     def __init__(self, source: str, target: str, pieces: Sequence[str], merges: Sequence[str]) -> None:
         self.source, self.target = source, target
@@ -44,7 +46,7 @@ class Codec:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Codec":
-        """Read `folder`/codec.json. UserError if it is missing or is not a codec."""
+        """Read `folder`/codec.json. UserError if it is missing or no codec."""
         path = Path(folder) / FILE
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
@@ -53,7 +55,7 @@ class Codec:
             codec = cls(kept["source"], kept["target"], kept["pieces"], kept["merges"])
         except FileNotFoundError:
             raise UserError(f"{path} is not there: prepare the data first (python -m nmt.prepare --help)") from None
-        except Exception as error:  # tokenizers raises a bare Exception if pieces and merges do not fit together
+        except Exception as error:  # tokenizers raises a bare one if pieces and merges do not fit
             raise UserError(f"{path}: not a codec ({error}); prepare the data again") from None
         moses(codec.source), moses(codec.target)  # UserError for a language without rules
         return codec
@@ -62,24 +64,23 @@ class Codec:
         write_atomically(Path(folder) / FILE, self._serialised())
 
     def encode_lines(self, lines: Iterable[str], language: str | None = None) -> list[list[int]]:
-        """Ids of raw lines, without <s> and </s>. `language` None is the source's. An empty line gives []."""
+        """Ids of raw lines, without <s> and </s>."""
         return self.encode_tokens([self.tokenize(line, language or self.source) for line in lines])
 
     def encode_tokens(self, lines: Sequence[str]) -> list[list[int]]:
         return [found.ids for found in self._bpe.encode_batch_fast(lines, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], language: str | None = None) -> str:
-        """The text of `ids` up to the first </s>, without special tokens. `language` None is the target's."""
+        """Text of `ids` up to the first </s>, without special tokens."""
         return moses(language or self.target).detokenize(self.decode_tokens(ids))
 
     def decode_tokens(self, ids: Iterable[int]) -> str:
-        """The Moses tokens of `ids`, separated by spaces."""
+        """Moses tokens of `ids`, separated by spaces."""
         sentence = takewhile(lambda index: index != EOS, map(int, ids))
         pieces = "".join(self.pieces[index] for index in sentence if index >= len(SPECIALS))
         return " ".join(pieces.replace(WORD_START, " ").split())
 
     def tokenize(self, line: str, language: str | None = None, normalize: bool = True) -> str:
-        """The Moses tokens of a raw line, as Moses.tokenize. `language` None is the target's."""
         return moses(language or self.target).tokenize(line, normalize)
 
     def _serialised(self) -> str:
@@ -90,8 +91,7 @@ class Codec:
 def learn(files: Sequence[Path], characters: Mapping[str, int], merges: int, source: str, target: str) -> Codec:
     """Learn at most `merges` merges from `files` (Moses tokens, UTF-8) of both languages together.
 
-    `characters` counts all characters in these files. The MAX_CHARACTERS most frequent ones get a piece each. The
-    result depends on the files' content alone.
+    `characters` counts all characters in these files; the MAX_CHARACTERS most frequent get a piece each.
     """
     ranked = sorted(characters.keys() - {" ", "\n"}, key=lambda character: (-characters[character], character))
     alphabet = [WORD_START, *ranked[:MAX_CHARACTERS]]

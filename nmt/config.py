@@ -1,4 +1,4 @@
-"""The settings of a translation model's run. torch is not imported here: commands that only read configs start fast."""
+"""The settings of a translation run. torch is not imported: commands that only read configs start fast."""
 
 from typing import Literal
 
@@ -8,14 +8,14 @@ from engine.config import AverageConfig, RunConfig, Strict
 
 
 class DataConfig(Strict):
-    """The settings under `data:` in a config."""
+    """The settings under `data:`."""
 
     name: str  # of the recipe that prepared the data
     root: str
 
 
 class ModelConfig(Strict):
-    """The defaults are Transformer-base: 44,138,496 parameters, and 512 more for each word of the joint vocabulary."""
+    """The defaults are Transformer-base: 44,138,496 parameters, and 512 for each word of the vocabulary."""
 
     name: Literal["transformer"] = "transformer"
     width: PositiveInt = 512
@@ -24,8 +24,8 @@ class ModelConfig(Strict):
     encoder_layers: PositiveInt = 6
     decoder_layers: PositiveInt = 6
     norm: Literal["post", "pre"] = "post"
-    dropout: float = Field(0.1, ge=0, lt=1)  # of embeddings and of every sublayer's output
-    attention_dropout: float = Field(0.1, ge=0, lt=1)  # of attention weights
+    dropout: float = Field(0.1, ge=0, lt=1)  # of embeddings and sublayers' outputs
+    attention_dropout: float = Field(0.1, ge=0, lt=1)
     activation_dropout: float = Field(0.1, ge=0, lt=1)  # after the feed-forward sublayers' ReLU
 
     @model_validator(mode="after")
@@ -36,8 +36,6 @@ class ModelConfig(Strict):
 
 
 class DecodingConfig(Strict):
-    """The settings under `decoding:` in a config."""
-
     beam: PositiveInt = 5
     length_penalty: NonNegativeFloat = 0.6
 

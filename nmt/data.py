@@ -1,8 +1,7 @@
 """Batches of prepared parallel text: limited by tokens, of similar lengths, the same for any number of ranks.
 
-An epoch is cut into batches of sentences of about one length, and the batches are shuffled. An update takes the next
-`passes` batches, so it sees several lengths, as published (fairseq's EpochBatchIterator gives each GPU one batch).
-The batches of an update are a function of the seed and the epoch alone, and the ranks divide them.
+Batches hold sentences of about one length, and are shuffled. An update takes the next `passes` batches, so it sees
+several lengths, as published (fairseq's EpochBatchIterator gives each GPU one batch). The ranks divide them.
 """
 
 from collections.abc import Iterator
@@ -22,21 +21,21 @@ from nmt.prepare.command import prepare_grammar
 from nmt.prepare.recipes import GRAMMAR, WMT14
 from nmt.prepared import MANIFEST_KEYS
 
-JITTER = 1.0  # tokens; measured on Multi30k at 4,096 tokens a batch: 3.9 % padding instead of 3.1 %
-ROWS_MULTIPLE = 8  # a batch has a multiple of this many sentences if so many fit, as in fairseq
+JITTER = 1.0  # tokens; on Multi30k at 4,096 tokens a batch: 3.9 % padding instead of 3.1 %
+ROWS_MULTIPLE = 8  # a batch has a multiple of this many sentences if they fit, as in fairseq
 
 
 class Batch(NamedTuple):
-    """Sentences of one forward pass, int64, padded at the end with PAD."""
+    """Sentences of one pass, int64, padded at the end with PAD."""
 
     source: Tensor  # [B, S]: ids, EOS
     target_in: Tensor  # [B, T]: BOS, ids
     target_out: Tensor  # [B, T]: ids, EOS
     tokens: int  # of the target, with EOS, without padding; 0 for a pass without work
-    update_tokens: int = 0  # as `tokens`, of all passes of the update, on all ranks; 0 in evaluation
+    update_tokens: int = 0  # of the whole update on all ranks; 0 in evaluation
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`. The host does not wait for a copy to a GPU."""
+        """The batch on `device`. The host does not wait for a GPU."""
         if device.type == "cpu":
             return self
         tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in self[:3]]
@@ -44,7 +43,7 @@ class Batch(NamedTuple):
 
 
 class Side:
-    """The ids of one language of a split. Sentence i, with its EOS, is flat[starts[i] : starts[i] + lengths[i]]."""
+    """One language of a split. Sentence i, with its EOS, is flat[starts[i] : starts[i] + lengths[i]]."""
 
     def __init__(self, folder: Path, split: str, language: str, entry: dict[str, Any]) -> None:
         array, offsets = (folder / f"{split}.{language}.{kind}" for kind in ("bin", "offsets"))
@@ -58,7 +57,7 @@ class Side:
         self.starts, self.lengths = boundaries[:-1], np.diff(boundaries).astype(np.int32)
 
     def sentence(self, index: int) -> np.ndarray:
-        """The ids of one sentence without its EOS."""
+        """A sentence without its EOS."""
         start = self.starts[index]
         return self.flat[start : start + self.lengths[index] - 1]
 
@@ -72,8 +71,6 @@ class Side:
 
 
 class Split:
-    """The pairs of one split."""
-
     def __init__(self, folder: Path, name: str, manifest: dict[str, Any]) -> None:
         entry, languages = manifest["splits"][name], (manifest["source"], manifest["target"])
         self.source, self.target = (Side(folder, name, language, entry) for language in languages)
@@ -89,14 +86,14 @@ class Split:
 
     @cached_property
     def references(self) -> list[str]:
-        """The raw text of the target side. Only the valid and the test split have it."""
+        """The target's raw text, in the valid and the test split."""
         lines = self.raw.read_bytes().decode().removesuffix("\n").split("\n")
         if len(lines) != len(self):
             raise UserError(f"{self.raw} has {len(lines):,} lines, not {len(self):,}: prepare the data again")
         return lines
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """These pairs, padded to the longest of each side. Without pairs it is one row whose loss is zero."""
+        """These pairs, padded. Without pairs: one row whose loss is zero."""
         if not len(indices):
             one = torch.tensor([[EOS], [BOS], [PAD]])
             return Batch(*one[:, None], tokens=0)
@@ -110,7 +107,7 @@ class Split:
 
 
 class ParallelData:
-    """Prepared data, opened. UserError if it is not whole."""
+    """UserError if the data is not whole."""
 
     def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
         self.root, self.manifest = root, manifest
@@ -123,7 +120,7 @@ class ParallelData:
 def load_data(name: str, root: str | Path) -> ParallelData:
     """The data prepared in `root` by the recipe `name`. "grammar" is prepared here if it is missing.
 
-    Raises UserError if the data is missing, damaged or of another recipe.
+    UserError if the data is missing, damaged or of another recipe.
     """
     root = Path(root)
     manifest = read_manifest(root, MANIFEST_KEYS)
@@ -152,11 +149,10 @@ def train_batches(
     world_size: int = 1,
     start_update: int = 0,
 ) -> Iterator[list[tuple[int, Batch]]]:
-    """The epoch's updates from number `start_update` on, each as this rank's passes: [(index in the update, batch)].
+    """The epoch's updates from `start_update` on, each as this rank's passes: [(index in the update, batch)].
 
-    This rank takes the passes rank, rank + world_size, ... A batch has as many sentences as fit: sentences x longest
-    side <= `max_tokens`. The last update takes the remaining batches, and its other passes hold no sentence. UserError
-    if a pair is longer than `max_tokens`.
+    This rank takes the passes rank, rank + world_size, ... In a batch, sentences x longest side <= `max_tokens`. Passes
+    beyond the last batch hold no sentence. UserError if a pair is longer than `max_tokens`.
     """
     order = _by_length(split, _random(seed, "pairs", epoch).uniform(-JITTER, JITTER, len(split)))
     cuts = _cuts(split.longest[order], max_tokens)
@@ -172,7 +168,7 @@ def train_batches(
 
 
 def updates_per_epoch(split: Split, max_tokens: int, passes: int) -> int:
-    """How many updates `train_batches` yields, the same in every epoch."""
+    """How many updates `train_batches` yields in every epoch."""
     batches = len(_cuts(np.sort(split.longest), max_tokens)) - 1
     return -(-batches // passes)
 
@@ -180,7 +176,7 @@ def updates_per_epoch(split: Split, max_tokens: int, passes: int) -> int:
 def eval_batches(
     split: Split, max_tokens: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Batches and the indices of their pairs. Over all ranks every pair comes exactly once, the longest first."""
+    """Batches and the indices of their pairs. Over all ranks each pair comes once, the longest first."""
     order = _by_length(split, 0.0)
     cuts = _cuts(split.longest[order], max(max_tokens, int(split.longest.max())), multiple=1)
     for index in range(len(cuts) - 2 - rank, -1, -world_size):
@@ -191,8 +187,8 @@ def eval_batches(
 def _by_length(split: Split, noise: np.ndarray | float) -> np.ndarray:
     """All pairs, sorted by their longer side, then by the difference of the sides.
 
-    The difference rises at one length and falls at the next, so that neighbours never differ much. `noise` is added to
-    it, so that other pairs come together in each epoch.
+    The difference rises at one length and falls at the next, so neighbours differ little. `noise` added to it brings
+    other pairs together in each epoch.
     """
     source, target = split.source.lengths, split.target.lengths
     difference = np.where(split.longest % 2, source - target, target - source)
@@ -200,17 +196,14 @@ def _by_length(split: Split, noise: np.ndarray | float) -> np.ndarray:
 
 
 def _cuts(longest: np.ndarray, budget: int, multiple: int = ROWS_MULTIPLE) -> np.ndarray:
-    """Where to cut pairs of ascending length so that pairs x longest <= budget in each part. The last cut is the end.
-
-    A part has a multiple of `multiple` pairs if so many fit.
-    """
+    """Where to cut pairs of ascending length: pairs x longest <= budget in each part. The last cut is the end."""
     if longest[-1] > budget:
         raise UserError(
             f"a pair of {longest[-1]:,} tokens does not fit batch={budget:,}: raise it to that many at least"
         )
     cuts, total = [0], len(longest)
     while (begin := cuts[-1]) < total:
-        # Take the largest n with n * longest[begin + n - 1] <= budget.
+        # Find the largest n with n * longest[begin + n - 1] <= budget.
         most = min(total - begin, budget // int(longest[begin]))
         costs = np.arange(1, most + 1) * longest[begin : begin + most]
         count = int(np.searchsorted(costs, budget, side="right"))

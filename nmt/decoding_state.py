@@ -1,7 +1,7 @@
 """What decoding remembers between two words: keys and values.
 
-Copying the keys and values of a hypothesis to its children would be slow. So the K hypotheses of a sentence share one
-cache with a slot for every hypothesis and step. Only the mask of a hypothesis's own ancestors is reordered.
+To copy these to a hypothesis's children would be slow. So a sentence's K hypotheses share one cache with a slot for
+each hypothesis and step. Only the mask of ancestors is reordered.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-FIRST_STEPS = 32  # words that the first cache has room for
+FIRST_STEPS = 32  # words in the first cache
 
 Pair = tuple[Tensor, Tensor]
 
@@ -19,15 +19,15 @@ class DecodingState:
     """Caches of all decoder layers for K hypotheses of each of B sentences."""
 
     hypotheses: int  # K
-    cross: list[Pair]  # of each layer: keys and values of the source words, [B, heads, S, width / heads]
-    source_mask: Tensor | None  # [B, 1, 1, S], as from Transformer.encode
+    cross: list[Pair]  # of each layer: the source's keys and values, [B, heads, S, width / heads]
+    source_mask: Tensor | None  # [B, 1, 1, S]
     own: list[Pair] = field(default_factory=list)  # of each layer: as `cross`, with K slots a step
-    slots: Tensor | None = None  # [B, 1, K, slots]: which slots are a hypothesis's ancestors, or itself
+    slots: Tensor | None = None  # [B, 1, K, slots]: a hypothesis's ancestors, and itself
     length: int = 0  # words so far
 
     @property
     def mask(self) -> Tensor | None:
-        """The slots that each hypothesis attends to, [B, 1, K, slots so far]. None means all."""
+        """Slots to attend to, [B, 1, K, slots so far]. None means all."""
         return None if self.hypotheses == 1 else self.slots[..., : self.length * self.hypotheses]
 
     def next_word(self) -> None:
@@ -42,7 +42,7 @@ class DecodingState:
         self.length += 1
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> Pair:
-        """Store the newest word's keys and values, [B, heads, K, width / heads]. Returns those of all words so far."""
+        """Store the newest word's keys and values, [B, heads, K, width / heads]. Returns those of all words."""
         end, k = self.length * self.hypotheses, self.hypotheses
         if layer == len(self.own):
             shape = (*keys.shape[:2], FIRST_STEPS * k, keys.shape[3])
@@ -54,13 +54,13 @@ class DecodingState:
         return tuple(cache[:, :, :end] for cache in self.own[layer])
 
     def reorder(self, parents: Tensor) -> None:
-        """Hypothesis k of sentence b becomes a child of hypothesis parents[b, k], [B, K] int64."""
+        """Hypothesis k of sentence b continues hypothesis parents[b, k], [B, K] int64."""
         if self.hypotheses > 1:
             past = self.slots[..., : self.length * self.hypotheses]
             past.copy_(past.gather(2, parents[:, None, :, None].expand_as(past)))
 
     def keep(self, sentences: Tensor) -> None:
-        """Go on with these sentences alone, [B'] int64."""
+        """Keep these sentences alone, [B'] int64."""
         self.cross = [(keys[sentences], values[sentences]) for keys, values in self.cross]
         self.own = [(keys[sentences], values[sentences]) for keys, values in self.own]
         self.source_mask = None if self.source_mask is None else self.source_mask[sentences]
@@ -68,5 +68,4 @@ class DecodingState:
 
 
 def _doubled(cache: Tensor, dim: int) -> Tensor:
-    """The cache with twice the room along `dim`."""
     return torch.cat((cache, torch.zeros_like(cache)), dim)

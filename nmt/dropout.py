@@ -1,7 +1,7 @@
 """Dropout with cheap random numbers on the CPU. torch's Bernoulli draws take a sixth of a training step there.
 
-These draws take a sixth of that time. One 64-bit random number decides about four elements, 16 bits each. So the
-probability is rounded to a multiple of 2**-16, and the scale 1 / (1 - p) is that of the rounded probability.
+These take a sixth of that. One 64-bit random number decides about four elements, 16 bits each. So the probability p is
+rounded to a multiple of 2**-16, also in the scale 1 / (1 - p).
 """
 
 import torch
@@ -28,7 +28,7 @@ class Dropout(nn.Module):
         return x * self.mask(x)
 
     def mask(self, x: Tensor) -> Tensor:
-        """0 or 1 / (1 - p) for each element of `x`, in its shape and dtype."""
+        """0 or 1 / (1 - p), in the shape and dtype of `x`."""
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         levels = words.view(torch.int16)[: x.numel()].view(x.shape)
         kept = levels.ge_(self.dropped_levels - LEVELS // 2)

@@ -1,7 +1,7 @@
-"""Label-smoothed cross entropy of a vocabulary projection. It never holds the logits of a whole batch.
+"""Label-smoothed cross entropy of a vocabulary projection, without the logits of a whole batch.
 
 The logits of 8,192 tokens over 40,624 words are 1.3 GB in float32, and the plain way holds three such tensors. Here the
-forward pass also computes the gradients, one block of tokens at a time. The backward pass only scales them.
+forward pass computes the gradients too, block by block. The backward pass scales them.
 """
 
 import math
@@ -14,20 +14,19 @@ from torch.nn.functional import pad
 
 from nmt.rows import product_dtype, rounded
 
-BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # logits held at a time: a CPU's cache, 1 GiB on a GPU
+BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # logits at a time: a CPU's cache, 1 GiB on a GPU
 
 
 def smoothed_cross_entropy(
     hidden: Tensor, weight: Tensor, target: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Sums over tokens, in nats, of the label-smoothed loss and of the plain negative log-likelihood.
+    """Sums over tokens, in nats, of the label-smoothed loss, -sum q log p, and of nll, -log p[target].
 
-    The target's distribution q has label_smoothing / V on every word, and the rest on the right word, as in
-    torch.nn.functional.cross_entropy. So loss = -sum q log p and nll = -log p[target].
+    As in torch.nn.functional.cross_entropy, q has label_smoothing / V on every word, and the rest on the right word.
 
     Args:
-        hidden: [N, width] float. Gradients flow to it and to `weight`.
-        weight: [V, width], the output embeddings. Both are cast to autocast's dtype if autocast is on.
+        hidden: [N, width] float.
+        weight: [V, width], the output embeddings.
         target: [N] int64, without padding.
         label_smoothing: in [0, 1).
 
@@ -81,5 +80,5 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
 
 
 def _with_rows(x: Tensor, rows: int) -> Tensor:
-    """`x` with so many rows of zeros below it. Without any it is `x`, where `pad` would copy it."""
+    """`x` with `rows` rows of zeros below. For 0 it is `x`, which `pad` would copy."""
     return pad(x, (0, 0, 0, rows)) if rows else x

@@ -1,7 +1,7 @@
 """The Transformer of "Attention Is All You Need".
 
-One matrix serves as source, target and output embedding. Inputs are scaled by sqrt(width). `forward` sees whole target
-sentences. `step` sees one more word of each hypothesis.
+One matrix is the source, target and output embedding. `forward` sees whole sentences, `step` one word of each
+hypothesis.
 """
 
 import math
@@ -21,11 +21,11 @@ from nmt.dropout import Dropout
 from nmt.loss import smoothed_cross_entropy
 from nmt.rows import to_rows
 
-FIRST_POSITION = 2  # as in fairseq: one more than the padding's index, 1
+FIRST_POSITION = 2  # as in fairseq: the padding's index there, 1, plus one
 
 
 def create_model(config: ModelConfig, vocabulary_size: int) -> "Transformer":
-    """The model with its published initialisation, drawn from torch's global generator."""
+    """The model, initialised as published from torch's global generator."""
     model = Transformer(config, vocabulary_size)
     model.initialise()
     return model
@@ -41,15 +41,15 @@ class Transformer(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
-        # Unlike pre-norm layers, post-norm layers end with a normalisation.
+        # Post-norm layers already end with a normalisation.
         last_norm = nn.LayerNorm if config.norm == "pre" else nn.Identity
         self.encoder_norm, self.decoder_norm = last_norm(config.width), last_norm(config.width)
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Embeddings with std width**-0.5, attention by its `initialise`. Feed-forward layers stay as Linear made them.
+        """As in fairseq's transformer of September 2020, on which the published code was built.
 
-        As in fairseq's transformer of September 2020, on which the published code was built.
+        Feed-forward layers keep torch's default.
         """
         nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5)
         self.embedding.weight[PAD].zero_()
@@ -69,11 +69,10 @@ class Transformer(nn.Module):
         """Logits [B, T, V] for the words that follow `target_in`. With `target_out`, the two sums of the loss instead.
 
         Args:
-            source: [B, S], each sentence ending with EOS.
+            source: [B, S], ending with EOS.
             target_in: [B, T], beginning with BOS.
-            target_out: [B, T], ending with EOS: the words to predict. Padded positions are then not projected, and the
-                result is (loss, nll) of nmt/loss.py, summed over the `tokens` words.
-            tokens: the number of words in target_out without padding, given so that the host need not wait.
+            target_out: [B, T], ending with EOS: the words to predict. The result is then (loss, nll) of nmt/loss.py.
+            tokens: the words in target_out without padding. To count them here would make the host wait.
         """
         hidden = self.decode(target_in, *self.encode(source))
         if target_out is None:
@@ -84,9 +83,9 @@ class Transformer(nn.Module):
         return smoothed_cross_entropy(hidden, self.embedding.weight, words, label_smoothing)
 
     def encode(self, source: Tensor) -> tuple[Tensor, Size, Tensor | None]:
-        """Memory as rows, its size [B, S], and the mask [B, 1, 1, S] of the words to attend to (None: all)."""
+        """Memory as rows, its size [B, S], and the mask [B, 1, 1, S] of words to attend to (None: all)."""
         mask = (source != PAD)[:, None, None]
-        if source.device.type == "cpu" and mask.all():  # on a GPU this test would make the host wait
+        if source.device.type == "cpu" and mask.all():  # on a GPU the host would wait
             mask = None
         x = self.embed(source, self.positions(source.shape[1], source.device))
         for layer in self.encoder:
@@ -94,20 +93,20 @@ class Transformer(nn.Module):
         return self.encoder_norm(x), source.shape, mask
 
     def decode(self, target_in: Tensor, memory: Tensor, memory_size: Size, mask: Tensor | None) -> Tensor:
-        """Decoder output for whole sentences, as rows. A word sees only words before it, so padding needs no mask."""
+        """Decoder output as rows. A word sees only words before it, so padding needs no mask."""
         x = self.embed(target_in, self.positions(target_in.shape[1], target_in.device))
         for layer in self.decoder:
             x = layer(x, target_in.shape, *layer.cross_attention.keys_values(memory, memory_size), mask)
         return self.decoder_norm(x)
 
     def start(self, source: Tensor, hypotheses: int) -> DecodingState:
-        """Encode, and make the state for the first `step` of `hypotheses` translations of each sentence."""
+        """The state for the first `step` of `hypotheses` translations of each sentence."""
         memory, size, mask = self.encode(source)
         cross = [layer.cross_attention.keys_values(memory, size) for layer in self.decoder]
         return DecodingState(hypotheses, cross, mask)
 
     def step(self, words: Tensor, state: DecodingState) -> Tensor:
-        """Logits [B, K, V] for the words that follow `words` [B, K], each hypothesis's newest word (at first BOS)."""
+        """Logits [B, K, V] for the words after `words` [B, K], the newest ones (at first BOS)."""
         state.next_word()
         x = self.embed(words, self.positions(state.length, words.device)[-1])
         for index, layer in enumerate(self.decoder):
@@ -115,11 +114,11 @@ class Transformer(nn.Module):
         return linear(self.decoder_norm(x), self.embedding.weight)[: words.numel()].view(*words.shape, -1)
 
     def embed(self, words: Tensor, positions: Tensor) -> Tensor:
-        """Scaled embeddings of `words` [B, T] plus `positions` [T, width] or [width], after dropout, as rows."""
+        """Scaled embeddings of `words` [B, T] plus `positions` [T, width] or [width], as rows."""
         return self.dropout(to_rows(self.embedding(words) * math.sqrt(self.config.width) + positions))
 
     def positions(self, length: int, device: torch.device) -> Tensor:
-        room = 256 * math.ceil(length / 256)  # a multiple of 256, so that few tables are made and kept
+        room = 256 * math.ceil(length / 256)  # few tables are made and kept
         return sinusoids(room, self.config.width, device)[:length]
 
 
@@ -151,7 +150,7 @@ class DecoderLayer(nn.Module):
         return self._rest(x, size, keys, values, mask)
 
     def step(self, x: Tensor, size: Size, state: DecodingState, index: int) -> Tensor:
-        """This layer, number `index`, on the newest words alone, of `size` [B, K]."""
+        """This layer, number `index`, on the newest words, of `size` [B, K]."""
         x = self.self_residual(x, lambda y: self.self_attention.step(y, size, state, index))
         return self._rest(x, size, *state.cross[index], state.source_mask)
 
@@ -161,7 +160,7 @@ class DecoderLayer(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + dropout(sublayer(x)), with layer normalisation of the sum (post) or of the sublayer's input (pre)."""
+    """With layer norm of the sum (post) or of the sublayer's input (pre)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -190,11 +189,11 @@ class FeedForward(nn.Module):
 
 @lru_cache(maxsize=16)
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
-    """Positions of the first `length` words, [length, width]: sines of all wavelengths, then the cosines.
+    """Positions of the first `length` words, [length, width]: all sines, then the cosines.
 
-    The wavelengths are a geometric series from 2 pi to 10,000 * 2 pi, as in fairseq's SinusoidalPositionalEmbedding.
+    Wavelengths are a geometric series from 2 pi to 10,000 * 2 pi, as in fairseq's SinusoidalPositionalEmbedding.
     """
-    with torch.inference_mode(False):  # the table is used after the caller's inference mode has ended
+    with torch.inference_mode(False):  # the table outlives the caller's inference mode
         half = width // 2
         frequencies = torch.exp(torch.arange(half, device=device) * (-math.log(10_000) / max(1, half - 1)))
         angles = torch.arange(FIRST_POSITION, FIRST_POSITION + length, device=device)[:, None] * frequencies

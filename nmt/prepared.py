@@ -1,9 +1,9 @@
-"""The folder of prepared data: its files, and its manifest, which is written last.
+"""The folder of prepared data.
 
-manifest.json                      recipe, line counts, vocabulary, checksums
+manifest.json                      recipe, line counts, vocabulary, checksums; written last
 codec.json                         the joint BPE (nmt/codec.py)
 <split>.<language>.bin             ids of all sentences end to end, each with its </s>; uint16 or uint32, little endian
-<split>.<language>.offsets         where each sentence begins, and the end: int64, one more than sentences
+<split>.<language>.offsets         each sentence's start, and the end: int64
 valid|test.<language>.txt          the raw text, for sacreBLEU
 """
 

@@ -1,7 +1,7 @@
-"""Hidden states as rows, [R, width]: all words of a batch one after another, and sometimes a few idle rows.
+"""Hidden states as rows, [R, width]: all words of a batch, and sometimes a few idle rows.
 
-On the CPU, half-precision matrix products are compiled for each new number of rows. That takes milliseconds, and
-megabytes that are kept. Rounding up leaves eight sizes to a power of two, at the cost of some 3 % idle rows.
+On the CPU, half-precision matrix products are compiled for each new number of rows, which takes milliseconds and keeps
+megabytes. Rounding up leaves eight sizes to a power of two, with some 3 % idle rows.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 
 def rounded(rows: int, dtype: torch.dtype, device: torch.device) -> int:
-    """`rows`, rounded up to four significant bits if products of `dtype` are compiled for their size."""
+    """`rows`, rounded up to four significant bits if products are compiled for their size."""
     if device.type != "cpu" or dtype == torch.float32:
         return rows
     step = 1 << max(0, rows.bit_length() - 4)
@@ -24,6 +24,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def to_rows(x: Tensor) -> Tensor:
-    """[B, T, width] to [R, width]. Row b * T + t is word t of sentence b. Rows from B * T on are idle: zeros."""
+    """[B, T, width] to [R, width]. Rows from B * T on are idle: zeros."""
     words = x.shape[0] * x.shape[1]
     return pad(x.flatten(0, 1), (0, 0, 0, rounded(words, product_dtype(x), x.device) - words))

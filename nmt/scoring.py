@@ -1,7 +1,7 @@
-"""The loss of a split, its translations, and their BLEU in the four ways that are reported for English-German.
+"""The loss of a split, its translations, and their BLEU in the four ways reported for English-German.
 
-docs/reproduction.md describes the four: fairseq_bleu, sacrebleu, compound_split_bleu, tokenized_bleu.
-Only the score called sacrebleu is smoothed, and only if no four words in a row are right in the whole test set.
+docs/reproduction.md describes the four. Only `sacrebleu` is smoothed, and only if no four words in a row are right in
+the whole test set.
 """
 
 import re
@@ -25,7 +25,7 @@ from nmt.model import Transformer
 def loss_sums(
     model: Transformer, split: Split, max_tokens: int, label_smoothing: float, precision: Precision, world: World
 ) -> dict[str, float]:
-    """Sums of label-smoothed loss, nll and target tokens, each pair counted exactly once over all ranks."""
+    """Sums of label-smoothed loss, nll and target tokens over all ranks, each pair counted once."""
     model.eval()
     sums = Sums(("loss", "nll", "tokens", "pairs"), world.device)
     for batch, indices in eval_batches(split, max_tokens, world.rank, world.world_size):
@@ -42,7 +42,7 @@ def loss_sums(
 def translate_split(
     model: Transformer, split: Split, decoding: DecodingConfig, max_tokens: int, world: World
 ) -> list[list[int]]:
-    """The ids of the translations of all of `split`, made by all ranks together, known to each; always in fp32."""
+    """Ids of translations of all of `split`, made by all ranks, known to each; always in fp32."""
     share = range(world.rank, len(split), world.world_size)
     sources = [split.source.sentence(i) for i in share]
     hypotheses = translate(model, sources, decoding.beam, decoding.length_penalty, max_tokens, world.is_main)
@@ -55,14 +55,14 @@ def translate_split(
 
 
 def sacre_bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
-    """Score (in per cent) and signature of detokenized `translations`, with one reference each."""
+    """Score (in per cent) and signature of detokenized `translations`."""
     metric = BLEU()
     score = metric.corpus_score(translations, [references]).score
     return score, str(metric.get_signature())
 
 
 def all_scores(hypotheses: Sequence[Sequence[int]], references: Sequence[str], codec: Codec) -> dict[str, Any]:
-    """The four scores of `hypotheses` (ids) against raw reference text, by the names above."""
+    """The four scores of `hypotheses` (ids) against raw text."""
     sacrebleu, signature = sacre_bleu([codec.decode(ids) for ids in hypotheses], references)
     tokens = [codec.decode_tokens(ids) for ids in hypotheses]
     as_they_are = [codec.tokenize(line, normalize=False) for line in references]
@@ -80,12 +80,12 @@ def all_scores(hypotheses: Sequence[Sequence[int]], references: Sequence[str], c
 
 
 def _multi_bleu(translations: Sequence[str], references: Sequence[str]) -> float:
-    """BLEU of tokenized text, without smoothing, as multi-bleu.perl prints it."""
+    """BLEU of tokenized text, unsmoothed, as in multi-bleu.perl."""
     return BLEU(tokenize="none", smooth_method="none", force=True).corpus_score(translations, [references]).score
 
 
 def _whole_compounds(tokens: str) -> str:
-    """Undo the tokenizer's aggressive splitting of hyphens: `rich @-@ text` becomes `rich-text`."""
+    """Undo the tokenizer's aggressive hyphen splitting, `rich @-@ text`."""
     return tokens.replace(" @-@ ", "-")
 
 

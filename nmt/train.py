@@ -1,9 +1,8 @@
 """Train a translation model: python -m nmt.train CONFIG [key=value ...]     (also under torchrun)
 
-The whole run, top to bottom: main, train, train_epoch with the loop itself, validation, the test set's scores;
-`prepare`, below, makes all that they work with. `batch` counts tokens, those of the longer side with its padding.
-Losses are in nats per target token, EOS counted, padding not. Interrupt it at any moment and run the same command
-again: it goes on where it was, and on the CPU it ends with bit-identical weights.
+Read it top to bottom: main, train, train_epoch with the loop, validation, the test set's scores; `prepare` makes what
+they need. `batch` counts tokens of the longer side, with padding. Losses are in nats per target token, EOS counted,
+padding not. After an interruption the same command continues the run, on the CPU to bit-identical weights.
 """
 
 import math
@@ -28,7 +27,7 @@ from nmt.model import Transformer, create_model
 from nmt.scoring import all_scores, loss_sums, sacre_bleu, translate_split
 
 USAGE = "usage: python -m nmt.train CONFIG [key=value ...]     e.g. configs/wmt14_en_de/apollo.yaml"
-METRIC = "fairseq_bleu"  # the score that is `final`
+METRIC = "fairseq_bleu"  # the `final` score
 
 
 @dataclass(kw_only=True)
@@ -49,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def train(config: Config, world: World) -> int:
-    """Train to the end, or until a signal asks to stop; returns the exit status."""
+    """Train until the end or a signal; returns the exit status."""
     record = RunRecord(config, config.folder, world, config.tensorboard)
     if record.complete:
         return record.say_complete()
@@ -64,7 +63,7 @@ def train(config: Config, world: World) -> int:
 
 
 def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
-    """Train to the end of the epoch, or of the run; False where a signal asked to stop before (all is saved then)."""
+    """Train to the end of the epoch or the run; False if a signal came before (all is saved then)."""
     config, world, progress = run.config, run.world, run.progress
     batches = train_batches(
         run.data.train, config.batch, config.passes, config.seed, progress.epoch, world.rank, world.world_size,
@@ -91,17 +90,17 @@ def train_epoch(run: TranslationRun, bar: tqdm) -> bool:
 
 
 def take_gradients(run: TranslationRun, passes: list[tuple[int, Batch]], again: bool = False) -> torch.Tensor:
-    """Take the gradients of one update; returns this rank's mean loss. `again`: for a closure, counting nothing."""
+    """Take an update's gradients; returns this rank's mean loss. `again`: for a closure, uncounted."""
     config, world, total = run.config, run.world, 0.0
     run.optimizer.zero_grad()
     for index, batch in passes:
         is_last = index + world.world_size >= config.passes
-        seed_step(config.seed, "step", run.progress.update, index)  # dropout is the same whichever rank takes the pass
+        seed_step(config.seed, "step", run.progress.update, index)  # the same dropout on any rank
         source, target_in, target_out = batch.to(world.device)[:3]
         with runs.averaged_over_ranks(run, is_last):
             with run.precision.autocast():
                 loss, nll = run.network(source, target_in, target_out, batch.tokens, config.label_smoothing)
-            # The gradients are averaged over ranks after each has divided by the tokens of all.
+            # The gradients are averaged over ranks, each divided by the tokens of all.
             share = loss * (world.world_size / batch.update_tokens)
             run.precision.backward(share, is_last)
         total += share.detach()
@@ -115,20 +114,18 @@ def take_gradients(run: TranslationRun, passes: list[tuple[int, Batch]], again: 
 
 
 def log(run: TranslationRun, bar: tqdm) -> None:
-    """Record the training metrics since the last log line."""
     if sums := runs.close_window(run):
-        norm = float(run.gradient_norm)  # of the last update; an overflow, where it was skipped
+        norm = float(run.gradient_norm)  # not finite if an overflow skipped the update
         clipped = run.clipping.share(sums, run.progress.update, run.world.world_size)
         runs.log_window(run, bar, **means(sums), gradient_norm=norm if math.isfinite(norm) else None, clipped=clipped)
 
 
 def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
-    """Mean label-smoothed loss and nll per target token; the names begin with `split`."""
+    """Mean loss and nll per target token; names begin with `split`."""
     return {f"{split}{name}": sums[name] / sums["tokens"] for name in ("loss", "nll")}
 
 
 def validate(run: TranslationRun) -> dict[str, float]:
-    """Loss, perplexity and BLEU on the validation set."""
     config, split = run.config, run.data.valid
     sums = loss_sums(run.model, split, config.eval_batch, config.label_smoothing, run.precision, run.world)
     valid = means(sums, "valid_")
@@ -137,7 +134,7 @@ def validate(run: TranslationRun) -> dict[str, float]:
 
 
 def finish_validation(run: TranslationRun, valid: dict[str, float]) -> None:
-    """Record the validation beside the mean training loss since the last one."""
+    """Record the validation, and the training loss since the last one."""
     progress, sums = run.progress, run.progress.since_evaluation
     progress.best = max(evaluated.of_result(valid, "valid_bleu"), progress.best or 0.0)
     trained = means(sums, "train_") | {"tokens": progress.trained_on + sums["tokens"]}
@@ -151,15 +148,13 @@ def finish_validation(run: TranslationRun, valid: dict[str, float]) -> None:
 
 
 def translated(run: TranslationRun, split: Split) -> list[list[int]]:
-    """The ids of the model's translations of all of `split`, known to each rank."""
     return translate_split(run.model, split, run.config.decoding, run.config.eval_batch, run.world)
 
 
 def score_test_set(run: TranslationRun) -> dict[str, object]:
-    """Scores of the averaged weights on the test set; the translations are written to the run folder.
+    """The averaged weights' scores on the test set; writes the translations to the run folder.
 
-    `validation` is their score on the validation set, of the kind that is the run's `final`; `final_unaveraged` is that
-    of the last weights on the test set.
+    `validation` is their METRIC on the validation set; `final_unaveraged` is that of the last weights on the test set.
     """
     test, valid, codec = run.data.test, run.data.valid, run.data.codec
     with evaluated.eval_mode(run):
@@ -180,7 +175,7 @@ def score_test_set(run: TranslationRun) -> dict[str, object]:
 
 
 def finish(run: TranslationRun, scores: dict[str, object]) -> None:
-    """Write result.json, and say what came out."""
+    """Write result.json and say the scores."""
     runs.write_result(
         run, metric=METRIC, final=scores[METRIC], updates=run.progress.update, evaluated=len(run.data.test),
         vocabulary=run.data.codec.size, **scores,
@@ -192,16 +187,16 @@ def finish(run: TranslationRun, scores: dict[str, object]) -> None:
 
 
 def prepare(config: Config, world: World, record: RunRecord) -> TranslationRun:
-    """Build everything the loop needs, and take up the run folder's last checkpoint if there is one."""
+    """Build what the loop needs, and restore the last checkpoint if there is one."""
     world.require_divisible(config.batch, config.passes)
     precision = runs.create_precision(config.precision, world.device, record.say)
-    with world.main_first():  # it may have to make the data
+    with world.main_first():  # it may make the data
         data = load_data(config.data.name, config.data.root)
 
     seed_step(config.seed, "initialisation")
     model = create_model(config.model, data.codec.size).to(world.device)
     model, optimizer = runs.with_optimizer(model, config, precision)
-    if config.compile:  # the layers, where the time goes; embeddings and loss stay as they are
+    if config.compile:  # only where the time goes
         for layer in (*model.encoder, *model.decoder):
             layer.compile(dynamic=True)
 
@@ -215,7 +210,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> TranslationRun:
     )  # fmt: skip
     runs.restore(run)
     if world.is_main:
-        data.codec.save(record.folder)  # so that the run folder can translate without the data
+        data.codec.save(record.folder)  # the run folder can then translate without the data
     runs.write_environment(
         run, updates_per_epoch=run.updates_per_epoch, vocabulary=data.codec.size, codec=data.codec.digest,
         train_pairs=len(data.train), valid_pairs=len(data.valid), test_pairs=len(data.test),

@@ -1,4 +1,4 @@
-"""A run folder or a bundle, opened for translating: settings, vocabulary, and the average of the last weights."""
+"""A run folder or bundle, opened for translating: settings, vocabulary, averaged weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +20,14 @@ class Trained(NamedTuple):
     config: Config
     codec: Codec
     model: Transformer  # in evaluation mode, on the world's device
-    updates: list[int]  # the averaged weights are from after these; none where the average is an exponential one
+    updates: list[int]  # after which the averaged weights were taken; empty for an exponential average
     world: World
 
 
 def open_run(run_dir: Path, overrides: Sequence[str]) -> Trained:
-    """Read a run folder, finished or not, or a bundle.
+    """Read a run folder, finished or not, or a bundle. `overrides` (`key=value`) change its config.
 
-    `overrides` (`key=value`) go on top of its config. Raises UserError where something does not fit.
+    UserError if something does not fit.
     """
     config = load_config(Config, run_dir / "config.yaml", overrides)
     world = setup(config.device)

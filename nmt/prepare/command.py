@@ -1,12 +1,12 @@
 """Turns parallel text into what training reads: token arrays, offsets, codec and manifest.
 
     python -m nmt.prepare download SOURCE             the archives of WMT14 English-German
-    python -m nmt.prepare wmt14_en_de SOURCE OUT      the paper's recipe, from these archives or their unpacked text
+    python -m nmt.prepare wmt14_en_de SOURCE OUT      the paper's recipe, from these archives or their text
     python -m nmt.prepare files OUT --name NAME --train PREFIX ... --valid PREFIX --test PREFIX --merges N
-    python -m nmt.prepare grammar OUT                 generated sentences that need no download
-    python -m nmt.prepare verify OUT                  compare the prepared data with its checksums
+    python -m nmt.prepare grammar OUT                 generated sentences
+    python -m nmt.prepare verify OUT                  compare prepared data with its checksums
 
-After any interruption the same command continues the preparation.
+After an interruption the same command continues.
 """
 
 import argparse
@@ -60,8 +60,8 @@ def main(arguments: list[str]) -> int:
 def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: bool = False) -> None:
     """Prepare the files that `recipe` names, below `folder`, into `out`.
 
-    With `wait` it waits for another process that prepares into `out`. Raises UserError if there is one without `wait`,
-    if a file is missing, not UTF-8, empty or does not match its other side, and if `out` holds other data.
+    UserError if another process prepares into `out` (with `wait` it waits), if a file is missing, not UTF-8, empty or
+    does not match its other side, or if `out` holds other data.
     """
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, "preparing data", wait):
@@ -89,13 +89,12 @@ def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: boo
 
 
 def prepare_grammar(out: Path, wait: bool = False) -> None:
-    """Generate the sentences of toy_text.py below `out` and prepare them."""
     toy_text.write(out / "text")
     prepare(GRAMMAR, out / "text", out, wait=wait)
 
 
 def verify(out: Path) -> list[str]:
-    """One line for each damaged file of the data prepared in `out`. UserError if there is no finished preparation."""
+    """One line for each damaged file in `out`. UserError if there is no finished preparation."""
     manifest = read_manifest(out, MANIFEST_KEYS)
     if manifest is None:
         raise UserError(f"{out} holds no finished preparation: there is no manifest.json")
@@ -112,17 +111,17 @@ def verify(out: Path) -> list[str]:
 
 
 def _scan(recipe: Recipe, folder: Path, unpacked: Path) -> dict[str, list[Pair]]:
-    """Both sides of every split's files. The small splits come first, so that their errors show at once."""
+    """Both sides of each split's files. The small splits come first: their errors show at once."""
     languages = (recipe.source, recipe.target)
     for language in languages:
-        moses(language)  # raises if the language has no rules
+        moses(language)  # raises if there are no rules
     splits = {"test": [recipe.test], "valid": [recipe.valid], "train": recipe.train}
     paths = find_texts(folder, [text for texts in splits.values() for text in texts], languages, unpacked)
     return {name: [scan_pair(paths[text], recipe.lines.get(text)) for text in texts] for name, texts in splits.items()}
 
 
 def _describe(recipe: Recipe, inputs: dict[str, list[Pair]]) -> dict[str, Any]:
-    """The head of the manifest."""
+    """The manifest's head."""
     return {
         "recipe": recipe.name,
         "source": recipe.source,

@@ -1,7 +1,7 @@
 """The archives of WMT14 English-German, and their download: python -m nmt.prepare download FOLDER     (1.7 GB)
 
-docs/data_facts.yaml names the source of each published checksum. If statmt.org does not deliver an archive, its text
-comes from the zip file that Hugging Face's public script for the set downloads.
+docs/data_facts.yaml names each checksum's source. If statmt.org fails, the text comes from the zip file that Hugging
+Face's public script downloads.
 """
 
 import logging
@@ -74,7 +74,7 @@ MIRRORS = (
 def get_archives(
     folder: Path, wanted: Sequence[str], archives: Sequence[Archive] = ARCHIVES, mirrors: Sequence[Archive] = MIRRORS
 ) -> None:
-    """Download archives with all texts in `wanted` to `folder`, unless they are there. UserError if that fails."""
+    """Download archives with all `wanted` texts, unless they are there. UserError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     left, problems = set(wanted), []
     with hold(folder, "downloading"):

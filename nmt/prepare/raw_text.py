@@ -1,7 +1,7 @@
 """Parallel text files, read in independent chunks.
 
-A line ends only with a newline. Common Crawl holds carriage returns, form feeds and Unicode's line separators *inside*
-sentences. If lines were split there, the two sides would not match.
+Only a newline ends a line. Common Crawl holds carriage returns, form feeds and Unicode's line separators inside
+sentences. If they ended lines, the two sides would not match.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from engine.errors import UserError
 
 CHUNK = 10_000  # lines
 BLOCK = 1 << 23  # bytes read at once
-OTHER_SETS = {  # number of lines: what such a file is
+OTHER_SETS = {  # by number of lines
     2_737: "the filtered test set; this recipe wants that of test-full.tgz",
     4_508_785: "the number of Hugging Face's wmt14, another set",
 }
@@ -24,7 +24,7 @@ OTHER_SETS = {  # number of lines: what such a file is
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file after one pass over its bytes. `starts` holds the offset of every CHUNK-th line, and the file's end."""
+    """A scanned file. `starts` holds the offset of every CHUNK-th line, and the file's end."""
 
     path: Path
     lines: int
@@ -36,7 +36,7 @@ class TextFile:
         return len(self.starts) - 1
 
     def read(self, chunk: int) -> list[str]:
-        """The lines of one chunk. UserError if one is not UTF-8."""
+        """A chunk's lines. UserError if one is not UTF-8."""
         with open(self.path, "rb") as file:
             file.seek(self.starts[chunk])
             block = file.read(self.starts[chunk + 1] - self.starts[chunk])
@@ -80,7 +80,7 @@ def scan(path: Path) -> TextFile:
 
 
 def scan_pair(paths: Sequence[Path], lines: int | None = None) -> tuple[TextFile, TextFile]:
-    """Both sides of a text. UserError if they differ in their number of lines, or if that is not `lines`."""
+    """Both sides of a text. UserError if their lines differ in number, or are not `lines`."""
     one, other = map(scan, paths)
     if one.lines != other.lines:
         raise UserError(

@@ -1,7 +1,7 @@
 """The recipes of the paper's table and of the generated sentences.
 
-The paper's is the training data of WMT 2014 (Europarl v7, Common Crawl, News Commentary v9), validated on newstest2013
-and tested on the full newstest2014 of 3,003 sentences. The line counts are those of the files that WMT publishes.
+The paper's is WMT 2014, validated on newstest2013 and tested on the full newstest2014. The line counts are those of
+WMT's files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 class Recipe:
     """How parallel text becomes prepared data. A prefix means two files, `<prefix>.<source>` and `<prefix>.<target>`.
 
-    The BPE is learned on all training pairs. Then some training pairs are left out: those with an empty side, with a
-    side of more than `max_length` pieces, or with more than `ratio` times as many pieces on one side as on the other.
-    `valid` and `test` stay whole.
+    The BPE is learned on all training pairs. Then training pairs are left out that have an empty side, a side of more
+    than `max_length` pieces, or more than `ratio` times as many pieces on one side as on the other.
     """
 
     name: str  # data.name in the configs
@@ -26,7 +25,7 @@ class Recipe:
     max_length: int = 250
     source: str = "en"
     target: str = "de"
-    lines: Mapping[str, int] = field(default_factory=dict)  # prefix: the number of lines that it must have
+    lines: Mapping[str, int] = field(default_factory=dict)  # that each prefix must have
 
 
 WMT14 = Recipe(

@@ -1,12 +1,10 @@
 """Finds the two sides of a text: plain files, the tree that fairseq's script leaves in orig/, SGM, or the archives.
 
-Lines of SGM and members of archives are written to a folder of the preparation, never to the source. A text has one of
-these names:
+Text of SGM and archives is written to the preparation's folder. A text has one of these names:
 
     europarl-v7.de-en.en            plain, one sentence a line
     newstest2013-src.en.sgm         of statmt's test.tgz
-    newstest2014-deen-ref.de.sgm    of statmt's test-full.tgz: English is src, German is ref, or the other way round,
-                                    because both directions have the same test set
+    newstest2014-deen-ref.de.sgm    of statmt's test-full.tgz: either language may be src
 """
 
 import logging
@@ -30,16 +28,16 @@ from engine.errors import UserError
 from engine.nearest_folder import nearest_folder
 from nmt.prepare.download import ARCHIVES, MIRRORS
 
-FOLDERS = ("", "training", "test-full", "dev", "test")  # below the source: the folders in the archives and in orig/
+FOLDERS = ("", "training", "test-full", "dev", "test")  # in the archives and in orig/
 CHECKSUMS = {archive.name: archive.checksum for archive in (*ARCHIVES, *MIRRORS)} | {"dev.tgz": None}
 HUB_SET = "Hugging Face's wmt14, which is another set: 4,508,785 training pairs instead of 4,520,620"
 BLOCK = 1 << 20
-MOST_LISTED = 10_000  # entries of a folder that are searched for similar names
+MOST_LISTED = 10_000  # entries searched for similar names
 
 
 class Place(NamedTuple):
     path: Path  # a text, SGM, or an archive
-    member: str | None = None  # its name in the archive
+    member: str | None = None  # of the archive
 
     @property
     def is_plain(self) -> bool:
@@ -50,10 +48,10 @@ Side = tuple[str, str]  # text, language
 
 
 def find_texts(source: Path, texts: Sequence[str], languages: Sequence[str], unpacked: Path) -> dict[str, list[Path]]:
-    """For each of `texts` a plain file in each of the two `languages`, from `source` or made in `unpacked`.
+    """For each of `texts` a plain file in both `languages`, from `source` or made in `unpacked`.
 
-    A text is a name, or a path below `source`. Raises UserError as `locate` does, and if an archive is damaged or not
-    the published one.
+    A text is a name or a path below `source`. UserError if a text is nowhere, or if an archive is damaged or not the
+    published one.
     """
     places = locate(source, texts, languages)
     files = {
@@ -70,10 +68,7 @@ def find_texts(source: Path, texts: Sequence[str], languages: Sequence[str], unp
 
 
 def locate(source: Path, texts: Sequence[str], languages: Sequence[str]) -> dict[Side, Place]:
-    """Where `source` holds each side of `texts`. Nothing is unpacked.
-
-    Raises UserError if one is found nowhere.
-    """
+    """Where `source` holds each side of `texts`. UserError if one is found nowhere."""
     if not source.is_dir():
         what = "is not a folder" if source.exists() else "is not there"
         raise UserError(f"{source} {what}: SOURCE is the folder that holds the text, or the archives with it")
@@ -92,7 +87,7 @@ def locate(source: Path, texts: Sequence[str], languages: Sequence[str]) -> dict
 
 
 def first_lines(place: Place, count: int) -> list[str]:
-    """Up to `count` lines of a plain file, or of a plain member of an archive."""
+    """Up to `count` lines of a plain file, or of an archive's plain member."""
     with _readable(place.path):
         if place.member is None:
             with open(place.path, "rb") as file:
@@ -103,14 +98,14 @@ def first_lines(place: Place, count: int) -> list[str]:
 
 
 def names(text: str, language: str) -> list[str]:
-    """The possible file names of a side of a text, the best first: of SGM, the one that sacreBLEU and fairseq take."""
+    """A side's possible file names, the best first: of SGM, the one that sacreBLEU and fairseq take."""
     ours, other = ("src", "ref") if language == "en" else ("ref", "src")
     kinds = ("-src", "-ref", f"-deen-{ours}", f"-deen-{other}")
     return [f"{text}.{language}", *(f"{text}{kind}.{language}.sgm" for kind in kinds)]
 
 
 def sgm_to_text(sgm: str) -> str:
-    """The segments of WMT's SGM, one a line, as sacreBLEU reads them: white space is joined, entities stay."""
+    """The segments of WMT's SGM, one a line, as sacreBLEU reads them: white space joined, entities kept."""
     segments = re.findall(r"<seg[^>]*>(.*?)</seg>", sgm, flags=re.DOTALL)
     return "".join(f"{' '.join(segment.split())}\n" for segment in segments)
 
@@ -134,7 +129,6 @@ def _unpack(archive: Path, targets: Mapping[str, Path]) -> None:
 
 @cache
 def _members(archive: Path) -> dict[str, str]:
-    """The archive's members by the last part of their names."""
     logging.info("looking into %s", archive)
     with _readable(archive):
         if archive.suffix == ".zip":
@@ -183,7 +177,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _nothing(source: Path, text: str, language: str) -> str:
-    """An error message: what was looked for, and the most similar names that are there."""
+    """An error message: what was looked for, and similar names there."""
     folder, name = source / os.path.dirname(text), os.path.basename(text)
     looked, archives = [f"{name}.{language}"], [archive.name for archive in ARCHIVES if name in archive.texts]
     if name.startswith("newstest"):

@@ -1,6 +1,6 @@
-"""The three stages of a preparation: Moses tokens, the BPE learned on all of them, ids of the pairs that pass filters.
+"""The three stages of a preparation: Moses tokens, the BPE learned on them, ids of the pairs that pass filters.
 
-Each file of the work folder is whole or absent, so a killed preparation continues with the first missing file.
+A killed preparation continues with the first missing file of the work folder.
 """
 
 import json
@@ -26,7 +26,7 @@ from nmt.prepare.recipes import Recipe
 from nmt.prepared import EVALUATED, paths_of, write_json
 from nmt.text import moses
 
-MAX_EVALUATED = 1000  # tokens; a longer line of a validation or test set means a broken file
+MAX_EVALUATED = 1000  # tokens; a longer line to evaluate on means a broken file
 
 Pair = tuple[TextFile, TextFile]
 Result = TypeVar("Result")
@@ -35,13 +35,13 @@ Map = Callable[[Callable[["Chunk"], Result], Sequence["Chunk"]], Iterator[Result
 
 @dataclass(frozen=True)
 class Chunk:
-    """CHUNK lines of both sides of a split, and the files of their tokens."""
+    """CHUNK lines of both sides."""
 
     split: str
     files: Pair
     index: int  # in the files
     tokens: tuple[Path, Path]
-    counts: Path  # written last: if it exists, the tokens are whole
+    counts: Path  # written last: then the tokens are whole
 
     @property
     def lines(self) -> int:
@@ -60,7 +60,6 @@ def make_chunks(split: str, pairs: Sequence[Pair], recipe: Recipe, work: Path) -
 
 @contextmanager
 def processes(workers: int) -> Iterator[Map]:
-    """A map over `workers` processes."""
     if workers == 1:
         yield map
         return
@@ -69,7 +68,7 @@ def processes(workers: int) -> Iterator[Map]:
 
 
 def tokenize(split: str, chunks: Sequence[Chunk], recipe: Recipe, each: Map) -> Counter[str]:
-    """The first stage: write the tokens of every chunk to its files, and count each character in them."""
+    """The first stage: write every chunk's tokens, and count each character."""
     characters = Counter()
     with _bar(f"tokens of {split}", chunks) as bar:
         for chunk, found in zip(chunks, each(partial(tokenize_chunk, recipe), chunks), strict=True):
@@ -79,7 +78,7 @@ def tokenize(split: str, chunks: Sequence[Chunk], recipe: Recipe, each: Map) -> 
 
 
 def tokenize_chunk(recipe: Recipe, chunk: Chunk) -> dict[str, int]:
-    """Write the tokens unless they are there. Returns the count of each character."""
+    """Write the tokens unless they are there. Returns each character's count."""
     if chunk.counts.exists():
         return json.loads(chunk.counts.read_text(encoding="utf-8"))
     sides = []
@@ -111,7 +110,7 @@ def learn_codec(chunks: Sequence[Chunk], characters: Counter[str], recipe: Recip
 
 
 def encode(split: str, chunks: Sequence[Chunk], codec: Codec, recipe: Recipe, out: Path, each: Map) -> dict[str, Any]:
-    """The third stage: write the split's arrays and raw text. Returns its lines, pairs, tokens and checksums."""
+    """The third stage: write arrays and raw text. Returns the split's manifest entry."""
     dtype = np.dtype("<u2" if codec.size <= 1 << 16 else "<u4")
     languages = (recipe.source, recipe.target)
     lengths: dict[str, list[np.ndarray]] = {language: [] for language in languages}
@@ -144,10 +143,7 @@ def encode(split: str, chunks: Sequence[Chunk], codec: Codec, recipe: Recipe, ou
 def encode_chunk(
     recipe: Recipe, work: Path, dtype: np.dtype, chunk: Chunk
 ) -> tuple[dict[str, int], list[tuple[np.ndarray, np.ndarray]]]:
-    """The lines left after each filter; then for both sides the ids of all sentences end to end, and their lengths.
-
-    Each sentence ends with its </s>. A length includes it, the filters do not count it.
-    """
+    """The lines left after each filter; then each side's ids end to end, and its sentences' lengths, with </s>."""
     sides = []
     for path in chunk.tokens:
         lines = path.read_bytes().decode().split("\n")[:-1]
@@ -170,7 +166,7 @@ def encode_chunk(
 def _filters(recipe: Recipe, pieces: np.ndarray) -> dict[str, np.ndarray]:
     """Which training pairs, with `pieces` int64 [2, pairs], pass each filter, bool [pairs].
 
-    These are the filters of clean-corpus-n.perl. fairseq's prepare-wmt14en2de.sh runs it on the text after BPE.
+    The filters are those of clean-corpus-n.perl, which fairseq's prepare-wmt14en2de.sh runs after BPE.
     """
     longer, shorter = pieces.max(axis=0), pieces.min(axis=0)
     return {

@@ -1,8 +1,8 @@
 """English-German sentences from a small grammar: the data set that needs no download.
 
-The grammar has what makes German hard for a model: gender and case on articles, adjectives and pronouns; the finite
-verb second in a main clause and last in a subordinate one; the perfect with haben or sein; verbs with the dative. The
-English determines the German. The files are the same on every machine.
+It has what makes German hard: gender and case on articles, adjectives and pronouns; the finite verb second in main
+clauses and last in subordinate ones; the perfect with haben or sein; verbs with the dative. The English determines the
+German. The files are the same everywhere.
 """
 
 import os
@@ -15,13 +15,13 @@ SIZES = {"train": 8_000, "valid": 500, "test": 500}
 SEED = 2009
 CASES = ("nom", "acc", "dat")
 
-# Endings for the genders m, f and n, by case. "-" means no ending.
+# Endings for m, f and n, by case. "-" means none.
 THE = {"nom": "er ie as", "acc": "en ie as", "dat": "em er em"}
 AFTER_DER = {"nom": "e e e", "acc": "en e e", "dat": "en en en"}  # adjectives
 DIES = {"nom": "er e es", "acc": "en e es", "dat": "em er em"}
 EIN = DIES | {"nom": "- e -", "acc": "en e -"}
 AFTER_EIN = AFTER_DER | {"nom": "er e es", "acc": "en e es"}
-DETERMINERS = {  # English: German without its ending, endings, endings of the adjective
+DETERMINERS = {  # English: German stem, endings, endings of the adjective
     "the": ("d", THE, AFTER_DER),
     "this": ("dies", DIES, AFTER_DER),
     "every": ("jed", DIES, AFTER_DER),
@@ -46,7 +46,7 @@ PLACES = _words(
     """house:Haus:n garden:Garten:m kitchen:Küche:f school:Schule:f park:Park:m
     city:Stadt:f village:Dorf:n hotel:Hotel:n"""
 )
-VERBS = (  # cases of the objects; English base, third person and past; German infinitive, third person and perfect
+VERBS = (  # objects' cases; English base, third person, past; German infinitive, third person, perfect
     ("", "sleep:sleeps:slept:schlafen:schläft:hat:geschlafen work:works:worked:arbeiten:arbeitet:hat:gearbeitet"),
     ("", "stay:stays:stayed:bleiben:bleibt:ist:geblieben come:comes:came:kommen:kommt:ist:gekommen"),
     ("acc", "buy:buys:bought:kaufen:kauft:hat:gekauft find:finds:found:finden:findet:hat:gefunden"),
@@ -77,12 +77,12 @@ class Clause(NamedTuple):
     english: str  # without the time
     time: str
     second: str
-    second_after_time: str  # the time comes first; used only if there is one
+    second_after_time: str  # the time comes first
     final: str
 
 
 def write(folder: Path) -> None:
-    """Write <split>.en and <split>.de to `folder`. No English sentence is in two splits."""
+    """Write <split>.en and <split>.de. No English sentence is in two splits."""
     folder.mkdir(parents=True, exist_ok=True)
     pairs = iter(generate(sum(SIZES.values())))
     for split, size in SIZES.items():
@@ -93,7 +93,7 @@ def write(folder: Path) -> None:
 
 
 def generate(count: int) -> list[tuple[str, str]]:
-    """`count` pairs (English, German), no English sentence twice."""
+    """Pairs (English, German), each English sentence once."""
     draw = random.Random(SEED)
     pairs: dict[str, str] = {}
     while len(pairs) < count:
@@ -156,7 +156,7 @@ def _clause(draw: random.Random) -> Clause:
 
 
 def _noun(draw: random.Random, nouns: Words, can_be_pronoun: bool = False) -> tuple[str, str, Sequence[str], bool]:
-    """English subject, English object, German by case, and whether it is a pronoun."""
+    """English subject, English object, German by case, whether it is a pronoun."""
     if can_be_pronoun and _one_of(draw, (True, False, False)):
         return *_one_of(draw, PRONOUNS), True
     (noun, german, gender), determiner = _one_of(draw, nouns), _one_of(draw, tuple(DETERMINERS))
@@ -173,12 +173,12 @@ def _noun(draw: random.Random, nouns: Words, can_be_pronoun: bool = False) -> tu
 
 
 def _one_of(draw: random.Random, items: Sequence[Any]) -> Any:
-    """Draws by random() alone: Python promises to keep the numbers of this method only."""
+    """Uses random() alone: Python promises stable numbers for this method only."""
     return items[int(draw.random() * len(items))]
 
 
 def _finished(text: str) -> str:
-    """A sentence: contractions, one space between words, a capital at its beginning, a full stop at its end."""
+    """`text` with contractions, single spaces, a capital first letter and a full stop."""
     text = " ".join(text.split()).replace(" ,", ",")
     for apart, together in CONTRACTIONS.items():
         text = text.replace(apart, together)
