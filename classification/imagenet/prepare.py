@@ -4,9 +4,8 @@
     python -m classification.prepare_imagenet verify OUT                compare all of it with its checksums
     python -m classification.prepare_imagenet verify SOURCE --archives  compare the official tar files with theirs
 
-SOURCE holds the official tar files, a folder tree, or Hugging Face's imagenet-1k (classification/imagenet/raw.py lists
-the files). Any other images in one folder per class work too. After any interruption the same command continues where
-it was. docs/data.md says how to get ImageNet and how long this takes.
+SOURCE holds a form of ImageNet that raw.py lists, or any other images in one folder per class. After an interruption
+the same command continues where it was. docs/data.md says how to get ImageNet and how long this takes.
 """
 
 import argparse
@@ -107,7 +106,7 @@ def _build_split(source: Source, name: str, path: Path, inputs: str) -> None:
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    """CHUNK records at a time; the last list may be shorter. The next ones are read while these are written."""
+    """CHUNK records at a time. The next ones are read while these are written."""
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(lambda: list(islice(records, CHUNK)))
         while chunk := ahead.result():
@@ -116,9 +115,9 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 
 
 def verify(out: Path, decode: bool = False) -> list[str]:
-    """What is wrong with the build in `out`: one line per damaged image. With `decode`, decode every image too.
+    """One line per damaged image of the build in `out`. With `decode`, decode every image too.
 
-    Raises UserError if there is no finished build, or if its files are truncated or do not belong together.
+    Raises UserError if the build is unfinished, or if its files are truncated or do not belong together.
     """
     manifest = read_manifest(out, MANIFEST_KEYS, FORMAT)
     bad = []
@@ -151,11 +150,11 @@ def verify_archives(source: Path) -> list[str]:
     return bad
 
 
-_opened = cache(LmdbSplit)  # once in each process, as all checksums are read then
+_opened = cache(LmdbSplit)  # once a process, as this reads all checksums
 
 
 def _check(path: Path, classes: tuple[str, ...], decode: bool, index: int) -> str | None:
-    """A line that says what is wrong with an image, or None."""
+    """What is wrong with an image, or None."""
     split = _opened(path, classes)
     try:
         record = split[index]
