@@ -4,7 +4,7 @@ Each training image is stored with its black border, so pad, random crop and ran
 Normalize follow in float32; the result equals torchvision's bit for bit.
 
 What happens to sample i in epoch e is a function of (seed, e, i) alone: all draws of an epoch are made at once, on the
-CPU, whatever the device, the number of ranks and the interruptions.
+CPU.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,7 +45,7 @@ class Draws(NamedTuple):
 class ImageData:
     """Training, test and perhaps validation images on one device.
 
-    `mean` and `std` are per channel, of pixels in 0..1; None: the training images' own. `image_size`: (height, width).
+    `mean` and `std` are per channel, of pixels in 0..1; None: the training images' own.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class ImageData:
     def test_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
     ) -> Iterator[Batch]:
-        """This rank's part of the test set in order. The last batch may be smaller."""
+        """This rank's part of the test set in order."""
         return self._in_order(self._test, batch_size, rank, world_size, channels_last)
 
     def valid_batches(
@@ -154,7 +154,7 @@ class ImageData:
 
 
 def whole_updates(images: int, batch: int, passes: int) -> int:
-    """How many updates there are in so many images; UserError where not even one."""
+    """How many updates there are in `images`; UserError where not even one."""
     if batch * passes > images:
         update = f"batch={batch}" if passes == 1 else f"batch={batch} passes={passes}"
         raise UserError(f"{update}: an update is larger than the training set, {images} images")
@@ -170,7 +170,7 @@ def parts_in_order(images: int, batch_size: int, rank: int, world_size: int) -> 
 class Normalise:
     """uint8 [b, H, W, 3] to float32 [b, 3, H, W]: (pixels / 255 - mean) / std, per channel, for rows of `width` pixels.
 
-    Raises UserError unless `mean` and `std` have three values each that pixels in 0..1 can have.
+    Raises UserError unless `mean` and `std` are three values each, possible for pixels in 0..1.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], width: int, device: torch.device | str) -> None:
@@ -179,7 +179,7 @@ class Normalise:
                 "data.mean and data.std need three values each, for pixels in 0..1: mean 0 to 1, std above 0 and up to "
                 f"1; not {list(mean)} and {list(std)}"
             )
-        # One value for each number in a row of pixels. CUDA divides by a plain 255 inexactly, hence the tensor.
+        # One value for each number in a row. 255 is a tensor because CUDA divides by a plain number inexactly.
         self._white = torch.tensor(255.0, device=device)
         self._row_mean = torch.tensor(mean, device=device).repeat(width)
         self._row_std = torch.tensor(std, device=device).repeat(width)

@@ -24,7 +24,7 @@ BATCHES = 50  # as in schedule_free's example with BatchNorm
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """A BatchNorm2d of `group` images at a time in training. Running statistics are those of the first group.
+    """A BatchNorm2d of `group` images at a time in training.
 
     Images are [N, C, H, W]; ValueError where N is no multiple of `group`.
     """
@@ -66,7 +66,7 @@ def track_statistics(model: nn.Module, tracked: bool) -> None:
 
 
 def renew_statistics(run: "ImageRun") -> None:
-    """Renew the model's running statistics: their means over the epoch's first passes, the same on every rank."""
+    """Renew the model's running statistics over the epoch's first passes, the same on every rank."""
     config, progress = run.config, run.progress
     updates = run.data.train_batches(progress.epoch, config.batch, config.passes, channels_last=config.channels_last)
     images = (images for passes in updates for _, (images, _) in passes)

@@ -20,7 +20,7 @@ class Archive(NamedTuple):
         return self.url.rpartition("/")[2]
 
 
-# The values are also in torchvision/datasets/cifar.py.
+# As in torchvision/datasets/cifar.py.
 ARCHIVES = {
     "cifar10": Archive(
         "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",

@@ -1,4 +1,4 @@
-"""The settings of an image classifier's run. Without torch, commands that only read it start fast."""
+"""The settings of an image classifier's run. It does not import torch: commands that only read configs start fast."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ class DataConfig(Strict):
 
     name: Literal["cifar10", "cifar100", "folder", "digits", "imagenet"]
     root: str = "data"
-    validation: float = Field(0.0, ge=0, lt=1)  # share of the training images that is held out
+    validation: float = Field(0.0, ge=0, lt=1)  # share of the training images held out
     mean: list[float] | None = None  # per channel, of images in 0..1; default: the data set's own
     std: list[float] | None = None
     # imagenet alone: see ImageNetData

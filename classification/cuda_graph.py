@@ -1,11 +1,9 @@
 """An update in CUDA graphs: its kernels are recorded once and then started by two calls.
 
 At batch 128 an update of ResNet-110 starts some 1,100 kernels, most of them shorter than their start. One graph holds
-the forward and backward pass, another the optimizer's step, whose time can then still be measured. Their tensors stay
-where they are, so each batch and the learning rates are copied into them. The first updates, also after a resume, run
-without a graph: they choose and compile kernels, and make the optimizer's state.
-
-Outside stay drawing and augmenting the batch, metrics, the schedule, and everything that looks at the host.
+the forward and backward pass, another the optimizer's step, whose time can then still be measured. Batches and learning
+rates are copied into fixed tensors. The first updates, also after a resume, run without a graph: they choose and
+compile kernels, and make the optimizer's state.
 """
 
 import warnings
@@ -60,7 +58,7 @@ def _obstacle(config: "Config", optimizer: Optimizer, device: torch.device, worl
 
 
 def use_graphs(run: "ImageRun") -> None:
-    """Let `run` take its updates in graphs. Call it once the last checkpoint is restored."""
+    """Let `run` take its updates in graphs, once the last checkpoint is restored."""
     forward_backward, device = run.forward_backward, run.world.device
 
     def one_pass(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -76,7 +74,7 @@ class Recorded:
     """A function of tensors, recorded as a graph in call WARMUP + 1, then replayed.
 
     Arguments must keep their shapes and dtypes. The next call overwrites what a call returns. On the CPU the function
-    runs each time, over the same fixed tensors.
+    runs each time.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], device: torch.device) -> None:
@@ -129,7 +127,7 @@ class RecordedStep:
         dtype = torch.float32 if device.type == "cuda" else torch.float64
         self.rates = [torch.zeros((), dtype=dtype, device=device) for _ in optimizer.param_groups]
         self.recorded = Recorded(self._step, device)
-        for state in optimizer.state.values():  # a checkpoint may have left them on the CPU
+        for state in optimizer.state.values():  # a checkpoint may have left `step` on the CPU
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].to(device)
 
@@ -165,7 +163,7 @@ def capturable(optimizer: Optimizer, rates: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def counted_together(model: torch.nn.Module) -> Iterator[None]:
-    """A pass in which all BatchNorms count the batch in one operation, not one each."""
+    """A pass in which all BatchNorms count the batch in one operation."""
     norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None]
     norms = [norm for norm in norms if norm.track_running_stats and norm.momentum is not None]
     counts = [norm.num_batches_tracked for norm in norms]

@@ -1,8 +1,8 @@
-"""The data sets of the classification tasks, read into memory by name.
+"""The data sets, read into memory by name.
 
     cifar10, cifar100   downloaded once; torchvision compares every file with its MD5
     folder              any tree of small images, train/<class>/* and test/<class>/*
-    digits              scikit-learn's 8x8 digits as 32x32 RGB; needs no download
+    digits              scikit-learn's 8x8 digits as 32x32 RGB
 
 `imagenet` is too large for that: its images are read and decoded in training (imagenet/data.py).
 """
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NATURAL_IMAGES = Augmentation(padding=4, flip=True)
-DIGITS = Augmentation(padding=2, flip=False)  # at most half an original pixel; a mirrored digit is not that digit
+DIGITS = Augmentation(padding=2, flip=False)  # half an original pixel; a mirrored digit is not that digit
 
 
 class Dataset(NamedTuple):

@@ -1,4 +1,4 @@
-"""A validation split for comparisons: training images held out, so that nothing is chosen on the test images."""
+"""Training images held out for validation: nothing is chosen on the test images."""
 
 import torch
 from torch import Tensor

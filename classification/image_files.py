@@ -31,7 +31,7 @@ def list_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]
 
 
 def list_folders(folder: str | Path) -> list[str]:
-    """The sorted names of the folders in `folder` except hidden ones. Raises UserError if it cannot be read."""
+    """The sorted names of the folders in `folder`. Raises UserError if it cannot be read."""
     return sorted(entry.name for entry in scan(folder) if entry.is_dir())
 
 
@@ -50,7 +50,7 @@ def is_image(path: str) -> bool:
 
 
 def printable(path: str | Path) -> str:
-    r"""A path for messages. Bytes that are not UTF-8 are shown as \xe9 or the like."""
+    r"""A path for messages, with \xe9 for a byte that is not UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 

@@ -4,7 +4,7 @@
 a block changes the shape, its shortcut is a 1x1 convolution with batch norm, as in the published Apollo runs (2,752
 parameters more than in the original). The input needs at least 4x4 pixels.
 
-The other networks are torchvision's, without pretrained weights.
+The others are torchvision's, without pretrained weights.
 """
 
 from collections.abc import Callable

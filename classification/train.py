@@ -63,7 +63,7 @@ def train(config: Config, world: World) -> int:
 
 
 def train_epoch(run: ImageRun, bar: tqdm) -> bool:
-    """Train to the end of the epoch; False where a signal asked to stop before (all is saved then)."""
+    """Train to the end of the epoch; False where a signal asked to stop before, with all saved."""
     config, world, progress = run.config, run.world, run.progress
     run.network.train()
     batches = run.data.train_batches(
@@ -93,7 +93,7 @@ def train_epoch(run: ImageRun, bar: tqdm) -> bool:
 def forward_backward(
     run: ImageRun, images: torch.Tensor, labels: torch.Tensor, passes: int = 1, is_last: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add the gradients of one of `passes`; returns the mean loss, and how many images are right."""
+    """Add one pass to the gradients; returns the mean loss, and how many images are right."""
     with run.precision.autocast():
         logits = run.network(images)
         loss = cross_entropy(logits.float(), labels)
@@ -146,7 +146,7 @@ def evaluate(run: ImageRun) -> dict[str, float]:
 
 @torch.inference_mode()
 def score(run: ImageRun, batches: Iterable[Batch], size: int) -> dict[str, float]:
-    """Sums over a set of `size` images, each counted exactly once over all ranks."""
+    """Sums over a set of `size` images, each counted once over all ranks."""
     run.model.eval()
     sums = Sums(("loss", "correct", "examples"), run.world.device)
     for images, labels in batches:

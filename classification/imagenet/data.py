@@ -33,7 +33,7 @@ from engine.seed import derive, generator
 log = logging.getLogger(__name__)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TRAIN, VAL, HELD_OUT = range(3)  # HELD_OUT: images of the training split, seen as validation images are
+TRAIN, VAL, HELD_OUT = range(3)  # HELD_OUT: training images, seen as validation images are
 
 Split = LmdbSplit | FolderSplit
 
@@ -57,13 +57,13 @@ class RawBatch(NamedTuple):
 
 
 class ImageNetData:
-    """Training and validation images in batches on a device; the interface of `augment.ImageData`.
+    """ImageNet with the interface of `augment.ImageData`.
 
     `size`: side of the square that the network sees. `resize`: shorter side of validation images before they are cut
     (default: 256 / 224 of `size`). `decoder`: exact or fast (decode.py). A damaged training image is an error, or with
     `on_damaged="skip"` the next image takes its place; a damaged validation image is always an error. `workers`:
-    processes (default: this rank's share of the cores). `validation`: the share of training images that is held out,
-    not by class, as nothing lists their labels.
+    processes (default: this rank's share of the cores). `validation`: the share of training images held out, not by
+    class, as nothing lists their labels.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class ImageNetData:
         self._iteration: object | None = None
 
     def updates_per_epoch(self, batch: int, passes: int = 1) -> int:
-        """Whole updates in the training set; the rest is left out."""
+        """As `ImageData.updates_per_epoch`."""
         return whole_updates(self.train_size, batch, passes)
 
     def train_batches(
@@ -137,13 +137,12 @@ class ImageNetData:
     def test_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
     ) -> Iterator[Batch]:
-        """This rank's part of ImageNet's validation images, as `ImageData.test_batches`."""
+        """ImageNet's validation images, as `ImageData.test_batches`."""
         return self._in_order(VAL, range(self.test_size), batch_size, rank, world_size, channels_last)
 
     def valid_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
     ) -> Iterator[Batch]:
-        """This rank's part of the images held out."""
         return self._in_order(HELD_OUT, self._held_out.tolist(), batch_size, rank, world_size, channels_last)
 
     def _in_order(
@@ -178,7 +177,6 @@ class ImageNetData:
         self._untaken += 1
 
     def _finish(self, raw: RawBatch, channels_last: bool) -> Batch:
-        """Move a batch to the device; mirror and normalise it there."""
         pixels, labels, mirror = (part.to(self.device, non_blocking=True) for part in raw[:3])
         pixels = torch.where(mirror[:, None, None, None], pixels.flip(2), pixels)
         return self._normalise(pixels, channels_last), labels
@@ -196,7 +194,7 @@ class _Requests(Sampler[Request]):
 
 
 class _Batches(Dataset[RawBatch]):
-    """What the workers do: from a request to its batch."""
+    """From a request to its batch, in a worker."""
 
     def __init__(self, splits: Sequence[Split], seed: int, size: int, resize: int, decoder: str) -> None:
         self.splits, self.seed, self.size, self.resize, self.decoder = splits, seed, size, resize, decoder
@@ -233,7 +231,7 @@ class _Batches(Dataset[RawBatch]):
 
 
 def _empty_batch(count: int, size: int) -> Tensor:
-    """uint8 [count, size, size, 3]; a worker's lies in shared memory from the start, which saves a copy."""
+    """uint8 [count, size, size, 3]; a worker's lies in shared memory, which saves a copy."""
     if get_worker_info() is None:
         return torch.empty(count, size, size, 3, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(count * size * size * 3)  # as torch's default_collate does

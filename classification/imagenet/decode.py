@@ -5,8 +5,8 @@
              accepts every file that libjpeg-turbo decodes without an error
 
 Both decode with libjpeg-turbo through simplejpeg, which gives Pillow's pixels, and resize with native/resize.py.
-Entropy decoding takes most of the time and must start at the top, so both stop below the view. Pillow reads the other
-files, such as ImageNet's CMYK files and its PNG.
+Entropy decoding takes most of the time and must start at the top, so both stop below the view. Pillow reads other
+files, such as ImageNet's CMYK files and PNG.
 """
 
 import io
@@ -87,7 +87,7 @@ def exact(image: bytes | memoryview, choose: Choose, size: int, out: Tensor | No
 
 
 def fast(image: bytes | memoryview, choose: Choose, size: int, out: Tensor | None = None) -> Tensor:
-    """uint8 [size, size, 3], nearly equal to `exact`. Raises DamagedImage for data that are no image."""
+    """Nearly equal to `exact`. Raises DamagedImage for data that are no image."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
     except ValueError:
@@ -123,16 +123,15 @@ def _frame(image: bytes | memoryview) -> int:
 
 
 def _sampling(image: bytes | memoryview, frame: int) -> bytes:
-    # Bytes: marker and length (2 each), precision (1), height and width (2 each), number of colours (1); for each
-    # colour its name, sampling and quantisation (1 each).
+    # Bytes: marker 2, length 2, precision 1, height 2, width 2, colours 1; per colour name, sampling, quantisation 1.
     return bytes(image[frame + 11 : frame + 10 + 3 * image[frame + 9] : 3])
 
 
 def _cut(image: bytes | memoryview, frame: int, height: int, bottom: int) -> tuple[bytes | memoryview | bytearray, int]:
     """The JPEG with a header that ends it just below `bottom`, where decoding stops, and its number of rows then.
 
-    Only a baseline file, whose rows lie from top to bottom, is cut. The decoder treats the remaining data as a
-    recoverable error.
+    Only baseline files, whose rows lie from top to bottom, are cut. The data left are a recoverable error to the
+    decoder.
     """
     rows = min(bottom + ROWS_BELOW, height)
     if rows == height or not frame or image[frame + 1] not in BASELINE:

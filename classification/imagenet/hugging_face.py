@@ -4,9 +4,8 @@
     parquet    train-00000-of-00294.parquet ... and validation-00000-of-00014.parquet; columns `image` (bytes, path) and
                `label`, the class's place among the sorted wnids; `path` is the name in the tar.gz
 
-The names are those of the data set's loading script, imagenet-1k.py. It takes the class from the end of the name, and
-its classes.py lists the wnids in sorted order. Both forms are read from front to back, so images come in the files'
-order.
+The names are those of its loading script, imagenet-1k.py. It takes the class from the end of the name, and its
+classes.py lists the wnids in sorted order. Both forms are read from front to back.
 """
 
 import gzip
@@ -42,7 +41,7 @@ NAMES = {"parquet": SHARD, "tar.gz": ARCHIVE}
 
 
 def locate_hugging_face(root: Path) -> tuple[str, Path] | None:
-    """The form and the folder of imagenet-1k's files in `root`, or None."""
+    """The form and folder of imagenet-1k's files in `root`, or None."""
     for folder in (root, root / "data"):
         names = [entry.name for entry in scan(folder)] if folder.is_dir() else []
         for kind, name in NAMES.items():

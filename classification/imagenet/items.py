@@ -36,7 +36,7 @@ class Item(NamedTuple):
         return content
 
 
-Read = Callable[[Sequence[Item]], Iterator[Record]]  # from a split's images, or its last ones, to their content
+Read = Callable[[Sequence[Item]], Iterator[Record]]  # from a split's images, or the last of them, to their content
 
 
 class Source(NamedTuple):

@@ -5,9 +5,9 @@
     val.txt                                         NAME index                 Caffe (data/ilsvrc12)
     val_list.txt                                    val/NAME index             PaddleClas (its guide to data sets)
     imagenet_2012_validation_synset_labels.txt      wnid                       TensorFlow (research/slim/datasets)
-    ILSVRC2012_validation_ground_truth.txt          id                         the development kit of 2012
-    ILSVRC2014_clsloc_validation_ground_truth.txt   id                         the kit of 2014
-    ILSVRC2015_clsloc_validation_ground_truth.txt   id                         the kits of 2015 to 2017
+    ILSVRC2012_validation_ground_truth.txt          id                         development kit of 2012
+    ILSVRC2014_clsloc_validation_ground_truth.txt   id                         kit of 2014
+    ILSVRC2015_clsloc_validation_ground_truth.txt   id                         kits of 2015 to 2017
     none: the images are named NAME_wnid.JPEG                                  Hugging Face's imagenet-1k
 
 A *wnid* (n01440764) is a class's name. An *index* is its place among the sorted wnids, from 0. An *id* is its place in
@@ -15,8 +15,8 @@ the development kit, from 1: meta.mat (2012) or map_clsloc.txt (2014 to 2017; li
 All kits have the same ids: 2015's readme says that its synsets are those of 2012 and 2013, and in both files id 1 is
 n02119789. A file of wnids or ids alone follows the order of the images' names.
 
-The content of a file decides how it is read, not its name. Nobody would notice a wrong label, so every file found must
-cover exactly these images, and all files must agree.
+A file's content decides how it is read, not its name. Nobody would notice a wrong label, so every file must cover
+exactly these images, and all must agree.
 """
 
 import os
@@ -38,11 +38,11 @@ KAGGLE_LIST, KAGGLE_HEADER = LISTS[0], "ImageId,PredictionString"
 KIT_2012 = "ILSVRC2012_devkit_t12.tar.gz"
 META, MAP = "meta.mat", "map_clsloc.txt"
 GROUND_TRUTH = re.compile(r"ILSVRC201\d_(clsloc_)?validation_ground_truth\.txt")
-# Public scripts unpack the kits to all of these, e.g. to ILSVRC2017_devkit/ILSVRC/devkit/data.
+# Public scripts unpack the kits to all of these.
 KIT_FOLDERS = ("data", "devkit/data", "ILSVRC*/data", "ILSVRC*/devkit/data", "ILSVRC*_devkit*/ILSVRC*/devkit/data")
 KIT_ARCHIVES = ("ILSVRC201*_devkit*.tar.gz", "ILSVRC201*_devkit*.tgz")
 FIRST_ID = "n02119789"  # has id 1 in every kit
-# Prints the leaves of meta.mat as lines of wnid and id. In a process of its own, as scipy crashes on damaged files.
+# Prints the leaves of meta.mat. In a process of its own, as scipy crashes on damaged files.
 SHOW_META = """
 import io, sys
 from scipy.io import loadmat
@@ -58,12 +58,10 @@ class LabelFiles(NamedTuple):
     """The label files that a user gives, instead of those found."""
 
     val_labels: Path | None = None  # any of the files above
-    ids: Path | None = None  # map_clsloc.txt, or a text file with the class of id k in line k
+    ids: Path | None = None  # map_clsloc.txt, or a file with the class of id k in line k
 
 
 class _Found(NamedTuple):
-    """A label file."""
-
     place: str  # its full path
     content: bytes
     kit: dict[str, bytes]  # its kit's files by full path
@@ -116,7 +114,7 @@ def label_by_name(
 
 
 def _find(places: Sequence[Path]) -> list[_Found]:
-    """Every label file in `places` and in the kits there, unpacked or packed."""
+    """Every label file in `places` and in kits there, packed or not."""
     paths = [folder / name for folder in dict.fromkeys(places) for name in LISTS]
     lists = [_Found(str(path), _read(path), {}) for path in paths if path.is_file()]
     kits = list(_kits(places))
@@ -125,7 +123,7 @@ def _find(places: Sequence[Path]) -> list[_Found]:
 
 
 def _kits(places: Sequence[Path]) -> Iterator[dict[str, bytes]]:
-    """The files of each kit in `places`, as full path and content."""
+    """The files of each kit in `places`: path and content."""
     for place in places:
         unpacked = [folder for pattern in KIT_FOLDERS for folder in sorted(place.glob(pattern))]
         for folder in dict.fromkeys([place, *unpacked]):
@@ -154,7 +152,6 @@ def _is_of_kit(name: str) -> bool:
 def _read_labels(
     found: _Found, names: Sequence[str], classes: Sequence[str], places: Sequence[Path], given: LabelFiles
 ) -> list[int]:
-    """The label of each of `names` according to one file."""
     place = found.place
     lines = _lines(place, found.content)
     if not lines:
@@ -245,7 +242,7 @@ def _natural(name: str) -> list[str]:
 
 
 def _class_of_id(found: _Found, places: Sequence[Path], given: LabelFiles) -> dict[int, str]:
-    """The class of each id: from --ids, else from the file's own kit, else from any kit, as all are equal."""
+    """The class of each id: from --ids, else from the file's kit, else from any kit, as all are equal."""
     if given.ids:
         return _checked(str(given.ids), _read_ids(str(given.ids), _read(given.ids)))
     beside = _kits([given.val_labels.parent]) if given.val_labels else ()

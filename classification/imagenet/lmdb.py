@@ -1,12 +1,11 @@
-"""Prepared ImageNet: one LMDB file per split with the images' own bytes, and a manifest that marks a finished build.
+"""Prepared ImageNet: one LMDB file per split with the images' own bytes, and a manifest.
 
     train.lmdb, val.lmdb    key: the image's index, 8 bytes, big-endian; value: label (int32, little-endian) + the file
     manifest.json           written last; training reads nothing without it
 
-A million small files are slow to list, copy and open. The images stay unchanged, so the reader may choose the decoder.
-Each file also holds `format`, `classes`, `inputs` (a digest of the list of images), `images` (their number so far) and,
-for every 256 images, `digests:` + first index: the xxh3 checksums of their values. Images, checksums and count change
-in one transaction, so a killed build continues where it was.
+A million small files are slow to list, copy and open. Each file also holds `format`, `classes`, `inputs` (a digest of
+the list of images), `images` (their number) and, for every 256 images, `digests:` + first index: the xxh3
+checksums of their values. These change in one transaction with the images, so a killed build continues where it was.
 """
 
 import errno
@@ -57,7 +56,7 @@ class SplitWriter:
     """Appends images to one split, also to an unfinished file.
 
     Raises UserError if the file was begun from another list of images (`inputs`), is damaged or cannot be opened, or if
-    the disk is full. On a full disk the written images stay, and the build can continue.
+    the disk is full.
     """
 
     def __init__(self, path: Path, inputs: str, classes: Sequence[str], map_size: int = FIRST_MAP) -> None:
@@ -107,8 +106,8 @@ class SplitWriter:
     def _open(self) -> lmdb.Environment:
         """The file, opened anew for each transaction.
 
-        The same images must give the same bytes after any interruption. But the unused parts of LMDB's pages keep data
-        of other pages written since the file was opened.
+        The same images must give the same bytes. But the unused parts of LMDB's pages keep data of other pages written
+        since the file was opened.
         """
         try:
             return lmdb.open(str(self.path), subdir=False, lock=False, map_size=self._map_size)
@@ -153,7 +152,7 @@ class LmdbSplit:
         return f"{self.path}, key {index} (class {known})"
 
     def content_digest(self) -> str:
-        """sha256 over all checksums in order, as the manifest holds it."""
+        """sha256 over all checksums in order."""
         return sha256(self._digests.tobytes()).hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:  # a spawned process opens the file itself
@@ -191,7 +190,7 @@ def _damaged(path: Path, how: object) -> UserError:
 
 
 def _not_opened(path: Path, error: lmdb.Error | OSError, map_size: int) -> UserError:
-    """The error for a file that was not opened. Only wrong content leads to the advice to delete it."""
+    """The error for an unopened file. Only wrong content leads to the advice to delete it."""
     if isinstance(error, WRONG_CONTENT):
         return _damaged(path, error)
     reason = error.strerror or error if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")

@@ -4,8 +4,8 @@ LMDB's own lookup follows the numbers of a damaged page even beyond the file's e
 (SIGBUS). This lookup checks each number first, so a damaged page is an error like any other.
 
 The format is that of LMDB 0.9 on a little-endian machine of 64 bits: MDB_meta, MDB_db, MDB_page and MDB_node in
-libraries/liblmdb/mdb.c (https://git.openldap.org/openldap/openldap). A file is a row of pages. Branch and leaf pages
-are a B+ tree. A value too large for a leaf has overflow pages, one after another.
+libraries/liblmdb/mdb.c (https://git.openldap.org/openldap/openldap). Branch and leaf pages are a B+ tree. A value
+too large for a leaf has overflow pages, one after another.
 """
 
 import mmap
@@ -40,7 +40,7 @@ class Meta(NamedTuple):
 
 
 class Page(NamedTuple):
-    """A branch or leaf: where it begins in the file, and where its nodes begin in it."""
+    """A branch or leaf: where it begins in the file, and its nodes in it."""
 
     start: int
     is_leaf: bool
@@ -83,7 +83,6 @@ class LmdbFile:
         raise DamagedFile("its pages lead in a circle")
 
     def _meta(self, start: int) -> Meta:
-        """The meta page at `start`."""
         if start + META.size > self.size:
             raise DamagedFile("its end is missing")
         magic, version, *values = META.unpack_from(self._bytes, start)
@@ -123,7 +122,6 @@ class LmdbFile:
         return self._bytes[start : start + key_size], start + key_size
 
     def _value(self, page: Page, key: bytes) -> memoryview | None:
-        """The value of `key` in a leaf."""
         place = bisect_left(page.nodes, key, key=lambda node: self._key(page, node)[0])
         if place == len(page.nodes):
             return None

@@ -1,4 +1,4 @@
-"""What an ImageNet download holds: every image's place and label, for each form of the download.
+"""Every image's place and label in an ImageNet download, for each of its forms.
 
     folder             train/<class>/*, and val/ or validation/ with <class>/* or flat (labels.py); also in
                        ILSVRC/Data/CLS-LOC, as Kaggle's and image-net.org's archives of 2015 to 2017 unpack
@@ -38,7 +38,7 @@ READERS = 16  # threads; they mostly wait for the disk
 
 
 class Layout(NamedTuple):
-    """Where a download holds its images, and in which form."""
+    """A download's form and place."""
 
     kind: str  # folder, tar, tar.gz or parquet
     place: Path  # the folder that holds train/, or the files
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
         return f"{what.get(self.kind, f'imagenet-1k as {self.kind} files')} in {self.place}"
 
     def files(self) -> Iterator[str]:
-        """The files that hold the images, without others such as the archive of a tree."""
+        """The files that hold images, not the archive of an unpacked tree."""
         if self.kind == "folder":
             for split in ("train", "val", "validation"):
                 if (self.place / split).is_dir():
@@ -127,7 +127,7 @@ def read_files(items: Sequence[Item]) -> Iterator[Record]:
 class FolderSplit:
     """One split of a folder tree: `split[index]` is a Record, without a checksum.
 
-    Worker processes share arrays. Each would copy a list of a million strings.
+    Worker processes share arrays, and each would copy a list.
     """
 
     def __init__(self, items: Sequence[Item], classes: Sequence[str]) -> None:
@@ -162,7 +162,7 @@ def list_folder(root: Path) -> tuple[FolderSplit, FolderSplit]:
 
 
 def inputs_digest(items: Sequence[Item], root: Path) -> str:
-    """sha256 of the images' labels and places relative to `root`. Equal lists make equal builds."""
+    """sha256 of the images' labels and places relative to `root`. Equal ones make equal builds."""
     digest = sha256()
     for item in items:
         place = os.path.relpath(item.path, root)
@@ -193,7 +193,7 @@ def _list_images(folder: Path) -> list[str]:
 
 
 def _list_classes(split: Path) -> tuple[list[str], list[Item]]:
-    """Every image of `split`/<class>/, to any depth, by class and name."""
+    """Every image of `split`/<class>/ by class and name."""
     classes = list_folders(split)
     folders = [split / name for name in classes]
     with ThreadPoolExecutor(READERS) as pool:  # on a network disk, listing is mostly waiting

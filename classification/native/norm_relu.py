@@ -1,7 +1,7 @@
 """relu(batch_norm(x) + shortcut): by torch's operators, or by one native function on the CPU.
 
 On the CPU, convolutions are fastest channels-last. But torch's batch norm then takes a quarter of a CIFAR ResNet's
-time. norm_relu.cpp passes over memory twice forward and twice backward, including ReLU and addition.
+time. norm_relu.cpp passes over memory twice forward and twice backward.
 """
 
 import ctypes
@@ -101,7 +101,7 @@ class _NormRelu(torch.autograd.Function):
 def _differentiable_backward(
     x: Tensor, weight: Tensor, grad_sum: Tensor, eps: float, has_shortcut: bool
 ) -> tuple[Tensor | None, ...]:
-    """What `_NormRelu.backward` returns, as functions of x, weight and `grad_sum`, the gradient before the ReLU."""
+    """What `_NormRelu.backward` returns, as functions of x, weight and the gradient before the ReLU."""
     normalised = F.batch_norm(x, None, None, weight, training=True, eps=eps)
     grad_x, grad_weight = torch.autograd.grad(normalised, (x, weight), grad_sum, create_graph=True)
     grad_bias = grad_sum.sum((0, 2, 3), dtype=weight.dtype)

@@ -1,7 +1,7 @@
-"""A square of a resized part of an image: one native function gives the bytes of Pillow's bilinear resampling.
+"""A square of a resized part of an image, with the bytes of Pillow's bilinear resampling.
 
-resize.cpp is faster, as Pillow resizes the whole picture. Pillow does the work if it cannot be compiled, or if an
-unknown Pillow gives other bytes.
+resize.cpp is faster, as Pillow resizes the whole picture. Pillow does the work if resize.cpp cannot be compiled or
+gives other bytes.
 """
 
 import ctypes
