@@ -3,8 +3,7 @@
 Each training image is stored with its black border, so pad, random crop and random flip are one gather. ToTensor and
 Normalize follow in float32; the result equals torchvision's bit for bit.
 
-What happens to sample i in epoch e is a function of (seed, e, i) alone: all draws of an epoch are made at once, on the
-CPU.
+What happens to sample i in epoch e is a function of (seed, e, i): all draws of an epoch are made at once, on the CPU.
 """
 
 from collections.abc import Iterator, Sequence
@@ -111,8 +110,8 @@ class ImageData:
     ) -> Iterator[list[tuple[int, Batch]]]:
         """The epoch's updates from `start_update` on: for each, this rank's passes, as (index in the update, batch).
 
-        Pass k of update u is order[first : first + batch] with first = (u * passes + k) * batch; a rank takes
-        passes rank, rank + world_size, ... UserError if an update exceeds the set.
+        Pass k of update u is order[first : first + batch] with first = (u * passes + k) * batch; a rank takes passes
+        rank, rank + world_size, ... UserError if an update exceeds the set.
         """
         order, top, left, mirror = self.draws(epoch)
         # A crop's rows are read from pixel `start` in steps of `step`: from the right if mirrored.

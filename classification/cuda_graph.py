@@ -73,8 +73,7 @@ def use_graphs(run: "ImageRun") -> None:
 class Recorded:
     """A function of tensors, recorded as a graph in call WARMUP + 1, then replayed.
 
-    Arguments must keep their shapes and dtypes. The next call overwrites what a call returns. On the CPU the function
-    runs each time.
+    Arguments must keep their shapes and dtypes. The next call overwrites what a call returns. The CPU records nothing.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], device: torch.device) -> None:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NATURAL_IMAGES = Augmentation(padding=4, flip=True)
-DIGITS = Augmentation(padding=2, flip=False)  # half an original pixel; a mirrored digit is not that digit
+DIGITS = Augmentation(padding=2, flip=False)  # at most half an original pixel; a mirrored digit is another
 
 
 class Dataset(NamedTuple):
@@ -62,8 +62,7 @@ class Dataset(NamedTuple):
 def load_data(config: DataConfig, device: torch.device | str, seed: int) -> "ImageData | ImageNetData":
     """Read the set `config.name` from `config.root` onto `device`.
 
-    `seed` determines the order and augmentation of every epoch. Raises UserError for missing, corrupt or inconsistent
-    data.
+    `seed` determines each epoch's order and augmentation. Raises UserError for missing, corrupt or inconsistent data.
     """
     if config.name == "imagenet":
         from classification.imagenet.data import ImageNetData  # here, as the other sets do without its libraries

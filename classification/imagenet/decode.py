@@ -130,8 +130,7 @@ def _sampling(image: bytes | memoryview, frame: int) -> bytes:
 def _cut(image: bytes | memoryview, frame: int, height: int, bottom: int) -> tuple[bytes | memoryview | bytearray, int]:
     """The JPEG with a header that ends it just below `bottom`, where decoding stops, and its number of rows then.
 
-    Only baseline files, whose rows lie from top to bottom, are cut. The data left are a recoverable error to the
-    decoder.
+    Only baseline files, with rows from top to bottom, are cut. To the decoder the data left are a recoverable error.
     """
     rows = min(bottom + ROWS_BELOW, height)
     if rows == height or not frame or image[frame + 1] not in BASELINE:

@@ -42,7 +42,7 @@ GROUND_TRUTH = re.compile(r"ILSVRC201\d_(clsloc_)?validation_ground_truth\.txt")
 KIT_FOLDERS = ("data", "devkit/data", "ILSVRC*/data", "ILSVRC*/devkit/data", "ILSVRC*_devkit*/ILSVRC*/devkit/data")
 KIT_ARCHIVES = ("ILSVRC201*_devkit*.tar.gz", "ILSVRC201*_devkit*.tgz")
 FIRST_ID = "n02119789"  # has id 1 in every kit
-# Prints the leaves of meta.mat. In a process of its own, as scipy crashes on damaged files.
+# Prints the leaves of meta.mat. It runs in its own process, as scipy crashes on damaged files.
 SHOW_META = """
 import io, sys
 from scipy.io import loadmat

@@ -4,8 +4,8 @@
     manifest.json           written last; training reads nothing without it
 
 A million small files are slow to list, copy and open. Each file also holds `format`, `classes`, `inputs` (a digest of
-the list of images), `images` (their number) and, for every 256 images, `digests:` + first index: the xxh3
-checksums of their values. These change in one transaction with the images, so a killed build continues where it was.
+the list of images), `images` (their number) and, for every 256 images, `digests:` + first index: the xxh3 checksums of
+their values. These change in one transaction with the images, so a killed build continues where it was.
 """
 
 import errno
@@ -118,8 +118,7 @@ class SplitWriter:
 class LmdbSplit:
     """One split, for reading: `split[index]` is a Record, or raises DamagedImage if its checksum differs.
 
-    No lock is taken: any number of processes may read, even on a read-only disk. No damage ends the process: see
-    lookup.py.
+    No lock is taken: any process may read, even on a read-only disk. No damage ends the process (lookup.py).
     """
 
     def __init__(self, path: Path, classes: Sequence[str]) -> None:

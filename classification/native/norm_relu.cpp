@@ -1,9 +1,8 @@
 // relu(batch_norm(x) + shortcut) and its gradients for channels-last tensors on the CPU. Each passes over memory twice
 // (norm_relu.py).
 //
-// Rows are cut into chunks of a fixed size, and the chunks' sums are added in order. So the result is the same, bit for
-// bit, for any number of threads. Within a chunk, channels are processed in groups of kLanes, whose sums stay in
-// registers.
+// Rows are cut into chunks of a fixed size, whose sums are added in order: the result is the same, bit for bit, for any
+// number of threads. Within a chunk, channels are processed in groups of kLanes, whose sums stay in registers.
 
 #include <algorithm>
 #include <cmath>

@@ -2,8 +2,7 @@
 //
 // Pillow filters one axis, then the other, and rounds to 8 bits in between. Each output is a sum over the inputs under
 // a triangle, which is 2 scales wide and at least 2 pixels. Weights are computed in double and stored as integers with
-// kBits fractional bits. All outputs of an axis have the same number of weights, as the processor predicts loops of one
-// length.
+// kBits fractional bits. Outputs of an axis have equally many weights, as the processor predicts loops of one length.
 
 #include <algorithm>
 #include <cmath>
