@@ -1,10 +1,9 @@
 """Training batches of images: the whole set is one uint8 tensor on the device, and is augmented there.
 
-Each training image is stored with its black border, so that pad, random crop and random flip are one gather. ToTensor
-and Normalize follow in float32; the result equals torchvision's bit for bit.
+Each training image is stored with its black border, so pad, random crop and random flip are one gather. ToTensor and
+Normalize follow in float32; the result equals torchvision's bit for bit.
 
-What happens to sample i in epoch e is a function of (seed, e, i) alone: all draws of an epoch are made at once, on the
-CPU, so that neither the device nor the number of ranks nor a resumed run changes them.
+What happens to sample i in epoch e is a function of (seed, e, i): all draws of an epoch are made at once, on the CPU.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,14 +19,14 @@ Batch = tuple[Tensor, Tensor]  # images float32 [b, 3, H, W], normalised; labels
 
 
 class Images(NamedTuple):
-    """One split as it was read: pixels uint8 [N, H, W, 3] and labels int64 [N], on the CPU."""
+    """One split as read: pixels uint8 [N, H, W, 3] and labels int64 [N], on the CPU."""
 
     pixels: Tensor
     labels: Tensor
 
 
 class Augmentation(NamedTuple):
-    """A black border of `padding` pixels, a random crop, and a mirror at random."""
+    """A black border of `padding` pixels, a random crop, and a random mirror."""
 
     padding: int
     flip: bool
@@ -36,16 +35,16 @@ class Augmentation(NamedTuple):
 class Draws(NamedTuple):
     """The random choices of one epoch; all but `order` are indexed by sample."""
 
-    order: Tensor  # int64 [N], the samples in the order in which they are trained on
+    order: Tensor  # int64 [N], the samples in training order
     top: Tensor  # int64 [N], the crop's first row in the padded image
     left: Tensor  # int64 [N], the crop's first column there
     mirror: Tensor  # bool [N]
 
 
 class ImageData:
-    """A training and a test set on one device, and perhaps a validation set, `valid`.
+    """Training, test and perhaps validation images on one device.
 
-    `mean` and `std` are per channel, of pixels in 0..1; None: the training images' own. `image_size`: (height, width).
+    `mean` and `std` are per channel, of pixels in 0..1; None: the training images' own.
     """
 
     def __init__(
@@ -111,11 +110,11 @@ class ImageData:
     ) -> Iterator[list[tuple[int, Batch]]]:
         """The epoch's updates from `start_update` on: for each, this rank's passes, as (index in the update, batch).
 
-        Pass k of update u is order[first : first + batch] with first = (u * passes + k) * batch; a rank takes those
-        numbered rank, rank + world_size, ... UserError if an update exceeds the set.
+        Pass k of update u is order[first : first + batch] with first = (u * passes + k) * batch; a rank takes passes
+        rank, rank + world_size, ... UserError if an update exceeds the set.
         """
         order, top, left, mirror = self.draws(epoch)
-        # A crop is read from the stored pixel `start` in steps of `step` along its rows: from the right if mirrored.
+        # A crop's rows are read from pixel `start` in steps of `step`: from the right if mirrored.
         start = order * self._padded_area + (top * self._padded_width + left + mirror * (self.image_size[1] - 1))[order]
         step = (1 - 2 * mirror.long())[order]
         order, start, step = torch.stack((order, start, step)).to(self.device)
@@ -134,7 +133,7 @@ class ImageData:
     def test_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
     ) -> Iterator[Batch]:
-        """This rank's part of the test set in order, the last batch as small as it comes: every image once in all."""
+        """This rank's part of the test set in order."""
         return self._in_order(self._test, batch_size, rank, world_size, channels_last)
 
     def valid_batches(
@@ -149,12 +148,12 @@ class ImageData:
             yield self._normalise(images.pixels[part], channels_last), images.labels[part]
 
     def take_damaged(self) -> int:
-        """Damaged images that others stood in for: none, as such images never come this far."""
+        """None, as damaged images never come this far."""
         return 0
 
 
 def whole_updates(images: int, batch: int, passes: int) -> int:
-    """How many updates of `passes` times `batch` there are in so many images; UserError where not even one."""
+    """How many updates there are in `images`; UserError where not even one."""
     if batch * passes > images:
         update = f"batch={batch}" if passes == 1 else f"batch={batch} passes={passes}"
         raise UserError(f"{update}: an update is larger than the training set, {images} images")
@@ -162,7 +161,7 @@ def whole_updates(images: int, batch: int, passes: int) -> int:
 
 
 def parts_in_order(images: int, batch_size: int, rank: int, world_size: int) -> Iterator[slice]:
-    """The batches of a rank's part of so many images."""
+    """The batches of a rank's part of the images."""
     start, stop = (images * r // world_size for r in (rank, rank + 1))
     return (slice(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size))
 
@@ -170,7 +169,7 @@ def parts_in_order(images: int, batch_size: int, rank: int, world_size: int) -> 
 class Normalise:
     """uint8 [b, H, W, 3] to float32 [b, 3, H, W]: (pixels / 255 - mean) / std, per channel, for rows of `width` pixels.
 
-    Raises UserError where `mean` or `std` are not three values each that pixels in 0..1 can have.
+    Raises UserError unless `mean` and `std` are three values each, possible for pixels in 0..1.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], width: int, device: torch.device | str) -> None:
@@ -179,8 +178,7 @@ class Normalise:
                 "data.mean and data.std need three values each, for pixels in 0..1: mean 0 to 1, std above 0 and up to "
                 f"1; not {list(mean)} and {list(std)}"
             )
-        # Constants of the arithmetic, one value for each number in a row of pixels. 255 is a tensor because CUDA
-        # divides by a plain number inexactly.
+        # One value for each number in a row. 255 is a tensor because CUDA divides by a plain number inexactly.
         self._white = torch.tensor(255.0, device=device)
         self._row_mean = torch.tensor(mean, device=device).repeat(width)
         self._row_std = torch.tensor(std, device=device).repeat(width)
@@ -192,7 +190,7 @@ class Normalise:
 
 
 def pixel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 [N, H, W, 3], scaled to 0..1; histograms make them exact."""
+    """Mean and standard deviation of each channel of uint8 [N, H, W, 3] in 0..1, exact by histograms."""
     counts = torch.zeros(3, 256, dtype=torch.int64)
     for chunk in pixels.split(1024):
         for channel in range(3):

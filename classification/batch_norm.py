@@ -1,9 +1,9 @@
 """BatchNorm as several GPUs have it: statistics of each pass of an update, running ones from the first pass alone.
 
-In the published runs the evaluated model has the running statistics of rank 0, which takes the first pass. A GPU that
-has room for more images than a pass has can take several passes as one, normalised in groups of a pass's size.
+In the published runs the evaluated model has the running statistics of rank 0, which takes the first pass. A large GPU
+can take several passes as one, normalised in groups of a pass's size.
 
-Weights that are evaluated and not trained on (an optimizer's eval mode, an average) need statistics of their own.
+Weights that are evaluated but not trained on (an optimizer's eval mode, an average) need statistics of their own.
 """
 
 from itertools import islice
@@ -20,11 +20,11 @@ from engine.seed import seed_step
 if TYPE_CHECKING:
     from classification.train import ImageRun
 
-BATCHES = 50  # as in schedule_free's example for networks with BatchNorm
+BATCHES = 50  # as in schedule_free's example with BatchNorm
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """A BatchNorm2d that in training takes `group` images at a time: running statistics are those of the first group.
+    """A BatchNorm2d of `group` images at a time in training.
 
     Images are [N, C, H, W]; ValueError where N is no multiple of `group`.
     """
@@ -39,7 +39,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         if len(x) % self.group:
             raise ValueError(f"{len(x)} images cannot be divided into groups of {self.group}")
-        # Parts and not one operation over [groups, group, ...]: the library's kernels read each part where it lies.
+        # Not one operation over [groups, group, ...]: the kernels read each part where it lies.
         first, *others = x.split(self.group)
         normalised = [
             nn.functional.batch_norm(part, None, None, self.weight, self.bias, training=True, eps=self.eps)
@@ -49,7 +49,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
 
 def normalise_in_groups(model: nn.Module, group: int) -> None:
-    """Put GroupedBatchNorm2d in the place of each BatchNorm2d of `model`."""
+    """Replace each BatchNorm2d of `model` by a GroupedBatchNorm2d."""
     for parent in list(model.modules()):
         for name, norm in parent.named_children():
             if type(norm) is nn.BatchNorm2d:
@@ -59,17 +59,14 @@ def normalise_in_groups(model: nn.Module, group: int) -> None:
 
 
 def track_statistics(model: nn.Module, tracked: bool) -> None:
-    """Whether later training passes change the running statistics of BatchNorm."""
+    """Whether later training passes change BatchNorm's running statistics."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.track_running_stats = tracked
 
 
 def renew_statistics(run: "ImageRun") -> None:
-    """Take the running statistics of the run's model anew: their means over the first passes of the epoch.
-
-    Every rank sees the same passes. A model without BatchNorm is left as it is, and no image is read for it.
-    """
+    """Renew the model's running statistics over the epoch's first passes, the same on every rank."""
     config, progress = run.config, run.progress
     updates = run.data.train_batches(progress.epoch, config.batch, config.passes, channels_last=config.channels_last)
     images = (images for passes in updates for _, (images, _) in passes)

@@ -20,7 +20,7 @@ class Archive(NamedTuple):
         return self.url.rpartition("/")[2]
 
 
-# The values are also in torchvision/datasets/cifar.py.
+# As in torchvision/datasets/cifar.py.
 ARCHIVES = {
     "cifar10": Archive(
         "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
@@ -36,7 +36,7 @@ ARCHIVES = {
 
 
 def provide(name: str, root: Path) -> None:
-    """Download the archive `name` into `root`, unless `root` holds it, or holds it unpacked. Raises UserError."""
+    """Download the archive `name` into `root`, unless it is there, packed or unpacked. Raises UserError."""
     archive = ARCHIVES[name]
     if not any((root / form).exists() for form in (archive.file, archive.unpacked)):
         fetch(name, root)
@@ -47,7 +47,7 @@ def fetch(name: str, root: Path) -> None:
     archive = ARCHIVES[name]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with hold(root, "downloading", wait=True):  # a second row that starts finds what the first one has downloaded
+        with hold(root, "downloading", wait=True):  # a second run finds what the first has downloaded
             download(archive.url, root / archive.file, f"md5:{archive.md5}")
     except (UserError, OSError) as error:
         raise not_complete(name, root, error) from None

@@ -1,4 +1,4 @@
-"""The settings of an image classifier's run. torch is not imported here: commands that only read configs start fast."""
+"""The settings of an image classifier's run. It does not import torch: commands that only read configs start fast."""
 
 from typing import Literal
 
@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from engine.config import RunConfig, Strict
 
-IMAGENET_ALONE = ("size", "resize", "decoder", "on_damaged", "workers")  # settings that the other sets do not have
+IMAGENET_ALONE = ("size", "resize", "decoder", "on_damaged", "workers")
 
 
 class DataConfig(Strict):
@@ -14,10 +14,10 @@ class DataConfig(Strict):
 
     name: Literal["cifar10", "cifar100", "folder", "digits", "imagenet"]
     root: str = "data"
-    validation: float = Field(0.0, ge=0, lt=1)  # share of the training images that are held out and evaluated
+    validation: float = Field(0.0, ge=0, lt=1)  # share of the training images held out
     mean: list[float] | None = None  # per channel, of images in 0..1; default: the data set's own
     std: list[float] | None = None
-    # imagenet alone; ImageNetData says what they mean, and has the defaults
+    # imagenet alone: see ImageNetData
     size: PositiveInt | None = None
     resize: PositiveInt | None = None
     decoder: Literal["exact", "fast"] | None = None
@@ -48,7 +48,7 @@ class Config(RunConfig):
     channels_last: bool = True
     graph: bool | None = None  # updates in CUDA graphs; default: wherever they can be (cuda_graph.py)
     batchnorm_group: PositiveInt | None = None  # images behind one BatchNorm statistic; default: those of a pass
-    bn_update_batches: PositiveInt | None = None  # behind BatchNorm's statistics where they are renewed; default: 50
+    bn_update_batches: PositiveInt | None = None  # behind renewed BatchNorm statistics; default: 50
     eval_batch: PositiveInt = 1000  # per rank
 
     @model_validator(mode="after")

@@ -1,11 +1,9 @@
-"""An update in CUDA graphs: its kernels are recorded once and then started by two calls, without Python in between.
+"""An update in CUDA graphs: its kernels are recorded once and then started by two calls.
 
-At batch 128 an update of ResNet-110 starts some 1,100 kernels, most of them shorter than their start. Two graphs hold
-it: forward and backward pass, and the optimizer's step, whose time can then still be measured. Their tensors stay where
-they are, so each batch and the learning rates are first copied into fixed tensors. The first updates run without a
-graph: they choose and compile kernels, and make the optimizer's state. After a resume they do so again.
-
-What stays outside: drawing and augmenting the batch, metrics, the schedule, and everything that looks at the host.
+At batch 128 an update of ResNet-110 starts some 1,100 kernels, most of them shorter than their start. One graph holds
+the forward and backward pass, another the optimizer's step, whose time can then still be measured. Batches and learning
+rates are copied into fixed tensors. The first updates, also after a resume, run without a graph: they choose and
+compile kernels, and make the optimizer's state.
 """
 
 import warnings
@@ -25,14 +23,14 @@ if TYPE_CHECKING:
     from classification.config import Config
     from classification.train import ImageRun
 
-CAPTURABLE = (Apollo, Adam, AdamW, SGD, RAdam)  # their steps were read, and keep every scalar on the device
+CAPTURABLE = (Apollo, Adam, AdamW, SGD, RAdam)  # their steps keep every scalar on the device
 PRECISIONS = ("fp32", "tf32", "bf16")  # the loss scaler of fp16, and apex, decide on the host whether to step
-DEVICES = ("cuda",)  # where `graph` may be used; tests add the CPU, which records nothing
+DEVICES = ("cuda",)  # tests add the CPU, which records nothing
 WARMUP = 3  # calls without a graph; torch.cuda.graph asks for some
 
 
 def uses_graph(config: "Config", optimizer: Optimizer, device: torch.device, world_size: int) -> bool:
-    """Whether the updates of this run are to be captured. UserError where `graph: true` asks for it in vain."""
+    """Whether to capture this run's updates. UserError where `graph: true` asks for it in vain."""
     obstacle = _obstacle(config, optimizer, device, world_size)
     if config.graph and obstacle:
         raise UserError(f"graph=true needs {obstacle}; leave `graph` out, and a graph is used wherever it can be")
@@ -60,7 +58,7 @@ def _obstacle(config: "Config", optimizer: Optimizer, device: torch.device, worl
 
 
 def use_graphs(run: "ImageRun") -> None:
-    """Let `run` take its updates in graphs. Call it once the last checkpoint is restored."""
+    """Let `run` take its updates in graphs, once the last checkpoint is restored."""
     forward_backward, device = run.forward_backward, run.world.device
 
     def one_pass(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -73,10 +71,9 @@ def use_graphs(run: "ImageRun") -> None:
 
 
 class Recorded:
-    """`function` of tensors, which returns a tuple of tensors: recorded as a graph in call WARMUP + 1, then replayed.
+    """A function of tensors, recorded as a graph in call WARMUP + 1, then replayed.
 
-    Arguments must keep their shapes and dtypes. What a call returns is overwritten by the next one. On the CPU, where
-    nothing can be recorded, the function runs each time, over the same fixed tensors.
+    Arguments must keep their shapes and dtypes. The next call overwrites what a call returns. The CPU records nothing.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], device: torch.device) -> None:
@@ -97,14 +94,14 @@ class Recorded:
             return self._warm_up()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            # Threads that load data may go on using the device. The capture itself runs nothing.
+            # Threads that load data may use the device meanwhile. The capture runs nothing.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.outputs = self.function(*self.inputs)
         self.graph.replay()
         return self.outputs
 
     def _warm_up(self) -> tuple[Tensor, ...]:
-        """Run the function on another stream than the default one, as torch asks before a capture."""
+        """Run the function on a stream of its own, as torch asks before a capture."""
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -118,18 +115,18 @@ def can_capture(device: torch.device) -> bool:
 
 
 class RecordedStep:
-    """The step of a capturable optimizer. Learning rates stay numbers, and are copied to the device before each step.
+    """The step of a capturable optimizer.
 
-    So schedules, checkpoints and the log see what they see without a graph.
+    Learning rates stay numbers for schedules, checkpoints and the log. They are copied to the device before each step.
     """
 
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
         self.optimizer = optimizer
-        # On the GPU steps take the rate in float32, as a number too; on the CPU, in float64.
+        # Steps take a rate that is a number in float32 on the GPU, in float64 on the CPU.
         dtype = torch.float32 if device.type == "cuda" else torch.float64
         self.rates = [torch.zeros((), dtype=dtype, device=device) for _ in optimizer.param_groups]
         self.recorded = Recorded(self._step, device)
-        for state in optimizer.state.values():  # a checkpoint may have left the counts of steps on the CPU
+        for state in optimizer.state.values():  # a checkpoint may have left `step` on the CPU
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].to(device)
 
@@ -148,7 +145,7 @@ class RecordedStep:
 
 @contextmanager
 def capturable(optimizer: Optimizer, rates: list[Tensor]) -> Iterator[None]:
-    """Inside, the optimizer has the settings of a step that can be captured, and these learning rates."""
+    """Inside, the optimizer has these learning rates and the settings for a capture."""
     before = [dict(group) for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
@@ -165,7 +162,7 @@ def capturable(optimizer: Optimizer, rates: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def counted_together(model: torch.nn.Module) -> Iterator[None]:
-    """A forward and backward pass in which all BatchNorms count the batch in one operation, not one each."""
+    """A pass in which all BatchNorms count the batch in one operation."""
     norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None]
     norms = [norm for norm in norms if norm.track_running_stats and norm.momentum is not None]
     counts = [norm.num_batches_tracked for norm in norms]

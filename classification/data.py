@@ -1,13 +1,10 @@
-"""The data sets of the classification tasks, read into memory by name.
+"""The data sets, read into memory by name.
 
-    cifar10, cifar100   downloaded once; torchvision reads them, after it has compared every file with its MD5
+    cifar10, cifar100   downloaded once; torchvision compares every file with its MD5
     folder              any tree of small images, train/<class>/* and test/<class>/*
-    digits              scikit-learn's 8x8 digits as 32x32 RGB: ships with the package, needs no download
+    digits              scikit-learn's 8x8 digits as 32x32 RGB
 
-`imagenet` is too large for that: its images are read and decoded in training (classification/imagenet/data.py).
-
-A reader returns the images as they are, with the set's augmentation and its published normalisation where it has one;
-`classification/augment.py` makes batches of them on the device.
+`imagenet` is too large for that: its images are read and decoded in training (imagenet/data.py).
 """
 
 import logging
@@ -48,7 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NATURAL_IMAGES = Augmentation(padding=4, flip=True)
-DIGITS = Augmentation(padding=2, flip=False)  # half of one original pixel at most; a mirrored digit is not that digit
+DIGITS = Augmentation(padding=2, flip=False)  # at most half an original pixel; a mirrored digit is another
 
 
 class Dataset(NamedTuple):
@@ -63,10 +60,9 @@ class Dataset(NamedTuple):
 
 
 def load_data(config: DataConfig, device: torch.device | str, seed: int) -> "ImageData | ImageNetData":
-    """Read the set `config.name` from `config.root` onto `device`; `config.mean` and `config.std` go before its own.
+    """Read the set `config.name` from `config.root` onto `device`.
 
-    `seed` determines the order and the augmentation of every epoch. Raises UserError, in one line, for missing, corrupt
-    or inconsistent data.
+    `seed` determines each epoch's order and augmentation. Raises UserError for missing, corrupt or inconsistent data.
     """
     if config.name == "imagenet":
         from classification.imagenet.data import ImageNetData  # here, as the other sets do without its libraries
@@ -98,14 +94,14 @@ def read_cifar10(root: Path) -> Dataset:
 
 
 def read_cifar100(root: Path) -> Dataset:
-    """50,000 training and 10,000 test images of 32x32 in 100 classes; normalised with the customary constants."""
+    """Like CIFAR-10, in 100 classes; normalised with the customary constants."""
     return _read_cifar("cifar100", root, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
 
 
 def _read_cifar(name: str, root: Path, mean: Sequence[float], std: Sequence[float]) -> Dataset:
-    """Read torchvision's files. They are pickles: torchvision opens none whose MD5 is not that of the original."""
+    """The files are pickles: torchvision opens none whose MD5 is not the original's."""
     cifar.provide(name, root)
-    from torchvision.datasets import CIFAR10, CIFAR100  # here, because importing torchvision takes seconds
+    from torchvision.datasets import CIFAR10, CIFAR100  # here, as the import takes seconds
 
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     test = _unpacked_cifar(source, name, root)
@@ -115,10 +111,10 @@ def _read_cifar(name: str, root: Path, mean: Sequence[float], std: Sequence[floa
 
 
 def _unpacked_cifar(source: "type[CIFAR10]", name: str, root: Path) -> "CIFAR10":
-    """The test split, after seeing to it that the files of both are unpacked and whole."""
+    """The test split, once the files of both are unpacked and whole."""
     try:
         return source(root, train=False)
-    except (RuntimeError, OSError):  # something is missing, damaged, or not to be read
+    except (RuntimeError, OSError):  # missing, damaged or unreadable
         cifar.fetch(name, root)
     try:
         with hold(root, "unpacking", wait=True):
@@ -128,7 +124,7 @@ def _unpacked_cifar(source: "type[CIFAR10]", name: str, root: Path) -> "CIFAR10"
 
 
 def read_digits(root: Path) -> Dataset:
-    """1,797 handwritten digits, scaled up from 8x8 pixels; of every class, each fifth image is a test image."""
+    """1,797 handwritten digits; of every class, each fifth image is a test image."""
     from sklearn.datasets import load_digits  # here, as the other sets do without scikit-learn
 
     digits = load_digits()
@@ -144,10 +140,9 @@ def read_digits(root: Path) -> Dataset:
 
 
 def read_folder(root: Path) -> Dataset:
-    """Images of one size under train/<class>/ and test/<class>/, to any depth; the classes are those of train, sorted.
+    """Images of one size under train/<class>/ and test/<class>/, to any depth; the classes are sorted.
 
-    Grey, palette, transparent and 16-bit images become RGB of 8 bits. Hidden files are ignored, and so is (with a word
-    about it) any other file that does not end as an image does.
+    All become 8-bit RGB. Hidden files are ignored; others that do not end as images do, with a warning.
     """
     train, test = (_list_images(root / split) for split in ("train", "test"))
     for one, other, name in ((train, test, "test"), (test, train, "train")):
@@ -188,7 +183,7 @@ def _list_images(split: Path) -> dict[str, list[str]]:
 
 
 def _decode(paths: Sequence[str]) -> Tensor:
-    """Read image files, all of the size of the first, to uint8 [N, H, W, 3]."""
+    """Read image files of one size to uint8 [N, H, W, 3]."""
     width, height = _open_rgb(paths[0]).size
     pixels = np.empty((len(paths), height, width, 3), dtype=np.uint8)
 
@@ -204,8 +199,7 @@ def _decode(paths: Sequence[str]) -> Tensor:
         return len(part)
 
     parts = [range(first, min(first + 256, len(paths))) for first in range(0, len(paths), 256)]
-    # Pillow decodes without Python's lock, but around a small image's decoding there is much that holds it: more
-    # threads would only wait for one another.
+    # Around a small image's decoding there is much that holds Python's lock: more threads would only wait.
     bar = tqdm(total=len(paths), desc="reading images", unit="image", disable=None)
     with bar, ThreadPoolExecutor(min(4, core_count())) as pool:
         for count in pool.map(decode, parts):

@@ -1,7 +1,7 @@
 """Score an image classifier on its test set: python -m classification.evaluate RUN|BUNDLE [key=value ...]
 
 RUN is a run folder, whose newest checkpoint is used; BUNDLE is what `python -m scripts.report --bundle RUN` made of it.
-key=value changes the run's config, e.g. data.root=FOLDER where the data have moved. torchrun starts it as well.
+key=value changes the config, e.g. data.root=FOLDER. torchrun starts it as well.
 """
 
 import sys

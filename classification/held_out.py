@@ -1,4 +1,4 @@
-"""A validation split for comparisons: training images held out, so that nothing is chosen on the test images."""
+"""Training images held out for validation: nothing is chosen on the test images."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from engine.seed import generator
 def held_out(labels: Tensor, share: float) -> Tensor:
     """Which images are held out, bool [N]: of each class of `labels`, int64 [N], the nearest number to `share`.
 
-    The draw is the same for every seed of training, so that runs can be compared. UserError where a part is empty.
+    The draw is the same for every seed, so runs can be compared. UserError where a part is empty.
     """
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():

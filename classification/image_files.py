@@ -1,4 +1,4 @@
-"""Image files of any kind: the paths below a folder, and the pixels as RGB with 8 bits per channel."""
+"""Image files: the paths below a folder, and the pixels as 8-bit RGB."""
 
 import io
 import os
@@ -10,16 +10,16 @@ from PIL import Image, UnidentifiedImageError
 
 from engine.errors import UserError
 
-# The files that torchvision's ImageFolder takes (torchvision/datasets/folder.py). Importing it takes seconds.
+# Those of torchvision/datasets/folder.py, whose import takes seconds.
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 class DamagedImage(Exception):
-    """An image that differs from what was stored, or that is no image. The message says which."""
+    """An image that differs from what was stored, or that is no image."""
 
 
 def list_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Every file below `folder`, to any depth, except hidden ones. UserError for a link back to a folder `above` it."""
+    """Every file below `folder` except hidden ones. UserError for a link back to a folder `above` it."""
     here = os.path.realpath(folder)
     if here in above:
         raise UserError(f"{printable(folder)} leads back to {printable(here)}: remove the link on this way")
@@ -31,7 +31,7 @@ def list_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]
 
 
 def list_folders(folder: str | Path) -> list[str]:
-    """The sorted names of the folders in `folder`, except hidden ones. Raises UserError if it cannot be read."""
+    """The sorted names of the folders in `folder`. Raises UserError if it cannot be read."""
     return sorted(entry.name for entry in scan(folder) if entry.is_dir())
 
 
@@ -50,12 +50,12 @@ def is_image(path: str) -> bool:
 
 
 def printable(path: str | Path) -> str:
-    r"""A path for messages. Bytes that are not UTF-8 are shown as, for example, \xe9."""
+    r"""A path for messages, with \xe9 for a byte that is not UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def open_rgb(image: str | bytes | memoryview) -> Image.Image:
-    """Decode a file, given by its path or its content, as RGB with 8 bits per channel. Raises DamagedImage."""
+    """Decode a file, given by path or content, as 8-bit RGB. Raises DamagedImage."""
     try:
         with Image.open(image if isinstance(image, str) else io.BytesIO(image)) as picture:
             return to_rgb(picture)
@@ -67,10 +67,10 @@ def open_rgb(image: str | bytes | memoryview) -> Image.Image:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """`picture` as RGB with 8 bits per channel. Transparency is dropped.
+    """`picture` as 8-bit RGB, without transparency.
 
-    This keeps the upper 8 of 16 bits, where Pillow clips 16-bit grey to white. Raises ValueError for pixels whose white
-    value is unknown: 32-bit integers and floating point.
+    Keeps the upper 8 of 16 bits, where Pillow clips grey to white. Raises ValueError for 32-bit integers and floating
+    point, whose white value is unknown.
     """
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")

@@ -1,11 +1,10 @@
 """The networks of the classification tables, by name.
 
-`resnet` is the CIFAR ResNet family of He et al. (2016, section 4.2): a 3x3 convolution, three stages of n basic blocks
-with 16, 32 and 64 channels, average pooling and one linear layer: 6n+2 weighted layers. If a block changes the shape,
-its shortcut is a 1x1 convolution with batch norm, as in the published Apollo runs (2,752 parameters more than in the
-original). The input needs at least 4x4 pixels.
+`resnet` is the CIFAR ResNet of He et al. (2016, section 4.2): three stages of n basic blocks, 6n+2 weighted layers. If
+a block changes the shape, its shortcut is a 1x1 convolution with batch norm, as in the published Apollo runs (2,752
+parameters more than in the original). The input needs at least 4x4 pixels.
 
-The networks of the ImageNet table are torchvision's, without pretrained weights.
+The others are torchvision's, without pretrained weights.
 """
 
 from collections.abc import Callable
@@ -33,7 +32,7 @@ class BasicBlock(nn.Module):
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
             )
 
-    @override(check_signature=False)  # torch declares Module.forward with no arguments of its own
+    @override(check_signature=False)  # torch declares no arguments
     def forward(self, x: Tensor) -> Tensor:
         out = norm_relu(self.bn1, self.conv1(x))
         return norm_relu(self.bn2, self.conv2(out), self.shortcut(x))
@@ -75,7 +74,7 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
 
 def torchvision_model(name: str, num_classes: int, depth: int | None = None) -> nn.Module:
     """torchvision's model `name`, for float images [N, 3, H, W] of at least 32x32 pixels."""
-    import torchvision  # here, as its import takes seconds, and the CIFAR ResNet does without
+    import torchvision  # here, as its import takes seconds
 
     if depth is not None:
         raise ValueError(f"model '{name}' comes in one depth: leave model.depth out")
@@ -89,10 +88,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def create_model(name: str, num_classes: int, depth: int | None = None) -> nn.Module:
-    """Build MODELS[name], initialised from torch's global generator.
-
-    Raises ValueError for an unknown name, and for a depth that the model does not have.
-    """
+    """Build MODELS[name], initialised from torch's global generator. Raises ValueError for an unknown name or depth."""
     if name not in MODELS:
         raise ValueError(f"unknown model '{name}'{nearest(name, MODELS)}; valid: {', '.join(MODELS)}")
     return MODELS[name](num_classes, **({} if depth is None else {"depth": depth}))

@@ -1,8 +1,7 @@
 """Train an image classifier: python -m classification.train CONFIG [key=value ...]     (also under torchrun)
 
-The whole run, top to bottom: main, train, train_epoch with the loop itself, evaluation; `prepare`, below, makes all
-that they work with. Interrupt it at any moment and run the same command again: it goes on where it was, and on the CPU
-it ends with bit-identical weights.
+Top to bottom: main, train, train_epoch with the loop, evaluation; `prepare` makes what they work with. After an
+interruption the same command goes on where it was, and on the CPU ends with bit-identical weights.
 """
 
 from collections.abc import Callable, Iterable
@@ -64,7 +63,7 @@ def train(config: Config, world: World) -> int:
 
 
 def train_epoch(run: ImageRun, bar: tqdm) -> bool:
-    """Train to the end of the epoch; False where a signal asked to stop before it (everything is saved then)."""
+    """Train to the end of the epoch; False where a signal asked to stop before, with all saved."""
     config, world, progress = run.config, run.world, run.progress
     run.network.train()
     batches = run.data.train_batches(
@@ -94,7 +93,7 @@ def train_epoch(run: ImageRun, bar: tqdm) -> bool:
 def forward_backward(
     run: ImageRun, images: torch.Tensor, labels: torch.Tensor, passes: int = 1, is_last: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add one of the update's `passes` to its gradients; returns the mean loss, and how many images are right."""
+    """Add one pass to the gradients; returns the mean loss, and how many images are right."""
     with run.precision.autocast():
         logits = run.network(images)
         loss = cross_entropy(logits.float(), labels)
@@ -135,7 +134,7 @@ def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
 
 
 def evaluate(run: ImageRun) -> dict[str, float]:
-    """Loss and top-1 accuracy on the test images and, where some are held out, on the validation images."""
+    """Loss and top-1 accuracy on the test images and on the validation images, if any."""
     config, data, world = run.config, run.data, run.world
     world.copy_buffers(run.model)
     part = (config.eval_batch, world.rank, world.world_size, config.channels_last)
@@ -147,7 +146,7 @@ def evaluate(run: ImageRun) -> dict[str, float]:
 
 @torch.inference_mode()
 def score(run: ImageRun, batches: Iterable[Batch], size: int) -> dict[str, float]:
-    """Sums over a set of `size` images, each counted exactly once over all ranks."""
+    """Sums over a set of `size` images, each counted once over all ranks."""
     run.model.eval()
     sums = Sums(("loss", "correct", "examples"), run.world.device)
     for images, labels in batches:
@@ -162,7 +161,7 @@ def score(run: ImageRun, batches: Iterable[Batch], size: int) -> dict[str, float
 
 
 def finish_epoch(run: ImageRun, tested: dict[str, float]) -> None:
-    """Record the epoch, and save: the next one starts from here."""
+    """Record the epoch, and save."""
     progress, sums = run.progress, run.progress.since_evaluation
     damaged = {"damaged": int(sums["damaged"])} if sums["damaged"] else {}
     progress.best = max(evaluated.of_result(tested, "test_top1"), progress.best or 0.0)
@@ -187,7 +186,7 @@ def finish(run: ImageRun) -> None:
 
 
 def prepare(config: Config, world: World, record: RunRecord) -> ImageRun:
-    """Build everything the loop needs, and take up the run folder's last checkpoint if there is one."""
+    """Build what the loop needs, and restore the run's last checkpoint, if any."""
     world.require_divisible(config.batch, config.passes)
     precision = runs.create_precision(config.precision, world.device, record.say)
     torch.backends.cudnn.benchmark = not config.deterministic  # every batch has the same shape

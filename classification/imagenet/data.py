@@ -1,8 +1,7 @@
 """ImageNet in training: worker processes read and decode, the device mirrors and normalises.
 
-Reads the LMDB that `classification/imagenet/prepare.py` makes, or a folder tree as it is. What image k of epoch e looks
-like is a function of (seed, e, k): workers, ranks, passes and interruptions do not change it. Workers hand over uint8
-pixels, a quarter of what float32 would take to move.
+Reads the LMDB that `prepare.py` makes, or a folder tree. How image k of epoch e looks is a function of (seed, e, k),
+whatever the workers, ranks, passes and interruptions. Workers hand over uint8, a quarter of the bytes of float32.
 """
 
 import logging
@@ -34,13 +33,13 @@ from engine.seed import derive, generator
 log = logging.getLogger(__name__)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TRAIN, VAL, HELD_OUT = range(3)  # HELD_OUT: images of the training split, seen as validation images are
+TRAIN, VAL, HELD_OUT = range(3)  # HELD_OUT: training images, seen as validation images are
 
 Split = LmdbSplit | FolderSplit
 
 
 class Request(NamedTuple):
-    """One batch to be made by a worker: these images of a split, as they look in `epoch`."""
+    """A batch for a worker to make: images of a split, as they look in `epoch`."""
 
     split: int  # TRAIN, VAL or HELD_OUT
     epoch: int
@@ -54,17 +53,17 @@ class RawBatch(NamedTuple):
     labels: Tensor  # int64 [b]
     mirror: Tensor  # bool [b]: still to be mirrored
     split: int
-    damaged: list[str]  # a line for each image that could not be used
+    damaged: list[str]  # a line for each image not used
 
 
 class ImageNetData:
-    """Training and validation images in batches on a device; the interface of `augment.ImageData`.
+    """ImageNet with the interface of `augment.ImageData`.
 
-    `size` is the side of the square that the network sees, `resize` the shorter side that validation images are resized
-    to before (default: 256 / 224 of `size`). `decoder` is exact or fast (classification/imagenet/decode.py). A damaged
-    training image is an error, or with `on_damaged="skip"` the next image takes its place; a damaged validation image
-    is always an error, as accuracy is over all of them. `workers`: processes (default: this rank's share of the cores).
-    `validation` is the share of the training images that are held out; not by class, as nothing lists their labels.
+    `size`: side of the square that the network sees. `resize`: shorter side of validation images before they are cut
+    (default: 256 / 224 of `size`). `decoder`: exact or fast (decode.py). A damaged training image is an error, or with
+    `on_damaged="skip"` the next image takes its place; a damaged validation image is always an error. `workers`:
+    processes (default: this rank's share of the cores). `validation`: the share of training images held out, not by
+    class, as nothing lists their labels.
     """
 
     def __init__(
@@ -94,8 +93,8 @@ class ImageNetData:
         self._normalise = Normalise(MEAN if mean is None else mean, STD if std is None else std, size, device)
         self.seed, self.device, self.on_damaged = seed, torch.device(device), on_damaged
 
-        native_resize()  # compiled here, once, rather than by every worker
-        if workers is None:  # one for each core that this rank may call its own, up to 16
+        native_resize()  # compiled once, before the workers start
+        if workers is None:  # one for each core of this rank, up to 16
             workers = max(1, min(16, core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         self._requests = _Requests()
         self._loader = DataLoader(
@@ -106,14 +105,14 @@ class ImageNetData:
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # DataLoader draws a number an epoch: not from the generator that trains
+            generator=torch.Generator(),  # DataLoader draws a number an epoch, not from training's generator
         )
         self._damaged: set[str] = set()
         self._untaken = 0
         self._iteration: object | None = None
 
     def updates_per_epoch(self, batch: int, passes: int = 1) -> int:
-        """Whole updates in the training set; the rest of an epoch's order is left out."""
+        """As `ImageData.updates_per_epoch`."""
         return whole_updates(self.train_size, batch, passes)
 
     def train_batches(
@@ -138,13 +137,12 @@ class ImageNetData:
     def test_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
     ) -> Iterator[Batch]:
-        """This rank's part of ImageNet's validation images, as `ImageData.test_batches`."""
+        """ImageNet's validation images, as `ImageData.test_batches`."""
         return self._in_order(VAL, range(self.test_size), batch_size, rank, world_size, channels_last)
 
     def valid_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
     ) -> Iterator[Batch]:
-        """This rank's part of the training images that are held out."""
         return self._in_order(HELD_OUT, self._held_out.tolist(), batch_size, rank, world_size, channels_last)
 
     def _in_order(
@@ -154,13 +152,13 @@ class ImageNetData:
         return self._load((Request(split, 0, indices[part]) for part in parts), channels_last)
 
     def take_damaged(self) -> int:
-        """Training images replaced on this rank since this was last asked."""
+        """Training images replaced on this rank since the last call."""
         taken, self._untaken = self._untaken, 0
         return taken
 
     def _load(self, requests: Iterator[Request], channels_last: bool) -> Iterator[Batch]:
         self._requests.pending = requests
-        mine = self._iteration = object()  # the workers are shared: who comes later has them
+        mine = self._iteration = object()  # the workers are shared: the latest iteration has them
         for raw in self._loader:
             if self._iteration is not mine:
                 raise RuntimeError("another iteration over this data was begun: finish one before the next")
@@ -179,14 +177,13 @@ class ImageNetData:
         self._untaken += 1
 
     def _finish(self, raw: RawBatch, channels_last: bool) -> Batch:
-        """Move a batch to the device, and mirror and normalise it there."""
         pixels, labels, mirror = (part.to(self.device, non_blocking=True) for part in raw[:3])
         pixels = torch.where(mirror[:, None, None, None], pixels.flip(2), pixels)
         return self._normalise(pixels, channels_last), labels
 
 
 class _Requests(Sampler[Request]):
-    """The requests of the iteration under way, for the one DataLoader that serves all of them."""
+    """The requests of the present iteration, for the DataLoader that serves all."""
 
     def __init__(self) -> None:
         self.pending: Iterator[Request] = iter(())
@@ -197,7 +194,7 @@ class _Requests(Sampler[Request]):
 
 
 class _Batches(Dataset[RawBatch]):
-    """What the workers do: from a request to its batch."""
+    """From a request to its batch, in a worker."""
 
     def __init__(self, splits: Sequence[Split], seed: int, size: int, resize: int, decoder: str) -> None:
         self.splits, self.seed, self.size, self.resize, self.decoder = splits, seed, size, resize, decoder
@@ -209,7 +206,7 @@ class _Batches(Dataset[RawBatch]):
         labels, mirror = torch.full((count,), -1), torch.zeros(count, dtype=torch.bool)
         split, damaged = self.splits[request.split], []
         for place, index in enumerate(request.indices):
-            # A damaged training image is replaced by the next one, and so on, so that all batches have one size.
+            # The next image replaces a damaged training image, as all batches must have one size.
             candidates = range(index, index + (len(split) if request.split == TRAIN else 1))
             for candidate in candidates:
                 try:
@@ -220,7 +217,7 @@ class _Batches(Dataset[RawBatch]):
         return RawBatch(pixels, labels, mirror, request.split, damaged)
 
     def _view(self, request: Request, index: int, out: Tensor) -> tuple[int, bool]:
-        """Writes one image to `out`; returns its label and whether it is to be mirrored."""
+        """Write one image to `out`; return its label and whether to mirror it."""
         record = self.splits[request.split][index]
         mirror = False
         if request.split == TRAIN:
@@ -234,7 +231,7 @@ class _Batches(Dataset[RawBatch]):
 
 
 def _empty_batch(count: int, size: int) -> Tensor:
-    """uint8 [count, size, size, 3]; a worker's is shared with the training process from the first, not copied to be."""
+    """uint8 [count, size, size, 3]; a worker's lies in shared memory, which saves a copy."""
     if get_worker_info() is None:
         return torch.empty(count, size, size, 3, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(count * size * size * 3)  # as torch's default_collate does
@@ -249,6 +246,6 @@ def _open(root: Path) -> tuple[Split, Split]:
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C, and a signal to the whole job, are for the training process: it saves first, then ends its workers.
+    # Ctrl-C and signals to the whole job are for the training process: it saves, then ends its workers.
     os.setpgrp()
-    keep_freed_memory()  # a decoded image is large enough for glibc to give it back each time
+    keep_freed_memory()  # glibc would give back a decoded image's memory each time

@@ -1,12 +1,12 @@
 """From a JPEG's bytes to the square of pixels that a network sees. There are two decoders.
 
     exact    the pixels of torchvision's transforms on PIL images, bit for bit
-    fast     like exact, but a large image is decoded at a fraction of its size. The fraction keeps at least twice the
-             pixels that are shown. It accepts every file that libjpeg-turbo decodes without an error.
+    fast     decodes a large image at a fraction of its size, which keeps at least twice the pixels that are shown;
+             accepts every file that libjpeg-turbo decodes without an error
 
 Both decode with libjpeg-turbo through simplejpeg, which gives Pillow's pixels, and resize with native/resize.py.
-Undoing the file's entropy coding takes most of the time. It must start at the top of the image, so both decoders stop
-below the view. Pillow reads the other files, such as the CMYK files and the PNG among ImageNet's JPEGs.
+Entropy decoding takes most of the time and must start at the top, so both stop below the view. Pillow reads other
+files, such as ImageNet's CMYK files and PNG.
 """
 
 import io
@@ -28,15 +28,15 @@ from classification.native.resize import resized_square
 
 BASELINE, PROGRESSIVE, START_OF_SCAN = (0xC0, 0xC1), (0xC2,), 0xDA  # markers of a JPEG's sections
 END_OF_IMAGE = b"\xff\xd9"
-# How often each colour is sampled, horizontally and vertically: grey, and chroma at full or half resolution.
+# Horizontal and vertical samples of each colour: grey, and chroma at full or half resolution.
 SAMPLINGS = {b"\x11", b"\x11\x11\x11", b"\x21\x11\x11", b"\x12\x11\x11", b"\x22\x11\x11"}
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)  # of Pillow; nothing here reads EXIF
-ROWS_BELOW = 2  # smooth chroma upsampling reads this many rows below the view
+ROWS_BELOW = 2  # smooth chroma upsampling reads them too
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of the random crop: share of the image's area, width / height
 
 
 class View(NamedTuple):
-    """What is shown of an image: its part `box` is resized to `resized`, and the square starts at `corner` there."""
+    """The part `box` of an image is resized to `resized`, and the square starts at `corner` there."""
 
     box: tuple[int, int, int, int]  # left, top, right, bottom in the original
     resized: tuple[int, int]  # width, height
@@ -47,7 +47,7 @@ Choose = Callable[[int, int], View]  # from an image's width and height
 
 
 def random_view(width: int, height: int, size: int, random: Random) -> View:
-    """The view of torchvision's RandomResizedCrop(size). Draws at most 40 numbers from `random`."""
+    """The view of torchvision's RandomResizedCrop(size)."""
     for _ in range(10):
         area = width * height * (SCALE[0] + (SCALE[1] - SCALE[0]) * random.random())
         ratio = math.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * random.random())
@@ -55,14 +55,14 @@ def random_view(width: int, height: int, size: int, random: Random) -> View:
         if 0 < w <= width and 0 < h <= height:
             left, top = int(random.random() * (width - w + 1)), int(random.random() * (height - h + 1))
             break
-    else:  # no crop fits, because the image is so long: take its middle, as wide or as high as allowed
+    else:  # no crop fits so long an image: take its middle, as wide or high as allowed
         w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
         left, top = (width - w) // 2, (height - h) // 2
     return View((left, top, left + w, top + h), (size, size))
 
 
 def central_view(width: int, height: int, resize: int, size: int) -> View:
-    """The view of torchvision's Resize(resize), which sets the shorter side, followed by CenterCrop(size)."""
+    """The view of torchvision's Resize(resize), of the shorter side, and CenterCrop(size)."""
     short, long = min(width, height), max(width, height)
     long = int(resize * long / short)
     w, h = (resize, long) if width <= height else (long, resize)
@@ -70,9 +70,9 @@ def central_view(width: int, height: int, resize: int, size: int) -> View:
 
 
 def exact(image: bytes | memoryview, choose: Choose, size: int, out: Tensor | None = None) -> Tensor:
-    """uint8 [size, size, 3], equal to torchvision's transforms on PIL images. Raises DamagedImage for other data.
+    """uint8 [size, size, 3]. Raises DamagedImage for data that are no image.
 
-    If a file has its end mark but is damaged below the view, the damage is not noticed. Pillow might notice it.
+    In a file with its end mark, damage below the view is not noticed. Pillow might notice it.
     """
     frame = _frame(image)
     if frame and _sampling(image, frame) in SAMPLINGS and _is_pillows_decoder():
@@ -87,7 +87,7 @@ def exact(image: bytes | memoryview, choose: Choose, size: int, out: Tensor | No
 
 
 def fast(image: bytes | memoryview, choose: Choose, size: int, out: Tensor | None = None) -> Tensor:
-    """uint8 [size, size, 3], nearly equal to `exact`. Raises DamagedImage for data that are no image."""
+    """Nearly equal to `exact`. Raises DamagedImage for data that are no image."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
     except ValueError:
@@ -110,7 +110,7 @@ def fast(image: bytes | memoryview, choose: Choose, size: int, out: Tensor | Non
 
 
 def _frame(image: bytes | memoryview) -> int:
-    """The byte where the header of a JPEG's baseline or progressive frame begins; 0 if it or the end is missing."""
+    """The byte where a JPEG's baseline or progressive frame begins; 0 if it or the end is missing."""
     position = 2
     if bytes(image[-2:]) != END_OF_IMAGE:
         return 0
@@ -123,16 +123,14 @@ def _frame(image: bytes | memoryview) -> int:
 
 
 def _sampling(image: bytes | memoryview, frame: int) -> bytes:
-    # The header: marker and length (2 bytes each), precision (1), height and width (2 each), number of colours (1);
-    # then for each colour its name, sampling and quantisation (1 each).
+    # Bytes: marker 2, length 2, precision 1, height 2, width 2, colours 1; per colour name, sampling, quantisation 1.
     return bytes(image[frame + 11 : frame + 10 + 3 * image[frame + 9] : 3])
 
 
 def _cut(image: bytes | memoryview, frame: int, height: int, bottom: int) -> tuple[bytes | memoryview | bytearray, int]:
-    """The JPEG with a header that says it ends just below `bottom`, so that decoding stops there; and its new rows.
+    """The JPEG with a header that ends it just below `bottom`, where decoding stops, and its number of rows then.
 
-    The JPEG has `height` rows. Only a baseline file, whose rows lie from top to bottom, can be cut. Other files, and
-    those without a `frame`, are returned unchanged. The decoder treats the remaining data as a recoverable error.
+    Only baseline files, with rows from top to bottom, are cut. To the decoder the data left are a recoverable error.
     """
     rows = min(bottom + ROWS_BELOW, height)
     if rows == height or not frame or image[frame + 1] not in BASELINE:
@@ -144,7 +142,7 @@ def _cut(image: bytes | memoryview, frame: int, height: int, bottom: int) -> tup
 
 @cache
 def _is_pillows_decoder() -> bool:
-    """Whether simplejpeg gives Pillow's pixels. Some builds of Pillow use another library than libjpeg-turbo."""
+    """Whether simplejpeg gives Pillow's pixels. Some builds of Pillow do not use libjpeg-turbo."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (35, 51, 3), dtype=np.uint8))
     for settings in ({"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}):
         file = io.BytesIO()

@@ -4,9 +4,8 @@
     parquet    train-00000-of-00294.parquet ... and validation-00000-of-00014.parquet; columns `image` (bytes, path) and
                `label`, the class's place among the sorted wnids; `path` is the name in the tar.gz
 
-The names of the archives and images are those of the data set's own loading script, imagenet-1k.py. That script takes
-the class from the end of the name, and its classes.py lists the wnids in sorted order. Both forms can only be read from
-front to back, so the images come in the order of the files.
+The names are those of its loading script, imagenet-1k.py. It takes the class from the end of the name, and its
+classes.py lists the wnids in sorted order. Both forms are read from front to back.
 """
 
 import gzip
@@ -42,7 +41,7 @@ NAMES = {"parquet": SHARD, "tar.gz": ARCHIVE}
 
 
 def locate_hugging_face(root: Path) -> tuple[str, Path] | None:
-    """The form of the files of imagenet-1k in `root` and the folder that holds them, or None."""
+    """The form and folder of imagenet-1k's files in `root`, or None."""
     for folder in (root, root / "data"):
         names = [entry.name for entry in scan(folder)] if folder.is_dir() else []
         for kind, name in NAMES.items():
@@ -52,12 +51,12 @@ def locate_hugging_face(root: Path) -> tuple[str, Path] | None:
 
 
 def hugging_face_files(folder: Path, kind: str) -> list[str]:
-    """The files of imagenet-1k in `folder`, in the form `kind`, without those of its test set."""
+    """imagenet-1k's files of the form `kind` in `folder`, without the test set's."""
     return sorted(entry.path for entry in scan(folder) if NAMES[kind].fullmatch(entry.name))
 
 
 def list_hugging_face(folder: Path, kind: str) -> Source:
-    """The images of imagenet-1k in `folder`. Raises UserError if a file is missing or damaged."""
+    """imagenet-1k's images in `folder`. Raises UserError if a file is missing or damaged."""
     return _list_parquet(folder) if kind == "parquet" else _list_archives(folder)
 
 
@@ -81,7 +80,7 @@ def _list_archive(path: Path, bar: tqdm) -> list[Item]:
 
 
 def read_archives(items: Sequence[Item]) -> Iterator[Record]:
-    """The images of `items`, which must be in the order of the archives."""
+    """The images of `items`, which must be in the archives' order."""
     for path, group in groupby(items, attrgetter("path")):
         wanted = {item.offset: item for item in group}
         for number, (name, file) in enumerate(_stream(path)):
@@ -92,13 +91,13 @@ def read_archives(items: Sequence[Item]) -> Iterator[Record]:
 
 
 def _stream(path: str) -> Iterator[tuple[str, IO[bytes]]]:
-    """Name and content of each image of a tar.gz. It is read to its end, where gzip compares its own checksum."""
+    """Name and content of each image of a tar.gz, read to its end, where gzip compares its checksum."""
     try:
         with gzip.open(path) as file, tarfile.open(fileobj=file, mode="r|") as archive:
             while member := archive.next():
                 if member.isfile() and is_image(member.name):
                     yield member.name, archive.extractfile(member)
-                archive.members.clear()  # tarfile would keep all of them in memory
+                archive.members.clear()  # tarfile would keep all in memory
             while padding := file.read(1 << 20):
                 if padding.strip(b"\0"):
                     raise tarfile.ReadError("something that is no image's header")
@@ -120,13 +119,13 @@ def _list_parquet(folder: Path) -> Source:
 
 
 def _wnid_at_start(name: str) -> str | None:
-    """The class in a name of image-net.org's form, n01440764_10026.JPEG, or None."""
+    """The class in a name like image-net.org's n01440764_10026.JPEG, or None."""
     found = re.match(r"(n\d{8})_", name)
     return found and found[1]
 
 
 def _list_shards(folder: Path, split: str) -> list[Item]:
-    """Names and labels of all images of a split. It does not read the images themselves."""
+    """Names and labels of a split's images."""
     shards = [SHARD.fullmatch(entry.name) for entry in scan(folder)]
     counts = sorted({shard[3] for shard in shards if shard and shard[1] == split})
     if not counts:
@@ -150,7 +149,7 @@ def _list_shards(folder: Path, split: str) -> list[Item]:
 
 
 def read_parquet(items: Sequence[Item]) -> Iterator[Record]:
-    """The images of `items`, which must be in the order of the files' rows."""
+    """The images of `items`, which must be in the rows' order."""
     for path, group in groupby(items, attrgetter("path")):
         wanted = list(group)
         with _opened(path) as file:
@@ -193,7 +192,7 @@ def _require(paths: Sequence[Path]) -> None:
 
 
 def _labelled(kind: str, train: list[Item], val: list[Item], wnids: list[str], read: Read) -> Source:
-    """The source whose training images have the classes `wnids`. An image's label and its name must agree."""
+    """The source whose training images have the classes `wnids`. Labels and names must agree."""
     classes = sorted(set(wnids))
     label_of = {wnid: label for label, wnid in enumerate(classes)}
     labelled = []

@@ -1,4 +1,4 @@
-"""The list of a download's images: `raw` and `hugging_face` make it, and the build reads it."""
+"""The list of a download's images, which `raw` and `hugging_face` make for the build."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,14 +12,14 @@ from engine.errors import UserError
 class Item(NamedTuple):
     """The place of one image: `size` bytes at `offset` of `path`, or the whole file if `size` is -1.
 
-    In a file that can only be read from its beginning (.tar.gz, parquet), `offset` is the image's number there.
+    In a .tar.gz or parquet file, `offset` is the image's number.
     """
 
     path: str
     label: int
     offset: int = 0
     size: int = -1
-    name: str = ""  # in an archive: the image's name there
+    name: str = ""  # the image's name in an archive
 
     def read(self) -> bytes:
         """The image's unchanged bytes. Raises UserError if they cannot be read."""
@@ -36,7 +36,7 @@ class Item(NamedTuple):
         return content
 
 
-Read = Callable[[Sequence[Item]], Iterator[Record]]  # from the images of a split, or its last ones, to their content
+Read = Callable[[Sequence[Item]], Iterator[Record]]  # from a split's images, or the last of them, to their content
 
 
 class Source(NamedTuple):

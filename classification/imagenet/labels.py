@@ -5,19 +5,18 @@
     val.txt                                         NAME index                 Caffe (data/ilsvrc12)
     val_list.txt                                    val/NAME index             PaddleClas (its guide to data sets)
     imagenet_2012_validation_synset_labels.txt      wnid                       TensorFlow (research/slim/datasets)
-    ILSVRC2012_validation_ground_truth.txt          id                         the development kit of 2012
-    ILSVRC2014_clsloc_validation_ground_truth.txt   id                         the kit of 2014
-    ILSVRC2015_clsloc_validation_ground_truth.txt   id                         the kits of 2015, 2016 and 2017
+    ILSVRC2012_validation_ground_truth.txt          id                         development kit of 2012
+    ILSVRC2014_clsloc_validation_ground_truth.txt   id                         kit of 2014
+    ILSVRC2015_clsloc_validation_ground_truth.txt   id                         kits of 2015 to 2017
     none: the images are named NAME_wnid.JPEG                                  Hugging Face's imagenet-1k
 
-A *wnid* (n01440764) is a class's own name. An *index* is the class's place among the sorted wnids, from 0. An *id* is
-its place in the development kit, from 1, in another order. meta.mat (2012) or map_clsloc.txt (2014 to 2017; lines of
-wnid, id, name) gives that order. All kits have the same ids: the readme of 2015's kit says that its synsets are those
-of 2012 and 2013, and in both files id 1 is n02119789, the kit fox. A file that holds only wnids or ids follows the
-order of the images' names.
+A *wnid* (n01440764) is a class's name. An *index* is its place among the sorted wnids, from 0. An *id* is its place in
+the development kit, from 1: meta.mat (2012) or map_clsloc.txt (2014 to 2017; lines of wnid, id, name) gives this order.
+All kits have the same ids: 2015's readme says that its synsets are those of 2012 and 2013, and in both files id 1 is
+n02119789. A file of wnids or ids alone follows the order of the images' names.
 
-The content of the lines decides how a file is read; its name does not. Nobody would notice a wrong label. Therefore
-every file that is found must cover all images and no others, and all files must agree.
+A file's content decides how it is read, not its name. Nobody would notice a wrong label, so every file must cover
+exactly these images, and all must agree.
 """
 
 import os
@@ -39,13 +38,11 @@ KAGGLE_LIST, KAGGLE_HEADER = LISTS[0], "ImageId,PredictionString"
 KIT_2012 = "ILSVRC2012_devkit_t12.tar.gz"
 META, MAP = "meta.mat", "map_clsloc.txt"
 GROUND_TRUTH = re.compile(r"ILSVRC201\d_(clsloc_)?validation_ground_truth\.txt")
-# The places of unpacked kits: ILSVRC2012_devkit_t12/data, ILSVRC2014_devkit/data, ILSVRC2015/devkit/data,
-# ILSVRC2017_devkit/ILSVRC/devkit/data, ... Public scripts use all of them.
+# Public scripts unpack the kits to all of these.
 KIT_FOLDERS = ("data", "devkit/data", "ILSVRC*/data", "ILSVRC*/devkit/data", "ILSVRC*_devkit*/ILSVRC*/devkit/data")
 KIT_ARCHIVES = ("ILSVRC201*_devkit*.tar.gz", "ILSVRC201*_devkit*.tgz")
-FIRST_ID = "n02119789"  # the class with id 1 in every kit
-# Prints meta.mat as lines of wnid and id, without inner nodes. It runs in its own process, because scipy crashes on
-# damaged files.
+FIRST_ID = "n02119789"  # has id 1 in every kit
+# Prints the leaves of meta.mat. It runs in its own process, as scipy crashes on damaged files.
 SHOW_META = """
 import io, sys
 from scipy.io import loadmat
@@ -58,22 +55,20 @@ OFFICIAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
 class LabelFiles(NamedTuple):
-    """The label files that a user gives. They replace those that are found."""
+    """The label files that a user gives, instead of those found."""
 
     val_labels: Path | None = None  # any of the files above
-    ids: Path | None = None  # map_clsloc.txt, or a text file whose line k holds the class of id k
+    ids: Path | None = None  # map_clsloc.txt, or a file with the class of id k in line k
 
 
 class _Found(NamedTuple):
-    """A label file."""
-
     place: str  # its full path
     content: bytes
-    kit: dict[str, bytes]  # the files of the same development kit by full path
+    kit: dict[str, bytes]  # its kit's files by full path
 
 
 def stem(name: str) -> str:
-    """An image's name as first published: without folder, ending, and the `_wnid` that Hugging Face appends."""
+    """An image's name without folder, ending, and the `_wnid` that Hugging Face appends."""
     base = name.rpartition("/")[2]
     head, dot, ending = base.rpartition(".")
     return WNID_AT_END.sub("", head if dot + ending.lower() in IMG_EXTENSIONS else base)
@@ -88,10 +83,9 @@ def wnid_at_end(name: str) -> str | None:
 def label_by_name(
     names: Sequence[str], classes: Sequence[str], places: Sequence[Path], given: LabelFiles, what: str
 ) -> list[int]:
-    """The label of each image of `names`, which must be in the order of their `stem`. Messages call them `what`.
+    """The label of each image of `names`, which must be sorted by `stem`. Messages call them `what`.
 
-    `places` are the folders that may hold label files; messages name the first. Raises UserError, in one line, if no
-    label file is found, or if one is not understood or does not fit.
+    `places`: folders that may hold label files. Raises UserError if no label file is found, or if one does not fit.
     """
     if not names:
         raise UserError(f"{what} holds no image")
@@ -120,7 +114,7 @@ def label_by_name(
 
 
 def _find(places: Sequence[Path]) -> list[_Found]:
-    """Every label file in `places` and in the development kits there, unpacked or packed."""
+    """Every label file in `places` and in kits there, packed or not."""
     paths = [folder / name for folder in dict.fromkeys(places) for name in LISTS]
     lists = [_Found(str(path), _read(path), {}) for path in paths if path.is_file()]
     kits = list(_kits(places))
@@ -129,14 +123,14 @@ def _find(places: Sequence[Path]) -> list[_Found]:
 
 
 def _kits(places: Sequence[Path]) -> Iterator[dict[str, bytes]]:
-    """The files of each development kit in `places`, as full path and content."""
+    """The files of each kit in `places`: path and content."""
     for place in places:
         unpacked = [folder for pattern in KIT_FOLDERS for folder in sorted(place.glob(pattern))]
         for folder in dict.fromkeys([place, *unpacked]):
             try:
                 files = [folder / name for name in sorted(os.listdir(folder)) if _is_of_kit(name)]
             except OSError:
-                continue  # it is no folder, or we may not read it
+                continue  # no folder, or not readable
             yield {str(path): _read(path) for path in files}
         for path in sorted(path for pattern in KIT_ARCHIVES for path in place.glob(pattern)):
             yield _unpacked(path)
@@ -158,7 +152,6 @@ def _is_of_kit(name: str) -> bool:
 def _read_labels(
     found: _Found, names: Sequence[str], classes: Sequence[str], places: Sequence[Path], given: LabelFiles
 ) -> list[int]:
-    """The label of each of `names` according to one file."""
     place = found.place
     lines = _lines(place, found.content)
     if not lines:
@@ -178,7 +171,7 @@ def _read_labels(
 
 
 def _by_name(place: str, lines: Sequence[str], names: Sequence[str]) -> list[str]:
-    """What a file with lines of name and label says about each of `names`."""
+    """What a file of names and labels says about each of `names`."""
     said = {}
     for number, line in enumerate(lines, start=1):
         if number == 1 and line.startswith(KAGGLE_HEADER):
@@ -191,14 +184,14 @@ def _by_name(place: str, lines: Sequence[str], names: Sequence[str]) -> list[str
         raise UserError(f"{place} does not name {printable(missing[0])} ({len(missing):,} images are not in it)")
     if more := sorted(said.keys() - set(map(stem, names))):
         raise UserError(f"{place} names {printable(more[0])} ({len(more):,} of its images are not there)")
-    # ILSVRC's own ImageSets/CLS-LOC/val.txt numbers the images and says nothing about their classes.
+    # ILSVRC's own ImageSets/CLS-LOC/val.txt numbers the images.
     if len(said) > 1 and list(said.values()) == [str(number) for number in range(1, len(said) + 1)]:
         raise UserError(f"{place} numbers the images from 1 to {len(said):,}: these are no labels")
     return [said[stem(name)] for name in names]
 
 
 def _name_and_label(place: str, number: int, line: str) -> tuple[str, str]:
-    """An image's stem and its label. Kaggle's lines give a class and four numbers for each object, after a comma."""
+    """An image's stem and label. After a comma, Kaggle's lines give a class and four numbers for each object."""
     name, comma, objects = line.partition(",")
     fields = objects.split()
     if not comma:
@@ -211,7 +204,7 @@ def _name_and_label(place: str, number: int, line: str) -> tuple[str, str]:
 
 
 def _indices(place: str, indices: list[int], count: int) -> list[int]:
-    """`indices`, if they cover every class from 0 to the last one. Raises UserError otherwise."""
+    """`indices`, if they cover every class. Raises UserError otherwise."""
     if wrong := sorted(set(indices) ^ set(range(count))):
         how = "is there" if wrong[0] in indices else "is missing"
         raise UserError(
@@ -229,7 +222,7 @@ def _places_of(wnids: Sequence[str | None], classes: Sequence[str], place: str) 
 
 
 def _require_order(place: str, count: int, names: Sequence[str]) -> None:
-    """Raise UserError if it is not certain which label without a name belongs to which image."""
+    """Raise UserError if it is uncertain which label belongs to which image."""
     if count != len(names):
         raise UserError(f"{place} has {count:,} labels for {len(names):,} images: they do not belong together")
     if list(names) != sorted(names, key=_natural):
@@ -249,7 +242,7 @@ def _natural(name: str) -> list[str]:
 
 
 def _class_of_id(found: _Found, places: Sequence[Path], given: LabelFiles) -> dict[int, str]:
-    """The class of each id: from --ids, else from the file's own kit, else from any other kit, for all are equal."""
+    """The class of each id: from --ids, else from the file's kit, else from any kit, as all are equal."""
     if given.ids:
         return _checked(str(given.ids), _read_ids(str(given.ids), _read(given.ids)))
     beside = _kits([given.val_labels.parent]) if given.val_labels else ()
@@ -264,7 +257,7 @@ def _class_of_id(found: _Found, places: Sequence[Path], given: LabelFiles) -> di
 
 
 def _read_ids(place: str, content: bytes) -> dict[int, str]:
-    """The class of each id, from lines of `wnid id name` or of only a class."""
+    """The class of each id, from lines of `wnid id name` or `wnid`."""
     lines = [line.split() for line in _lines(place, content)]
     if all(len(fields) == 1 for fields in lines):
         return {number: fields[0] for number, fields in enumerate(lines, start=1)}

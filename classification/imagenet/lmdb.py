@@ -1,13 +1,11 @@
-"""Prepared ImageNet: one LMDB file per split with the images' own bytes, and a manifest that marks a finished build.
+"""Prepared ImageNet: one LMDB file per split with the images' own bytes, and a manifest.
 
     train.lmdb, val.lmdb    key: the image's index, 8 bytes, big-endian; value: label (int32, little-endian) + the file
     manifest.json           written last; training reads nothing without it
 
-A million small files are slow to list, copy and open; two big files are not. The images stay unchanged JPEGs, so
-nothing is lost and the reader may choose the decoder. Each file also holds `format`, `classes`, `inputs` (a digest of
-the list of images), `images` (their number so far) and, for every 256 images, `digests:` + first index: the xxh3
-checksums of their values, which find and name a single damaged image. Images, checksums and count change in one
-transaction, so a killed build continues where it was.
+A million small files are slow to list, copy and open. Each file also holds `format`, `classes`, `inputs` (a digest of
+the list of images), `images` (their number) and, for every 256 images, `digests:` + first index: the xxh3 checksums of
+their values. These change in one transaction with the images, so a killed build continues where it was.
 """
 
 import errno
@@ -34,13 +32,13 @@ MANIFEST_KEYS = ("format", "source", "inputs", "splits", "classes")
 CHUNK = 256  # images in one transaction, about 28 MB of ImageNet
 DIGEST_BYTES = 8
 FIRST_MAP = 1 << 30  # bytes of address space; it doubles when full
-# LMDB's errors about the file's content. Its other errors concern the system, and the file may be whole.
+# LMDB's errors about the content. After its other errors the file may be whole.
 WRONG_CONTENT = (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
 BUILD_COMMAND = "bash scripts/prepare.sh imagenet SOURCE OUT"
 
 
 class Record(NamedTuple):
-    """One image: its label and the file's bytes."""
+    """An image's label and its file's bytes."""
 
     label: int
     image: bytes | memoryview
@@ -55,10 +53,10 @@ def digests_key(first: int) -> bytes:
 
 
 class SplitWriter:
-    """Appends images to one split, CHUNK at a time. It continues an unfinished file at its end.
+    """Appends images to one split, also to an unfinished file.
 
-    Raises UserError if the file was begun from another list of images (`inputs`), if it is damaged or cannot be
-    opened, or if the disk is full. In the last case the written images stay, and the build can continue.
+    Raises UserError if the file was begun from another list of images (`inputs`), is damaged or cannot be opened, or if
+    the disk is full.
     """
 
     def __init__(self, path: Path, inputs: str, classes: Sequence[str], map_size: int = FIRST_MAP) -> None:
@@ -79,7 +77,7 @@ class SplitWriter:
             raise UserError(f"{path} was begun from other images, or by another version: delete it, or build elsewhere")
 
     def append(self, records: Sequence[Record]) -> None:
-        """Add one chunk of CHUNK images. Only the last chunk may be smaller."""
+        """Add CHUNK images. Only the last chunk may be smaller."""
         values = [struct.pack("<i", record.label) + record.image for record in records]
         pairs = [(image_key(self.images + offset), value) for offset, value in enumerate(values)]
         pairs.append((digests_key(self.images), b"".join(xxh3_64_digest(value) for value in values)))
@@ -88,7 +86,7 @@ class SplitWriter:
         self.images += len(records)
 
     def _write(self, pairs: list[tuple[bytes, bytes]]) -> None:
-        """Write all of `pairs` or nothing. They are on disk when this returns."""
+        """Write all of `pairs` or nothing, to the disk."""
         while True:
             try:
                 with self._open() as env, env.begin(write=True) as transaction:
@@ -106,10 +104,10 @@ class SplitWriter:
                 ) from None
 
     def _open(self) -> lmdb.Environment:
-        """The file, opened again for each transaction.
+        """The file, opened anew for each transaction.
 
-        The same images must give the same bytes, wherever a build was interrupted. But the unused parts of LMDB's pages
-        keep old data from other pages that were written since the file was opened.
+        The same images must give the same bytes. But the unused parts of LMDB's pages keep data of other pages written
+        since the file was opened.
         """
         try:
             return lmdb.open(str(self.path), subdir=False, lock=False, map_size=self._map_size)
@@ -118,11 +116,9 @@ class SplitWriter:
 
 
 class LmdbSplit:
-    """One split, for reading: `split[index]` is a Record, `len(split)` the number of images.
+    """One split, for reading: `split[index]` is a Record, or raises DamagedImage if its checksum differs.
 
-    The file is opened for reading alone and without a lock, so any number of processes may read it, even on a read-only
-    disk. Each read compares the image with its checksum, and raises DamagedImage if they differ. No damage of the file
-    ends the process: see lookup.py.
+    No lock is taken: any process may read, even on a read-only disk. No damage ends the process (lookup.py).
     """
 
     def __init__(self, path: Path, classes: Sequence[str]) -> None:
@@ -145,7 +141,7 @@ class LmdbSplit:
         return Record(_label(value), value[4:])
 
     def name_of(self, index: int) -> str:
-        """An image's place and class in words, for messages. It also works for an invalid label and a damaged page."""
+        """An image's place and class in words, even for an invalid label and a damaged page."""
         try:
             value = self._file.get(image_key(index))
         except DamagedFile:
@@ -155,15 +151,15 @@ class LmdbSplit:
         return f"{self.path}, key {index} (class {known})"
 
     def content_digest(self) -> str:
-        """sha256 over the checksums of all images in order. The manifest holds this value."""
+        """sha256 over all checksums in order."""
         return sha256(self._digests.tobytes()).hexdigest()
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a process that is spawned opens the file itself
+    def __reduce__(self) -> tuple[Any, ...]:  # a spawned process opens the file itself
         return LmdbSplit, (self.path, self.classes)
 
 
 def _open_split(path: Path) -> tuple[LmdbFile, np.ndarray]:
-    """A split's file, and the checksums of all images, uint8 [images, DIGEST_BYTES]."""
+    """A split's file and checksums, uint8 [images, DIGEST_BYTES]."""
     if not path.is_file():
         raise UserError(f"{path} is not there: make it with `{BUILD_COMMAND}`")
     try:
@@ -193,7 +189,7 @@ def _damaged(path: Path, how: object) -> UserError:
 
 
 def _not_opened(path: Path, error: lmdb.Error | OSError, map_size: int) -> UserError:
-    """The UserError for a file that has not been opened; only wrong content may lead to the advice to delete it."""
+    """The error for an unopened file. Only wrong content leads to the advice to delete it."""
     if isinstance(error, WRONG_CONTENT):
         return _damaged(path, error)
     reason = error.strerror or error if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
@@ -206,7 +202,7 @@ def _not_opened(path: Path, error: lmdb.Error | OSError, map_size: int) -> UserE
 
 
 def open_splits(folder: Path) -> tuple[LmdbSplit, LmdbSplit]:
-    """The training and validation splits of a finished build. Raises UserError if it is unfinished or not whole."""
+    """Both splits of a build. Raises UserError if it is unfinished or not whole."""
     manifest = read_manifest(folder, MANIFEST_KEYS, FORMAT)
     if manifest is None:
         if not any((folder / f"{name}.lmdb").exists() for name in SPLITS):

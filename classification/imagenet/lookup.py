@@ -1,12 +1,11 @@
 """Finds values in an LMDB file, and believes nothing that the file says.
 
-LMDB's own lookup follows the numbers of a damaged page wherever they lead. Beyond the file's end the system ends the
-process (SIGBUS), and a run with it. This lookup compares each number with the file first, so that a damaged page is an
-error like any other. Only reading is done here; LMDB itself writes the file.
+LMDB's own lookup follows the numbers of a damaged page even beyond the file's end, where the system ends the process
+(SIGBUS). This lookup checks each number first, so a damaged page is an error like any other.
 
-The format is that of LMDB 0.9, which libraries/liblmdb/mdb.c describes (https://git.openldap.org/openldap/openldap):
-MDB_meta, MDB_db, MDB_page and MDB_node there, on a little-endian machine of 64 bits. A file is a row of pages. Branch
-and leaf pages are a B+ tree. A value too large for a leaf has overflow pages of its own, one after another.
+The format is that of LMDB 0.9 on a little-endian machine of 64 bits: MDB_meta, MDB_db, MDB_page and MDB_node in
+libraries/liblmdb/mdb.c (https://git.openldap.org/openldap/openldap). Branch and leaf pages are a B+ tree. A value
+too large for a leaf has overflow pages, one after another.
 """
 
 import mmap
@@ -16,9 +15,9 @@ from pathlib import Path
 from struct import Struct, unpack_from
 from typing import NamedTuple
 
-META = Struct("<16x II 16x I 84x QQQ")  # of MDB_meta, after the page's header: magic, version, and the fields of Meta
-PAGE = Struct("<QHHHH")  # number, pad, flags, then the ends of the free space; of overflow pages their count instead
-NODE = Struct("<HHHH")  # two halves of a size or of a page number, flags (or the number's third part), size of the key
+META = Struct("<16x II 16x I 84x QQQ")  # MDB_meta, after the page's header: magic, version, fields of Meta
+PAGE = Struct("<QHHHH")  # number, pad, flags, ends of the free space (or the count of overflow pages)
+NODE = Struct("<HHHH")  # two halves of a size or page number, flags (or the number's third part), key size
 BRANCH, LEAF, OVERFLOW = 1, 2, 4  # flags of a page
 OWN_PAGES = 1  # flag of a node: its value is in overflow pages
 MAGIC, VERSION = 0xBEEFC0DE, 1
@@ -28,7 +27,7 @@ PAGE_SIZES = [1 << power for power in range(8, 17)]
 
 
 class DamagedFile(ValueError):
-    """A file that LMDB has not written so. The message says what is wrong."""
+    """A file that LMDB has not written so."""
 
 
 class Meta(NamedTuple):
@@ -41,7 +40,7 @@ class Meta(NamedTuple):
 
 
 class Page(NamedTuple):
-    """A branch or a leaf: where it begins in the file, and where its nodes begin in it."""
+    """A branch or leaf: where it begins in the file, and its nodes in it."""
 
     start: int
     is_leaf: bool
@@ -49,7 +48,7 @@ class Page(NamedTuple):
 
 
 class LmdbFile:
-    """An LMDB file, mapped into memory for reading: `get(key)` is a value. Processes that are forked may share it."""
+    """An LMDB file, mapped into memory for reading. Forked processes may share it."""
 
     def __init__(self, path: Path) -> None:
         """Raises DamagedFile if the file is not LMDB's or not whole, and OSError if it cannot be opened."""
@@ -62,14 +61,14 @@ class LmdbFile:
             self._bytes.madvise(mmap.MADV_RANDOM)
         self._view = memoryview(self._bytes)
         first = self._meta(0)
-        # Each transaction writes the older one of two meta pages.
+        # Each transaction writes the older of two meta pages.
         meta = max(first, self._meta(first.page_size), key=lambda meta: meta.transaction)
         self._page_size, self._root, self._last, _ = meta
         if self.size < (self._last + 1) * self._page_size:
             raise DamagedFile("its end is missing")
 
     def get(self, key: bytes) -> memoryview | None:
-        """The value of `key`; None if there is none. Raises DamagedFile if a page on the way to it is damaged."""
+        """The value of `key`, or None. Raises DamagedFile if a page on the way is damaged."""
         if self._root == EMPTY:
             return None
         number = self._root
@@ -84,7 +83,6 @@ class LmdbFile:
         raise DamagedFile("its pages lead in a circle")
 
     def _meta(self, start: int) -> Meta:
-        """The meta page that begins at `start`."""
         if start + META.size > self.size:
             raise DamagedFile("its end is missing")
         magic, version, *values = META.unpack_from(self._bytes, start)
@@ -109,7 +107,7 @@ class LmdbFile:
         return Page(start, flags == LEAF, unpack_from(f"<{count}H", self._bytes, start + PAGE.size))
 
     def _node(self, page: Page, node: int) -> tuple[int, int, int, int]:
-        """The numbers of the node that begins at `node` in `page`. Its key is inside the page."""
+        """The numbers of the node at `node` in `page`. Its key is inside the page."""
         if node + NODE.size > self._page_size:
             raise DamagedFile("a node is not inside its page")
         low, high, flags, key_size = NODE.unpack_from(self._bytes, page.start + node)
@@ -124,7 +122,6 @@ class LmdbFile:
         return self._bytes[start : start + key_size], start + key_size
 
     def _value(self, page: Page, key: bytes) -> memoryview | None:
-        """The value of `key` in a leaf."""
         place = bisect_left(page.nodes, key, key=lambda node: self._key(page, node)[0])
         if place == len(page.nodes):
             return None

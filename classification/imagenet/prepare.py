@@ -4,9 +4,8 @@
     python -m classification.prepare_imagenet verify OUT                compare all of it with its checksums
     python -m classification.prepare_imagenet verify SOURCE --archives  compare the official tar files with theirs
 
-SOURCE holds the official tar files, a folder tree, or Hugging Face's imagenet-1k (classification/imagenet/raw.py lists
-the files). Any other images in one folder per class work too. After any interruption the same command continues where
-it was. docs/data.md says how to get ImageNet and how long this takes.
+SOURCE holds a form of ImageNet that raw.py lists, or any other images in one folder per class. After an interruption
+the same command continues. docs/data.md says how to get ImageNet and how long this takes.
 """
 
 import argparse
@@ -40,7 +39,7 @@ from engine.errors import UserError
 from engine.files import hold, write_atomically
 from engine.manifest import MANIFEST, read_manifest
 
-MD5 = {  # of the official files; torchvision/datasets/imagenet.py has the same values
+MD5 = {  # as in torchvision/datasets/imagenet.py
     TRAIN_TAR: "1d675b47d978889d74fa0da5fadfb00e",
     VAL_TAR: "29b22e2961454d5413ddabcf34fc5622",
     KIT_2012: "fa75699e90414af021442c21a62c3abf",
@@ -64,7 +63,7 @@ def main(arguments: list[str]) -> int:
 def build(source: Path, out: Path, label_files: LabelFiles | None = None) -> None:
     """Write both splits of `source` to `out`, or finish an earlier build there.
 
-    Raises UserError if something is missing, if `out` is in use or holds other images, or if the disk is full.
+    Raises UserError if something is missing, `out` is in use or holds other images, or the disk is full.
     """
     found = find_source(source, label_files)
     counts = {"train": len(found.train), "val": len(found.val), "classes": len(found.classes)}
@@ -107,7 +106,7 @@ def _build_split(source: Source, name: str, path: Path, inputs: str) -> None:
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    """CHUNK records at a time; the last list may be shorter. The next ones are read while these are written."""
+    """CHUNK records at a time. The next ones are read while these are written."""
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(lambda: list(islice(records, CHUNK)))
         while chunk := ahead.result():
@@ -116,9 +115,9 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 
 
 def verify(out: Path, decode: bool = False) -> list[str]:
-    """What is wrong with the build in `out`: one line per damaged image. With `decode`, decode every image too.
+    """One line per damaged image of the build in `out`. With `decode`, decode every image too.
 
-    Raises UserError if there is no finished build, or if its files are truncated or do not belong together.
+    Raises UserError if the build is unfinished, truncated, or mixed with another.
     """
     manifest = read_manifest(out, MANIFEST_KEYS, FORMAT)
     bad = []
@@ -151,11 +150,11 @@ def verify_archives(source: Path) -> list[str]:
     return bad
 
 
-_opened = cache(LmdbSplit)  # once in each process, as all checksums are read then
+_opened = cache(LmdbSplit)  # once a process, as this reads all checksums
 
 
 def _check(path: Path, classes: tuple[str, ...], decode: bool, index: int) -> str | None:
-    """A line that says what is wrong with an image, or None."""
+    """What is wrong with an image, or None."""
     split = _opened(path, classes)
     try:
         record = split[index]

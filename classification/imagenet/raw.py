@@ -1,13 +1,12 @@
-"""What an ImageNet download holds: every image's place and label, for each form of the download.
+"""Every image's place and label in an ImageNet download, for each of its forms.
 
-    folder             train/<class>/*, and val/ or validation/ with <class>/* or flat (labels.py); also as
-                       ILSVRC/Data/CLS-LOC, to which Kaggle's and image-net.org's archives of 2015 to 2017 unpack
+    folder             train/<class>/*, and val/ or validation/ with <class>/* or flat (labels.py); also in
+                       ILSVRC/Data/CLS-LOC, as Kaggle's and image-net.org's archives of 2015 to 2017 unpack
     tar                ILSVRC2012_img_train.tar (holds a tar file per class) and ILSVRC2012_img_val.tar, never unpacked
     parquet, tar.gz    Hugging Face's imagenet-1k (hugging_face.py)
 
-A label is the place of the class name (a WordNet id, n01440764 ...) in sorted order, as usual. Training images are
-sorted by label and then by name, validation images by name, so that folders and tar files of the same images make the
-same LMDB. An image in a tar file is one piece, so a path, an offset and a size describe it.
+A label is the place of the class name (a WordNet id, n01440764 ...) in sorted order. Training images are sorted by
+label and name, validation images by name, so folders and tar files of the same images make the same LMDB.
 """
 
 import os
@@ -39,7 +38,7 @@ READERS = 16  # threads; they mostly wait for the disk
 
 
 class Layout(NamedTuple):
-    """Where a download holds its images, and in which form."""
+    """A download's form and place."""
 
     kind: str  # folder, tar, tar.gz or parquet
     place: Path  # the folder that holds train/, or the files
@@ -50,7 +49,7 @@ class Layout(NamedTuple):
         return f"{what.get(self.kind, f'imagenet-1k as {self.kind} files')} in {self.place}"
 
     def files(self) -> Iterator[str]:
-        """The files that hold the images. It skips all others in the folder, such as the archive that held a tree."""
+        """The files that hold images, not the archive of an unpacked tree."""
         if self.kind == "folder":
             for split in ("train", "val", "validation"):
                 if (self.place / split).is_dir():
@@ -62,7 +61,7 @@ class Layout(NamedTuple):
 
 
 def find_layout(root: Path) -> Layout:
-    """Where `root` holds ImageNet. Only a few names are looked up. Raises UserError if it is in no known place."""
+    """Where `root` holds ImageNet. Raises UserError if it is in no known place."""
     if found := _layout(root):
         return found
     near = nearest_folder(root.absolute(), _layout)
@@ -86,7 +85,7 @@ def _layout(root: Path) -> Layout | None:
 
 
 def find_source(root: Path, label_files: LabelFiles | None = None) -> Source:
-    """List the images below `root`. Raises UserError, in one line, if something is missing or does not fit."""
+    """List the images below `root`. Raises UserError if something is missing or does not fit."""
     label_files = LabelFiles(*(path and path.absolute() for path in label_files or ()))  # messages give full paths
     source = _find(root.absolute(), label_files)
     if (len(source.val), len(source.classes)) == (IMAGENET["val"], IMAGENET["classes"]):
@@ -114,21 +113,21 @@ def _find(root: Path, label_files: LabelFiles) -> Source:
 
 
 def _find_tree(root: Path) -> Path | None:
-    """The folder that holds train/, at `root` or in a place below it where an archive unpacks it."""
+    """The folder that holds train/: `root`, or where an archive unpacks it below."""
     return next((root / place for place in TREES if (root / place / "train").is_dir()), None)
 
 
 def read_files(items: Sequence[Item]) -> Iterator[Record]:
-    """The images of `items`, each read from its place in its file."""
+    """The images of `items`, each read from its place."""
     with ThreadPoolExecutor(READERS) as pool:
         for first in range(0, len(items), CHUNK):
             yield from pool.map(lambda item: Record(item.label, item.read()), items[first : first + CHUNK])
 
 
 class FolderSplit:
-    """One split of a folder tree, read directly: `split[index]` is a Record. There are no checksums.
+    """One split of a folder tree: `split[index]` is a Record, without a checksum.
 
-    Paths and labels are arrays, which worker processes share. Each process would copy a list of a million strings.
+    Worker processes share arrays, and each would copy a list.
     """
 
     def __init__(self, items: Sequence[Item], classes: Sequence[str]) -> None:
@@ -147,12 +146,12 @@ class FolderSplit:
             raise DamagedImage(f"cannot be read ({error.strerror})") from None
 
     def name_of(self, index: int) -> str:
-        """An image's place and class in words, for messages."""
+        """An image's place and class in words."""
         return f"{printable(os.fsdecode(self._paths[index]))} (class {printable(self.classes[self._labels[index]])})"
 
 
 def list_folder(root: Path) -> tuple[FolderSplit, FolderSplit]:
-    """The images of a folder tree at or below `root`, for training without an LMDB. The labels are those of an LMDB."""
+    """The images of a folder tree at or below `root`, with the labels of an LMDB."""
     if not _find_tree(root):
         raise UserError(
             f"{root} holds neither an LMDB (train.lmdb, val.lmdb) nor a folder tree (train/<class>/*, val/<class>/*); "
@@ -163,7 +162,7 @@ def list_folder(root: Path) -> tuple[FolderSplit, FolderSplit]:
 
 
 def inputs_digest(items: Sequence[Item], root: Path) -> str:
-    """sha256 of the list of images: labels and places relative to `root`. Equal lists make equal builds."""
+    """sha256 of the images' labels and places relative to `root`. Equal ones make equal builds."""
     digest = sha256()
     for item in items:
         place = os.path.relpath(item.path, root)
@@ -177,7 +176,7 @@ def _by_name(item: Item) -> tuple[str, str]:
 
 
 def _list_train_folder(folder: Path) -> tuple[list[str], list[Item]]:
-    """Class folders, or images whose names end with their class, as Hugging Face's archives unpack them."""
+    """Class folders, or Hugging Face's images, whose names end with their class."""
     if list_folders(folder):
         return _list_classes(folder)
     paths = _list_images(folder)
@@ -194,7 +193,7 @@ def _list_images(folder: Path) -> list[str]:
 
 
 def _list_classes(split: Path) -> tuple[list[str], list[Item]]:
-    """Every image of `split`/<class>/, to any depth, by class and then by name."""
+    """Every image of `split`/<class>/ by class and name."""
     classes = list_folders(split)
     folders = [split / name for name in classes]
     with ThreadPoolExecutor(READERS) as pool:  # on a network disk, listing is mostly waiting
@@ -224,7 +223,7 @@ def _list_val_folder(root: Path, tree: Path, classes: list[str], label_files: La
 
 
 def _label_places(root: Path, tree: Path, val: Path) -> list[Path]:
-    """The folders that may hold label files. Kaggle's lies beside ILSVRC/, three folders above ILSVRC/Data/CLS-LOC."""
+    """Folders that may hold label files. Kaggle's lies beside ILSVRC/, three folders above CLS-LOC."""
     above = tree.resolve()
     return [*(reversed(above.parents[:3]) if above.name == "CLS-LOC" else ()), root, tree, val]
 
@@ -237,7 +236,7 @@ def _label(
 
 
 def _list_train_tar(path: Path) -> tuple[list[str], list[Item]]:
-    """The images of the tar files inside a tar file. Each inner file is named after its class."""
+    """The images of the tar files inside a tar file, each named after its class."""
     with _open_tar(path) as archive:
         inner = {member.name: member for member in archive if member.isfile() and member.name.endswith(".tar")}
         _require_end(archive, inner=False)
@@ -258,7 +257,7 @@ def _list_train_tar(path: Path) -> tuple[list[str], list[Item]]:
 
 
 def _list_tar(path: Path, file: IO[bytes] | None = None, start: int = 0, label: int = -1) -> list[Item]:
-    """The images of a tar file, or of a tar file inside it at byte `start`."""
+    """The images of a tar file, or of one inside it at byte `start`."""
     with _open_tar(path, file) as archive:
         items = [
             Item(str(path), label, start + member.offset_data, member.size, member.name)
@@ -270,9 +269,9 @@ def _list_tar(path: Path, file: IO[bytes] | None = None, start: int = 0, label: 
 
 
 def _require_end(archive: tarfile.TarFile, inner: bool) -> None:
-    """Raise ReadError if the listing stopped before the end of a tar file. tarfile stops silently at a bad header.
+    """Raise ReadError if the listing stopped before the end. tarfile stops silently at a bad header.
 
-    An `inner` file may lack the end mark, because the outer file gives its length.
+    An `inner` file may lack the end mark, as the outer file gives its length.
     """
     archive.fileobj.seek(archive.offset)
     mark = archive.fileobj.read(tarfile.BLOCKSIZE)

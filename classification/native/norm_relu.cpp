@@ -1,9 +1,8 @@
 // relu(batch_norm(x) + shortcut) and its gradients for channels-last tensors on the CPU. Each passes over memory twice
 // (norm_relu.py).
 //
-// A tensor is `rows` rows of `channels` values. Rows are cut into chunks of a fixed size, and the chunks' sums are
-// added in order. So the result is the same, bit for bit, for any number of threads. Within a chunk, the channels are
-// processed in groups of kLanes, so that the sums of a group stay in registers.
+// Rows are cut into chunks of a fixed size, whose sums are added in order: the result is the same, bit for bit, for any
+// number of threads. Within a chunk, channels are processed in groups of kLanes, whose sums stay in registers.
 
 #include <algorithm>
 #include <cmath>
@@ -101,7 +100,7 @@ void forward(const NormRelu& n) {
   T* y = static_cast<T*>(n.y);
   const int64_t channels = n.channels;
 
-  // The first row is subtracted, so that the variance keeps its digits when the mean is far from 0.
+  // The first row is subtracted: the variance keeps its digits when the mean is far from 0.
   const auto sums = sum_rows(n, [=](int64_t first, int64_t last, int64_t channel, float(&sums)[2][kLanes]) {
     float origin[kLanes], sum[kLanes] = {}, square[kLanes] = {};
     for (int64_t lane = 0; lane < kLanes; ++lane) origin[lane] = load(x + channel + lane);
@@ -153,7 +152,7 @@ void backward(const NormRelu& n) {
   const float *means = n.mean, *inverse_stds = n.inverse_std;
   const int64_t channels = n.channels;
 
-  // g is the gradient of the ReLU's input and of the shortcut. If it is written, the second pass reads it again.
+  // g is the gradient of the ReLU's input and of the shortcut. If it is written, the second pass reads it.
   const auto sums = sum_rows(n, [=](int64_t first, int64_t last, int64_t channel, float(&sums)[2][kLanes]) {
     float mean[kLanes], bias[kLanes] = {}, weight[kLanes] = {};
     std::memcpy(mean, means + channel, sizeof mean);
@@ -205,7 +204,7 @@ void backward(const NormRelu& n) {
 
 }  // namespace
 
-// Each dtype and case is compiled separately, because the compiler vectorises loops without conditions.
+// Each dtype and case is compiled separately: the compiler vectorises loops without conditions.
 extern "C" void norm_relu_forward(const NormRelu* n) {
   const auto function = n->bfloat16 ? (n->shortcut ? forward<BFloat16, true> : forward<BFloat16, false>)
                                     : (n->shortcut ? forward<float, true> : forward<float, false>);

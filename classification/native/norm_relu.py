@@ -1,7 +1,7 @@
-"""relu(batch_norm(x) + shortcut): by torch's own operators, or by one native function on the CPU.
+"""relu(batch_norm(x) + shortcut): by torch's operators, or by one native function on the CPU.
 
-On the CPU, convolutions are fastest channels-last. But torch's channels-last batch norm takes a quarter of a CIFAR
-ResNet's time. norm_relu.cpp passes over memory twice forward and twice backward, including ReLU and addition.
+On the CPU, convolutions are fastest channels-last. But torch's batch norm then takes a quarter of a CIFAR ResNet's
+time. norm_relu.cpp passes over memory twice forward and twice backward.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from optim.native import load_library
 
 SOURCE = Path(__file__).with_name("norm_relu.cpp")
-LANES = 16  # the native function takes channels in groups of this size
+LANES = 16  # channels in a group of the native function
 
 
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
@@ -31,7 +31,7 @@ def norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None = None) -
 
 
 def _is_native(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool:
-    """Whether the native function can do this: training on the CPU, channels-last, with a ResNet's settings."""
+    """Whether this is training on the CPU, channels-last, with a ResNet's settings."""
     return (
         norm.training
         and x.device.type == "cpu"
@@ -83,9 +83,9 @@ class _NormRelu(torch.autograd.Function):
     @override(check_signature=False)
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight, mean, inverse_std = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated, by torch's own operators
+        if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated
             return _differentiable_backward(x, weight, torch.where(y > 0, grad_y, 0), ctx.eps, ctx.has_shortcut)
-        # Whoever writes to `.data` between the passes may have changed what was saved.
+        # A write to `.data` between the passes may have changed what was saved.
         rows = all(_is_of_rows(tensor, like=y) for tensor in (x, grad_y))
         if not (rows and _is_of_channels(weight, y) and x.is_contiguous(memory_format=torch.channels_last)):
             raise RuntimeError("relu(batch_norm(x)): x or the weight got another shape or dtype after forward")
@@ -101,7 +101,7 @@ class _NormRelu(torch.autograd.Function):
 def _differentiable_backward(
     x: Tensor, weight: Tensor, grad_sum: Tensor, eps: float, has_shortcut: bool
 ) -> tuple[Tensor | None, ...]:
-    """What `_NormRelu.backward` returns, as functions of x, weight and `grad_sum`, the gradient before the ReLU."""
+    """What `_NormRelu.backward` returns, as functions of x, weight and the gradient before the ReLU."""
     normalised = F.batch_norm(x, None, None, weight, training=True, eps=eps)
     grad_x, grad_weight = torch.autograd.grad(normalised, (x, weight), grad_sum, create_graph=True)
     grad_bias = grad_sum.sum((0, 2, 3), dtype=weight.dtype)
@@ -139,7 +139,7 @@ def _arguments(tensors: dict[str, Tensor | None], eps: float = 0.0, momentum: fl
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None after one warning if they cannot be compiled."""
+    """The compiled functions, or None after one warning."""
     signature = None, [ctypes.POINTER(_Arguments)]
     signatures = {"norm_relu_forward": signature, "norm_relu_backward": signature}
     return load_library(SOURCE, signatures, "torch's slower batch norm is used")

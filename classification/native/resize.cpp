@@ -1,11 +1,8 @@
 // A square of a resized part of an RGB image, with the exact bytes of Pillow's bilinear resampling of 8-bit images.
 //
 // Pillow filters one axis, then the other, and rounds to 8 bits in between. Each output is a sum over the inputs under
-// a triangle, which is 2 scales wide and at least 2 pixels. The weights are computed in double and stored as integers
-// with kBits fractional bits.
-//
-// Only the square is computed. All outputs of an axis have the same number of weights, because the processor predicts
-// loops of one length.
+// a triangle, which is 2 scales wide and at least 2 pixels. Weights are computed in double and stored as integers with
+// kBits fractional bits. Outputs of an axis have equally many weights, as the processor predicts loops of one length.
 
 #include <algorithm>
 #include <cmath>
@@ -31,8 +28,8 @@ inline double product(double a, double b) {
   return rounded;
 }
 
-// One axis: output i is the sum over k < count of weights[i * count + k] * input[begin + first[i] + k]. It reads
-// `extent` inputs, starting at `begin`.
+// One axis: output i is the sum over k < count of weights[i * count + k] * input[begin + first[i] + k]. `extent` inputs
+// are read.
 struct Taps {
   int64_t begin = 0, extent = 0, count = 0;
   std::vector<int64_t> first;
@@ -88,7 +85,7 @@ inline void out_of_groups(const uint8_t* groups, int64_t pixels, uint8_t* row) {
 void filter_rows(const uint8_t* in, int64_t stride, int64_t rows, const Taps& taps, int64_t size, uint8_t* out) {
   const std::unique_ptr<uint8_t[]> before(new uint8_t[taps.extent * kGroup]), after(new uint8_t[size * kGroup]);
   std::memset(before.get(), 0, taps.extent * kGroup);
-  // Read once, because the compiler assumes that a written byte may change them.
+  // Read once: the compiler assumes that a written byte may change them.
   const int64_t count = taps.count, *const firsts = taps.first.data();
   for (int64_t row = 0; row < rows; row += kRows) {
     const int64_t together = std::min(rows - row, kRows);
@@ -136,9 +133,9 @@ void filter_columns(const uint8_t* in, int64_t stride, int64_t bytes, const Taps
 
 }  // namespace
 
-// `pixels`: the start of the part to resize, which has width x height pixels in rows that are `stride` bytes apart.
-// `square` [size, size, 3]: starts at pixel (left, top) of the part, resized to resized_width x resized_height. It must
-// lie within that. Returns 0, or 1 if memory is lacking.
+// `pixels`: the start of the part to resize, which has width x height pixels in rows `stride` bytes apart. `square`
+// [size, size, 3]: starts at pixel (left, top) of the resized part, and must lie within it. Returns 0, or 1 if memory
+// is lacking.
 extern "C" int resize_square(const uint8_t* pixels, int64_t stride, int64_t width, int64_t height,
                              int64_t resized_width, int64_t resized_height, int64_t left, int64_t top, int64_t size,
                              int64_t columns_first, uint8_t* square) {

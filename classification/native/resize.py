@@ -1,7 +1,7 @@
-"""A square of a resized part of an image: one native function gives the bytes of Pillow's bilinear resampling.
+"""A square of a resized part of an image, with the bytes of Pillow's bilinear resampling.
 
-resize.cpp is faster, because Pillow resizes the whole picture. If it cannot be compiled, or if an unknown version of
-Pillow gives other bytes, Pillow does the work.
+resize.cpp is faster, as Pillow resizes the whole picture. Pillow does the work if resize.cpp cannot be compiled or
+gives other bytes.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ ORDERS: tuple[ColumnsFirst, ...] = (
     lambda width, height, new_width, new_height: height > new_height and height > 100 * width,
     lambda *_: False,
 )
-# Width and height, before and after: sizes where the orders differ, on both sides of their limits.
+# Width and height, before and after, on both sides of the limits where the orders differ.
 PROBES = (
     (40, 40, 60, 20), (40, 60, 30, 38), (40, 60, 30, 40), (60, 40, 30, 38), (20, 20, 40, 30), (3, 301, 5, 40),
     (3, 300, 5, 40), (50, 70, 23, 23), (97, 61, 32, 32), (31, 29, 7, 53),
@@ -41,8 +41,7 @@ def resized_square(
 ) -> Tensor:
     """uint8 [size, size, 3]: resize `box` of `pixels` (uint8 [height, width, 3]) to `resized`, cut from `corner` on.
 
-    `out`: contiguous and of that shape. ValueError where the box or the square reach beyond what they are part of, or
-    where `pixels` or `out` are of another form.
+    `out`: contiguous and of that shape. ValueError for another form, and where the box or the square reach too far.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"pixels must be uint8 [height, width, 3], not {pixels.dtype} {list(pixels.shape)}")
