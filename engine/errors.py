@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -59,3 +60,10 @@ def explain(error: OSError) -> str:
 def _print_error(error: object) -> None:
     rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK") and os.environ.get("WORLD_SIZE") != "1" else ""
     print(f"{rank}error: {one_line(error)}", file=sys.stderr, flush=True)
+
+
+def positive(text: str) -> int:
+    """A number above 0 from the command line, as a type for argparse."""
+    if not text.isdecimal() or not int(text):
+        raise ArgumentTypeError(f"a whole number above 0, not {text}")
+    return int(text)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -11,13 +10,6 @@ from multiprocessing import get_context, parent_process
 from threading import Thread
 
 from engine.errors import UserError
-
-
-def positive(text: str) -> int:
-    """A number from the command line."""
-    if not text.isdecimal() or not int(text):
-        raise ArgumentTypeError(f"a whole number above 0, not {text}")
-    return int(text)
 
 
 @contextmanager

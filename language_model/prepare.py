@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from engine.errors import UserError, run_main
+from engine.errors import UserError, positive, run_main
 from engine.files import hold, write_atomically
 from engine.machine import core_count
 from engine.manifest import MANIFEST
-from engine.workers import positive, worker_pool
+from engine.workers import worker_pool
 from language_model.benchmark import TEST_FILE, warnings
 from language_model.prepared import (
     VOCABULARY,

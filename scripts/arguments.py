@@ -32,9 +32,3 @@ def words(text: str) -> list[str]:
     if not text.split():
         raise argparse.ArgumentTypeError("no name given")
     return text.split()
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"a whole number above 0, not {text}")
-    return int(text)

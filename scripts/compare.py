@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.config import ConfigError
-from engine.errors import UserError, nearest, run_main
+from engine.errors import UserError, nearest, positive, run_main
 from engine.files import write_atomically
 from engine.metrics import DIVERGED
 from engine.run_record import read_result
-from scripts.arguments import Parser, positive, seeds, words
+from scripts.arguments import Parser, seeds, words
 from scripts.execution import add_options, carry_out, places_of, print_failures
 from scripts.jobs import REFUSED, Job, division, job_of, refuse, write_list
 from scripts.live import Display

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from scripts.arguments import positive
+from engine.errors import positive
 from scripts.jobs import Job
 from scripts.pool import Places, State, Turn, places_for, run_jobs
 

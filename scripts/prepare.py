@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 from classification.cifar import ARCHIVES
 from engine.download import download
-from engine.errors import UserError, run_main
+from engine.errors import UserError, positive, run_main
 from engine.machine import core_count
 from engine.nearest_folder import nearest_folder
 from language_model import benchmark
-from scripts.arguments import Parser, positive
+from scripts.arguments import Parser
 
 GB = 1e9
 # Trials that estimate the whole time.

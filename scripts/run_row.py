@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from classification import cifar
-from engine.errors import UserError, nearest, run_main
-from scripts.arguments import Parser, positive, seeds
+from engine.errors import UserError, nearest, positive, run_main
+from scripts.arguments import Parser, seeds
 from scripts.jobs import division, plan, torchrun
 from scripts.pool import State, Turn, places_for, run_jobs
 from scripts.reporting.tables import report

@@ -17,11 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
+from engine.errors import UserError, positive
 from engine.files import hold
 from engine.machine import core_count
 from engine.manifest import MANIFEST, read_manifest
-from engine.workers import positive
 from nmt.codec import Codec
 from nmt.prepare import toy_text
 from nmt.prepare.download import get_archives
