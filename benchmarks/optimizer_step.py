@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.model_shapes import SETS, gradients, shapes
-from benchmarks.turns import seconds_of, turns
+from benchmarks.turns import seconds_of, table, turns
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main
 from engine.run_record import describe_environment
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> None:
     record["sets"] = {}
     for name in options.shapes.split(","):
         record["sets"][name] = measure(name, kept, options, world)
-        print(table(name, record["sets"][name]), flush=True)
+        print(as_text(name, record["sets"][name]), flush=True)
         if options.json:
             Path(options.json).write_text(json.dumps(record, indent=1))
     if options.plot:
@@ -213,7 +213,7 @@ def free_memory(device: torch.device) -> float:
         return math.inf  # not Linux: unknown
 
 
-def table(name: str, results: dict[str, dict[str, Any]]) -> str:
+def as_text(name: str, results: dict[str, dict[str, Any]]) -> str:
     rows = [["", "ms", "min", "max", "n", "/ AdamW", "/ floor", "GB/s", "bytes/param", "launches"]]
     for label, result in results.items():
         if "median_ms" not in result:
@@ -233,14 +233,9 @@ def table(name: str, results: dict[str, dict[str, Any]]) -> str:
                 str(result["launches"] or ""),
             ]
         )
-    full = [row for row in rows if len(row) == len(rows[0])]
-    widths = [max(len(row[i]) for row in full) for i in range(len(rows[0]))]
-    count = sum(math.prod(shape) for shape in shapes(name))
-    lines = [f"\n{name}: {count:,} parameters in {len(shapes(name))} tensors, weight decay {SETS[name][2]:g}"]
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=False)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)
+    _, count, decay = SETS[name]
+    title = f"\n{name}: {count:,} parameters in {len(shapes(name))} tensors, weight decay {decay:g}"
+    return f"{title}\n{table(rows)}"
 
 
 def plot(record: dict[str, Any], path: Path) -> None:

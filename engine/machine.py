@@ -1,4 +1,4 @@
-"""The machine's cores and processor."""
+"""The machine's cores and processor, and the memory of processes."""
 
 import os
 import platform
@@ -39,3 +39,14 @@ def _cpu_info(key: str) -> list[str]:
     except OSError:
         return []
     return [value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == key]
+
+
+def memory_of_tree_mb(pid: int) -> float:
+    """Peak resident MiB of a process and of its descendants, each one's own peak added up; 0 if unknown."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return 0.0
+    peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), "0")
+    return int(peak) / 1024 + sum(memory_of_tree_mb(int(child)) for child in children)

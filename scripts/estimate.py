@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 from engine.errors import UserError
+from engine.machine import memory_of_tree_mb
 from scripts.jobs import Job, torchrun
 from scripts.live import read_progress
 from scripts.pool import Places, last_error, nvidia_smi, open_log, start
@@ -128,7 +129,7 @@ def measure(job: Job, settings: Any, places: Places, temporary: Path) -> Measure
         ending = update >= UPDATES or now - since > limit
         if ending or now - looked > 1:
             looked = now
-            memory = max(memory, resident_mb(process.pid) if device is None else gpu_memory_mb(device) - before)
+            memory = max(memory, memory_of_tree_mb(process.pid) if device is None else gpu_memory_mb(device) - before)
         if ending:
             break
         time.sleep(POLL_S)
@@ -171,17 +172,6 @@ def gpu_memory_mb(devices: str) -> float:
     """MiB in use on the one of `devices` (comma-separated) that uses most; 0 if unknown."""
     used = nvidia_smi(f"--id={devices}", "--query-gpu=memory.used")
     return max((float(text) for text in used if text.isdecimal()), default=0.0)
-
-
-def resident_mb(pid: int) -> float:
-    """Peak resident MiB of a process and its descendants; 0 if unknown."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return 0.0
-    peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), "0")
-    return int(peak) / 1024 + sum(resident_mb(int(child)) for child in children)
 
 
 def disk_mb(run: Path, settings: Any) -> float:

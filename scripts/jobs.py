@@ -19,7 +19,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files import write_atomically
 from engine.run_record import read_result, require_same_settings
-from scripts.tables import TASKS, is_same_update, load_cell, load_settings
+from scripts.tables import TASKS, is_same_update, load_settings
 
 # Keys that name another run, and what to use instead.
 REFUSED = {"seed": "--seeds", "run_dir": "--runs", "table": "a config of your own", "row": "a config of your own"}
@@ -88,9 +88,9 @@ def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[st
     Raises UserError for a wrong config, a wrong or REFUSED override, and a folder of a run with other settings.
     """
     refuse(overrides, REFUSED, "a row")
-    overrides = (f"seed={seed}", *overrides)
-    settings = load_cell(table, config, overrides)
-    return job_of(TASKS[table], config, overrides, runs / settings.folder.relative_to("runs"), settings)
+    task, overrides = TASKS[table], (f"seed={seed}", *overrides)
+    settings = load_settings(task, config, overrides)
+    return job_of(task, config, overrides, runs / settings.folder.relative_to("runs"), settings)
 
 
 def refuse(overrides: Sequence[str], refused: Mapping[str, str], what: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from scripts.jobs import Job
 from scripts.pool import State, Turn
-from scripts.text_table import format_table
+from scripts.text_table import duration, format_table
 
 METRICS = {"classification": "test_top1", "language_model": "test_ppl", "nmt": "valid_bleu"}
 TAIL_BYTES = 65_536  # read from the end of metrics.jsonl
@@ -132,11 +132,3 @@ def counts(turns: Sequence[Turn], started: float) -> str:
     states = Counter(turn.state for turn in turns)
     parts = [f"{states[state]} {state.value}" for state in State if states[state]]
     return f"{len(turns)} runs: {', '.join(parts)}; {duration(time.monotonic() - started)} so far"
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.4 h` or `2.1 d`."""
-    for limit, unit, divisor, digits in ((90, "s", 1, 0), (5400, "min", 60, 0), (48 * 3600, "h", 3600, 1)):
-        if seconds < limit:
-            return f"{seconds / divisor:.{digits}f} {unit}"
-    return f"{seconds / 86400:.1f} d"

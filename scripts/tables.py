@@ -35,11 +35,6 @@ def load_settings(task: str, config: str | Path, overrides: Sequence[str] = ()) 
     return load_config(import_module(f"{task}.config").Config, config, overrides)
 
 
-def load_cell(table: str, config: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """`load_settings` for a run of `table`."""
-    return load_settings(TASKS[table], config, overrides)
-
-
 def is_same_update(task: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two configs make the same updates, perhaps divided into other passes."""
     return update_of(task, one) == update_of(task, other)
@@ -68,7 +63,7 @@ def cells(table: str, row: str) -> dict[str, Path]:
     """Schedule to config for a row's cells: `<row>_<schedule>.yaml`, or `<row>.yaml` if there is only one."""
     alone = CONFIGS / table / f"{row}.yaml"
     if alone.exists():
-        return {load_cell(table, alone).schedule.name: alone}
+        return {load_settings(TASKS[table], alone).schedule.name: alone}
     paths = {schedule: CONFIGS / table / f"{row}_{schedule}.yaml" for schedule in SCHEDULES}
     return {schedule: path for schedule, path in paths.items() if path.exists()}
 

@@ -1,4 +1,4 @@
-"""A table as lines of text, with aligned columns."""
+"""A table as lines of text, with aligned columns; and a duration in words."""
 
 from collections.abc import Sequence
 
@@ -11,3 +11,11 @@ def format_table(header: Sequence[str], lines: Sequence[Sequence[str]], markdown
         return ["  ".join(line).rstrip() for line in texts]
     texts.insert(1, ["-" * width for width in widths])
     return [f"| {' | '.join(line)} |" for line in texts]
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.4 h` or `2.1 d`."""
+    for limit, unit, divisor, digits in ((120, "s", 1, 0), (7200, "min", 60, 0), (48 * 3600, "h", 3600, 1)):
+        if seconds < limit:
+            return f"{seconds / divisor:.{digits}f} {unit}"
+    return f"{seconds / 86400:.1f} d"

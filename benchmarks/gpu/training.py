@@ -9,7 +9,6 @@ import json
 import math
 import sys
 import warnings
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,12 +27,10 @@ from benchmarks import nmt as nmt_benchmark
 from benchmarks.gpu.data import images_in_memory
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.worker import Place, is_usable
-from benchmarks.turns import end_of_epoch, seconds_of
+from benchmarks.turns import end_of_epoch, prepared, seconds_of
 from classification import cuda_graph
-from engine.config import load_config
-from engine.distributed import setup
 from engine.run import parameter_count
-from engine.run_record import RunRecord, peak_memory_mb
+from engine.run_record import peak_memory_mb
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WINDOW, TOY_WINDOW = 10, 2  # updates
@@ -88,7 +85,7 @@ def check(part: Part, place: Place) -> None:
         if part.has_time(case, 0 if place.dry else 15):
             size = "--batch 64 --passes 1 --updates 1" if place.dry else "--batch 8192 --passes 8 --updates 3"
             arguments = ["full-size", *size.split(), "--precision", precision, "--device", place.device.type]
-            part.add(case, tokens_per_s=nmt_benchmark.main(arguments)[-1])
+            part.add(case, tokens_per_s=nmt_benchmark.measure_full_size(nmt_benchmark.parse(arguments))[-1])
 
 
 def first_of(task: str) -> str:
@@ -127,29 +124,27 @@ TASKS: dict[str, tuple[Any, Callable[[Place, Path], list[str]]]] = {
 
 
 def make_words(place: Place) -> Path:
-    words, batch = (200, 4) if place.dry else (793_470, 128)
     folder = place.scratch / "words"
     folder.mkdir()
-    return lm.make_corpus(folder, Namespace(words=words, updates=TOY_WINDOW if place.dry else WINDOW, batch=batch))
+    words, rows = (200, 4 * (TOY_WINDOW + 2)) if place.dry else (793_470, 128 * (WINDOW + 2))
+    return lm.make_corpus(folder, words, rows * lm.LENGTH)
 
 
 def measure(module: Any, settings: list[str], place: Place) -> dict[str, Any]:
     """Three windows of one config."""
-    world, updates = setup(place.device.type), TOY_WINDOW if place.dry else WINDOW
-    own = [f"device={place.device.type}", f"log_every={updates}"]
-    config = load_config(module.Config, settings[0], [*settings[1:], *own])
-    run = module.prepare(config, world, RunRecord(config, config.folder, world))
+    updates = TOY_WINDOW if place.dry else WINDOW
+    run = prepared(module, *settings, f"device={place.device.type}", f"log_every={updates}")
     if place.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
     def window() -> None:
-        end_of_epoch(run, module.train_epoch, updates)
+        end_of_epoch(module, run, updates)
 
     window()
     with counted_waits(place.device, module.log) as waits:
         window()
-    seconds = seconds_of(window, world)
-    lines = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+    seconds = seconds_of(window, run.world)
+    lines = [json.loads(line) for line in (run.record.folder / "metrics.jsonl").read_text().splitlines()]
     counted = run.progress.since_evaluation[run.COUNTED] / 3  # of a window; sentences differ in length: the mean
     return {
         "loss": [line["loss"] for line in lines if line["kind"] == "train"][-1],

@@ -9,7 +9,7 @@ from typing import Any
 from engine.config import differences, value_at
 from scripts.reporting.records import flatten
 from scripts.runs import NOT_OF_THE_RECIPE, Run, order
-from scripts.tables import TASKS, cells, is_same_update, later_rows, load_cell, published, update_of
+from scripts.tables import TASKS, cells, is_same_update, later_rows, load_settings, published, update_of
 
 DIVISION = ("batch", "passes", "batchnorm_group")  # may differ for the same update
 
@@ -90,7 +90,7 @@ def _by_cell(rows: dict[str, dict[str, list[float]]]) -> dict[tuple[str, str], l
 
 @cache
 def _published_recipe(table: str, row: str, schedule: str) -> dict[str, Any]:
-    return load_cell(table, cells(table, row)[schedule]).model_dump(mode="json")
+    return load_settings(TASKS[table], cells(table, row)[schedule]).model_dump(mode="json")
 
 
 def changes_to_recipe(run: Run) -> list[str]:

@@ -23,7 +23,7 @@ from scripts.reporting.searched import ABOUT_SEARCHED, searched
 from scripts.reporting.statistics import interval, spread, welch
 from scripts.runs import Run, author_log, by_table
 from scripts.tables import ROWS, SCHEDULES, position, published
-from scripts.text_table import format_table
+from scripts.text_table import duration, format_table
 
 MOST_CHANGES = 8  # that a note names
 Lines = tuple[list[str], list[list[str]]]  # header and lines
@@ -215,12 +215,6 @@ def _of_all(runs: Sequence[Run], value: Callable[[Run], float | None], text: Cal
     """The mean over the runs that have the value, as text; "" if none has."""
     values = [found for run in runs if (found := value(run)) is not None]
     return text(mean(values)) if values else ""
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def optimizer_share(run: Run) -> float | None:
