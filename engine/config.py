@@ -1,8 +1,8 @@
 """Strict configuration: YAML files over a `base:`, `key=value` on top, checked by a pydantic model.
 
-Files merge key by key, except `optimizer`, `schedule` and `average`: these are taken whole from the last file that
-gives them, because their settings belong to one method. Every error names in one line the file or command line, the
-key, and what would be right.
+Files merge key by key. But `optimizer`, `schedule` and `average` are taken whole from the last file that gives them,
+because their settings belong to one method. Every error names in one line the file or command line, the key, and what
+would be right.
 """
 
 import math
@@ -107,8 +107,8 @@ class CheckpointConfig(Strict):
 class AverageConfig(Strict):
     """The average of weights that is evaluated: an exponential one (`decay`), or the mean of the `last` kept ones.
 
-    The exponential average, a <- decay * a + (1 - decay) * w, begins as the weights after the first update. The mean is
-    formed at the end of the run.
+    The first, a <- decay * a + (1 - decay) * w, begins with the weights after the first update. The second is formed at
+    the end.
     """
 
     decay: float | None = Field(None, gt=0, lt=1)
@@ -123,9 +123,9 @@ class AverageConfig(Strict):
 
 
 class RunConfig(Strict):
-    """The keys of every task's config; a task adds its own."""
+    """The keys of every task's config."""
 
-    DIFFERENTIABLE_TWICE: ClassVar[bool] = False  # whether all functions of the task's models are
+    DIFFERENTIABLE_TWICE: ClassVar[bool] = False  # whether the task's models are
 
     table: str  # of the paper, or any name
     row: str  # the method's name in that table
@@ -154,9 +154,9 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def load_config(model: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read `path` over its `base:` files, apply `key=value` overrides, and check against `model`.
+    """Read `path` over its `base:` files, apply overrides (`optimizer.lr=0.1`, values are YAML), and check.
 
-    Override keys may be dotted (`optimizer.lr=0.1`); values are YAML. Raises ConfigError.
+    Raises ConfigError.
     """
     sources: dict[str, str] = {}
     values = _read_with_bases(Path(path), sources, seen=())
@@ -187,7 +187,7 @@ def dump_config(config: BaseModel) -> str:
 
 
 def differences(ours: Any, theirs: Any, ignore: Sequence[str] = (), prefix: str = "") -> list[str]:
-    """The dotted keys whose values differ, without those in `ignore` and below."""
+    """Dotted keys whose values differ, without those in `ignore` and below."""
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):
         return [] if ours == theirs else [prefix.rstrip(".")]
     found = []
@@ -273,14 +273,14 @@ def _explain(error: ValidationError, model: type[BaseModel], sources: dict[str, 
 
 
 def _source_of(dotted: str, sources: dict[str, str]) -> str | None:
-    """Where the key, or the nearest one above it, was last given."""
+    """Where the key, or the nearest above it, was last given."""
     while dotted and dotted not in sources:
         dotted = dotted.rpartition(".")[0]
     return sources.get(dotted)
 
 
 def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
-    """The keys that lead to a problem, and the model that has or lacks the last of them.
+    """The keys that lead to a problem, and the model that has or lacks the last one.
 
     Where `name` selects a model, pydantic puts it into `loc` like a key.
     """

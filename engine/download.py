@@ -15,9 +15,9 @@ BLOCK = 1 << 20
 
 
 def download(url: str, path: Path, checksum: str | None = None) -> None:
-    """Make `path` hold the file of `url`. `checksum` is "sha256:…" or "md5:…", or None if none is published.
+    """Make `path` hold the file of `url`; an existing file is only checked. Raises UserError.
 
-    An existing file is only checked. Raises UserError for a failure, or another checksum.
+    `checksum` is "sha256:…" or "md5:…", or None if none is published.
     """
     if path.exists():
         if checksum and not matches(path, checksum):
@@ -40,7 +40,7 @@ def matches(path: Path, checksum: str) -> bool:
 
 
 def digest_of(path: Path, kind: str) -> str:
-    """A file's digest in hexadecimal digits, by hashlib's algorithm `kind`."""
+    """In hexadecimal digits, by hashlib's algorithm `kind`."""
     digest = new(kind, usedforsecurity=False)
     size = path.stat().st_size
     bar = tqdm(total=size, desc=f"checking {path.name}", unit="B", unit_scale=True, leave=False, disable=None)

@@ -21,7 +21,7 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 @contextmanager
 def settings_of(what: str) -> Iterator[None]:
-    """Turn a ValueError, TypeError or ImportError into a UserError that names `what`."""
+    """Turn ValueError, TypeError and ImportError into a UserError that names `what`."""
     try:
         yield
     except (ValueError, TypeError, ImportError) as error:

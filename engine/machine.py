@@ -27,7 +27,7 @@ def cpu_has_bf16() -> bool | None:
 
 
 def cpu_flags() -> list[str]:
-    """The processor's features, by Linux's names (avx2, amx_bf16, ...); none if they are not reported."""
+    """The processor's features by Linux's names (avx2, amx_bf16, ...), if it reports them."""
     lines = _cpu_info("flags") or _cpu_info("Features")
     return lines[0].split() if lines else []
 
@@ -42,7 +42,7 @@ def _cpu_info(key: str) -> list[str]:
 
 
 def memory_of_tree_mb(pid: int) -> float:
-    """Peak resident MiB of a process and of its descendants, each one's own peak added up; 0 if unknown."""
+    """The sum of the peak resident MiB of a process and of each descendant; 0 if unknown."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

@@ -1,4 +1,4 @@
-"""The manifest of prepared data: a JSON file, written last. If it exists, all else is whole."""
+"""The manifest of prepared data: a JSON file, written last, so that all else is whole."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ MANIFEST = "manifest.json"
 
 
 def read_manifest(folder: Path, keys: Sequence[str] = (), version: int | None = None) -> dict[str, Any] | None:
-    """The manifest in `folder`, or None if the data there are not finished.
+    """The manifest in `folder`, or None where data are not finished.
 
     Raises UserError if it cannot be read, its `format` is not `version`, or one of `keys` is missing.
     """

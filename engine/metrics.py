@@ -1,4 +1,4 @@
-"""Sums on the device, reduced over ranks and read back only when needed."""
+"""Sums on the device, reduced over ranks and read only when needed."""
 
 import math
 
@@ -56,7 +56,7 @@ def require_finite(value: float, update: int, name: str = "training loss") -> No
 
 
 def require_finite_weights(model: torch.nn.Module, world: World, update: int) -> None:
-    """Raise UserError on every rank where a weight or buffer of any rank is NaN or infinite."""
+    """Raise UserError on every rank where any rank's weight or buffer is NaN or infinite."""
     tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     flags = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]) if tensors else torch.ones(1)
     if world.max(int(not flags.all())):

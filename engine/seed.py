@@ -1,6 +1,6 @@
 """Randomness from the place in the run (seed, epoch, step or sample index), never from earlier draws.
 
-So a resumed run repeats the uninterrupted one, whatever the number of workers and ranks.
+So a resumed run repeats the uninterrupted one, with any number of workers and ranks.
 """
 
 import random

@@ -1,6 +1,6 @@
-"""Estimates the cost of runs. It times some updates of each distinct cell with the command itself.
+"""Estimates the cost of runs: times some updates of each distinct cell with the command itself.
 
-The hours are those of training alone, without evaluations.
+Hours are of training alone, without evaluations.
 """
 
 import json
@@ -31,7 +31,7 @@ UPDATES = 30
 WARM_UP = 5  # updates that allocate, choose kernels, compile
 START_S, TRAIN_S, SAVE_S = 300, 60, 120  # limits: until the first update, for the others, to save
 POLL_S = 0.01
-# They change neither the time nor the memory of an update.
+# They change neither time nor memory of an update.
 SAME_COST = ("table", "row", "seed", "run_dir", "schedule", "epochs", "updates")
 
 
@@ -46,7 +46,7 @@ class Measured:
 
 
 def estimate(jobs: Sequence[Job], places: Places) -> str:
-    """A table of the cost of the incomplete ones of `jobs`: a line for each distinct cell, or its error."""
+    """A table of the cost of incomplete `jobs`: for each distinct cell a line, or its error."""
     unfinished = [job for job in jobs if not job.complete]
     if not unfinished:
         return "every run is complete: nothing would be run"
@@ -106,7 +106,7 @@ def what_costs(job: Job) -> str:
 
 
 def measure(job: Job, settings: Any, places: Places, temporary: Path) -> Measured:
-    """Time some updates, on synthetic data if the job's own are missing. Raises UserError where it cannot."""
+    """Time some updates, on synthetic data if the job's own are missing. Raises UserError."""
     folder = Path(tempfile.mkdtemp(dir=temporary))
     overrides, size, synthetic = [f"run_dir={folder}", "log_every=1", "checkpoint.minutes=1000000"], None, ""
     name, root = settings.data.name, Path(getattr(settings.data, "root", "."))
@@ -157,7 +157,7 @@ def measure(job: Job, settings: Any, places: Places, temporary: Path) -> Measure
 
 
 def whole_length(job: Job, run: Path, settings: Any, size: int | None) -> int:
-    """Updates of the whole run, by its environment.json or the real data's `size`."""
+    """Updates, by environment.json or the real data's `size`."""
     if job.unit == "update":
         return job.length
     recipe = json.loads((run / "environment.json").read_text())["recipe"]

@@ -33,13 +33,13 @@ class Progress:
     metric: float | None = None
 
     def length(self, job: Job) -> int:
-        """The run's progress, in the unit of its length."""
+        """Done, in the unit of the job's length."""
         if job.unit == "update":
             return self.update
         return self.evaluated_at[0] if self.evaluated_at else 0
 
     def updates(self, job: Job) -> int | None:
-        """Updates of the whole run. A length in epochs gives them after the first evaluation."""
+        """Of the whole run; for a length in epochs known from the first evaluation on."""
         if job.unit == "update":
             return job.length
         if self.evaluated_at is None:
@@ -97,7 +97,7 @@ class Display:
         self.drawn = len(lines)
 
     def _tell(self, turns: Sequence[Turn]) -> None:
-        """Print each change of state, and every LINES_S the running jobs."""
+        """Print changes of state, and every LINES_S the running jobs."""
         remind = time.monotonic() - self.shown_at >= LINES_S
         if remind:
             self.shown_at = time.monotonic()

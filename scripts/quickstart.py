@@ -2,7 +2,7 @@
 
     bash scripts/quickstart.sh [--task classification|lm|nmt] [--seeds "1 101"] [--runs FOLDER] [key=value ...]
 
-Each run is a `python -m <task>.train`; complete runs are skipped and unfinished ones resumed.
+Complete runs are skipped and unfinished ones resumed.
 """
 
 import os
@@ -63,14 +63,14 @@ def main(arguments: list[str]) -> int:
 
 
 def train(jobs: Sequence[Job], bar: tqdm) -> int:
-    """Train `jobs` side by side while `bar` follows them."""
+    """Train `jobs` side by side; `bar` follows."""
     start = bar.n
 
     def follow(turns: Sequence[Turn]) -> None:
         bar.update(start + sum(read_progress(job).length(job) for job in jobs) - bar.n)
 
     # More threads than cores would wait for one another.
-    threads = min(4, max(1, core_count() // len(jobs)))  # small networks gain nothing from more
+    threads = min(4, max(1, core_count() // len(jobs)))  # more do not help small networks
     environment = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
     places = Places([None] * len(jobs), environment=environment)
     status, turns = run_jobs(jobs, places, keep_going=False, watch=follow)

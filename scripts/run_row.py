@@ -1,4 +1,4 @@
-"""One row of a table: trains its cells over the seeds, then prints the row beside the published one.
+"""Trains a row's cells over the seeds, then prints the row beside the published one.
 
 Complete runs are skipped and unfinished ones resumed.
 """

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def format_table(header: Sequence[str], lines: Sequence[Sequence[str]], markdown: bool = False) -> list[str]:
-    """The lines, the header first; in Markdown with bars and a rule."""
+    """The header's line first; in Markdown with bars and a rule."""
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     texts = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in (header, *lines)]
     if not markdown:

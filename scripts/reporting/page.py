@@ -1,7 +1,4 @@
-"""Writes the report as one HTML page that needs no network: sortable tables, interactive pictures, the cells' settings.
-
-It includes plotly.js (about 4 MB).
-"""
+"""Writes the report as one HTML page with plotly.js (4 MB): sortable tables, interactive pictures, the cells' settings."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -36,7 +33,7 @@ def write_page(
     runs: Sequence[Run],
     problems: Sequence[str],
 ) -> None:
-    """Write the page; `tables` are by table of the paper. Raises UserError without plotly."""
+    """`tables` are by table of the paper. Raises UserError without plotly."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -95,7 +92,7 @@ def _row(tag: str, texts: Sequence[str], header: Sequence[str]) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> str:
-    """Settings and machines of the cells: first the keys that differ, then the others."""
+    """Settings and machines of the cells, keys that differ first."""
     cells: dict[str, list[Run]] = {}
     for run in runs:
         cells.setdefault(f"{run.label} {run.schedule}", []).append(run)

@@ -1,7 +1,7 @@
 """Compares a run, as early as possible, with a committed record.
 
-The band at an update is the 99 % prediction interval for one more seed, by Student's t over the record's seeds. Two
-evaluations in a row outside the band are a departure.
+The band at an update is the 99 % prediction interval for one more seed, by Student's t over the record's. Two
+evaluations in a row outside it are a departure.
 """
 
 import math
@@ -49,7 +49,7 @@ def compare(runs: Sequence[Run], record: Sequence[Run]) -> tuple[list[str], bool
 
 
 def _same_cell(run: Run, record: Sequence[Run]) -> list[Run]:
-    """The record's runs of the cell with the settings of `run`, or else of the first recipe."""
+    """The record's runs of the cell with the same settings, or else of the first recipe."""
     of_cell = [other for other in record if (other.table, *other.cell) == (run.table, *run.cell) and not other.trial]
     same = [other for other in of_cell if not differences(run.config, other.config, NOT_OF_THE_RECIPE)]
     return same or [other for other in of_cell if other.variant == 1]
@@ -66,7 +66,7 @@ def _band(others: Sequence[Run], key: str) -> Band:
 
 
 def _departure(run: Run, key: str, band: Band, seeds: int) -> tuple[str, bool]:
-    """What to say about a curve, and whether it has left the band."""
+    """What to say about a curve, and whether it left the band."""
     compared = [(update, value, *band[update]) for update, _, value in points(run, key) if update in band]
     if not compared:
         why = "one seed makes no band" if seeds < 2 else "no update in common"

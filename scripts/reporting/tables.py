@@ -1,7 +1,7 @@
-"""The tables of a report: the means of cells, intervals and costs, a published training log, the trials of a search.
+"""The tables of a report: means of cells, intervals and costs, a published training log, the trials of a search.
 
-A cell is the mean (sample standard deviation) over its complete runs. Runs with different settings are listed
-separately. Unfinished runs are listed but not counted.
+A cell is the mean (sample standard deviation) over its complete runs. Different settings are listed separately.
+Unfinished runs are listed but not counted.
 """
 
 import math
@@ -113,7 +113,7 @@ def results(
 ) -> Lines:
     """A table's means, in Markdown with published values in italics.
 
-    Where runs average their weights, `final` is the average's score, and `unaveraged` that of the last weights.
+    For averaged weights `final` is the average's score, and `unaveraged` that of the last weights.
     """
     facts, targets = published(table), published_cells(table)
     also = facts.get("also", {})
@@ -165,7 +165,7 @@ def comparisons(groups: dict[Cell, list[Run]]) -> Lines:
 
 
 def of_author(table: str, runs: Sequence[Run]) -> Table | None:
-    """The author's training log, and two columns for each run of its cell; None without a log or a run."""
+    """The author's training log, with two columns for each run of its cell, if any."""
     log, of_cell = author_log(table, runs)
     if not of_cell:
         return None
@@ -202,7 +202,7 @@ def by_cell(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
 
 
 def _with_line(groups: dict[Cell, list[Run]]) -> list[Cell]:
-    """A further recipe has a line as soon as one of its runs is complete."""
+    """A further recipe has a line once one of its runs is complete."""
     return [cell for cell, runs in groups.items() if cell.variant == 1 or any(run.result for run in runs)]
 
 
@@ -212,13 +212,13 @@ def _scores(runs: Sequence[Run], name: str) -> list[float]:
 
 
 def _of_all(runs: Sequence[Run], value: Callable[[Run], float | None], text: Callable[[float], str]) -> str:
-    """The mean over the runs that have the value, as text; "" if none has."""
+    """The mean over the runs with the value, as text, if any."""
     values = [found for run in runs if (found := value(run)) is not None]
     return text(mean(values)) if values else ""
 
 
 def optimizer_share(run: Run) -> float | None:
-    """The optimizer's part of an update's time, 0 to 1; None if unknown, or if a slow step makes it exceed 1."""
+    """The optimizer's part of an update's time, 0 to 1; None if unknown, or above 1 through a slow step."""
     result, config = run.result, run.config
     if not result.optimizer_ms_per_step:
         return None
