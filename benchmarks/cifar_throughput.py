@@ -3,8 +3,7 @@
     python -m benchmarks.cifar_throughput [--depth 110] [--batch 128] [--precision fp32,bf16] [--device cuda] ...
 
     train.py    `train_epoch` on the Apollo cell of configs/cifar10, batches and metrics included
-    bare loop   the ceiling: forward, backward and torch's fused SGD on one fixed batch, at the same precision and
-                memory format
+    bare loop   forward, backward and torch's fused SGD on one fixed batch, at the same precision and memory format
     plain way   what most scripts do: NCHW, fp32, torchvision's transforms on PIL images, a DataLoader with 2 workers
                 and a single-tensor Apollo. It has its own process, because train.py sets glibc's allocator
 
@@ -130,7 +129,7 @@ def plain_way(depth: int, batch: int, updates: int, device: str) -> Contender:
 
 
 def train_plainly(*size: object) -> None:
-    """Runs in the process of its own, which keeps its network and loader from round to round."""
+    """Runs in its own process, which keeps network and loader from round to round."""
     plain_way(*size)()
 
 

@@ -6,10 +6,10 @@ DATA holds real images, train/<class>/*. A hundred are enough: they are repeated
 
     torchvision    ImageFolder with RandomResizedCrop(224), RandomHorizontalFlip, ToTensor and Normalize
     exact, fast    ImageNetData on an LMDB, up to the normalised batch on the device
-    bare decode    the same bytes, from memory, decoded whole in one process, by simplejpeg and by Pillow
+    bare           the same bytes, from memory, decoded whole in one process, by simplejpeg and by Pillow
 
-A busy machine disturbs the workers' CPU time less than the clock. Last comes the mean absolute difference between the
-pixels of fast and exact, in levels of 255.
+A busy machine disturbs CPU time less than the clock. Last comes the mean absolute difference between the pixels of fast
+and exact, in levels of 255.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> None:
 
 
 def make_tree(data: Path, tree: Path, images: int) -> Path:
-    """A tree of so many images: those of `data`, repeated. val has one of each class."""
+    """A tree of so many images, those of `data` repeated; val has one of each class."""
     found = sorted(path for path in data.glob("train/*/*") if is_image(str(path)))
     if not found:
         raise UserError(f"{data} holds no images: give a folder with train/<class>/*")
@@ -133,7 +133,7 @@ def bare(files: list[bytes], decode: Callable[[bytes], object]) -> Contender:
 
 
 def timed(work: Callable[[], int], cpu_s: Callable[[], float]) -> Contender:
-    """Times are per image. `work` returns their number, as a loader may drop the last, incomplete batch."""
+    """Times an image; `work` returns their number, as a loader may drop an incomplete batch."""
 
     def run() -> tuple[float, float]:
         started, used = time.perf_counter(), cpu_s()
@@ -144,7 +144,7 @@ def timed(work: Callable[[], int], cpu_s: Callable[[], float]) -> Contender:
 
 
 def workers_cpu_s(loader: DataLoader) -> float:
-    """CPU seconds that the loader's workers have used, from /proc."""
+    """CPU seconds of the loader's workers, from /proc."""
     ticks = 0
     for worker in getattr(loader._iterator, "_workers", ()):
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()

@@ -4,15 +4,15 @@
     python -m benchmarks.lm train [--precision fp32 bf16] [--optimizers adam radam apollo] [--device cuda] ...
     python -m benchmarks.lm train --full-size --updates 5
 
-prepare   `python -m language_model.prepare` with one and with two processes against the published way
+prepare   `python -m language_model.prepare` with one and two processes against the published way
           (benchmarks/lm_literal.py). Then peak memory, workers included.
 train     `train_epoch` of language_model/train.py against a bare loop, in turn: forward, backward and torch's fused
           AdamW on one fixed batch, without clipping.
---full-size  the published model, 793,470 words and 2 x 2048: each contender in its own process, and its memory.
-          On a CPU only train.py runs: 5 updates need some 12 GB.
+--full-size  the published model: each contender in its own process, and its memory. On a CPU only train.py runs, and
+          5 updates need some 12 GB.
 
 The text is Python's manual, repeated, or --text. Training takes noise with the word frequencies of English (1 / r**1.1
-for rank r), because the adaptive softmax's work depends on them.
+for rank r), on which the adaptive softmax's work depends.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def source_tokens(source: Path) -> int:
 
 
 def peak_memory_of(command: list) -> float:
-    """Run `command`. Returns the peak memory of it and its children, in MiB."""
+    """Run `command`. Returns peak MiB, with its children."""
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     peak = 0.0
     while process.poll() is None:
@@ -276,7 +276,7 @@ def alone(name: str, make: Maker, corpus: Path, options: argparse.Namespace) -> 
 
 
 def make_corpus(folder: Path, words: int, tokens: int) -> Path:
-    """A prepared corpus of at least `tokens` tokens of noise, over so many `words` with the frequencies of English."""
+    """A prepared corpus of at least `tokens` tokens of noise, over so many `words`."""
     vocabulary = [*(f"w{number}" for number in range(words - 3)), "<S>", "<UNK>", "</S>"]
     counts = np.sort((1e9 / np.arange(1, words + 1) ** EXPONENT).astype(int))[::-1]
     (folder / "words.txt").write_text("".join(f"{w} {c}\n" for w, c in zip(vocabulary, counts, strict=True)))

@@ -1,14 +1,14 @@
-"""Translation: speed of training and decoding against named baselines, and padding.
+"""Translation: speed of training and decoding, and padding.
 
     python -m benchmarks.nmt train configs/grammar/apollo.yaml [key=value ...]
     python -m benchmarks.nmt decode [--precision fp32]
     python -m benchmarks.nmt full-size [--updates 2 --batch 8192 --passes 8 --precision fp32]
 
-    train       three loops in turn over the last updates of the cell's first epoch, in target tokens per second:
+    train       three loops in turn over the last updates of the first epoch, in target tokens per second:
                 train.py        its `train_epoch`, from data to metrics
                 bare loop       forward, backward, clipping and optimizer of the same model, on batches in memory
                 torch's own     torch.nn.Transformer of the same size, cross entropy over all positions
-                then the share of padding in that epoch, on both sides
+                then that epoch's share of padding, on both sides
     decode      beam search for a forced number of steps, with and without caches
     full-size   updates of Transformer-base with the published vocabulary and batch: speed and memory
 
@@ -120,7 +120,7 @@ def same_model(run: TranslationRun, updates: list[list[Batch]]) -> Contender:
 
 
 def torchs_own(run: TranslationRun, updates: list[list[Batch]]) -> Contender:
-    """torch.nn.Transformer with the same embeddings, positions and dropout (one rate for all)."""
+    """With the same embeddings, positions and dropout (one rate for all)."""
     torch.manual_seed(0)
     config, words = run.config.model, run.data.codec.size
     embedding = torch.nn.Embedding(words, config.width, padding_idx=PAD)
@@ -165,7 +165,7 @@ def plain_updates(
 
 
 class WithoutCaches:
-    """A Transformer for beam_search. Every step decodes the whole hypotheses."""
+    """For beam_search. Every step decodes whole hypotheses."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -218,7 +218,7 @@ def measure_decoding(options: argparse.Namespace) -> None:
 
 
 def measure_full_size(options: argparse.Namespace) -> list[float]:
-    """Prints a line an update, and returns the target tokens a second."""
+    """Prints each update; returns target tokens a second."""
     world = setup(options.device)
     torch.manual_seed(0)
     model = create_model(ModelConfig(), WORDS).to(world.device).train()
@@ -251,7 +251,7 @@ def measure_full_size(options: argparse.Namespace) -> list[float]:
 
 
 def random_words(sentences: int, words: int, vocabulary: int) -> torch.Tensor:
-    """[sentences, words + 1] random ids. Each row ends with EOS."""
+    """[sentences, words + 1] random ids, EOS last."""
     ids = torch.randint(EOS + 1, vocabulary, (sentences, words + 1))
     ids[:, -1] = EOS
     return ids

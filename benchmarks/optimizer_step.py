@@ -2,13 +2,13 @@
 
     python -m benchmarks.optimizer_step [--device cuda] [--shapes resnet110,lstm_1b] [--json OUT] [--plot OUT.png]
 
-The contenders are Apollo single-tensor, foreach and fused; the published algorithm written literally
-(optim/apollo_reference.py); torch's SGD with momentum, AdamW and RAdam. The gradients are random and do not change. In
-the language model's embedding only the words of one batch have a gradient, unless --dense is given.
+The contenders are Apollo single-tensor, foreach and fused; the published algorithm (optim/apollo_reference.py); torch's
+SGD with momentum, AdamW and RAdam. Gradients are random and do not change. In the language model's embedding only the
+words of one batch have a gradient, unless --dense is given.
 
-All take turns in one process. The table gives medians. `/ AdamW` is the ratio to fused AdamW. `/ floor` compares the
-step with the least transfers of a tensor that it needs (Apollo: 9, SGD: 5), at the speed of fused AdamW's 7. It can be
-below 1 if caches or zeros help. `GB/s` is these transfers over the time.
+The table gives medians. `/ AdamW` is the ratio to fused AdamW. `/ floor` compares the step with the least transfers of
+a tensor that it needs (Apollo: 9, SGD: 5), at the speed of fused AdamW's 7; caches or zeros can make it less than 1.
+`GB/s` is these transfers over the time.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> None:
 def measure(
     name: str, kept: dict[str, Contender], options: argparse.Namespace, world: World
 ) -> dict[str, dict[str, Any]]:
-    """Of each contender: seconds a step in every round, bytes of state per parameter, launches."""
+    """Seconds a step in every round, bytes of state per parameter, launches."""
     device, decay = world.device, SETS[name][2]
     params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes(name)]
     so_far, following = gradients(name, device, options.dense)
@@ -165,7 +165,7 @@ def compare(results: dict[str, dict[str, Any]]) -> None:
 
 
 def timed(optimizer: torch.optim.Optimizer, seconds: float, world: World) -> float:
-    """Seconds a step, over as many as fill `seconds`, after one that fills the caches."""
+    """Seconds a step, over as many as fill `seconds`, after one that fills caches."""
     optimizer.step()
     world.synchronize()
     steps, start = 0, time.perf_counter()
@@ -198,7 +198,7 @@ def launches(optimizer: torch.optim.Optimizer, world: World) -> int:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the state tensors that have a parameter's shape."""
+    """Of state tensors with a parameter's shape."""
     states = ((param, x) for param, state in optimizer.state.items() for x in state.values())
     return sum(x.nbytes for param, x in states if isinstance(x, Tensor) and x.shape == param.shape)
 
@@ -239,7 +239,7 @@ def as_text(name: str, results: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Draw step times over fused AdamW's, a panel for each set of shapes."""
+    """Step times over fused AdamW's, a panel for each set of shapes."""
     import matplotlib
 
     matplotlib.use("Agg")

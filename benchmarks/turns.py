@@ -1,6 +1,6 @@
-"""What the benchmarks of training share: contenders that take turns, the loops to measure, tables.
+"""What the benchmarks share: contenders that take turns, loops to measure, tables.
 
-Contenders take turns, because a machine that grows slower is then as slow for all of them.
+In turn, a machine that grows slower is as slow for all contenders.
 """
 
 import statistics
@@ -32,10 +32,7 @@ def turns(names: Iterable[str], rounds: int) -> Iterator[str]:
 def speeds(
     contenders: dict[str, Contender], amount: float, rounds: int, world: World, warmup: bool = True
 ) -> dict[str, list[float]]:
-    """What each contender does per second in each round, where a call does `amount`.
-
-    With `warmup`, a first call does not count.
-    """
+    """What each contender does per second in each round; a call does `amount`. With `warmup`, a first one is not timed."""
     for run in contenders.values() if warmup else ():
         run()
     found: dict[str, list[float]] = {name: [] for name in contenders}
@@ -53,7 +50,7 @@ def seconds_of(run: Contender, world: World) -> float:
 
 
 def prepared(module: ModuleType, path: str | Path, *overrides: str) -> Any:
-    """The Run of a task's train.py, the `module`, for a config and overrides."""
+    """The Run of a task's train.py for a config and overrides."""
     config = load_config(module.Config, path, overrides)
     world = setup(config.device)
     return module.prepare(config, world, RunRecord(config, config.folder, world))
@@ -77,7 +74,7 @@ def bare_loop(
     loss_of: Callable[[PassT], torch.Tensor],
     clip: float | None = None,
 ) -> Contender:
-    """A round of `updates`, each a list of passes: forward, backward, clipping and step alone."""
+    """Forward, backward, clipping and step alone, of `updates`, each a list of passes."""
 
     def one_round() -> None:
         for passes in updates:
@@ -99,7 +96,7 @@ def ratios(ours: list[float], theirs: list[float]) -> list[float]:
 
 
 def report(unit: str, found: dict[str, list[float]], pairs: Iterable[tuple[str, str]]) -> None:
-    """Print the speeds, and the ratios of the `pairs`, taken round by round."""
+    """Print speeds, and the ratios of `pairs`, taken round by round."""
     rows = [[unit, "median", "mean", "std", "n"]]
     for name, values in found.items():
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -114,7 +111,7 @@ def report(unit: str, found: dict[str, list[float]], pairs: Iterable[tuple[str, 
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """The first column on the left, the others on the right. Shorter rows than the first one do not widen columns."""
+    """Aligned lines. Rows shorter than the first one do not widen columns."""
     widths = [max(map(len, column)) for column in zip(*(row for row in rows if len(row) == len(rows[0])), strict=True)]
     lines = []
     for first, *others in rows:

@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
 
 
 def list_of_runs(options: argparse.Namespace) -> Path:
-    """The list that the command line names, or a new one. Raises UserError for no runs, or a wrong config or override."""
+    """The list that the command line names, or a new one. Raises UserError for no runs, a wrong config or override."""
     valid = (*TASKS, ALL)
     if options.what not in valid:
         if Path(options.what).is_file():

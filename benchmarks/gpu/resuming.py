@@ -1,7 +1,7 @@
 """Does a run that was killed go on on a GPU as if nothing had happened? With deterministic=true, to the same bits.
 
-One process of each task is killed in mid-epoch, by SIGKILL. Its folder is continued here, and the last checkpoint
-compared with that of a run without a break.
+SIGKILL ends one process of each task in mid-epoch. Its run is continued here, and the last checkpoint compared with that
+of a run without a break.
 """
 
 import json
@@ -44,7 +44,7 @@ def check(part: Part, place: Place) -> None:
 
 
 def kill_all(part: Part, place: Place) -> None:
-    """Start the commands together, and kill each once it has logged enough updates."""
+    """Start them together, and kill each once it has logged enough updates."""
     command = [sys.executable, "-m", "benchmarks.gpu.resuming"]
     started = {
         task: subprocess.Popen([*command, task, str(place.packages), *settings(task, place, "killed")])
@@ -101,7 +101,7 @@ def train(task: str, arguments: list[str]) -> None:
 
 
 def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Those of the last checkpoint, by their place in it."""
+    """Of the last checkpoint, by place."""
     found: dict[str, torch.Tensor] = {}
 
     def walk(value: Any, name: str) -> None:

@@ -1,8 +1,7 @@
 """Do the loops train on a GPU, in each precision, and how fast? Thirty updates of each, in three windows of ten.
 
-The first window compiles, chooses kernels and records graphs. In the second torch reports each operation that waits for
-the device. The third is timed. `loss` is the last window's; it must be finite and close to that of fp32. `waits` are
-the places in the code that waited.
+The first window compiles, chooses kernels and records graphs. In the second torch reports operations that wait for the
+device: `waits` are their places in the code. The third is timed. The last `loss` must be finite and close to fp32's.
 """
 
 import json
@@ -60,7 +59,7 @@ FULL_SIZE = ("fp32", "tf32", "bf16")  # of Transformer-base
 
 def check(part: Part, place: Place) -> None:
     sizes = (4 * TOY_WINDOW, 10) if place.dry else (128 * WINDOW, 1000)
-    # On the CPU a graph runs its function over the fixed tensors and records nothing.
+    # On the CPU a graph runs its function over fixed tensors and records nothing.
     on_the_cpu = patch.object(cuda_graph, "DEVICES", ("cpu",)) if place.dry else nullcontext()
     with on_the_cpu, images_in_memory(place.packages, *sizes):
         corpus = make_words(place)
@@ -159,7 +158,7 @@ def measure(module: Any, settings: list[str], place: Place) -> dict[str, Any]:
 
 @contextmanager
 def counted_waits(device: torch.device, log_line: Callable) -> Iterator[Counter[str]]:
-    """Counts, by place in the code, the operations that wait for the device, but not those within `log_line`."""
+    """Counts operations that wait for the device, by place in the code, without those within `log_line`."""
     waits: Counter[str] = Counter()
 
     def note(message: Warning, category: type[Warning], filename: str, line: int, *_: Any) -> None:

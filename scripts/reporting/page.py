@@ -1,4 +1,7 @@
-"""Writes the report as one HTML page with plotly.js (4 MB): sortable tables, interactive pictures, the cells' settings."""
+"""Writes the report as one HTML page that needs no network: it includes plotly.js (4 MB).
+
+It has sortable tables, interactive pictures and the cells' settings.
+"""
 
 import json
 from collections.abc import Callable, Sequence
