@@ -32,7 +32,7 @@ def turns(names: Iterable[str], rounds: int) -> Iterator[str]:
 def speeds(
     contenders: dict[str, Contender], amount: float, rounds: int, world: World, warmup: bool = True
 ) -> dict[str, list[float]]:
-    """What each contender does per second in each round; a call does `amount`. With `warmup`, a first one is not timed."""
+    """What each contender does per second in each round; a call does `amount`. With `warmup`, one more is not timed."""
     for run in contenders.values() if warmup else ():
         run()
     found: dict[str, list[float]] = {name: [] for name in contenders}

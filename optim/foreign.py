@@ -13,7 +13,7 @@ EXTRA = ("pytorch_optimizer", "schedulefree")  # the packages of setup.py's extr
 def find(what: str, path: str, base: type) -> Callable[..., Any]:
     """The class or function with the dotted `path`. ValueError, which begins with `what`, if there is none.
 
-    If the attribute is missing, the error names the subclasses of `base` in the module.
+    For a missing attribute the error names the module's subclasses of `base`.
     """
     module_path, _, attribute = path.rpartition(".")
     if not module_path or not attribute:
