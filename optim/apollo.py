@@ -37,7 +37,7 @@ class Apollo(Optimizer):
         d      <-  m / D  (+ weight_decay * p  if "decoupled",  + weight_decay / mean(D) * p  if "stable")
         p      <-  p - lr_t * d
 
-    lr_t rises linearly from `init_lr` to `lr` in the first `warmup` steps. With lr 0 no parameter moves.
+    lr_t rises linearly from `init_lr` to `lr` in the first `warmup` steps. With lr 0 no parameter moves, even then.
     `load_state_dict` takes all settings but `capturable` from the checkpoint; lr stays a tensor or a float.
 
     The published settings are sigma=1.0 with lr 0.5 (images) to 10 (language, translation) and warmup 100 to 1000 from

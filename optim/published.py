@@ -1,7 +1,7 @@
 """Converts optimizer state between `optim.Apollo` and the published implementation.
 
-The published one keeps `exp_avg_grad` (m), `approx_hessian` (B) and `update` (d) for each parameter. It counts steps in a
-Python int. Its sigma is a constant.
+The published one keeps `exp_avg_grad` (m), `approx_hessian` (B) and `update` (d) for each parameter. It counts steps in
+a Python int. Its sigma is a constant.
 """
 
 from typing import Any

@@ -13,8 +13,7 @@ from .sharded import ProcessGroups, any_sharded, local_shard, process_groups
 class StepTensors:
     """Entry i of every list belongs to parameter i. State and gradients have its shape.
 
-    State has `checks.state_dtype`, `sigmas` too, which are 0-d. `steps` are 0-d float32, on the CPU or the parameter's
-    device.
+    State and `sigmas` (0-d) have `checks.state_dtype`. `steps` are 0-d float32, on the CPU or the parameter's device.
     """
 
     params: list[Tensor]

@@ -17,7 +17,7 @@ def is_dense(x: Tensor) -> bool:
 
 
 def lay_out_states(params: list[Tensor], *states: list[Tensor]) -> None:
-    """Brings states, in place, into the order of their dense parameters: loading or another memory format may change it."""
+    """Brings states, in place, into the order of their dense parameters, which loading or a memory format may change."""
     for i, param in enumerate(params):
         for state in states:
             if _layout(state[i]) != _layout(param):

@@ -9,7 +9,7 @@ PARAM, GRAD, EXP_AVG, HESSIAN, DIRECTION, SIGMA, STEP, NUMEL, WHOLE_NUMEL, FIRST
 # Columns of a tensor's scalars. D = max(|B|, bound) + offset, before this step and in it.
 LR, ALPHA, DELTA, BOUND_BEFORE, OFFSET_BEFORE, BOUND, OFFSET, DECAY, SCALARS = (tl.constexpr(i) for i in range(9))
 # Columns of the sums over a tensor or chunk: of d^4, B d^2, m d and (with L2 decay) p d, which a step may leave for the
-# next one; of g d (g without L2 decay), the maximum of |g - m|, and of D.
+# next one; of g d (g without L2 decay), the maximum of |g - m|, and the sum of D.
 D4, BDD, MD, PD, GD, MAX, CURVATURE, SUMS = (tl.constexpr(i) for i in range(8))
 
 
