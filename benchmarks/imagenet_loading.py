@@ -32,7 +32,7 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks.turns import machine, report, turns
 from classification.image_files import is_image
-from classification.imagenet.data import MEAN, STD, TRAIN, ImageNetData, Request
+from classification.imagenet.data import MEAN, STD, ImageNetData
 from classification.imagenet.decode import central_view, exact, fast, open_rgb, random_view
 from classification.imagenet.prepare import build
 from engine.distributed import setup
@@ -72,8 +72,7 @@ def main(arguments: list[str]) -> None:
             times[name].append(contenders[name]())
         print(f"{len(files)} images a round, in turn\n")
         report_both(times, options.workers)
-        milliseconds = device_part(Path(scratch) / "lmdb", options)
-        print(f"\nthe device's part: {milliseconds:.3f} ms/image on {options.device}")
+        print()
         print_differences(files[:: max(1, len(files) // 300)])
 
 
@@ -160,19 +159,6 @@ def report_both(times: dict[str, list[tuple[float, float]]], workers: int) -> No
     report("images/s a process", by_clock, pairs)
     print()
     report("images/s of CPU time", {name: [1 / cpu for _, cpu in measured] for name, measured in times.items()}, pairs)
-
-
-def device_part(root: Path, options: argparse.Namespace) -> float:
-    """Milliseconds an image for mirroring and normalisation."""
-    data = ImageNetData(root, workers=0, device=options.device)
-    raw = data._loader.dataset[Request(TRAIN, 0, range(min(options.batch, data.train_size)))]
-    measured = []
-    for _ in range(20):
-        started = time.perf_counter()
-        images, _ = data._finish(raw, channels_last=True)
-        images[0, 0, 0, 0].item()  # waits for the device
-        measured.append((time.perf_counter() - started) / len(images))
-    return 1000 * statistics.median(measured)
 
 
 def print_differences(files: list[bytes]) -> None:

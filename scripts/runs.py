@@ -8,7 +8,7 @@ with `"diverged": true` is complete, with the worst value of its metric.
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -144,7 +144,8 @@ def read_runs(*folders: Path) -> tuple[list[Run], list[str]]:
     Reading damaged evaluations later adds lines.
     """
     problems: list[str] = []
-    found = sorted({folder for top in folders for folder in _run_folders(top)})
+    walked = (place for top in folders for place in os.walk(top))
+    found = sorted({Path(folder) for folder, _, names in walked if not set(FILES).isdisjoint(names)})
     runs = [run for folder in found if (run := _read_run(folder, problems))]
     return sorted(runs, key=order), problems
 
@@ -163,12 +164,6 @@ def author_log(table: str, runs: Sequence[Run]) -> tuple[dict[str, Any], list[Ru
     log = published(table).get("log_of_author", {})
     place = (table, log.get("row"), log.get("schedule"))
     return log, [run for run in runs if (run.table, *run.cell) == place and not run.trial and run.training]
-
-
-def _run_folders(top: Path) -> Iterator[Path]:
-    for folder, _, names in os.walk(top):
-        if any(name in FILES for name in names):
-            yield Path(folder)
 
 
 def _read_run(folder: Path, problems: list[str]) -> Run | None:

@@ -1,7 +1,7 @@
 """Does a run that was killed go on on a GPU as if nothing had happened? With deterministic=true, to the same bits.
 
-SIGKILL ends one process of each task in mid-epoch. Its run continues here, and its last checkpoint is compared with that
-of a run without a break.
+SIGKILL ends one process of each task in mid-epoch. Its run continues here, and its last checkpoint is compared
+with that of a run without a break.
 """
 
 import json

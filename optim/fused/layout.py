@@ -17,7 +17,10 @@ def is_dense(x: Tensor) -> bool:
 
 
 def lay_out_states(params: list[Tensor], *states: list[Tensor]) -> None:
-    """Brings states, in place, into the order of their dense parameters, which loading or a memory format may change."""
+    """Brings states, in place, into the order of their dense parameters.
+
+    Loading or another memory format may have changed it.
+    """
     for i, param in enumerate(params):
         for state in states:
             if _layout(state[i]) != _layout(param):

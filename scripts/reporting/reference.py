@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from engine.config import differences
 from scripts.reporting.pictures import Curve, Panel, curve_keys, points
-from scripts.reporting.statistics import prediction_interval
+from scripts.reporting.statistics import interval
 from scripts.runs import NOT_OF_THE_RECIPE, Run
 
 LEVEL = 0.99
@@ -61,7 +61,7 @@ def _band(others: Sequence[Run], key: str) -> Band:
     for other in others:
         for update, _, value in points(other, key):
             values.setdefault(int(update), []).append(value)
-    bands = {update: prediction_interval(found, LEVEL) for update, found in values.items() if len(found) == len(others)}
+    bands = {update: interval(found, LEVEL, more=1) for update, found in values.items() if len(found) == len(others)}
     return {update: band for update, band in bands.items() if band}
 
 

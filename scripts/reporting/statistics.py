@@ -28,19 +28,14 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.2f}" + (f" ({stdev(values):.2f})" if varies else "")
 
 
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's 95 % interval of the mean; None for fewer than two values, or if one is not finite."""
+def interval(values: Sequence[float], level: float = 0.95, more: int = 0) -> tuple[float, float] | None:
+    """Student's interval of the mean, or with `more=1` of one more normal value.
+
+    None for fewer than two values, or if one is not finite.
+    """
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
-    half = quantile(len(values), 0.95) * stdev(values) / math.sqrt(len(values))
-    return mean(values) - half, mean(values) + half
-
-
-def prediction_interval(values: Sequence[float], level: float) -> tuple[float, float] | None:
-    """Holds one more normal value with probability `level`; None where `interval` is."""
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return None
-    half = quantile(len(values), level) * stdev(values) * math.sqrt(1 + 1 / len(values))
+    half = quantile(len(values), level) * stdev(values) * math.sqrt(more + 1 / len(values))
     return mean(values) - half, mean(values) + half
 
 
