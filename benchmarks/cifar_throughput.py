@@ -86,8 +86,6 @@ def on_one_batch(precision: str, options: argparse.Namespace, world: World) -> C
 
 
 class ImagesInMemory(Dataset):
-    """Transformed PIL images and their labels."""
-
     def __init__(self, images: Images, transform: Callable) -> None:
         self.images = [Image.fromarray(pixels) for pixels in images.pixels.numpy()]
         self.labels = images.labels.tolist()

@@ -255,7 +255,6 @@ def on_one_batch(precision: str, corpus: Path, options: argparse.Namespace) -> t
 def measure(
     makers: dict[str, Maker], corpus: Path, options: argparse.Namespace, warmup: bool = True
 ) -> dict[str, Measured]:
-    """Measure all in this process."""
     made, world = {name: make(corpus, options) for name, make in makers.items()}, setup(options.device)
     contenders = {name: contender for name, (contender, _) in made.items()}
     found = speeds(contenders, options.updates * BATCH * LENGTH, options.rounds, world, warmup)

@@ -151,7 +151,6 @@ def measure(
 
 
 def compare(results: dict[str, dict[str, Any]]) -> None:
-    """Add medians and ratios."""
     for result in results.values():
         if result["seconds"]:
             result["median_ms"] = 1e3 * statistics.median(result["seconds"])

@@ -198,7 +198,6 @@ def differences(ours: Any, theirs: Any, ignore: Sequence[str] = (), prefix: str 
 
 
 def value_at(values: Any, dotted: str) -> Any:
-    """The value of a dotted key in nested mappings, or None."""
     for key in dotted.split("."):
         values = values.get(key) if isinstance(values, dict) else None
     return values
@@ -247,7 +246,6 @@ def _set_dotted(values: dict, key: str, value: Any, sources: dict[str, str]) -> 
 
 
 def _explain(error: ValidationError, model: type[BaseModel], sources: dict[str, str], path: str) -> str:
-    """Pydantic's first problem, in one line."""
     problem = error.errors()[0]
     keys, holder = _place(model, problem["loc"])
     if problem["type"].startswith("union_tag"):

@@ -40,7 +40,6 @@ class World:
         return tensor
 
     def max(self, value: int) -> int:
-        """The largest `value` of any rank, on every rank."""
         box = torch.tensor(value)
         if work := self.begin_max(box):
             work.wait()
@@ -66,7 +65,6 @@ class World:
             self.barrier()
 
     def synchronize(self) -> None:
-        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

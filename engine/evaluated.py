@@ -138,7 +138,6 @@ def record_final(run: RunT, **values: float) -> None:
 
 
 def of_result(metrics: dict[str, float], name: str) -> float:
-    """The metric `name` of the run's result."""
     return metrics.get(f"{name}{AVERAGE}", metrics[name])
 
 

@@ -10,12 +10,10 @@ BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def core_count() -> int:
-    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:
-    """The processor's name and number of cores."""
     names = _cpu_info("model name")
     return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
 
@@ -33,7 +31,6 @@ def cpu_flags() -> list[str]:
 
 
 def _cpu_info(key: str) -> list[str]:
-    """The values of `key` in /proc/cpuinfo."""
     try:
         lines = CPU_INFO.read_text().splitlines()
     except OSError:

@@ -29,7 +29,6 @@ class Sums:
         return self.values.new_full((), amount)  # filled on the device, without a copy
 
     def reduce(self, world: World) -> dict[str, float]:
-        """The sums over all ranks."""
         return dict(zip(self.names, world.sum(self.values.clone()).tolist(), strict=True))
 
     def zero(self) -> None:

@@ -175,7 +175,6 @@ def gpu_memory_mb(devices: str) -> float:
 
 
 def disk_mb(run: Path, settings: Any) -> float:
-    """MiB that the run folder will hold."""
     sizes = {path: path.stat().st_size / 2**20 for path in run.rglob("*") if path.is_file()}
     checkpoint = sizes.pop(run / "checkpoint.pt", 0.0)
     weights = [size for path, size in sizes.items() if path.suffix == ".pt"]

@@ -64,7 +64,6 @@ def print_failures(turns: Sequence[Turn]) -> None:
 
 
 def sbatch_options(text: str) -> tuple[tuple[str, str], ...]:
-    """`"partition=gpu time=1440"` as its pairs."""
     pairs = [tuple(word.split("=", 1)) for word in text.split()]
     if any(len(pair) != 2 for pair in pairs):
         raise argparse.ArgumentTypeError(f'options are of the form "partition=gpu time=1440", not "{text}"')

@@ -63,7 +63,6 @@ def main(arguments: list[str]) -> int:
 
 
 def train(jobs: Sequence[Job], bar: tqdm) -> int:
-    """Train `jobs` side by side; `bar` follows."""
     start = bar.n
 
     def follow(turns: Sequence[Turn]) -> None:

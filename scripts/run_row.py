@@ -59,7 +59,6 @@ def main(arguments: list[str]) -> int:
 
 
 def tell(turns: Sequence[Turn], told: dict[str, State], launcher: Sequence[str]) -> None:
-    """Say on stderr what has happened since the last call."""
     for number, turn in enumerate(turns, start=1):
         folder = turn.job.folder
         if turn.state is told.get(folder, State.WAITING):

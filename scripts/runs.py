@@ -40,8 +40,6 @@ def worst(metric: str) -> float:
 
 
 class Identity(BaseModel):
-    """What a config.yaml needs for a place in a table."""
-
     table: str
     row: str
     schedule: Named

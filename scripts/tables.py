@@ -53,7 +53,6 @@ def update_of(task: str, config: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def rows(table: str) -> list[str]:
-    """The rows that have configs, in the published order."""
     stems = {path.stem for path in (CONFIGS / table).glob("*.yaml")} - {"base", "published"}
     found = {re.sub(f"_({'|'.join(SCHEDULES)})$", "", stem) for stem in stems}
     return sorted(found, key=lambda row: position(row, ROWS))
@@ -76,13 +75,11 @@ def published(table: str) -> dict[str, Any]:
 
 
 def later_rows(table: str) -> set[str]:
-    """Rows that only the authors' later table has."""
     facts = published(table)
     return set(facts.get("later", {}).get("cells", {})) - set(facts.get("cells", {}))
 
 
 def seeds_of(table: str) -> list[int]:
-    """The published seeds, or one seed."""
     return published(table).get("seeds", [1])
 
 

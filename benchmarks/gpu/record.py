@@ -50,7 +50,6 @@ class Part:
         record.write()
 
     def left(self) -> float:
-        """Seconds until its time is over."""
         return self.until - time.time()
 
     def add(self, case: str, **values: Any) -> None:

@@ -130,7 +130,6 @@ def make_words(place: Place) -> Path:
 
 
 def measure(module: Any, settings: list[str], place: Place) -> dict[str, Any]:
-    """Three windows of one config."""
     updates = TOY_WINDOW if place.dry else WINDOW
     run = prepared(module, *settings, f"device={place.device.type}", f"log_every={updates}")
     if place.device.type == "cuda":

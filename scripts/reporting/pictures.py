@@ -118,7 +118,6 @@ def evaluated(methods: dict[str, list[Run]]) -> dict[str, list[Run]]:
 
 
 def curve_keys(run: Run) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Of the training curve and of the evaluation curve."""
     return next((two for two in CURVES if two[1][0] in run.evaluations[0]), CURVES[0])
 
 

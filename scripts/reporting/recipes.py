@@ -42,7 +42,6 @@ def _precedence(group: Sequence[Run]) -> tuple:
 
 
 def _by_batchnorm_batch(runs: Sequence[Run]) -> Iterable[list[Run]]:
-    """In groups by the batch that BatchNorm saw."""
     batches = [run.recipe.get("batchnorm_batch") for run in runs]
     usual = Counter(batch for batch in batches if batch).most_common(1)
     groups: dict[Any, list[Run]] = {}
@@ -57,7 +56,6 @@ def published_cells(table: str) -> dict[tuple[str, str], list[float]]:
 
 
 def first_published_cells(table: str) -> list[tuple[str, str]]:
-    """Those of the authors' first table."""
     return [cell for cell in published_cells(table) if cell[0] not in later_rows(table)]
 
 

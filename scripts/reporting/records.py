@@ -148,7 +148,6 @@ def _without(values: dict[str, Any], keys: Sequence[str], prefix: str = "") -> d
 
 
 def _position(entries: list[str], entry: dict[str, Any]) -> int:
-    """The position of `entry`, added if it is new."""
     text = _dump(entry)
     if text not in entries:
         entries.append(text)

@@ -70,7 +70,6 @@ def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
 
 
 def log_table(table: str, runs: Sequence[Run], markdown: bool = False) -> str | None:
-    """`of_author` as text."""
     log = of_author(table, runs)
     if log is None:
         return None
@@ -92,7 +91,6 @@ def render(runs: Sequence[Run], kind: str) -> str:
 
 
 def page_tables(runs: Sequence[Run]) -> dict[str, list[Table]]:
-    """The HTML page's tables, by table of the paper."""
     tables = {}
     for table, of_table in by_table(runs).items():
         groups, facts = by_cell(of_table), published(table)
