@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -27,7 +26,7 @@ from torchvision import transforms
 
 import classification.train
 from benchmarks.gpu.data import noise
-from benchmarks.turns import Contender, bare_loop, end_of_epoch, machine, prepared, report, speeds
+from benchmarks.turns import CONFIGS, Contender, bare_loop, end_of_epoch, machine, prepared, report, speeds
 from classification.augment import Images
 from classification.data import DATASETS
 from classification.models import create_model
@@ -36,7 +35,7 @@ from engine.errors import run_main
 from engine.precision import Precision
 from optim import SGD, Apollo
 
-CELL = Path(__file__).parents[1] / "configs" / "cifar10" / "apollo_milestone.yaml"
+CELL = CONFIGS / "cifar10" / "apollo_milestone.yaml"
 CLASSES = 10
 
 

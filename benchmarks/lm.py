@@ -8,8 +8,8 @@ prepare   `python -m language_model.prepare` with one and two processes against 
           (benchmarks/lm_literal.py). Then peak memory, workers included.
 train     `train_epoch` of language_model/train.py against a bare loop, in turn: forward, backward and torch's fused
           AdamW on one fixed batch, without clipping.
---full-size  the published model: each contender in its own process, and its memory. On a CPU only train.py runs, and
-          5 updates need some 12 GB.
+--full-size  the published model: each contender in its own process, and its memory; on a CPU, with some 12 GB, only
+          train.py.
 
 The text is Python's manual, repeated, or --text. Training takes noise with the word frequencies of English (1 / r**1.1
 for rank r), on which the adaptive softmax's work depends.
@@ -34,7 +34,7 @@ from typing import NamedTuple
 import numpy as np
 
 import language_model.train
-from benchmarks.turns import Contender, bare_loop, end_of_epoch, machine, prepared, report, speeds, table
+from benchmarks.turns import CONFIGS, Contender, bare_loop, end_of_epoch, machine, prepared, report, speeds, table
 from engine.allocator import keep_freed_memory
 from engine.distributed import setup
 from engine.errors import UserError, run_main
@@ -51,7 +51,6 @@ from language_model.toy_text import paragraphs
 from language_model.vocabulary import count_words, counted_vocabulary, load_vocabulary
 from optim import AdamW
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "one_billion_words"
 FILE_BYTES = 8_200_000  # a fifth of a training file of the benchmark
 SPEED_TOKENS = 40_000_000  # prepared to measure the speed
 EXPONENT = 1.1  # of the word frequencies
@@ -226,7 +225,7 @@ def train_loop(row: str, precision: str, corpus: Path, options: argparse.Namespa
     size = size_of(options)
     run = prepared(
         language_model.train,
-        CONFIGS / f"{row}.yaml",
+        CONFIGS / "one_billion_words" / f"{row}.yaml",
         f"data.root={corpus}",
         f"model.hidden={size.hidden}",
         f"model.cutoffs={size.cutoffs}",

@@ -56,7 +56,7 @@ SETS: dict[str, tuple[Callable[[], list[Shape]], int, float]] = {
 
 
 def shapes(name: str) -> list[Shape]:
-    """RuntimeError if their number of parameters is wrong."""
+    """The shapes of a set. RuntimeError if the number of parameters is wrong."""
     make, expected, _ = SETS[name]
     found = make()
     count = sum(math.prod(shape) for shape in found)

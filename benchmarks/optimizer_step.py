@@ -1,4 +1,4 @@
-"""Time and memory of an optimizer step, against torch's fused AdamW, on the parameter shapes of the published models.
+"""Time and memory of an optimizer step, against torch's fused AdamW, on the published models' parameter shapes.
 
     python -m benchmarks.optimizer_step [--device cuda] [--shapes resnet110,lstm_1b] [--json OUT] [--plot OUT.png]
 
@@ -197,7 +197,7 @@ def launches(optimizer: torch.optim.Optimizer, world: World) -> int:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of state tensors with a parameter's shape."""
+    """Bytes of the state tensors with a parameter's shape."""
     states = ((param, x) for param, state in optimizer.state.items() for x in state.values())
     return sum(x.nbytes for param, x in states if isinstance(x, Tensor) and x.shape == param.shape)
 

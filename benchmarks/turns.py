@@ -19,6 +19,7 @@ from engine.precision import Precision
 from engine.run import Run, end_epoch
 from engine.run_record import RunRecord, describe_environment
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 Contender = Callable[[], object]  # does the work of one round
 PassT = TypeVar("PassT")
 

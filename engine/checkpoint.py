@@ -85,7 +85,7 @@ class Checkpoints:
     def restore(self, progress: Progress) -> dict[str, Any] | None:
         """Load the newest whole checkpoint into `parts` and `progress`; returns its `extra`, or None without one.
 
-        Damaged ones become *.damaged, lest saves push out a whole one before them. Raises UserError where the
+        Damaged ones become *.damaged: saves must not push out a whole one before them. Raises UserError where the
         checkpoint does not fit.
         """
         state, damaged = _newest_whole(self.folder, self.say)
@@ -141,7 +141,7 @@ def write_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
 
 
 def read_checkpoint(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest whole checkpoint of `folder` on the CPU, or None; `say` gets the names of damaged ones.
+    """The newest whole checkpoint on the CPU, or None; `say` gets damaged ones' names.
 
     Raises UserError where all are damaged, or one cannot be read.
     """

@@ -176,7 +176,7 @@ def load_config(model: type[ConfigT], path: str | Path, overrides: Sequence[str]
 
 
 def save_config(config: BaseModel, path: str | Path) -> None:
-    """Write the resolved config as YAML that `load_config` reads. An equal file is kept."""
+    """Write the resolved config as YAML. An equal file is kept."""
     path, text = Path(path), dump_config(config)
     if not (path.exists() and path.read_bytes() == text.encode()):
         write_atomically(path, text)

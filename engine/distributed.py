@@ -140,10 +140,7 @@ def _join(backend: str) -> None:
 
 
 def read_environment() -> tuple[int, int, int]:
-    """Rank, number of ranks, and rank on this machine, from torchrun's variables.
-
-    Raises UserError for a variable that is no such number, and for a WORLD_SIZE without the rest.
-    """
+    """Rank, number of ranks, and rank on this machine, from torchrun's variables. UserError if they make no sense."""
     world_size = _number("WORLD_SIZE", 1, range(1, 1 << 31))
     if world_size == 1:
         return 0, 1, _number("LOCAL_RANK", 0, range(1 << 31))

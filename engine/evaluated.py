@@ -64,10 +64,7 @@ def eval_mode(run: RunT, renew: Renew = None) -> Iterator[None]:
 
 @contextmanager
 def averaged(run: RunT, renew: Renew = None) -> Iterator[list[int]]:
-    """Within, the model has the average of the run's weights. Yields the updates of the kept weights in it.
-
-    Raises UserError where none are kept.
-    """
+    """Within, the model has the run's average. Yields the updates of kept weights in it; UserError if none are kept."""
     if run.average:
         state, updates = run.average.module.state_dict(), []
     else:
@@ -99,9 +96,9 @@ def final(run: RunT, renew: Renew = None) -> AbstractContextManager:
 
 
 def scores(run: RunT, evaluate: Evaluate, renew: Renew = None) -> dict[str, float]:
-    """What `evaluate` finds about the weights, and about their exponential average, if any.
+    """What `evaluate` finds about the weights and their exponential average, if any.
 
-    Weights that are not the checkpoint's are written to the run folder.
+    Weights other than the checkpoint's are written to the run folder.
     """
     with eval_mode(run, renew):
         found = evaluate(run)
@@ -189,7 +186,7 @@ def keep_for_average(run: Run) -> None:
 
 
 def _write(run: Run, updates: Sequence[int] = ()) -> None:
-    """Write the model's weights to the run folder, for the tasks' evaluate.py."""
+    """For the tasks' evaluate.py."""
     if run.world.is_main:
         weights = Weights(run.model.state_dict(), run.progress.update, run.vocabulary, tuple(updates))
         write_weights(run.record.folder, weights)

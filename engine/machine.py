@@ -19,7 +19,7 @@ def cpu_name() -> str:
 
 
 def cpu_has_bf16() -> bool | None:
-    """Whether the processor has bfloat16 arithmetic; None if this is unknown."""
+    """None if unknown."""
     flags = cpu_flags()
     return not BF16_FLAGS.isdisjoint(flags) if flags else None
 

@@ -75,10 +75,7 @@ class Run:
 
 
 def read_arguments(config: type[ConfigT], arguments: list[str], usage: str) -> ConfigT:
-    """The config of a command line `CONFIG [key=value ...]`. Without one, print the usage and exit.
-
-    Raises UserError.
-    """
+    """The config of a command line, or without one the usage and an exit. Raises UserError."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
         raise SystemExit(0 if arguments else 2)
@@ -201,13 +198,12 @@ def write_environment(run: Run, **own: Any) -> None:
 
 
 def progress_bar(run: Run, updates: int) -> tqdm:
-    """Over the run's `updates`, shown by rank 0 on a terminal."""
+    """Over the run's updates, on rank 0's terminal."""
     disable = None if run.world.is_main else True
     return tqdm(total=updates, initial=run.progress.update, unit="update", disable=disable)
 
 
 def start_clock(run: Run) -> None:
-    """Count training time from here on."""
     run.clock = time.perf_counter()
 
 
@@ -297,7 +293,7 @@ def close_window(run: Run) -> dict[str, float] | None:
 
 
 def log_window(run: Run, bar: tqdm, **means: float | None) -> None:
-    """Write a line with `means` over the window, the learning rate and the speed."""
+    """Write a line with `means` over the window, learning rate and speed."""
     progress = run.progress
     parts = getattr(run.optimizer, "optimizers", [run.optimizer])  # Apollo may be one of several
     if run.world.is_main and (apollo := next((one for one in parts if isinstance(one, Apollo)), None)):

@@ -87,7 +87,6 @@ class RunRecord:
             raise
 
     def remove_if_new(self) -> None:
-        """Remove the folders made for this run."""
         if self.world.is_main and self.folder in self._made:
             shutil.rmtree(self.folder, ignore_errors=True)
             for parent in self._made[1:]:

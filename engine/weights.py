@@ -29,7 +29,7 @@ class Weights(NamedTuple):
 def read_weights(folder: Path, say: Callable[[str], None]) -> Weights:
     """The weights to evaluate: of weights.safetensors, or else of the newest checkpoint.
 
-    `say` gets the names of damaged checkpoints. Raises UserError where no weights can be read.
+    `say` gets damaged checkpoints' names. Raises UserError where none can be read.
     """
     if bundled := read_bundled(folder):
         return bundled

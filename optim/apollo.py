@@ -40,8 +40,8 @@ class Apollo(Optimizer):
     lr_t rises linearly from `init_lr` to `lr` in the first `warmup` steps. With lr 0 no parameter moves, even then.
     `load_state_dict` takes all settings but `capturable` from the checkpoint; lr stays a tensor or a float.
 
-    The published settings are sigma=1.0 with lr 0.5 (images) to 10 (language, translation) and warmup 100 to 1000 from
-    init_lr 0.01; or sigma=0.01 with lr 0.01 to 0.1 and warmup 500 from init_lr 1e-5.
+    Published settings: sigma=1.0 with lr 0.5 (images) to 10 (language, translation) and warmup 100 to 1000 from init_lr
+    0.01; or sigma=0.01 with lr 0.01 to 0.1 and warmup 500 from init_lr 1e-5.
 
     Args:
         params: parameters, named parameters or groups of them.
@@ -180,7 +180,6 @@ class Apollo(Optimizer):
             raise RuntimeError(f"Apollo: the state of {name} has no {missing}; is it another optimizer's?") from None
 
     def _init_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
-        """Adds the state that the group's settings need."""
         dtype = state_dtype(param)
         if not state:
             device = param.device if _counts_on_device(group, param) else "cpu"
@@ -244,7 +243,6 @@ def _is_capturing() -> bool:
 
 
 def _counts_on_device(group: dict[str, Any], param: Tensor) -> bool:
-    """Whether the count of steps is on the parameter's device."""
     wants_fused = group["fused"] or (group["fused"] is None and group["foreach"] is None)
     return group["capturable"] or bool(
         param.device.type == "cuda" and wants_fused and fused_step(param.device, param.dtype)

@@ -1,4 +1,4 @@
-"""Checks the tensors of a step, so that none reads or writes outside a tensor.
+"""Checks the tensors of a step, so that it reads and writes nothing outside of them.
 
 Between steps any code may give a tensor another shape, dtype, order or memory, or load another parameter's state, and
 fused steps work with addresses. The check is slow, so it is repeated only when `facts` have changed.

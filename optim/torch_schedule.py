@@ -43,7 +43,7 @@ def create_torch_schedule(
 
 
 class AfterWarmup(LRScheduler):
-    """A linear warmup from `init_lr` to each group's rate in the first update of `schedule`, which follows."""
+    """`schedule` after a linear warmup from `init_lr` to each group's rate in its first update."""
 
     @override
     def __init__(self, optimizer: Optimizer, schedule: LRScheduler, warmup_updates: int, init_lr: float) -> None:

@@ -171,7 +171,7 @@ def search_decays(comparison: Comparison, tuned: Sequence[Tuned], options: argpa
 
 
 def run_stage(stage: str, jobs: Sequence[Job], comparison: Comparison, options: argparse.Namespace) -> None:
-    """Run those of `jobs` that are not complete. Raises Stopped."""
+    """Run the incomplete ones of `jobs`. Raises Stopped."""
     path = write_list(jobs, options.runs / "lists", f"{comparison.table}_{stage}")
     display = Display()
 
@@ -259,7 +259,7 @@ def config_of(task: str) -> Path:
 
 
 def task_of(config: Path, overrides: Sequence[str]) -> str:
-    """The package of the config's table, or one that accepts it. Raises UserError."""
+    """The package of the config's table, or one that accepts it, or UserError."""
     if known := next((TASKS[name] for name in (config.stem, config.parent.name) if name in TASKS), None):
         return known
     if not config.is_file():

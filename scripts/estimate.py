@@ -100,7 +100,6 @@ HEADER = ("cell", "runs", "ms/update", "updates", "hours a run", "hours", "memor
 
 
 def what_costs(job: Job) -> str:
-    """The settings that its cost depends on, as text."""
     settings = load_settings(job.task, job.config, job.overrides).model_dump(mode="json")
     return json.dumps({"task": job.task} | {key: value for key, value in settings.items() if key not in SAME_COST})
 

@@ -33,13 +33,13 @@ class Progress:
     metric: float | None = None
 
     def length(self, job: Job) -> int:
-        """Done, in the unit of the job's length."""
+        """What is done, in the unit of the job's length."""
         if job.unit == "update":
             return self.update
         return self.evaluated_at[0] if self.evaluated_at else 0
 
     def updates(self, job: Job) -> int | None:
-        """Of the whole run; for a length in epochs known from the first evaluation on."""
+        """Updates of the whole run; a length in epochs gives them after the first evaluation."""
         if job.unit == "update":
             return job.length
         if self.evaluated_at is None:

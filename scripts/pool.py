@@ -125,7 +125,7 @@ def places_for(at_once: int | None, gpus: int, on_cpu: bool = False) -> Places:
 
 
 def visible_gpus() -> list[str]:
-    """By CUDA's names. Importing torch would take seconds."""
+    """The GPUs by CUDA's names. Importing torch would take seconds."""
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in chosen.split(",") if name and name != "-1"]
     return nvidia_smi("--query-gpu=index")

@@ -137,10 +137,7 @@ class Run:
 
 
 def read_runs(*folders: Path) -> tuple[list[Run], list[str]]:
-    """Every run at or below `folders`, in the tables' order; and a line for each unusable file.
-
-    Reading damaged evaluations later adds lines.
-    """
+    """Every run at or below `folders`, in the tables' order; and a line for each unusable file, some added later."""
     problems: list[str] = []
     walked = (place for top in folders for place in os.walk(top))
     found = sorted({Path(folder) for folder, _, names in walked if not set(FILES).isdisjoint(names)})

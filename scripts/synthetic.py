@@ -33,7 +33,6 @@ def make_data(name: str, root: Path) -> list[str]:
 
 
 def _images(train: int, test: int, classes: int, size: tuple[int, int], suffix: str, test_name: str) -> Callable:
-    """A maker of a folder tree; counts are per class."""
 
     def make(root: Path) -> None:
         random = np.random.default_rng(0)

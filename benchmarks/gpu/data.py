@@ -16,7 +16,7 @@ PACKED = "digits.npz"
 
 
 def pack_digits(folder: Path) -> None:
-    """Into one small file, as scikit-learn and scipy are large."""
+    """Write one small file, as scikit-learn and scipy are large."""
     digits = read_digits(folder)
     parts = {"train": digits.train, "test": digits.test}
     arrays = {f"{split}_{name}": x.numpy() for split, part in parts.items() for name, x in part._asdict().items()}

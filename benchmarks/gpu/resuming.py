@@ -17,10 +17,10 @@ import torch
 from benchmarks.gpu.data import images_in_memory
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.worker import Place, is_usable
+from benchmarks.turns import CONFIGS
 from engine.config import load_config
 from engine.distributed import setup
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 COMMON = ["deterministic=true", "log_every=1", "checkpoint.minutes=0"]  # a checkpoint after every update
 KILLED_AT = 5  # updates, at least
 TASKS: dict[str, tuple[str, str, list[str]]] = {
@@ -101,7 +101,7 @@ def train(task: str, arguments: list[str]) -> None:
 
 
 def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Of the last checkpoint, by place."""
+    """The last checkpoint's tensors by their place."""
     found: dict[str, torch.Tensor] = {}
 
     def walk(value: Any, name: str) -> None:

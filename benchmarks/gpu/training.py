@@ -26,12 +26,11 @@ from benchmarks import nmt as nmt_benchmark
 from benchmarks.gpu.data import images_in_memory
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.worker import Place, is_usable
-from benchmarks.turns import end_of_epoch, prepared, seconds_of
+from benchmarks.turns import CONFIGS, end_of_epoch, prepared, seconds_of
 from classification import cuda_graph
 from engine.run import parameter_count
 from engine.run_record import peak_memory_mb
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 WINDOW, TOY_WINDOW = 10, 2  # updates
 CLOSE = 0.05  # share of the fp32 loss by which another precision's may differ
 

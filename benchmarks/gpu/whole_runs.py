@@ -7,18 +7,18 @@ import json
 import os
 import signal
 import threading
-from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.data import images_in_memory
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.worker import Place
+from benchmarks.turns import CONFIGS
 from classification.config import Config
 from classification.train import train
 from engine.config import load_config
 from engine.distributed import setup
 
-CELL = Path(__file__).parents[2] / "configs/cifar10/apollo_milestone.yaml"
+CELL = CONFIGS / "cifar10" / "apollo_milestone.yaml"
 EPOCHS = 164  # published
 
 

@@ -2,8 +2,8 @@
 
 A step begins with sums, of which only that of g * d needs the new gradient. The step before computes the others while
 their numbers are in cache or registers. They are computed anew if missing (after a resume or a step of another kind),
-or if autograd's version counters show a write to a parameter or its state. Writes through `.data` or a numpy view are
-not seen (carry_sums=False is for these).
+or if autograd's version counters show a write to a parameter or its state. They do not show writes through `.data` or a
+numpy view (carry_sums=False is for these).
 """
 
 from typing import Any

@@ -171,7 +171,6 @@ def _pinned(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """`values` as int64 on the device."""
     key, size, capturing = (device, values), (device, len(values)), _is_capturing(device)
     table = _tables.get(key)
     if table is not None:

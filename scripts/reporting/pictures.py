@@ -321,7 +321,6 @@ class Style(NamedTuple):
 
 
 def styles(panels: Sequence[Panel]) -> dict[str, Style]:
-    """Each method's style, the same in all panels."""
     others = cycle(OTHER_COLOURS)
     rows: dict[str, tuple[str, str]] = {}
     found = {}

@@ -100,7 +100,6 @@ def changes_to_recipe(run: Run) -> list[str]:
 
 
 def changes_between(run: Run, usual: Run) -> list[str]:
-    """`key=value` for each setting that differs from `usual`."""
     return _changes(run, usual.config, usual.recipe.get("batchnorm_batch"))
 
 

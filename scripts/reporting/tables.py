@@ -50,7 +50,7 @@ class Cell(NamedTuple):
 
 
 def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] = (), markdown: bool = False) -> str:
-    """The table of `runs`, with a line for each `expected` cell; then notes."""
+    """The table, with a line for each `expected` cell, and notes."""
     groups = by_cell(runs)
     facts = published(table)
     title = f"{table}: mean (std) over n seeds"
@@ -65,7 +65,7 @@ def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] 
 
 
 def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
-    """The second table: intervals, Apollo against every other row (ABOUT_WELCH), costs."""
+    """The second table: intervals, Apollo against every row (ABOUT_WELCH), costs."""
     return "\n".join(format_table(*comparisons(by_cell(runs)), markdown))
 
 
@@ -78,7 +78,7 @@ def log_table(table: str, runs: Sequence[Run], markdown: bool = False) -> str | 
 
 
 def render(runs: Sequence[Run], kind: str) -> str:
-    """Tables as Markdown: `results`, the `comparison`, what was `searched`, or its `rates`."""
+    """Tables of a kind (records.KINDS) as Markdown."""
     runs = apart(runs)
     if kind == "searched":
         return "\n".join([*format_table(*searched(runs), markdown=True), "", ABOUT_SEARCHED])
