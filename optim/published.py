@@ -57,6 +57,7 @@ def from_published(state_dict: dict[str, Any], **settings: Any) -> dict[str, Any
 
 
 def to_published(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The published optimizer's state dict from `Apollo.state_dict()`."""
     groups, state = [], {}
     for group in state_dict["param_groups"]:
         groups.append({**_shared(group), "base_lr": group.get("initial_lr", group["lr"])})
