@@ -1,4 +1,4 @@
-"""The optimizer Apollo. Read apollo_reference.py first: it is the published algorithm, written literally.
+"""The optimizer Apollo. Read apollo_reference.py first, the published algorithm, written literally.
 
 m = d * D, the average of the gradient, is not stored where d and B give it. So the state has two tensors, like Adam's.
 Decoupled and stable weight decay add to d and need a third. A step's sums are over d, so d is stored, not m.

@@ -75,7 +75,7 @@ def is_usable(device: torch.device) -> bool:
 
 
 def describe() -> dict[str, str | float | None]:
-    """The machine. It imports here, as the packages are needed."""
+    """The machine. The imports are here, as they need the packages."""
     from engine.distributed import setup
     from engine.run_record import describe_environment
 
