@@ -26,14 +26,13 @@ from scripts.live import Display
 from scripts.methods import read_methods
 from scripts.pool import State, Turn
 from scripts.protocol import FACTORS, FURTHEST, Method, Setting, best_factor, best_step, widened
-from scripts.quickstart import EXPERIMENTS
+from scripts.quickstart import EXPERIMENTS, METHODS
 from scripts.reporting.statistics import spread
 from scripts.runs import lower_is_better, worst
 from scripts.tables import CONFIGS, TASKS, load_settings, published, seeds_of
 from scripts.text_table import format_table
 
 COMPARISONS = CONFIGS / "comparison"
-METHODS = ("sgd", "adam", "radam", "apollo")
 TRIAL_SEED = 8191  # of no final run
 SEEDS = [1, 101, 201]  # of the final runs, if the table has no published seeds
 HELD_OUT = 0.1  # share of the training data, if neither data set nor config names a validation split
@@ -250,7 +249,7 @@ def read_comparison(options: argparse.Namespace) -> Comparison:
 
 
 def config_of(task: str) -> Path:
-    stem = EXPERIMENTS[task][0] if task in EXPERIMENTS else task
+    stem = EXPERIMENTS.get(task, task)
     path = COMPARISONS / f"{stem}.yaml"
     if not path.is_file():
         valid = [*EXPERIMENTS, *sorted(found.stem for found in COMPARISONS.glob("*.yaml"))]
