@@ -26,7 +26,6 @@ from scripts.tables import ROWS, SCHEDULES, position, published
 from scripts.text_table import duration, format_table
 
 MOST_CHANGES = 8  # that a note names
-Lines = tuple[list[str], list[list[str]]]  # header and lines
 TEST = "apollo − row"  # Welch's test
 ABOUT_WELCH = (
     f"{TEST}: difference of the final means with its 95 % interval, and the p-value of Welch's t-test (number of "
@@ -51,14 +50,9 @@ class Cell(NamedTuple):
 
 def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] = (), markdown: bool = False) -> str:
     """The table, with a line for each `expected` cell, and notes."""
-    groups = by_cell(runs)
-    facts = published(table)
-    title = f"{table}: mean (std) over n seeds"
-    if facts:
-        title = f"{table}: {facts['metric_in_words']}, mean (std) over n seeds; published: over {facts['runs']} runs"
-    header, lines = results(table, groups, expected, markdown)
-    notes = _all_notes(table, groups, lines)
-    text = format_table(header, lines, markdown)
+    shown, facts = results(table, by_cell(runs), expected, markdown), published(table)
+    title = f"{table}: {shown.title}" + (f"; published: over {facts['runs']} runs" if facts else "")
+    text, notes = format_table(shown.header, shown.lines, markdown), shown.notes
     if markdown:
         title, notes = f"{title}\n", [f"- {note}" for note in notes]
     return "\n".join([title, *text, *([""] if notes else []), *notes])
@@ -66,7 +60,8 @@ def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] 
 
 def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
     """The second table: intervals, Apollo against every row (ABOUT_WELCH), costs."""
-    return "\n".join(format_table(*comparisons(by_cell(runs)), markdown))
+    shown = comparisons(by_cell(runs))
+    return "\n".join(format_table(shown.header, shown.lines, markdown))
 
 
 def log_table(table: str, runs: Sequence[Run], markdown: bool = False) -> str | None:
@@ -93,22 +88,16 @@ def render(runs: Sequence[Run], kind: str) -> str:
 def page_tables(runs: Sequence[Run]) -> dict[str, list[Table]]:
     tables = {}
     for table, of_table in by_table(runs).items():
-        groups, facts = by_cell(of_table), published(table)
-        words = f"{facts['metric_in_words']}, " if facts else ""
-        means, compared = results(table, groups, first_published_cells(table)), comparisons(groups)
-        parts = [
-            Table(f"{words}mean (std) over n seeds", *means, _all_notes(table, groups, means[1])),
-            Table("Intervals, tests and costs", *compared, [ABOUT_WELCH] if TEST in compared[0] else []),
-            Table("Trials of the search", *trial_lines(of_table), folded=True),
-        ]
-        parts += [log] if (log := of_author(table, of_table)) else []
-        tables[table] = [part for part in parts if part.lines]
+        groups = by_cell(of_table)
+        means, log = results(table, groups, first_published_cells(table)), of_author(table, of_table)
+        parts = (means, comparisons(groups), trials(of_table), log)
+        tables[table] = [part for part in parts if part and part.lines]
     return tables
 
 
 def results(
     table: str, groups: dict[Cell, list[Run]], expected: Iterable[tuple[str, str]] = (), markdown: bool = False
-) -> Lines:
+) -> Table:
     """A table's means, in Markdown with published values in italics.
 
     For averaged weights `final` is the average's score, and `unaveraged` that of the last weights.
@@ -132,10 +121,13 @@ def results(
             line.append(f"{mean(finals) - target[0]:+.2f}" if target and finals else "")
             line += [spread(_scores(complete, name)) for name in also]
         lines.append(line)
-    return header, lines
+    title = f"{facts['metric_in_words']}, mean (std) over n seeds" if facts else "mean (std) over n seeds"
+    notes = sources(table, [(line[0], line[1]) for line in lines])
+    notes += [note for of_cell in groups.values() for note in _notes(of_cell, groups)]
+    return Table(title, header, lines, notes)
 
 
-def comparisons(groups: dict[Cell, list[Run]]) -> Lines:
+def comparisons(groups: dict[Cell, list[Run]]) -> Table:
     """The second table (see `comparison`), without empty columns."""
     header = ["row", "schedule", "95 % interval", TEST, "p (n)", "time a run", "memory", "optimizer's share"]
     lines = []
@@ -159,7 +151,9 @@ def comparisons(groups: dict[Cell, list[Run]]) -> Lines:
             ]
         )
     kept = [place for place in range(len(header)) if any(line[place] for line in lines)]
-    return [header[place] for place in kept], [[line[place] for place in kept] for line in lines]
+    header = [header[place] for place in kept]
+    notes = [ABOUT_WELCH] if TEST in header else []
+    return Table("Intervals, tests and costs", header, [[line[place] for place in kept] for line in lines], notes)
 
 
 def of_author(table: str, runs: Sequence[Run]) -> Table | None:
@@ -180,7 +174,7 @@ def of_author(table: str, runs: Sequence[Run]) -> Table | None:
     return Table(title, header, lines, [f"published: {log['source']}; {log['in_words']}"])
 
 
-def trial_lines(runs: Sequence[Run]) -> Lines:
+def trials(runs: Sequence[Run]) -> Table:
     lines = []
     for run in runs:
         if run.trial and run.result:
@@ -188,7 +182,8 @@ def trial_lines(runs: Sequence[Run]) -> Lines:
             values = [] if run.result.diverged else [run.result.validation, run.result.final]
             texts = [f"{value:.2f}" if value is not None else "" for value in values] or ["diverged", ""]
             lines.append([run.row, run.trial, f"{run.rate:g}" if run.rate else "", *texts, " ".join(settings)])
-    return ["row", "trial", "lr", "validation", "test", "other settings"], lines
+    header = ["row", "trial", "lr", "validation", "test", "other settings"]
+    return Table("Trials of the search", header, lines, folded=True)
 
 
 def by_cell(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
@@ -230,11 +225,6 @@ def optimizer_share(run: Run) -> float | None:
         return None
     share = result.optimizer_ms_per_step / 1000 / update_s
     return share if share < 1 else None
-
-
-def _all_notes(table: str, groups: dict[Cell, list[Run]], lines: Sequence[Sequence[str]]) -> list[str]:
-    notes = [note for of_cell in groups.values() for note in _notes(of_cell, groups)]
-    return [*sources(table, [(line[0], line[1]) for line in lines]), *notes]
 
 
 def _notes(of_cell: Sequence[Run], groups: dict[Cell, list[Run]]) -> list[str]:
