@@ -1,9 +1,9 @@
-"""Training images per second on CIFAR, end to end: classification/train.py against two baselines, in turn.
+"""Training images per second on CIFAR: classification/train.py against two baselines, in turn.
 
     python -m benchmarks.cifar_throughput [--depth 110] [--batch 128] [--precision fp32,bf16] [--device cuda] ...
 
     train.py    `train_epoch` on the Apollo cell of configs/cifar10, batches and metrics included
-    bare loop   forward, backward and torch's fused SGD on one fixed batch, at the same precision and memory format
+    bare loop   forward, backward and torch's fused SGD on one batch, at the same precision and memory format
     plain way   what most scripts do: NCHW, fp32, torchvision's transforms on PIL images, a DataLoader with 2 workers
                 and a single-tensor Apollo. It has its own process, because train.py sets glibc's allocator
 

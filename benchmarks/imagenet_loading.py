@@ -1,4 +1,4 @@
-"""Images per second of ImageNet's loader, against torchvision's usual one and decoding alone.
+"""Images per second of ImageNet's loader, against torchvision's and decoding alone.
 
     python -m benchmarks.imagenet_loading DATA [--workers 1] [--batch 64] [--rounds 7] [--device cuda]
 

@@ -38,7 +38,7 @@ def has_modes(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def exponential_average(model: torch.nn.Module, config: RunConfig) -> AveragedModel | None:
-    """A model for the exponential average, if the config asks for one."""
+    """The exponential average, if the config asks for one."""
     if not (config.average and config.average.decay):
         return None
     if config.precision == "apex-O2":
@@ -91,7 +91,7 @@ def _undone(model: torch.nn.Module) -> Iterator[None]:
 
 
 def final(run: RunT, renew: Renew = None) -> AbstractContextManager:
-    """Within, the model has the weights of the result: the average, or else those of eval mode."""
+    """Within, the model has the result's weights: the average, or else those of eval mode."""
     return averaged(run, renew) if run.config.average else eval_mode(run, renew)
 
 
@@ -110,7 +110,7 @@ def scores(run: RunT, evaluate: Evaluate, renew: Renew = None) -> dict[str, floa
 
 
 def last_scores(run: RunT, evaluate: Evaluate, renew: Renew = None) -> dict[str, float]:
-    """At the end: the metrics of the last evaluation, and those of the mean of the kept weights."""
+    """Metrics of the last evaluation, and at the end of the mean of the kept weights."""
     if not run.config.average or run.average:
         return run.progress.last
     found = _scores_of_average(run, evaluate, renew)

@@ -71,7 +71,7 @@ def hold(folder: Path, doing: str, wait: bool = False) -> IO[str]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether another process holds `folder`. False where this is unknown: `hold` will say why."""
+    """Whether another process holds `folder`; False if unknown, as `hold` will say why."""
     try:
         file = open(folder / ".lock", "r+")  # noqa: SIM115
     except OSError:

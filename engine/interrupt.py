@@ -39,7 +39,7 @@ class StopRequest:
 
 
 def _signals() -> list[signal.Signals]:
-    """SIGHUP is left out if nohup ignores it, and SIGUSR1 with NCCL, which may use it."""
+    """Without SIGHUP if nohup ignores it, and SIGUSR1 with NCCL, which may use it."""
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)

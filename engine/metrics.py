@@ -11,7 +11,7 @@ DIVERGED = "the run has diverged"  # scripts and benchmarks look for it
 
 
 class Sums:
-    """Named sums in float64 on one device: `add` never waits for it, `reduce` does."""
+    """Named sums in float64 on a device: `add` never waits for it, `reduce` does."""
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
         self.names = names
@@ -49,7 +49,7 @@ class Sums:
 
 
 def require_finite(value: float, update: int, name: str = "training loss") -> None:
-    """Raise UserError, naming `update`, where the metric `name` is NaN or infinite."""
+    """Raise UserError where the metric `name` is NaN or infinite."""
     if not math.isfinite(value):
         raise _diverged(f"the {name} is {value}", update)
 

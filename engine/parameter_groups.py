@@ -107,7 +107,7 @@ def divide_parameters(model: Module, groups: Sequence[GroupConfig]) -> list[list
 
 
 def describe_groups(model: Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Each group's match, optimizer and sizes, parameters without a group first."""
+    """Parameters without a group come first."""
     divided = zip([None, *config.groups], divide_parameters(model, config.groups), strict=True)
     return [
         {

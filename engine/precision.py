@@ -45,7 +45,7 @@ class Precision:
     def prepare(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        """The model and optimizer to train instead. Comes before compiling and data_parallel."""
+        """The model and optimizer to train instead; before compiling and data_parallel."""
         return model, optimizer
 
     def data_parallel(self, network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -101,5 +101,5 @@ class Precision:
 
 
 def _divides_in_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step divides gradients by `grad_scale`, as Apollo's and torch's fused ones do."""
+    """Whether the step divides gradients by `grad_scale`, like Apollo's and torch's fused ones."""
     return type(optimizer) in OPTIMIZERS.values() and getattr(optimizer, "_step_supports_amp_scaling", False)

@@ -103,7 +103,7 @@ class RunRecord:
         return self.wall_s_before + time.monotonic() - self.started
 
     def say(self, text: str) -> None:
-        """Write a line to the terminal (above any progress bar) and log.txt."""
+        """To the terminal (above any progress bar) and log.txt."""
         if self.world.is_main:
             tqdm.write(text, file=sys.stderr)
             self._log.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}  {text}\n")
@@ -114,7 +114,7 @@ class RunRecord:
         return 0
 
     def environment(self, **recipe: Any) -> None:
-        """Write environment.json with the `recipe`: world size, batch, passes, ..."""
+        """Write environment.json; `recipe` has world size, batch, passes, ..."""
         if self.world.is_main:
             path = self.folder / "environment.json"
             now = describe_environment(self.world) | {"recipe": recipe}
@@ -126,7 +126,7 @@ class RunRecord:
             write_atomically(path, json.dumps(now, indent=1) + "\n")
 
     def metrics(self, kind: str, update: int, **values: Any) -> None:
-        """Append a line to metrics.jsonl and TensorBoard."""
+        """A line for metrics.jsonl and TensorBoard."""
         if self.world.is_main:
             line = {"kind": kind, "update": update, **{name: _finite(value) for name, value in values.items()}}
             self._metrics.write((json.dumps(line, allow_nan=False) + "\n").encode())

@@ -11,13 +11,13 @@ import torch
 
 
 def derive(seed: int, *path: int | str) -> int:
-    """A 63-bit integer from `seed` and every element of `path`, the same on every platform."""
+    """A 63-bit integer from `seed` and `path`, the same on every platform."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (seed, *path))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def generator(seed: int, *path: int | str) -> torch.Generator:
-    """A CPU generator, seeded for this place in the run."""
+    """On the CPU, seeded for this place in the run."""
     return torch.Generator().manual_seed(derive(seed, *path))
 
 

@@ -54,7 +54,7 @@ def construct(what: str, maker: Callable[..., Any], subject: Any, settings: dict
 
 
 def suggest(name: object, valid: Iterable[str]) -> str:
-    """'; did you mean X? valid: X, Y' for an unknown `name`, without a very long list."""
+    """'; did you mean X? valid: X, Y' for an unknown `name`, without a long list."""
     valid = list(valid)
     near = difflib.get_close_matches(str(name).lower(), [v.lower() for v in valid], n=1)
     parts = [f"did you mean {next(v for v in valid if v.lower() == near[0])!r}?"] if near else []

@@ -1,4 +1,4 @@
-"""The methods of a comparison: rows of configs/search/<task>.yaml, or any optimizer by its dotted name."""
+"""A comparison's methods: rows of configs/search/<task>.yaml, or any optimizer by its dotted name."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +86,7 @@ def complete_method(row: str, optimizer: dict[str, Any]) -> Method:
 
 
 def made_of(settings: dict[str, Any]) -> Optimizer:
-    """An optimizer over a matrix. Raises UserError for settings that make none."""
+    """An optimizer over a matrix. Raises UserError."""
     with settings_of("optimizer"):
         others = {key: value for key, value in settings.items() if key not in ("name", "match")}
         return over_one_group(settings["name"], others, [Parameter(torch.zeros(2, 2))])

@@ -1,4 +1,4 @@
-"""The tables of the paper: their tasks, the configs of their cells, and what was published."""
+"""The paper's tables: tasks, configs of cells, and what was published."""
 
 import re
 from collections.abc import Sequence

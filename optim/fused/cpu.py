@@ -41,7 +41,7 @@ class _Settings(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled step. If it cannot be compiled: None, after one warning."""
+    """The compiled step, or None after one warning."""
     arguments = [ctypes.c_void_p] * 3 + [ctypes.POINTER(_Settings)] + [ctypes.c_int64] * 4
     return load_library(SOURCE, {"apollo_step": (None, arguments)}, "Apollo takes the slower foreach step")
 

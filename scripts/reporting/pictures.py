@@ -109,7 +109,7 @@ def places(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
 
 
 def evaluated(methods: dict[str, list[Run]]) -> dict[str, list[Run]]:
-    """Each method's complete runs with evaluations, or else its unfinished ones."""
+    """Each method's complete runs with evaluations, or else unfinished ones."""
     found = {
         method: [run for run in [run for run in runs if run.result] or runs if run.evaluations]
         for method, runs in methods.items()

@@ -18,7 +18,7 @@ Band = dict[int, tuple[float, float]]
 
 
 def compare(runs: Sequence[Run], record: Sequence[Run]) -> tuple[list[str], bool, list[Panel]]:
-    """Lines about `runs`, whether one has left the record's band, and the pictures."""
+    """Lines about `runs`, whether one left the band, and the pictures."""
     lines, left, panels = [], False, {}
     for run in runs:
         if run.trial:

@@ -1,7 +1,4 @@
-"""Intervals, tests and expectations over the runs of a cell or the trials of a search.
-
-scipy is imported where it is used: that takes a second.
-"""
+"""Intervals, tests and expectations over runs or trials. scipy is imported late: that takes a second."""
 
 import math
 from collections.abc import Sequence
