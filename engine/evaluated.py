@@ -110,7 +110,7 @@ def scores(run: RunT, evaluate: Evaluate, renew: Renew = None) -> dict[str, floa
 
 
 def last_scores(run: RunT, evaluate: Evaluate, renew: Renew = None) -> dict[str, float]:
-    """Metrics of the last evaluation, and at the end of the mean of the kept weights."""
+    """At the end: metrics of the last evaluation, and of the mean of the kept weights."""
     if not run.config.average or run.average:
         return run.progress.last
     found = _scores_of_average(run, evaluate, renew)
