@@ -74,7 +74,7 @@ class Named(WithSettings):
 
 
 class GroupConfig(WithSettings):
-    """Parameters with own settings, or another optimizer, `name`."""
+    """Parameters with settings of their own, or another optimizer, `name`."""
 
     match: str | NonNegativeInt  # a regular expression for names, or a number of dimensions
     name: str | None = None

@@ -64,7 +64,10 @@ def write_yaml(value: Any) -> str:
 
 
 def _checked_size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values `node` stands for without aliases. ConstructorError for a key that is no text, or repeated."""
+    """How many values `node` stands for, with aliases written out.
+
+    Raises ConstructorError for a key that is no text, or repeated.
+    """
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = 1  # for a node within itself, which PyYAML refuses later

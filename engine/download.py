@@ -40,7 +40,7 @@ def matches(path: Path, checksum: str) -> bool:
 
 
 def digest_of(path: Path, kind: str) -> str:
-    """In hexadecimal digits, by hashlib's algorithm `kind`."""
+    """A file's digest in hexadecimal digits, by hashlib's algorithm `kind`."""
     digest = new(kind, usedforsecurity=False)
     size = path.stat().st_size
     bar = tqdm(total=size, desc=f"checking {path.name}", unit="B", unit_scale=True, leave=False, disable=None)

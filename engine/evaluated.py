@@ -186,7 +186,7 @@ def keep_for_average(run: Run) -> None:
 
 
 def _write(run: Run, updates: Sequence[int] = ()) -> None:
-    """For the tasks' evaluate.py."""
+    """Write the weights for the tasks' evaluate.py."""
     if run.world.is_main:
         weights = Weights(run.model.state_dict(), run.progress.update, run.vocabulary, tuple(updates))
         write_weights(run.record.folder, weights)

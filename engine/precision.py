@@ -45,7 +45,7 @@ class Precision:
     def prepare(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        """The model and optimizer to train instead; before compiling and data_parallel."""
+        """The model and optimizer to train instead. It comes before compiling and data_parallel."""
         return model, optimizer
 
     def data_parallel(self, network: torch.nn.Module, device: torch.device) -> torch.nn.Module:

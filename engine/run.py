@@ -75,7 +75,7 @@ class Run:
 
 
 def read_arguments(config: type[ConfigT], arguments: list[str], usage: str) -> ConfigT:
-    """The config of a command line, or without one the usage and an exit. Raises UserError."""
+    """The config that a command line names. Without one, print the usage and exit. Raises UserError."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
         raise SystemExit(0 if arguments else 2)

@@ -103,7 +103,7 @@ class RunRecord:
         return self.wall_s_before + time.monotonic() - self.started
 
     def say(self, text: str) -> None:
-        """To the terminal (above any progress bar) and log.txt."""
+        """Write a line to the terminal (above any progress bar) and log.txt."""
         if self.world.is_main:
             tqdm.write(text, file=sys.stderr)
             self._log.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}  {text}\n")
@@ -126,7 +126,7 @@ class RunRecord:
             write_atomically(path, json.dumps(now, indent=1) + "\n")
 
     def metrics(self, kind: str, update: int, **values: Any) -> None:
-        """A line for metrics.jsonl and TensorBoard."""
+        """Append a line to metrics.jsonl and TensorBoard."""
         if self.world.is_main:
             line = {"kind": kind, "update": update, **{name: _finite(value) for name, value in values.items()}}
             self._metrics.write((json.dumps(line, allow_nan=False) + "\n").encode())

@@ -17,7 +17,7 @@ def derive(seed: int, *path: int | str) -> int:
 
 
 def generator(seed: int, *path: int | str) -> torch.Generator:
-    """On the CPU, seeded for this place in the run."""
+    """A CPU generator, seeded for this place in the run."""
     return torch.Generator().manual_seed(derive(seed, *path))
 
 

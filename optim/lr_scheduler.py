@@ -18,7 +18,7 @@ from .foreign import suggest
 from .settings import is_number
 from .torch_schedule import create_torch_schedule
 
-# None must be given.
+# A setting with the default None must be given.
 SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {},
     "milestone": {"milestones": None, "decay_rate": 0.1},

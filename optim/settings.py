@@ -1,4 +1,4 @@
-"""The settings of a group of Apollo's, and their valid values."""
+"""The settings of a group of Apollo's parameters, and their valid values."""
 
 import math
 from collections.abc import Callable

@@ -16,7 +16,7 @@ ProcessGroups = tuple[Any, ...]
 
 
 def any_sharded(tensors: list[Tensor]) -> bool:
-    """Whether one is a DTensor, whose slow import is not done here."""
+    """Whether one of `tensors` is a DTensor, whose import is slow and not done here."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
 

@@ -36,7 +36,7 @@ class Job:
 
     @property
     def complete(self) -> bool:
-        """Whether it is now. Raises UserError if result.json is damaged."""
+        """Whether the run is complete now. Raises UserError if result.json is damaged."""
         result = read_result(Path(self.folder))
         return bool(result and result.get("complete"))
 

@@ -136,7 +136,7 @@ def _fused_cuda_apollo(
 
 
 def launch_one() -> None:
-    """The smallest kernel on an empty tensor. Raises Triton's errors."""
+    """Launches the smallest kernel on an empty tensor. Raises Triton's errors."""
     device = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton's interpreter runs it
     table = torch.zeros(1, COLUMNS.value, dtype=torch.int64, device=device)
     sums = torch.empty(1, SUMS.value, dtype=torch.float64, device=device)

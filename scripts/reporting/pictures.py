@@ -216,7 +216,7 @@ def sensitivity_panel(place: str, methods: dict[str, list[Run]], chosen: dict[st
 
 
 def _crossed(curves: Sequence[Curve], lower: bool) -> list[Curve]:
-    """Adds crosses for diverged trials, beyond the worst value, at one height per method."""
+    """The curves with crosses for diverged trials, beyond the worst value, at one height per method."""
     heights = [value for curve in curves for value in curve.y if value is not None] or [1.0]
     step = (max(heights) - min(heights) or 1.0) * 0.04
     crossed = []

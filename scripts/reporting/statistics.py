@@ -45,7 +45,7 @@ def quantile(count: int, level: float) -> float:
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> Difference | None:
-    """None if a sample has no `interval`, or neither varies."""
+    """Welch's t-test; None if a sample has no `interval`, or neither varies."""
     if interval(a) is None or interval(b) is None or (stdev(a) == 0 and stdev(b) == 0):
         return None
     from scipy import stats
