@@ -29,12 +29,20 @@ from language_model.raw_text import Part
 from language_model.vocabulary import Vocabulary, digest, load_vocabulary
 
 FORMAT = 2
-MANIFEST_KEYS = ("format", "made_from", "vocabulary", "dtype", "train", "test", "shards")
 VOCABULARY = "vocabulary.txt"
 SUFFIXES = (".tokens", ".offsets")
-ENTRY_FIELDS = {"name": str, "split": str, "file": str, "digest": str} | dict.fromkeys(
+SHARD_FIELDS = dict.fromkeys(("name", "split", "file", "digest"), str) | dict.fromkeys(
     ("bytes_per_token", "tokens", "sentences", "words", "unknown"), int
-)  # of a shard in the manifest
+)
+MANIFEST_FIELDS = {
+    "format": int,
+    "made_from": dict,
+    "vocabulary": {"words": int, "sha256": str},
+    "dtype": str,
+    "train": dict,
+    "test": dict,
+    "shards": [SHARD_FIELDS],
+}
 OFFSET = np.dtype("<u4")
 PREPARE_COMMAND = "python -m language_model.prepare SOURCE OUT"
 
@@ -142,19 +150,11 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def finished(out: Path) -> dict[str, Any] | None:
-    """The manifest in `out`, or None. UserError if a field is missing or not of its kind."""
-    manifest = read_manifest(out, MANIFEST_KEYS, FORMAT)
-    if manifest is None:
-        return None
-    try:
-        fields = [(manifest["vocabulary"], {"words": int, "sha256": str})]
-        fields += [(entry, ENTRY_FIELDS) for entry in manifest["shards"]]
-        whole = all(isinstance(values[name], kind) for values, kinds in fields for name, kind in kinds.items())
-        whole = whole and isinstance(manifest["shards"], list) and manifest["dtype"] in ("<u2", "<u4")
-    except (KeyError, TypeError):  # TypeError: something is not a mapping
-        whole = False
-    if not whole:
-        raise UserError(f"{out / MANIFEST} is damaged (fields are missing): delete it, then prepare the data again")
+    """The manifest in `out`, or None. UserError if a field is missing or wrong."""
+    command = PREPARE_COMMAND.replace("OUT", str(out))
+    manifest = read_manifest(out, MANIFEST_FIELDS, command, FORMAT)
+    if manifest and manifest["dtype"] not in ("<u2", "<u4"):
+        raise UserError(f"{out / MANIFEST} is damaged (dtype {manifest['dtype']}): delete it, then {command}")
     return manifest
 
 

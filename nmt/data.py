@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.manifest import read_manifest
 from engine.seed import derive
 from nmt.codec import BOS, EOS, PAD, Codec
 from nmt.prepare.command import prepare_grammar
-from nmt.prepare.recipes import GRAMMAR, WMT14
-from nmt.prepared import MANIFEST_KEYS
+from nmt.prepare.recipes import GRAMMAR
+from nmt.prepared import command_of, finished
 
 JITTER = 1.0  # tokens; on Multi30k at 4,096 tokens a batch: 3.9 % padding instead of 3.1 %
 ROWS_MULTIPLE = 8  # a batch has a multiple of this many sentences if they fit, as in fairseq
@@ -123,15 +122,12 @@ def load_data(name: str, root: str | Path) -> ParallelData:
     UserError if the data is missing, damaged or of another recipe.
     """
     root = Path(root)
-    manifest = read_manifest(root, MANIFEST_KEYS)
+    manifest = finished(root, name)
     if manifest is None and name == GRAMMAR.name:
         prepare_grammar(root, wait=True)
-        manifest = read_manifest(root, MANIFEST_KEYS)
+        manifest = finished(root, name)
     if manifest is None:
-        command = (
-            f"bash scripts/prepare.sh wmt14 SOURCE {root}" if name == WMT14.name else "python -m nmt.prepare --help"
-        )
-        raise UserError(f"{root} holds no prepared data: {command}")
+        raise UserError(f"{root} holds no prepared data: {command_of(name, root)}")
     if manifest["recipe"] != name:
         raise UserError(
             f"{root} holds data of the recipe '{manifest['recipe']}', not '{name}': set data.name or data.root"

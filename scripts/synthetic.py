@@ -82,7 +82,7 @@ def _pairs(root: Path) -> None:
     for split in SPLITS:
         pairs = 200 if split in EVALUATED else 20_000
         lengths = random.gamma(2.5, 11, pairs).clip(2, 99).astype(int)
-        entry: dict = {"pairs": pairs}
+        entry: dict = {"pairs": pairs, "sha256": {}}
         for language in languages:
             of_side = (lengths + random.integers(-1, 2, pairs)).clip(1) + 1  # with </s>
             ends = np.cumsum(of_side)

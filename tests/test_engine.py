@@ -17,7 +17,6 @@ from engine.clipping import ClippingWatch
 from engine.config import Named, OptimizerConfig, RunConfig
 from engine.distributed import World, setup
 from engine.errors import UserError
-from engine.manifest import read_manifest
 from engine.metrics import Sums, require_finite, require_finite_weights
 from engine.precision import Precision
 from engine.run import create_precision, read_arguments
@@ -161,22 +160,6 @@ def test_without_a_config_the_usage_is_printed(capsys):
         with pytest.raises(SystemExit) as exit:
             read_arguments(RunConfig, arguments, "usage: this way")
         assert exit.value.code == status and capsys.readouterr().out == "usage: this way\n"
-
-
-def test_a_manifest_is_whole_or_refused(tmp_path):
-    assert read_manifest(tmp_path, ("words",), 3) is None
-    for content, message in (
-        ("{", "is damaged"),
-        ("[]", "is damaged"),
-        ('{"format": 3}', "lacks words"),
-        ('{"words": 1}', "lacks format"),
-        ('{"format": 2, "words": 1}', "format 2 .* reads format 3"),
-    ):
-        (tmp_path / "manifest.json").write_text(content)
-        with pytest.raises(UserError, match=rf"manifest\.json .*{message}"):
-            read_manifest(tmp_path, ("format", "words"), 3)
-    (tmp_path / "manifest.json").write_text('{"format": 3, "words": 1}')
-    assert read_manifest(tmp_path, ("format", "words"), 3) == {"format": 3, "words": 1}
 
 
 def test_the_ranks_must_divide_the_passes():

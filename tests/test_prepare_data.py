@@ -20,10 +20,10 @@ from classification.cifar import ARCHIVES
 from classification.data import read_cifar10
 from classification.imagenet.lmdb import open_splits
 from engine.errors import UserError
-from engine.manifest import read_manifest
 from language_model import benchmark
 from language_model.prepared import open_corpus
 from nmt.prepare import recipes, sources
+from nmt.prepared import finished
 from scripts import prepare
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +138,7 @@ def test_wmt14(said, tmp_path, monkeypatch, layout, first, size):
     assert found.startswith(f"found: {tmp_path}/{first}, ")
     assert will.startswith(f"will write: {size} to {tmp_path}/out, in about 2 minutes")
     assert row == f"to train a row: bash scripts/nmt_apollo.sh data.root={tmp_path}/out"
-    assert read_manifest(tmp_path / "out")["splits"]["train"]["lines"]["read"] == 60
+    assert finished(tmp_path / "out")["splits"]["train"]["lines"]["read"] == 60
 
 
 def test_imagenet(said, tmp_path):

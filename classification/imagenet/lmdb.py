@@ -28,7 +28,13 @@ from engine.manifest import MANIFEST, read_manifest
 
 FORMAT = 1
 SPLITS = ("train", "val")
-MANIFEST_KEYS = ("format", "source", "inputs", "splits", "classes")
+MANIFEST_FIELDS = {
+    "format": int,
+    "source": str,
+    "inputs": dict,
+    "splits": dict.fromkeys(SPLITS, {"images": int, "digest": str}),
+    "classes": [str],
+}
 CHUNK = 256  # images in one transaction, about 28 MB of ImageNet
 DIGEST_BYTES = 8
 FIRST_MAP = 1 << 30  # bytes of address space; it doubles when full
@@ -201,9 +207,14 @@ def _not_opened(path: Path, error: lmdb.Error | OSError, map_size: int) -> UserE
     return UserError(f"{path} cannot be opened ({reason}): mend that, then run the same command again")
 
 
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The manifest in `folder`, or None. UserError if a field is missing or wrong."""
+    return read_manifest(folder, MANIFEST_FIELDS, BUILD_COMMAND.replace("OUT", str(folder)), FORMAT)
+
+
 def open_splits(folder: Path) -> tuple[LmdbSplit, LmdbSplit]:
     """Both splits of a build. Raises UserError if it is unfinished or not whole."""
-    manifest = read_manifest(folder, MANIFEST_KEYS, FORMAT)
+    manifest = finished(folder)
     if manifest is None:
         if not any((folder / f"{name}.lmdb").exists() for name in SPLITS):
             raise UserError(f"{folder} holds no train.lmdb and val.lmdb: make them with `{BUILD_COMMAND}`")

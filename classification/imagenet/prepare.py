@@ -26,18 +26,18 @@ from classification.imagenet.labels import KIT_2012, LabelFiles
 from classification.imagenet.lmdb import (
     CHUNK,
     FORMAT,
-    MANIFEST_KEYS,
     SPLITS,
     LmdbSplit,
     Record,
     SplitWriter,
+    finished,
     open_splits,
 )
 from classification.imagenet.raw import IMAGENET, TRAIN_TAR, VAL_TAR, find_source, inputs_digest
 from engine.download import matches
 from engine.errors import UserError
 from engine.files import hold, write_atomically
-from engine.manifest import MANIFEST, read_manifest
+from engine.manifest import MANIFEST
 
 MD5 = {  # as in torchvision/datasets/imagenet.py
     TRAIN_TAR: "1d675b47d978889d74fa0da5fadfb00e",
@@ -76,10 +76,10 @@ def build(source: Path, out: Path, label_files: LabelFiles | None = None) -> Non
         raise UserError(f"{out} cannot be made ({error.strerror}): choose another folder") from None
     with hold(out, "building"):
         inputs = {name: inputs_digest(getattr(found, name), source) for name in SPLITS}
-        finished = read_manifest(out, MANIFEST_KEYS, FORMAT)
-        if finished and finished["inputs"] != inputs:
+        manifest = finished(out)
+        if manifest and manifest["inputs"] != inputs:
             raise UserError(f"{out} already holds other images: choose another folder, or delete it")
-        if finished:
+        if manifest:
             logging.info("%s is complete: nothing to do", out)
             return
         splits = {}
@@ -119,7 +119,7 @@ def verify(out: Path, decode: bool = False) -> list[str]:
 
     Raises UserError if the build is unfinished, truncated, or mixed with another.
     """
-    manifest = read_manifest(out, MANIFEST_KEYS, FORMAT)
+    manifest = finished(out)
     bad = []
     for name, split in zip(SPLITS, open_splits(out), strict=True):
         if split.content_digest() != manifest["splits"][name]["digest"]:

@@ -20,7 +20,7 @@ from typing import Any
 from engine.errors import UserError, positive
 from engine.files import hold
 from engine.machine import core_count
-from engine.manifest import MANIFEST, read_manifest
+from engine.manifest import MANIFEST
 from nmt.codec import Codec
 from nmt.prepare import toy_text
 from nmt.prepare.download import get_archives
@@ -28,7 +28,7 @@ from nmt.prepare.raw_text import scan_pair
 from nmt.prepare.recipes import GRAMMAR, WMT14, Recipe
 from nmt.prepare.sources import find_texts
 from nmt.prepare.stages import Pair, encode, file_sha256, learn_codec, make_chunks, processes, tokenize
-from nmt.prepared import MANIFEST_KEYS, SPLITS, write_json
+from nmt.prepared import SPLITS, finished, write_json
 from nmt.text import RULES, moses
 
 
@@ -67,8 +67,8 @@ def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: boo
         inputs = _scan(recipe, folder, out / "text")
         task = _describe(recipe, inputs)
         work = out / "work"
-        if finished := read_manifest(out, MANIFEST_KEYS):
-            if any(finished.get(key) != value for key, value in task.items()):
+        if manifest := finished(out, recipe.name):
+            if any(manifest.get(key) != value for key, value in task.items()):
                 raise UserError(f"{out} already holds other data, or data of other settings: choose another folder")
             shutil.rmtree(work, ignore_errors=True)
             logging.info("%s is complete: nothing to do", out)
@@ -94,7 +94,7 @@ def prepare_grammar(out: Path, wait: bool = False) -> None:
 
 def verify(out: Path) -> list[str]:
     """One line for each damaged file in `out`. UserError if there is no finished preparation."""
-    manifest = read_manifest(out, MANIFEST_KEYS)
+    manifest = finished(out)
     if manifest is None:
         raise UserError(f"{out} holds no finished preparation: there is no manifest.json")
     bad = []
