@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.manifest import MANIFEST
 from engine.seed import derive
 from nmt.codec import BOS, EOS, PAD, Codec
 from nmt.prepare.command import prepare_grammar
@@ -41,6 +42,10 @@ class Batch(NamedTuple):
         return Batch(*tensors, *self[3:])
 
 
+def again(folder: Path) -> str:
+    return f"delete {folder / MANIFEST}, then prepare the data again"
+
+
 class Side:
     """One language of a split. Sentence i, with its EOS, is flat[starts[i] : starts[i] + lengths[i]]."""
 
@@ -50,7 +55,7 @@ class Side:
         for path, size in ((array, tokens * token_bytes), (offsets, 8 * (entry["pairs"] + 1))):
             found = path.stat().st_size if path.exists() else 0
             if found != size:
-                raise UserError(f"{path} has {found:,} bytes, not {size:,}: prepare the data again")
+                raise UserError(f"{path} has {found:,} bytes, not {size:,}: {again(folder)}")
         self.flat = np.asarray(np.memmap(array, f"<u{token_bytes}", "r"))  # indexing a memmap object is slower
         boundaries = np.fromfile(offsets, "<i8")
         self.starts, self.lengths = boundaries[:-1], np.diff(boundaries).astype(np.int32)
@@ -88,7 +93,7 @@ class Split:
         """The target's raw text, in the valid and the test split."""
         lines = self.raw.read_bytes().decode().removesuffix("\n").split("\n")
         if len(lines) != len(self):
-            raise UserError(f"{self.raw} has {len(lines):,} lines, not {len(self):,}: prepare the data again")
+            raise UserError(f"{self.raw} has {len(lines):,} lines, not {len(self):,}: {again(self.raw.parent)}")
         return lines
 
     def batch(self, indices: np.ndarray) -> Batch:
@@ -112,7 +117,7 @@ class ParallelData:
         self.root, self.manifest = root, manifest
         self.codec = Codec.load(root)
         if self.codec.digest != manifest["codec"]:
-            raise UserError(f"{root}: codec.json is not the one that the data was made with: prepare the data again")
+            raise UserError(f"{root}: codec.json is not the one that the data was made with: {again(root)}")
         self.train, self.valid, self.test = (Split(root, name, manifest) for name in ("train", "valid", "test"))
 
 

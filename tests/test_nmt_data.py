@@ -264,7 +264,7 @@ def test_a_manifest_that_lacks_a_field_says_how_to_prepare_again(copy, place):
 def test_a_short_or_missing_file_is_named(copy, name):
     content = (copy / name).read_bytes()
     (copy / name).write_bytes(content[:-8])
-    with pytest.raises(UserError, match=rf"{name} has [\d,]+ bytes, not [\d,]+: prepare the data again"):
+    with pytest.raises(UserError, match=rf"{name} has [\d,]+ bytes, not [\d,]+: delete {copy}/manifest.json, "):
         load_data("own", copy)
     (copy / name).unlink()
     with pytest.raises(UserError, match=rf"{name} has 0 bytes"):
