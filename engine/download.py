@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.errors import UserError
+from engine.files import wait_for_disk
 
 TIMEOUT = 30.0  # seconds without an answer
 BLOCK = 1 << 20
@@ -32,6 +33,7 @@ def download(url: str, path: Path, checksum: str | None = None) -> None:
     if checksum and not matches(part, checksum):
         part.unlink()
         raise UserError(f"{url}: not the file that is expected, by its checksum")
+    wait_for_disk(part)
     part.replace(path)
 
 

@@ -32,7 +32,7 @@ from language_model.prepared import (
     finished,
     summary,
     token_dtype,
-    wait_for_disk,
+    wait_for_shard,
     write_manifest,
     write_shard,
 )
@@ -155,7 +155,7 @@ def _append(out: Path, line: dict[str, Any]) -> None:
 
 
 def _record(out: Path, entry: dict[str, Any]) -> None:
-    wait_for_disk(entry, out)
+    wait_for_shard(entry, out)
     _append(out, entry)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from xxhash import xxh3_64
 
 from engine.errors import UserError
-from engine.files import write_atomically
+from engine.files import wait_for_disk, write_atomically
 from engine.manifest import MANIFEST, read_manifest
 from language_model.benchmark import TEST_FILE
 from language_model.raw_text import Part
@@ -111,11 +111,11 @@ def write_shard(part: Part, vocabulary: Vocabulary, out: Path) -> dict[str, Any]
     }
 
 
-def wait_for_disk(entry: dict[str, Any], out: Path) -> None:
+def wait_for_shard(entry: dict[str, Any], out: Path) -> None:
     for suffix in SUFFIXES:
         path = _with(out / entry["name"], suffix)
-        with disk_errors(path), open(path, "rb") as file:
-            os.fsync(file.fileno())
+        with disk_errors(path):
+            wait_for_disk(path)
 
 
 def damage(entry: dict[str, Any], out: Path) -> str | None:

@@ -240,6 +240,29 @@ def test_an_edit_of_equal_length_is_noticed(text):
     fails(RECIPE, text, "already holds other data")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the files' names in /proc")
+def test_a_file_is_on_the_disk_before_another_says_that_it_is_whole(text, monkeypatch):
+    events, sync, replace = [], os.fsync, os.replace
+
+    def noted_sync(file):
+        events.append(f"on disk: {os.path.basename(os.readlink(f'/proc/self/fd/{file}'))}")
+        sync(file)
+
+    def noted_replace(temporary, path):
+        events.append(f"named: {os.path.basename(path)}")
+        replace(temporary, path)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    prepare(RECIPE, text, text / "out")
+    for split, entry in finished(text / "out")["splits"].items():
+        for name in entry["sha256"]:
+            assert events.index(f"on disk: {name}") < events.index("named: manifest.json")
+        for language in ("en", "de"):
+            tokens = f"on disk: {split}.00000.{language}"
+            assert events.index(tokens) < events.index(f"named: {split}.00000.json")
+
+
 def test_verify_names_what_is_damaged(text):
     out = text / "out"
     prepare(RECIPE, text, out)

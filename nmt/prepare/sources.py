@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from engine.download import matches
 from engine.errors import UserError
+from engine.files import wait_for_disk
 from engine.nearest_folder import nearest_folder
 from nmt.prepare.download import ARCHIVES, MIRRORS
 
@@ -164,6 +165,7 @@ def _write(path: Path, content: IO[bytes], name: str) -> Path:
         else:
             with tqdm.wrapattr(file, "write", desc=name, disable=None, leave=False) as counted:
                 shutil.copyfileobj(content, counted, BLOCK)
+    wait_for_disk(temporary)
     os.replace(temporary, path)
     return path
 
