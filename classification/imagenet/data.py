@@ -25,6 +25,7 @@ from classification.imagenet.lmdb import SPLITS, LmdbSplit, open_splits
 from classification.imagenet.raw import FolderSplit, list_folder
 from classification.native.resize import native_resize
 from engine.allocator import keep_freed_memory, populate
+from engine.distributed import ranks_on_this_machine
 from engine.errors import UserError
 from engine.machine import core_count
 from engine.manifest import MANIFEST
@@ -95,7 +96,7 @@ class ImageNetData:
 
         native_resize()  # compiled once, before the workers start
         if workers is None:  # one for each core of this rank, up to 16
-            workers = max(1, min(16, core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+            workers = max(1, min(16, core_count() // ranks_on_this_machine()))
         self._requests = _Requests()
         self._loader = DataLoader(
             _Batches((*splits, splits[TRAIN]), seed, size, resize, decoder),
