@@ -17,6 +17,7 @@ from engine.clipping import ClippingWatch
 from engine.config import Named, OptimizerConfig, RunConfig
 from engine.distributed import World, setup
 from engine.errors import UserError
+from engine.machine import cpu_name
 from engine.metrics import Sums, require_finite, require_finite_weights
 from engine.precision import Precision
 from engine.run import create_precision, read_arguments
@@ -143,6 +144,14 @@ def test_bf16_on_a_cpu_without_it_brings_one_warning(tmp_path, monkeypatch, desc
         create_precision(name, CPU, said.append)
     assert len(said) == warned and all("precision=fp32" in line for line in said)
     create_precision("bf16", torch.device("cuda"), pytest.fail)
+
+
+def test_hardware_threads_are_called_so(tmp_path, monkeypatch):
+    """Two threads of one core."""
+    thread = "processor\t: {}\nmodel name\t: Engine 1\nsiblings\t: 2\ncpu cores\t: 1\n\n"
+    (tmp_path / "cpuinfo").write_text(thread.format(0) + thread.format(1))
+    monkeypatch.setattr("engine.machine.CPU_INFO", tmp_path / "cpuinfo")
+    assert cpu_name() == "Engine 1, 2 hardware threads"
 
 
 def test_cores_are_those_that_the_process_may_use():
