@@ -72,7 +72,7 @@ def _text(root: Path) -> None:
 
 
 def _pairs(root: Path) -> None:
-    """20,000 pairs of 2 to 100 pieces, 28 on average, from a joint vocabulary of 40,000."""
+    """20,000 pairs, from a joint vocabulary of 40,000. A side has 2 to 101 pieces with its </s>, 28 on average."""
     folder, languages = root / "data", ("en", "de")
     folder.mkdir(exist_ok=True)
     pieces = [*SPECIALS, *(f"{WORD_START}w{number}" for number in range(40_000 - len(SPECIALS)))]
