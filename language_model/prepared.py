@@ -58,7 +58,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Corpus:
-    """`test` is the benchmark's test file or, without it, all test files. `all_test` holds all if there are more."""
+    """`test` is the benchmark's test file, or else all test files. `all_test` holds all if there are more."""
 
     train: Sequence[Shard]
     test: Sequence[Shard]
@@ -75,7 +75,7 @@ def token_dtype(words: int) -> np.dtype:
 
 
 def write_shard(part: Part, vocabulary: Vocabulary, out: Path) -> dict[str, Any]:
-    """Encode `part` to two files in `out`. Returns its manifest entry. UserError e.g. if the disk is full."""
+    """Encode `part` to two files in `out`; returns its manifest entry. UserError e.g. for a full disk."""
     path = out / part.name
     dtype = token_dtype(len(vocabulary))
     checksum, ends, unknown, lines = xxh3_64(), [np.zeros(1, np.int64)], 0, 0
@@ -119,7 +119,7 @@ def wait_for_shard(entry: dict[str, Any], out: Path) -> None:
 
 
 def damage(entry: dict[str, Any], out: Path) -> str | None:
-    """What is wrong with a shard's files, by their sizes, or None."""
+    """What is wrong with the files' sizes, or None."""
     sizes = entry["tokens"] * entry["bytes_per_token"], (entry["sentences"] + 1) * OFFSET.itemsize
     for suffix, size in zip(SUFFIXES, sizes, strict=True):
         path = _with(out / entry["name"], suffix)
@@ -139,7 +139,7 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError in writing `path` into a UserError that says how to continue."""
+    """Turn an OSError into a UserError that says how to continue."""
     try:
         yield
     except OSError as error:
@@ -159,7 +159,7 @@ def finished(out: Path) -> dict[str, Any] | None:
 
 
 def open_corpus(root: Path) -> Corpus:
-    """The corpus prepared in `root`. UserError if something is missing or does not fit."""
+    """UserError if something is missing or does not fit."""
     manifest = finished(root)
     if manifest is None:
         raise UserError(

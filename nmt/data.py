@@ -1,4 +1,4 @@
-"""Batches of prepared parallel text: limited by tokens, of similar lengths, the same for any number of ranks.
+"""Batches of prepared parallel text: limited by tokens, the same for any number of ranks.
 
 Batches hold sentences of about one length, and are shuffled. An update takes the next `passes` batches, so it sees
 several lengths, as published (fairseq's EpochBatchIterator gives each GPU one batch). The ranks divide them.
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     update_tokens: int = 0  # of the whole update on all ranks; 0 in evaluation
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`. The host does not wait for a GPU."""
+        """The host does not wait for a GPU."""
         if device.type == "cpu":
             return self
         tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in self[:3]]
@@ -90,7 +90,7 @@ class Split:
 
     @cached_property
     def references(self) -> list[str]:
-        """The target's raw text, in the valid and the test split."""
+        """The target's raw text, not of the training split."""
         lines = self.raw.read_bytes().decode().removesuffix("\n").split("\n")
         if len(lines) != len(self):
             raise UserError(f"{self.raw} has {len(lines):,} lines, not {len(self):,}: {again(self.raw.parent)}")
@@ -122,7 +122,7 @@ class ParallelData:
 
 
 def load_data(name: str, root: str | Path) -> ParallelData:
-    """The data prepared in `root` by the recipe `name`. "grammar" is prepared here if it is missing.
+    """The data of the recipe `name`. "grammar" is prepared here if it is missing.
 
     UserError if the data is missing, damaged or of another recipe.
     """
@@ -152,8 +152,8 @@ def train_batches(
 ) -> Iterator[list[tuple[int, Batch]]]:
     """The epoch's updates from `start_update` on, each as this rank's passes: [(index in the update, batch)].
 
-    This rank takes the passes rank, rank + world_size, ... In a batch, sentences x longest side <= `max_tokens`. Passes
-    beyond the last batch hold no sentence. UserError if a pair is longer than `max_tokens`.
+    In a batch, sentences x longest side <= `max_tokens`. Passes beyond the last batch hold no sentence. UserError if a
+    pair is longer than `max_tokens`.
     """
     order = _by_length(split, _random(seed, "pairs", epoch).uniform(-JITTER, JITTER, len(split)))
     cuts = _cuts(split.longest[order], max_tokens)
@@ -169,7 +169,6 @@ def train_batches(
 
 
 def updates_per_epoch(split: Split, max_tokens: int, passes: int) -> int:
-    """How many updates `train_batches` yields in every epoch."""
     batches = len(_cuts(np.sort(split.longest), max_tokens)) - 1
     return -(-batches // passes)
 
@@ -177,7 +176,7 @@ def updates_per_epoch(split: Split, max_tokens: int, passes: int) -> int:
 def eval_batches(
     split: Split, max_tokens: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Batches and the indices of their pairs. Over all ranks each pair comes once, the longest first."""
+    """Batches and their pairs' indices, the longest first. Over all ranks each pair comes once."""
     order = _by_length(split, 0.0)
     cuts = _cuts(split.longest[order], max(max_tokens, int(split.longest.max())), multiple=1)
     for index in range(len(cuts) - 2 - rank, -1, -world_size):
@@ -186,10 +185,9 @@ def eval_batches(
 
 
 def _by_length(split: Split, noise: np.ndarray | float) -> np.ndarray:
-    """All pairs, sorted by their longer side, then by the difference of the sides.
+    """All pairs, sorted by their longer side, then by the difference of the sides plus `noise`.
 
-    The difference rises at one length and falls at the next, so neighbours differ little. `noise` added to it brings
-    other pairs together in each epoch.
+    The difference rises at one length and falls at the next, so neighbours differ little.
     """
     source, target = split.source.lengths, split.target.lengths
     difference = np.where(split.longest % 2, source - target, target - source)
@@ -197,14 +195,14 @@ def _by_length(split: Split, noise: np.ndarray | float) -> np.ndarray:
 
 
 def _cuts(longest: np.ndarray, budget: int, multiple: int = ROWS_MULTIPLE) -> np.ndarray:
-    """Where to cut pairs of ascending length: pairs x longest <= budget in each part. The last cut is the end."""
+    """Where to cut pairs of ascending length, and the end: pairs x longest <= budget in each part."""
     if longest[-1] > budget:
         raise UserError(
             f"a pair of {longest[-1]:,} tokens does not fit batch={budget:,}: raise it to that many at least"
         )
     cuts, total = [0], len(longest)
     while (begin := cuts[-1]) < total:
-        # Find the largest n with n * longest[begin + n - 1] <= budget.
+        # The largest n with n * longest[begin + n - 1] <= budget.
         most = min(total - begin, budget // int(longest[begin]))
         costs = np.arange(1, most + 1) * longest[begin : begin + most]
         count = int(np.searchsorted(costs, budget, side="right"))

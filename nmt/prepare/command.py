@@ -59,8 +59,8 @@ def main(arguments: list[str]) -> int:
 def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: bool = False) -> None:
     """Prepare the files that `recipe` names, below `folder`, into `out`.
 
-    UserError if another process prepares into `out` (with `wait` it waits), if a file is missing, not UTF-8, empty or
-    does not match its other side, or if `out` holds other data.
+    UserError if another process prepares into `out` (unless `wait`), a file is missing, not UTF-8, empty or does not
+    match its other side, or `out` holds other data.
     """
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, "preparing data", wait):
@@ -93,7 +93,7 @@ def prepare_grammar(out: Path, wait: bool = False) -> None:
 
 
 def verify(out: Path) -> list[str]:
-    """One line for each damaged file in `out`. UserError if there is no finished preparation."""
+    """One line for each damaged file. UserError if there is no finished preparation."""
     manifest = finished(out)
     if manifest is None:
         raise UserError(f"{out} holds no finished preparation: there is no manifest.json")
@@ -110,7 +110,7 @@ def verify(out: Path) -> list[str]:
 
 
 def _scan(recipe: Recipe, folder: Path, unpacked: Path) -> dict[str, list[Pair]]:
-    """Both sides of each split's files. The small splits come first: their errors show at once."""
+    """Both sides of each split's files. Small splits come first: their errors show at once."""
     languages = (recipe.source, recipe.target)
     for language in languages:
         moses(language)  # raises if there are no rules

@@ -1,6 +1,6 @@
 """The three stages of a preparation: Moses tokens, the BPE learned on them, ids of the pairs that pass filters.
 
-A killed preparation continues with the first missing file of the work folder.
+A killed one continues with the first missing file of the work folder.
 """
 
 import json
@@ -171,7 +171,7 @@ def encode_chunk(
 def _filters(recipe: Recipe, pieces: np.ndarray) -> dict[str, np.ndarray]:
     """Which training pairs, with `pieces` int64 [2, pairs], pass each filter, bool [pairs].
 
-    The filters are those of clean-corpus-n.perl, which fairseq's prepare-wmt14en2de.sh runs after BPE.
+    They are those of clean-corpus-n.perl, which fairseq's prepare-wmt14en2de.sh runs after BPE.
     """
     longer, shorter = pieces.max(axis=0), pieces.min(axis=0)
     return {
