@@ -65,6 +65,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for command in (decode, full):
         command.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16", "fp16"))
         command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    if arguments[:1] == ["train"]:  # its options may stand between its overrides
+        return train.parse_intermixed_args(arguments[1:], argparse.Namespace(command="train"))
     return parser.parse_args(arguments)
 
 

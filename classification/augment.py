@@ -1,9 +1,7 @@
 """Training batches of images: the whole set is one uint8 tensor on the device, and is augmented there.
 
-Each training image is stored with its black border, so pad, random crop and random flip are one gather. ToTensor and
-Normalize follow in float32; the result equals torchvision's bit for bit.
-
-What happens to sample i in epoch e is a function of (seed, e, i): all draws of an epoch are made at once, on the CPU.
+Each training image is stored with its black border, so padding, cropping and mirroring are one gather. The result
+equals that of torchvision's transforms, bit for bit. How sample i looks in epoch e depends on (seed, e, i) alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +31,7 @@ class Augmentation(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The random choices of one epoch; all but `order` are indexed by sample."""
+    """The random choices of an epoch. All but `order` are indexed by sample."""
 
     order: Tensor  # int64 [N], the samples in training order
     top: Tensor  # int64 [N], the crop's first row in the padded image
@@ -42,10 +40,7 @@ class Draws(NamedTuple):
 
 
 class ImageData:
-    """Training, test and perhaps validation images on one device.
-
-    `mean` and `std` are per channel, of pixels in 0..1; None: the training images' own.
-    """
+    """Images on one device. `mean` and `std` are per channel, of pixels in 0..1; None: the training images' own."""
 
     def __init__(
         self,
@@ -90,7 +85,6 @@ class ImageData:
         return whole_updates(self.train_size, batch, passes)
 
     def draws(self, epoch: int) -> Draws:
-        """The random choices of `epoch` (0-based), on the CPU."""
         random = generator(self.seed, "augmentation", epoch)
         positions = 2 * self.augmentation.padding + 1
         order = torch.randperm(self.train_size, generator=random)
@@ -153,7 +147,7 @@ class ImageData:
 
 
 def whole_updates(images: int, batch: int, passes: int) -> int:
-    """How many updates there are in `images`; UserError where not even one."""
+    """UserError where there is not even one."""
     if batch * passes > images:
         update = f"batch={batch}" if passes == 1 else f"batch={batch} passes={passes}"
         raise UserError(f"{update}: an update is larger than the training set, {images} images")
@@ -167,7 +161,7 @@ def parts_in_order(images: int, batch_size: int, rank: int, world_size: int) -> 
 
 
 class Normalise:
-    """uint8 [b, H, W, 3] to float32 [b, 3, H, W]: (pixels / 255 - mean) / std, per channel, for rows of `width` pixels.
+    """uint8 [b, H, `width`, 3] to float32 [b, 3, H, `width`]: (pixels / 255 - mean) / std, per channel.
 
     Raises UserError unless `mean` and `std` are three values each, possible for pixels in 0..1.
     """
@@ -178,7 +172,7 @@ class Normalise:
                 "data.mean and data.std need three values each, for pixels in 0..1: mean 0 to 1, std above 0 and up to "
                 f"1; not {list(mean)} and {list(std)}"
             )
-        # One value for each number in a row. 255 is a tensor because CUDA divides by a plain number inexactly.
+        # CUDA divides by a plain number inexactly.
         self._white = torch.tensor(255.0, device=device)
         self._row_mean = torch.tensor(mean, device=device).repeat(width)
         self._row_std = torch.tensor(std, device=device).repeat(width)

@@ -1,9 +1,8 @@
 """BatchNorm as several GPUs have it: statistics of each pass of an update, running ones from the first pass alone.
 
 In the published runs the evaluated model has the running statistics of rank 0, which takes the first pass. A large GPU
-can take several passes as one, normalised in groups of a pass's size.
-
-Weights that are evaluated but not trained on (an optimizer's eval mode, an average) need statistics of their own.
+can take several passes as one, normalised in groups. Weights that are evaluated but not trained on (an optimizer's eval
+mode, an average) need statistics of their own.
 """
 
 from itertools import islice
@@ -24,10 +23,7 @@ BATCHES = 50  # as in schedule_free's example with BatchNorm
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """A BatchNorm2d of `group` images at a time in training.
-
-    Images are [N, C, H, W]; ValueError where N is no multiple of `group`.
-    """
+    """In training, `group` of the images [N, C, H, W] at a time. ValueError where N is no multiple of it."""
 
     def __init__(self, group: int, channels: int, eps: float, momentum: float | None) -> None:
         super().__init__(channels, eps, momentum)
@@ -39,7 +35,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         if len(x) % self.group:
             raise ValueError(f"{len(x)} images cannot be divided into groups of {self.group}")
-        # Not one operation over [groups, group, ...]: the kernels read each part where it lies.
+        # Not one operation over [groups, group, ...]: so each part is read where it lies.
         first, *others = x.split(self.group)
         normalised = [
             nn.functional.batch_norm(part, None, None, self.weight, self.bias, training=True, eps=self.eps)
@@ -49,7 +45,6 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
 
 def normalise_in_groups(model: nn.Module, group: int) -> None:
-    """Replace each BatchNorm2d of `model` by a GroupedBatchNorm2d."""
     for parent in list(model.modules()):
         for name, norm in parent.named_children():
             if type(norm) is nn.BatchNorm2d:
@@ -59,7 +54,7 @@ def normalise_in_groups(model: nn.Module, group: int) -> None:
 
 
 def track_statistics(model: nn.Module, tracked: bool) -> None:
-    """Whether later training passes change BatchNorm's running statistics."""
+    """Set whether training passes change BatchNorm's running statistics."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.track_running_stats = tracked

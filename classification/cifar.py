@@ -36,14 +36,14 @@ ARCHIVES = {
 
 
 def provide(name: str, root: Path) -> None:
-    """Download the archive `name` into `root`, unless it is there, packed or unpacked. Raises UserError."""
+    """Download the archive `name`, unless it is there, packed or unpacked. Raises UserError."""
     archive = ARCHIVES[name]
     if not any((root / form).exists() for form in (archive.file, archive.unpacked)):
         fetch(name, root)
 
 
 def fetch(name: str, root: Path) -> None:
-    """Make `root` hold the archive `name` with its published checksum. Raises UserError."""
+    """Make `root` hold the published archive `name`. Raises UserError."""
     archive = ARCHIVES[name]
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,6 @@ def fetch(name: str, root: Path) -> None:
 
 
 def not_complete(name: str, root: Path, reason: Exception) -> UserError:
-    """The error for a folder without the whole data set."""
     archive = ARCHIVES[name]
     by_script = f" (or: bash scripts/prepare.sh cifar10 SOURCE {root})" if name == "cifar10" else ""
     return UserError(

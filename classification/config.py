@@ -1,4 +1,4 @@
-"""The settings of an image classifier's run. It does not import torch: commands that only read configs start fast."""
+"""The settings of an image classifier's run. Without torch: commands that only read configs start fast."""
 
 from typing import Literal
 
@@ -10,8 +10,6 @@ IMAGENET_ALONE = ("size", "resize", "decoder", "on_damaged", "workers")
 
 
 class DataConfig(Strict):
-    """The settings under `data:` in a config."""
-
     name: Literal["cifar10", "cifar100", "folder", "digits", "imagenet"]
     root: str = "data"
     validation: float = Field(0.0, ge=0, lt=1)  # share of the training images held out
@@ -33,8 +31,6 @@ class DataConfig(Strict):
 
 
 class ModelConfig(Strict):
-    """The settings under `model:` in a config."""
-
     name: str  # of models.MODELS
     depth: PositiveInt | None = None
 

@@ -1,9 +1,8 @@
 """An update in CUDA graphs: its kernels are recorded once and then started by two calls.
 
 At batch 128 an update of ResNet-110 starts some 1,100 kernels, most of them shorter than their start. One graph holds
-the forward and backward pass, another the optimizer's step, whose time can then still be measured. Batches and learning
-rates are copied into fixed tensors. The first updates, also after a resume, run without a graph: they choose and
-compile kernels, and make the optimizer's state.
+the forward and backward pass, another the optimizer's step, whose time can still be measured. The first updates, also
+after a resume, run without a graph: they choose and compile kernels, and make the optimizer's state.
 """
 
 import warnings
@@ -24,13 +23,13 @@ if TYPE_CHECKING:
     from classification.train import ImageRun
 
 CAPTURABLE = (Apollo, Adam, AdamW, SGD, RAdam)  # their steps keep every scalar on the device
-PRECISIONS = ("fp32", "tf32", "bf16")  # the loss scaler of fp16, and apex, decide on the host whether to step
+PRECISIONS = ("fp32", "tf32", "bf16")  # fp16's loss scaler and apex decide on the host whether to step
 DEVICES = ("cuda",)  # tests add the CPU, which records nothing
 WARMUP = 3  # calls without a graph; torch.cuda.graph asks for some
 
 
 def uses_graph(config: "Config", optimizer: Optimizer, device: torch.device, world_size: int) -> bool:
-    """Whether to capture this run's updates. UserError where `graph: true` asks for it in vain."""
+    """UserError where `graph: true` asks in vain."""
     obstacle = _obstacle(config, optimizer, device, world_size)
     if config.graph and obstacle:
         raise UserError(f"graph=true needs {obstacle}; leave `graph` out, and a graph is used wherever it can be")
@@ -38,7 +37,7 @@ def uses_graph(config: "Config", optimizer: Optimizer, device: torch.device, wor
 
 
 def _obstacle(config: "Config", optimizer: Optimizer, device: torch.device, world_size: int) -> str | None:
-    """What a graph would need and this run lacks."""
+    """What a graph needs and this run lacks."""
     if device.type not in DEVICES:
         return f"a GPU (device=cuda), and this run is on {device.type}"
     if world_size > 1:
@@ -58,7 +57,7 @@ def _obstacle(config: "Config", optimizer: Optimizer, device: torch.device, worl
 
 
 def use_graphs(run: "ImageRun") -> None:
-    """Let `run` take its updates in graphs, once the last checkpoint is restored."""
+    """Call it once the last checkpoint is restored."""
     forward_backward, device = run.forward_backward, run.world.device
 
     def one_pass(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -73,7 +72,7 @@ def use_graphs(run: "ImageRun") -> None:
 class Recorded:
     """A function of tensors, recorded as a graph in call WARMUP + 1, then replayed.
 
-    Arguments must keep their shapes and dtypes. The next call overwrites what a call returns. The CPU records nothing.
+    Arguments must keep their shapes and dtypes. The next call overwrites the result. The CPU records nothing.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], device: torch.device) -> None:
@@ -94,14 +93,14 @@ class Recorded:
             return self._warm_up()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            # Threads that load data may use the device meanwhile. The capture runs nothing.
+            # Threads that load data may use the device meanwhile.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.outputs = self.function(*self.inputs)
         self.graph.replay()
         return self.outputs
 
     def _warm_up(self) -> tuple[Tensor, ...]:
-        """Run the function on a stream of its own, as torch asks before a capture."""
+        """Run on a stream of its own, as torch asks before a capture."""
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -115,10 +114,7 @@ def can_capture(device: torch.device) -> bool:
 
 
 class RecordedStep:
-    """The step of a capturable optimizer.
-
-    Learning rates stay numbers for schedules, checkpoints and the log. They are copied to the device before each step.
-    """
+    """Learning rates stay numbers for schedules, checkpoints and the log. Each step copies them to the device."""
 
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
         self.optimizer = optimizer
@@ -162,7 +158,7 @@ def capturable(optimizer: Optimizer, rates: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def counted_together(model: torch.nn.Module) -> Iterator[None]:
-    """A pass in which all BatchNorms count the batch in one operation."""
+    """Inside, all BatchNorms count a batch in one operation."""
     norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None]
     norms = [norm for norm in norms if norm.track_running_stats and norm.momentum is not None]
     counts = [norm.num_batches_tracked for norm in norms]

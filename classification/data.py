@@ -1,10 +1,10 @@
 """The data sets, read into memory by name.
 
-    cifar10, cifar100   downloaded once; torchvision compares every file with its MD5
+    cifar10, cifar100   downloaded once; torchvision compares the MD5s
     folder              any tree of small images, train/<class>/* and test/<class>/*
     digits              scikit-learn's 8x8 digits as 32x32 RGB
 
-`imagenet` is too large for that: its images are read and decoded in training (imagenet/data.py).
+`imagenet` is too large for that: see imagenet/data.py.
 """
 
 import logging
@@ -49,7 +49,7 @@ DIGITS = Augmentation(padding=2, flip=False)  # at most half an original pixel; 
 
 
 class Dataset(NamedTuple):
-    """What a reader returns; `mean` and `std` None: those of the training images."""
+    """`mean` and `std` None: those of the training images."""
 
     train: Images
     test: Images
@@ -60,10 +60,7 @@ class Dataset(NamedTuple):
 
 
 def load_data(config: DataConfig, device: torch.device | str, seed: int) -> "ImageData | ImageNetData":
-    """Read the set `config.name` from `config.root` onto `device`.
-
-    `seed` determines each epoch's order and augmentation. Raises UserError for missing, corrupt or inconsistent data.
-    """
+    """`seed` determines each epoch's order and augmentation. UserError for missing, corrupt or inconsistent data."""
     if config.name == "imagenet":
         from classification.imagenet.data import ImageNetData  # here, as the other sets do without its libraries
 
@@ -89,12 +86,12 @@ def load_data(config: DataConfig, device: torch.device | str, seed: int) -> "Ima
 
 
 def read_cifar10(root: Path) -> Dataset:
-    """50,000 training and 10,000 test images of 32x32 in 10 classes; normalised with the published constants."""
+    """50,000 training and 10,000 test images of 32x32, normalised with the published constants."""
     return _read_cifar("cifar10", root, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 
 
 def read_cifar100(root: Path) -> Dataset:
-    """Like CIFAR-10, in 100 classes; normalised with the customary constants."""
+    """Like CIFAR-10, normalised with the customary constants."""
     return _read_cifar("cifar100", root, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
 
 
@@ -111,7 +108,7 @@ def _read_cifar(name: str, root: Path, mean: Sequence[float], std: Sequence[floa
 
 
 def _unpacked_cifar(source: "type[CIFAR10]", name: str, root: Path) -> "CIFAR10":
-    """The test split, once the files of both are unpacked and whole."""
+    """The test split, once all files are unpacked and whole."""
     try:
         return source(root, train=False)
     except (RuntimeError, OSError):  # missing, damaged or unreadable
@@ -124,7 +121,7 @@ def _unpacked_cifar(source: "type[CIFAR10]", name: str, root: Path) -> "CIFAR10"
 
 
 def read_digits(root: Path) -> Dataset:
-    """1,797 handwritten digits; of every class, each fifth image is a test image."""
+    """1,797 handwritten digits. Each fifth image of a class is a test image."""
     from sklearn.datasets import load_digits  # here, as the other sets do without scikit-learn
 
     digits = load_digits()
@@ -140,9 +137,9 @@ def read_digits(root: Path) -> Dataset:
 
 
 def read_folder(root: Path) -> Dataset:
-    """Images of one size under train/<class>/ and test/<class>/, to any depth; the classes are sorted.
+    """Images of one size under train/<class>/ and test/<class>/, to any depth, as 8-bit RGB.
 
-    All become 8-bit RGB. Hidden files are ignored; others that do not end as images do, with a warning.
+    Hidden files are ignored; other files that are no images, with a warning.
     """
     train, test = (_list_images(root / split) for split in ("train", "test"))
     for one, other, name in ((train, test, "test"), (test, train, "train")):
@@ -162,7 +159,7 @@ def read_folder(root: Path) -> Dataset:
 
 
 def _list_images(split: Path) -> dict[str, list[str]]:
-    """The image files of each class below `split`, sorted by path."""
+    """Each class's image files, sorted by path."""
     if not split.is_dir():
         raise UserError(f"{split} is not there: data.root must hold train/<class>/* and test/<class>/*")
     classes, others = {}, []
@@ -183,7 +180,7 @@ def _list_images(split: Path) -> dict[str, list[str]]:
 
 
 def _decode(paths: Sequence[str]) -> Tensor:
-    """Read image files of one size to uint8 [N, H, W, 3]."""
+    """uint8 [N, H, W, 3]."""
     width, height = _open_rgb(paths[0]).size
     pixels = np.empty((len(paths), height, width, 3), dtype=np.uint8)
 
@@ -199,7 +196,7 @@ def _decode(paths: Sequence[str]) -> Tensor:
         return len(part)
 
     parts = [range(first, min(first + 256, len(paths))) for first in range(0, len(paths), 256)]
-    # Around a small image's decoding there is much that holds Python's lock: more threads would only wait.
+    # More threads would only wait for Python's lock.
     bar = tqdm(total=len(paths), desc="reading images", unit="image", disable=None)
     with bar, ThreadPoolExecutor(min(4, core_count())) as pool:
         for count in pool.map(decode, parts):

@@ -1,6 +1,6 @@
 """Score an image classifier on its test set: python -m classification.evaluate RUN|BUNDLE [key=value ...]
 
-RUN is a run folder, whose newest checkpoint is used; BUNDLE is what `python -m scripts.report --bundle RUN` made of it.
+RUN is a run folder, whose newest checkpoint is used. BUNDLE comes from `python -m scripts.report --bundle RUN`.
 key=value changes the config, e.g. data.root=FOLDER. torchrun starts it as well.
 """
 
@@ -29,8 +29,6 @@ USAGE = "usage: python -m classification.evaluate RUN|BUNDLE [key=value ...]   e
 
 
 class Trained(NamedTuple):
-    """What `evaluate` needs of a run."""
-
     config: Config
     world: World
     precision: Precision
@@ -56,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
 
 def open_trained(folder: Path, config: Config, world: World) -> Trained:
-    """Raises UserError where model and data cannot be used or do not fit."""
+    """UserError where model and data do not fit or cannot be used."""
     say = partial(print, file=sys.stderr)
     weights = read_weights(folder, say)
     with world.main_first():  # it may have to download

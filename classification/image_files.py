@@ -31,12 +31,12 @@ def list_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]
 
 
 def list_folders(folder: str | Path) -> list[str]:
-    """The sorted names of the folders in `folder`. Raises UserError if it cannot be read."""
+    """Sorted names. Raises UserError if `folder` cannot be read."""
     return sorted(entry.name for entry in scan(folder) if entry.is_dir())
 
 
 def scan(folder: str | Path) -> list[os.DirEntry[str]]:
-    """The entries of `folder`, except hidden ones. Raises UserError if it cannot be read."""
+    """All entries but hidden ones. Raises UserError if `folder` cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
@@ -55,22 +55,22 @@ def printable(path: str | Path) -> str:
 
 
 def open_rgb(image: str | bytes | memoryview) -> Image.Image:
-    """Decode a file, given by path or content, as 8-bit RGB. Raises DamagedImage."""
+    """A file, by its path or content, as 8-bit RGB. Raises DamagedImage."""
     try:
         with Image.open(image if isinstance(image, str) else io.BytesIO(image)) as picture:
             return to_rgb(picture)
     except UnidentifiedImageError:
         raise DamagedImage("is no image that Pillow can read") from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others
         how = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DamagedImage(f"cannot be decoded ({how})") from error
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """`picture` as 8-bit RGB, without transparency.
+    """8-bit RGB, without transparency.
 
-    Keeps the upper 8 of 16 bits, where Pillow clips grey to white. Raises ValueError for 32-bit integers and floating
-    point, whose white value is unknown.
+    Keeps the upper 8 of 16 bits, where Pillow clips grey to white. Raises ValueError for pixels of 32 bits, whose white
+    value is unknown.
     """
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")

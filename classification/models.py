@@ -2,9 +2,7 @@
 
 `resnet` is the CIFAR ResNet of He et al. (2016, section 4.2): three stages of n basic blocks, 6n+2 weighted layers. If
 a block changes the shape, its shortcut is a 1x1 convolution with batch norm, as in the published Apollo runs (2,752
-parameters more than in the original). The input needs at least 4x4 pixels.
-
-The others are torchvision's, without pretrained weights.
+parameters more than in the original). The others are torchvision's, untrained.
 """
 
 from collections.abc import Callable
@@ -39,7 +37,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Float images [N, 3, H, W] to logits [N, num_classes]. Raises ValueError unless `depth` is 6n+2 with n >= 1."""
+    """Float [N, 3, H, W], at least 4x4, to logits [N, num_classes]. ValueError unless `depth` is 6n+2 with n >= 1."""
 
     def __init__(self, num_classes: int, depth: int | None = None) -> None:
         super().__init__()
@@ -73,7 +71,7 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
 
 
 def torchvision_model(name: str, num_classes: int, depth: int | None = None) -> nn.Module:
-    """torchvision's model `name`, for float images [N, 3, H, W] of at least 32x32 pixels."""
+    """torchvision's model, for float images [N, 3, H, W] of at least 32x32 pixels."""
     import torchvision  # here, as its import takes seconds
 
     if depth is not None:
@@ -88,7 +86,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def create_model(name: str, num_classes: int, depth: int | None = None) -> nn.Module:
-    """Build MODELS[name], initialised from torch's global generator. Raises ValueError for an unknown name or depth."""
+    """MODELS[name], initialised from torch's global generator. Raises ValueError for an unknown name or depth."""
     if name not in MODELS:
         raise ValueError(f"unknown model '{name}'{nearest(name, MODELS)}; valid: {', '.join(MODELS)}")
     return MODELS[name](num_classes, **({} if depth is None else {"depth": depth}))

@@ -1,7 +1,7 @@
 """Train an image classifier: python -m classification.train CONFIG [key=value ...]     (also under torchrun)
 
-Top to bottom: main, train, train_epoch with the loop, evaluation; `prepare` makes what they work with. After an
-interruption the same command goes on where it was, and on the CPU ends with bit-identical weights.
+Read it top to bottom; `prepare` makes what the loop needs. After an interruption the same command goes on where it was,
+and on the CPU ends with bit-identical weights.
 """
 
 from collections.abc import Callable, Iterable
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
 
 
 def train(config: Config, world: World) -> int:
-    """Train to the end, or until a signal asks to stop; returns the exit status."""
+    """Train until the end or a signal; returns the exit status."""
     record = RunRecord(config, config.folder, world, config.tensorboard)
     if record.complete:
         return record.say_complete()
@@ -63,7 +63,7 @@ def train(config: Config, world: World) -> int:
 
 
 def train_epoch(run: ImageRun, bar: tqdm) -> bool:
-    """Train to the end of the epoch; False where a signal asked to stop before, with all saved."""
+    """Train to the end of the epoch; False if a signal came before (all is saved then)."""
     config, world, progress = run.config, run.world, run.progress
     run.network.train()
     batches = run.data.train_batches(
@@ -93,7 +93,7 @@ def train_epoch(run: ImageRun, bar: tqdm) -> bool:
 def forward_backward(
     run: ImageRun, images: torch.Tensor, labels: torch.Tensor, passes: int = 1, is_last: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add one pass to the gradients; returns the mean loss, and how many images are right."""
+    """Add one pass to the gradients; returns the mean loss, and the number of right images."""
     with run.precision.autocast():
         logits = run.network(images)
         loss = cross_entropy(logits.float(), labels)
@@ -102,12 +102,12 @@ def forward_backward(
 
 
 def take_gradients(run: ImageRun, passes: list[tuple[int, Batch]], again: bool = False) -> torch.Tensor:
-    """Take the gradients of one update; returns this rank's mean loss. `again`: for a closure, counting nothing."""
+    """Take an update's gradients; returns this rank's mean loss. `again`: for a closure, uncounted."""
     config, world, total = run.config, run.world, 0.0
     run.optimizer.zero_grad()
     for index, (images, labels) in passes:
         is_last = index + world.world_size >= config.passes
-        seed_step(config.seed, "step", run.progress.update, index)  # dropout is the same whichever rank takes the pass
+        seed_step(config.seed, "step", run.progress.update, index)  # the same dropout on any rank
         if config.passes > 1 or run.needs == "closure":
             track_statistics(run.model, index == 0 and not again)
         with runs.averaged_over_ranks(run, is_last):
@@ -120,13 +120,12 @@ def take_gradients(run: ImageRun, passes: list[tuple[int, Batch]], again: bool =
 
 
 def log(run: ImageRun, bar: tqdm) -> None:
-    """Record the training metrics since the last log line."""
     if sums := runs.close_window(run):
         runs.log_window(run, bar, **means(sums))
 
 
 def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
-    """Mean loss and top-1 accuracy in per cent; the names begin with `split`."""
+    """Mean loss and top-1 accuracy in per cent; names begin with `split`."""
     return {
         f"{split}loss": sums["loss"] / sums["examples"],
         f"{split}top1": 100 * sums["correct"] / sums["examples"],
@@ -134,7 +133,7 @@ def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
 
 
 def evaluate(run: ImageRun) -> dict[str, float]:
-    """Loss and top-1 accuracy on the test images and on the validation images, if any."""
+    """Loss and top-1 accuracy on the test images and validation images, if any."""
     config, data, world = run.config, run.data, run.world
     world.copy_buffers(run.model)
     part = (config.eval_batch, world.rank, world.world_size, config.channels_last)
@@ -177,7 +176,7 @@ def finish_epoch(run: ImageRun, tested: dict[str, float]) -> None:
 
 
 def finish(run: ImageRun) -> None:
-    """Write result.json, and say what came out."""
+    """Write result.json and say the scores."""
     last = evaluated.last_scores(run, evaluate, renew_statistics)
     found = evaluated.results(last, final="test_top1", validation="valid_top1")
     run.progress.best = best = max(found["final"], run.progress.best)
@@ -186,7 +185,7 @@ def finish(run: ImageRun) -> None:
 
 
 def prepare(config: Config, world: World, record: RunRecord) -> ImageRun:
-    """Build what the loop needs, and restore the run's last checkpoint, if any."""
+    """Build what the loop needs, and restore the last checkpoint if there is one."""
     world.require_divisible(config.batch, config.passes)
     precision = runs.create_precision(config.precision, world.device, record.say)
     torch.backends.cudnn.benchmark = not config.deterministic  # every batch has the same shape

@@ -133,7 +133,7 @@ def _join(backend: str) -> None:
     """
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store, rank, world_size = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend)
@@ -157,6 +157,11 @@ def read_environment() -> tuple[int, int, int]:
     except OSError as error:  # torch would try again for half an hour
         raise UserError(f"the environment has MASTER_ADDR={address!r}, which names no host: {error.strerror}") from None
     return rank, world_size, local_rank
+
+
+def ranks_on_this_machine() -> int:
+    """As torchrun says; 1 without it. Raises UserError for what is no such number."""
+    return _number("LOCAL_WORLD_SIZE", 1, range(1, 1 << 31))
 
 
 def _number(name: str, default: int, valid: range) -> int:

@@ -26,6 +26,12 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def wait_for_disk(path: Path) -> None:
+    """Wait until a file is on the disk: before it gets its name, or another file says that it is whole."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def read_json(path: Path, advice: str = "delete it, then run the same command again") -> dict[str, Any] | None:
     """The mapping in a JSON file, or None without the file. Raises UserError, with `advice`, where it is damaged."""
     try:

@@ -1,4 +1,4 @@
-"""The machine's cores and processor, and the memory of processes."""
+"""The machine's processor, and the memory of processes. Linux counts hardware threads, of which a core may have two."""
 
 import os
 import platform
@@ -10,12 +10,14 @@ BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def core_count() -> int:
+    """How many hardware threads this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:
+    """The processor's name and number of hardware threads."""
     names = _cpu_info("model name")
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
+    return f"{names[0]}, {len(names)} hardware threads" if names else platform.processor() or platform.machine()
 
 
 def cpu_has_bf16() -> bool | None:

@@ -204,7 +204,7 @@ def describe_environment(world: World) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(world.device) if cuda else cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         "cpu_threads_between_operations": torch.get_num_interop_threads(),
-        "cpu_cores_usable": core_count(),
+        "cpu_cores_usable": core_count(),  # hardware threads
         "cpu_flags": cpu_flags(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "platform": platform.platform(),

@@ -1,6 +1,6 @@
 """The One Billion Word benchmark (Chelba et al., arXiv 1312.3005): its files, and the counts that identify them.
 
-docs/data_facts.yaml gives each value's public source, and a test compares the two.
+docs/data_facts.yaml gives each value's public source.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

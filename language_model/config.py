@@ -1,4 +1,4 @@
-"""The settings of a language model's run. torch is not imported: commands that only read configs start fast."""
+"""The settings of a language model's run. Without torch: commands that only read configs start fast."""
 
 from typing import Annotated, Literal
 
@@ -8,15 +8,13 @@ from engine.config import RunConfig, Strict
 
 
 class DataConfig(Strict):
-    """The settings under `data:`."""
-
     name: Literal["prepared", "pydoc_topics"]  # what language_model.prepare wrote, or Python's own topics
     root: str = "data/one_billion_words"  # of prepared
     validation: float = Field(0.0, ge=0, lt=1)  # share of training sentences held out and evaluated
 
 
 class ModelConfig(Strict):
-    """The settings under `model:`. The defaults are the published sizes."""
+    """The defaults are the published sizes."""
 
     name: Literal["lstm", "gru", "rnn"]  # rnn: with tanh
     cutoffs: list[PositiveInt]  # ids where clusters of the adaptive softmax start

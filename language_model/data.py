@@ -1,12 +1,12 @@
 """Batches of token ids: contiguous rows of a shard for training, rows of whole sentences for testing.
 
-Training follows the published batching. Seed and epoch give the order of the shards and of their sentences. A shard's
-tokens fill batch x passes contiguous rows, and an update takes the next sequence_length columns. Pass k has the rows
-from k x batch on; the ranks divide the passes. The network's state goes on in each row, and starts from zero at a new
-shard. What does not fill a last update is dropped.
+Training follows the published batching. Shards and their sentences are shuffled in every epoch. A shard's tokens fill
+batch x passes contiguous rows, and an update takes the next sequence_length columns. Pass k has the rows from k x batch
+on; the ranks divide the passes. The network's state goes on in each row, and starts from zero at a new shard. What does
+not fill a last update is dropped.
 
-A test text is cut, where sentences start, into rows of about the same length, whose state starts from zero. A row's
-first <S> is predicted from the </S> before it.
+A test text is cut into rows of whole sentences, about equally long, whose state starts from zero. A row's first <S> is
+predicted from the </S> before it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,14 +46,13 @@ class ScoredBatch(NamedTuple):
 
 
 def load_corpus(config: DataConfig) -> Corpus:
-    """The corpus prepared in `config.root`, or Python's own topics."""
     return open_corpus(Path(config.root)) if config.name == "prepared" else pydoc_corpus()
 
 
 def hold_out(corpus: Corpus, share: float) -> Corpus:
     """`corpus` with about `share` of each shard's sentences moved from `train` to `valid`.
 
-    The draw does not depend on the training's seed, which makes runs comparable. UserError if a part is empty.
+    The draw is the same for every seed, so runs can be compared. UserError if a part is empty.
     """
     train, valid = [], []
     for index, shard in enumerate(corpus.train):
@@ -130,10 +129,7 @@ class TextData:
             skip = 0
 
     def _columns(self, epoch: int, index: int, length: int, own: range) -> list[tuple[Tensor, Tensor]]:
-        """Each pass of `own` in shard `index`: [length + 1, batch], on the device and on the host (one tensor on CPUs).
-
-        Batches are views of these.
-        """
+        """Each pass of `own` in shard `index`: [length + 1, batch], on the device and the host (one tensor on CPUs)."""
         shard = self.corpus.train[index]
         order = torch.randperm(shard.sentences, generator=generator(self.seed, "sentences", epoch, index)).numpy()
         arrays, area = shard.read(), self.batch * length
@@ -163,7 +159,7 @@ def sentences_in_order(shard: Arrays, order: np.ndarray, start: int, stop: int) 
 
 
 def read_text(shards: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of all `shards` end to end, and their sentences' lengths."""
+    """All tokens end to end, and the sentences' lengths."""
     arrays = [shard.read() for shard in shards]
     return np.concatenate([tokens for tokens, _ in arrays]), np.concatenate([np.diff(ends) for _, ends in arrays])
 
@@ -178,9 +174,9 @@ def scored_batches(
     steps: int = TEST_STEPS,
     device: torch.device | str,
 ) -> Iterator[ScoredBatch]:
-    """Every token of a text as a target once. `lengths` are those of its sentences.
+    """Every token of a text, with sentences of these `lengths`, as a target once.
 
-    Of the `rows` rows, `rank` takes every world_size-th. A batch has up to `steps` columns.
+    A rank takes every world_size-th of the `rows` rows. A batch has up to `steps` columns.
     """
     ends = np.cumsum(lengths)
     cuts = np.unique(ends[np.searchsorted(ends, np.linspace(0, ends[-1], rows + 1)[1:])])

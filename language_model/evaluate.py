@@ -1,6 +1,6 @@
 """Score a text with a trained model: python -m language_model.evaluate RUN|BUNDLE FILE [key=value ...]
 
-RUN is a run folder, whose newest checkpoint is used; BUNDLE comes from `python -m scripts.report --bundle RUN`.
+RUN is a run folder, whose newest checkpoint is used. BUNDLE comes from `python -m scripts.report --bundle RUN`.
 FILE is tokenized text, one sentence a line. scoring.py explains the three perplexities. key=value changes the run's
 config: data.root=FOLDER, precision, device, eval_rows.
 """
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
 
 
 def evaluate_file(config: Config, run: Path, file: Path, world: World) -> dict[str, Any]:
-    """The values to print, by name. UserError if the run, its data or the file cannot be used."""
+    """The values to print. UserError if the run, its data or the file cannot be used."""
     corpus = load_corpus(config.data)
     weights = read_weights(run, _say)
     if weights.vocabulary != corpus.vocabulary_digest:

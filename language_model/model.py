@@ -1,7 +1,7 @@
 """The published language model: an embedding, an LSTM (or GRU, or plain RNN), and an adaptive softmax.
 
 The state is one detached float32 tensor [parts, layers, rows, hidden]. An LSTM's parts are h and c; the others have
-only h. The other choice is transformer.py, whose state has its rows in the same place.
+only h.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,7 @@ class LanguageModel(nn.Module):
         self.parts = 2 if config.name == "lstm" else 1
         self.hidden = config.hidden
         self.embedding = nn.Embedding(words, config.embedding)
-        # One module per layer, with torch's dropout between: cuDNN's dropout keeps random numbers of its own, and to
-        # seed them in every pass makes the host wait.
+        # One module per layer, with torch's dropout between: to seed cuDNN's in every pass makes the host wait.
         inputs = [config.embedding, *[config.hidden] * (config.layers - 1)]
         self.rnn = nn.ModuleList(CELLS[config.name](width, config.hidden) for width in inputs)
         self.softmax = create_softmax(config.hidden, words, config.cutoffs, config.div_value)
@@ -40,7 +39,7 @@ class LanguageModel(nn.Module):
     def _initialise(self) -> None:
         """Published: He-uniform embedding, Xavier-uniform recurrent matrices, zero biases. The softmax keeps torch's.
 
-        In both bias vectors of an LSTM's layer, the forget gate's quarter is 1. Together they add 2.
+        In both bias vectors of an LSTM's layer, the forget gate's quarter is 1.
         """
         nn.init.kaiming_uniform_(self.embedding.weight)
         for parameter in self.rnn.parameters():
@@ -61,8 +60,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of `targets`, float32 [steps, rows], and the state after the last step.
 
-        `tokens` and the `targets` that follow them: int64 [steps, rows]. `sizes` are the targets' cluster_sizes.
-        Without them the host waits for a GPU.
+        `tokens` and the `targets` that follow them: int64 [steps, rows]. Without `sizes`, the targets' cluster_sizes,
+        the host waits for a GPU.
         """
         output, after = self.dropout(self.embedding(tokens)), []
         with torch.autocast(output.device.type, enabled=False) if self._needs_float32(output) else nullcontext():
@@ -82,7 +81,7 @@ class LanguageModel(nn.Module):
         """Whether recurrent layers must not run under the current autocast.
 
         On CUDA, autocast to bfloat16 gives cuDNN float16 (torch's aten/src/ATen/cudnn/AutocastRNN.cpp), in which small
-        gradients underflow without a loss scale. A CPU may lack an LSTM in bfloat16.
+        gradients underflow. A CPU may lack an LSTM in bfloat16.
         """
         device = x.device.type
         if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != torch.bfloat16:
@@ -94,7 +93,7 @@ Network = LanguageModel | Transformer
 
 
 def create_model(config: ModelConfig | TransformerConfig, words: int, window: int) -> Network:
-    """The network of `config`; a Transformer sees `window` tokens. ValueError as from its class."""
+    """A Transformer sees `window` tokens. ValueError as from the network's class."""
     if isinstance(config, TransformerConfig):
         return Transformer(config, words, window)
     return LanguageModel(config, words)

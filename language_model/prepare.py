@@ -1,9 +1,8 @@
 """Encode a text corpus for training: python -m language_model.prepare SOURCE OUT [--vocabulary FILE]
 
 SOURCE is the One Billion Word benchmark, unpacked or as its .tar.gz (raw_text.py), or text in the same layout:
-tokenized, one sentence per line, UTF-8. prepared.py describes the output.
-
-After an interruption the same command continues. Memory does not grow with the corpus.
+tokenized, one sentence per line, UTF-8. prepared.py describes the output. After an interruption the same command
+continues. Memory does not grow with the corpus.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from language_model.prepared import (
     finished,
     summary,
     token_dtype,
-    wait_for_disk,
+    wait_for_shard,
     write_manifest,
     write_shard,
 )
@@ -70,8 +69,8 @@ def build(
     """Encode `source` into `out`, or finish an earlier preparation there.
 
     Without a `vocabulary` file, the words are those that occur at least `threshold` times in the training text.
-    UserError if the source or the vocabulary cannot be used, if `out` is in use or made from something else, or if the
-    disk is full.
+    UserError if the source or the vocabulary cannot be used, `out` is in use or made from something else, or the disk
+    is full.
     """
     text = find_source(source, sorted(set(tests)))
     given = read_vocabulary(vocabulary) if vocabulary else None
@@ -104,9 +103,9 @@ def build(
 
 
 def _resume(out: Path, made_from: dict[str, str]) -> tuple[str | None, dict[str, dict[str, Any]]]:
-    """The vocabulary's digest and the whole shards' entries from an earlier preparation.
+    """The vocabulary's digest and the whole shards' entries, as an earlier preparation has left them.
 
-    Leaves a journal and no manifest, unless the preparation is finished and undamaged.
+    Leaves a journal and no manifest, unless all is finished and undamaged.
     """
     for leftover in (*out.glob("*.tmp"), *out.glob("*/*.tmp")):
         leftover.unlink()
@@ -137,7 +136,7 @@ def _resume(out: Path, made_from: dict[str, str]) -> tuple[str | None, dict[str,
 
 
 def _read_journal(out: Path) -> list[dict[str, Any]]:
-    """The journal's whole lines: a kill may cut off the last one."""
+    """The whole lines: a kill may cut off the last one."""
     try:
         lines = (out / JOURNAL).read_bytes().split(b"\n")[:-1]
         return [json.loads(line) for line in lines]
@@ -155,7 +154,7 @@ def _append(out: Path, line: dict[str, Any]) -> None:
 
 
 def _record(out: Path, entry: dict[str, Any]) -> None:
-    wait_for_disk(entry, out)
+    wait_for_shard(entry, out)
     _append(out, entry)
 
 
@@ -216,7 +215,7 @@ def _count(part: Part) -> Counter[str]:
 
 
 def _in_parallel(function: Callable[[Part], T], parts: Iterable[Part], workers: int) -> Iterator[T]:
-    """function(part) for each of `parts`, as they finish. Only a few parts wait at a time."""
+    """Results as they finish. Only a few parts wait at a time."""
     if workers == 1:
         yield from map(function, parts)
         return

@@ -22,19 +22,27 @@ import numpy as np
 from xxhash import xxh3_64
 
 from engine.errors import UserError
-from engine.files import write_atomically
+from engine.files import wait_for_disk, write_atomically
 from engine.manifest import MANIFEST, read_manifest
 from language_model.benchmark import TEST_FILE
 from language_model.raw_text import Part
 from language_model.vocabulary import Vocabulary, digest, load_vocabulary
 
 FORMAT = 2
-MANIFEST_KEYS = ("format", "made_from", "vocabulary", "dtype", "train", "test", "shards")
 VOCABULARY = "vocabulary.txt"
 SUFFIXES = (".tokens", ".offsets")
-ENTRY_FIELDS = {"name": str, "split": str, "file": str, "digest": str} | dict.fromkeys(
+SHARD_FIELDS = dict.fromkeys(("name", "split", "file", "digest"), str) | dict.fromkeys(
     ("bytes_per_token", "tokens", "sentences", "words", "unknown"), int
-)  # of a shard in the manifest
+)
+MANIFEST_FIELDS = {
+    "format": int,
+    "made_from": dict,
+    "vocabulary": {"words": int, "sha256": str},
+    "dtype": str,
+    "train": dict,
+    "test": dict,
+    "shards": [SHARD_FIELDS],
+}
 OFFSET = np.dtype("<u4")
 PREPARE_COMMAND = "python -m language_model.prepare SOURCE OUT"
 
@@ -50,7 +58,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Corpus:
-    """`test` is the benchmark's test file or, without it, all test files. `all_test` holds all if there are more."""
+    """`test` is the benchmark's test file, or else all test files. `all_test` holds all if there are more."""
 
     train: Sequence[Shard]
     test: Sequence[Shard]
@@ -67,7 +75,7 @@ def token_dtype(words: int) -> np.dtype:
 
 
 def write_shard(part: Part, vocabulary: Vocabulary, out: Path) -> dict[str, Any]:
-    """Encode `part` to two files in `out`. Returns its manifest entry. UserError e.g. if the disk is full."""
+    """Encode `part` to two files in `out`; returns its manifest entry. UserError e.g. for a full disk."""
     path = out / part.name
     dtype = token_dtype(len(vocabulary))
     checksum, ends, unknown, lines = xxh3_64(), [np.zeros(1, np.int64)], 0, 0
@@ -103,15 +111,15 @@ def write_shard(part: Part, vocabulary: Vocabulary, out: Path) -> dict[str, Any]
     }
 
 
-def wait_for_disk(entry: dict[str, Any], out: Path) -> None:
+def wait_for_shard(entry: dict[str, Any], out: Path) -> None:
     for suffix in SUFFIXES:
         path = _with(out / entry["name"], suffix)
-        with disk_errors(path), open(path, "rb") as file:
-            os.fsync(file.fileno())
+        with disk_errors(path):
+            wait_for_disk(path)
 
 
 def damage(entry: dict[str, Any], out: Path) -> str | None:
-    """What is wrong with a shard's files, by their sizes, or None."""
+    """What is wrong with the files' sizes, or None."""
     sizes = entry["tokens"] * entry["bytes_per_token"], (entry["sentences"] + 1) * OFFSET.itemsize
     for suffix, size in zip(SUFFIXES, sizes, strict=True):
         path = _with(out / entry["name"], suffix)
@@ -131,7 +139,7 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError in writing `path` into a UserError that says how to continue."""
+    """Turn an OSError into a UserError that says how to continue."""
     try:
         yield
     except OSError as error:
@@ -142,24 +150,16 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def finished(out: Path) -> dict[str, Any] | None:
-    """The manifest in `out`, or None. UserError if a field is missing or not of its kind."""
-    manifest = read_manifest(out, MANIFEST_KEYS, FORMAT)
-    if manifest is None:
-        return None
-    try:
-        fields = [(manifest["vocabulary"], {"words": int, "sha256": str})]
-        fields += [(entry, ENTRY_FIELDS) for entry in manifest["shards"]]
-        whole = all(isinstance(values[name], kind) for values, kinds in fields for name, kind in kinds.items())
-        whole = whole and isinstance(manifest["shards"], list) and manifest["dtype"] in ("<u2", "<u4")
-    except (KeyError, TypeError):  # TypeError: something is not a mapping
-        whole = False
-    if not whole:
-        raise UserError(f"{out / MANIFEST} is damaged (fields are missing): delete it, then prepare the data again")
+    """The manifest in `out`, or None. UserError if a field is missing or wrong."""
+    command = PREPARE_COMMAND.replace("OUT", str(out))
+    manifest = read_manifest(out, MANIFEST_FIELDS, command, FORMAT)
+    if manifest and manifest["dtype"] not in ("<u2", "<u4"):
+        raise UserError(f"{out / MANIFEST} is damaged (dtype {manifest['dtype']}): delete it, then {command}")
     return manifest
 
 
 def open_corpus(root: Path) -> Corpus:
-    """The corpus prepared in `root`. UserError if something is missing or does not fit."""
+    """UserError if something is missing or does not fit."""
     manifest = finished(root)
     if manifest is None:
         raise UserError(

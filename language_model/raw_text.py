@@ -34,7 +34,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Part:
-    """A file's lines from byte `start` to `stop`. `data` holds them if it is in an archive."""
+    """A file's lines from byte `start` to `stop`. `data` holds those of an archive."""
 
     split: str  # train or test
     file: str  # its name
@@ -49,7 +49,7 @@ class Part:
         return f"{self.split}/{self.file}.{self.index:03}"
 
     def texts(self) -> Iterator[str]:
-        """The text, some whole lines at a time. UserError if it is not UTF-8 or a line is too long."""
+        """Text, some whole lines at a time. UserError if it is not UTF-8 or a line is too long."""
         with io.BytesIO(self.data) if self.path is None else open(self.path, "rb") as file:
             file.seek(0 if self.path is None else self.start)
             position = self.start
@@ -101,7 +101,7 @@ class FolderSource:
         return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
 
     def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
-        """All parts. `advance` receives each one's bytes."""
+        """`advance` receives each part's bytes."""
         for split, path in self.files:
             start, index, size = 0, 0, path.stat().st_size
             with open(path, "rb") as file:
@@ -131,7 +131,7 @@ class ArchiveSource:
         return [["archive", digest], *(["test", name] for name in sorted(self.tests))]
 
     def parts(self, advance: Callable[[int], None]) -> Iterator[Part]:
-        """All parts. `advance` receives the bytes read since the last call."""
+        """`advance` receives the bytes read since the last call."""
         found: set[tuple[str, str]] = set()
         told = 0
         try:
@@ -173,7 +173,7 @@ class ArchiveSource:
 def find_source(path: Path, tests: Sequence[str]) -> FolderSource | ArchiveSource:
     """The text at `path`, with the held-out files `tests`. UserError if something is missing.
 
-    `path` is the archive, the folder with the two text folders, or the folder above one of these.
+    `path` is the archive, the folder with the two text folders, or one folder above.
     """
     if path.is_dir():
         below = [folder for folder in path.glob("*/") if (folder / FOLDERS["train"]).is_dir()]
@@ -192,7 +192,6 @@ def find_source(path: Path, tests: Sequence[str]) -> FolderSource | ArchiveSourc
 
 
 def _or_nearest(path: Path) -> str:
-    """The end of a message: the nearest right SOURCE."""
     near = nearest_folder(path, lambda folder: (folder / FOLDERS["train"]).is_dir() or (folder / ARCHIVE).is_file())
     return f"; the nearest folder that can be SOURCE: {near}" if near else ""
 

@@ -16,7 +16,7 @@ from language_model.model import Network
 def score(
     model: Network, tokens: np.ndarray, lengths: np.ndarray, rows: int, precision: Precision, world: World
 ) -> dict[str, float]:
-    """Sums over all ranks: `loss`, the negative log-probabilities of a text's tokens, and `tokens`, their number.
+    """Sums over all ranks: `loss`, in nats, and the number of `tokens`.
 
     RuntimeError unless each token was counted once.
     """
@@ -38,7 +38,7 @@ def score(
 def final_perplexities(
     data: TextData, model: Network, rows: int, precision: Precision, world: World, test_loss: float
 ) -> dict[str, float]:
-    """By each denominator: of the test set, whose mean loss is `test_loss`, and of all held-out files."""
+    """Perplexities of the test set, whose mean loss is `test_loss`, and of all held-out files."""
     corpus = data.corpus
     sentences = sum(shard.sentences for shard in corpus.test)
     found = perplexities(test_loss * data.test_tokens, data.test_tokens, sentences)

@@ -1,4 +1,4 @@
-"""The adaptive softmax over all words (Grave et al. 2017, arXiv 1609.04309), as training needs it.
+"""The adaptive softmax (Grave et al. 2017, arXiv 1609.04309), as training needs it.
 
 The most frequent words are in its head, the others in clusters (tails) with smaller projections.
 """
@@ -26,7 +26,7 @@ def create_softmax(hidden: int, words: int, cutoffs: Sequence[int], div_value: f
 
 
 def cluster_sizes(softmax: nn.AdaptiveLogSoftmaxWithLoss, targets: Tensor) -> list[int]:
-    """How many of `targets`, int64, each cluster has. If they are on a GPU, the host waits."""
+    """How many of `targets`, int64, each cluster has. The host waits for a GPU."""
     return torch.bincount(_clusters(softmax, targets.flatten()), minlength=len(softmax.cutoffs)).tolist()
 
 
@@ -43,8 +43,8 @@ def adaptive_log_prob(
     - Under autocast only matrix products are in half precision.
     - With `sizes`, the targets' cluster_sizes, the host does not wait for the device.
     - A cluster without targets gets zero gradients. The module gives it none, and ranks could then disagree.
-    - Each cluster takes a multiple of ROWS rows. On CPUs, oneDNN compiles a kernel for each shape, and blocks of many
-      sizes fragment the memory. Padding saves a fifth of an update's time there, and memory stays flat.
+    - Each cluster takes a multiple of ROWS rows. On CPUs, oneDNN compiles a kernel for each shape. Padding saves a
+      fifth of an update's time there, and memory stays flat.
     """
     sizes = cluster_sizes(softmax, targets) if sizes is None else sizes
     cluster = _clusters(softmax, targets)
@@ -57,7 +57,7 @@ def adaptive_log_prob(
     for index, (tail, high, size) in enumerate(zip(softmax.tail, softmax.cutoffs[1:], sizes[1:], strict=True), start=1):
         rows = min(total, -(-size // ROWS) * ROWS)
         first = min(begin, total - rows)
-        some = slice(first, first + rows)  # the cluster's rows, and a few others, which do not count
+        some = slice(first, first + rows)  # a few do not count
         in_tail = _LogProb.apply(tail(hidden[some]), (targets[some] - low).clamp(0, high - low - 1))
         in_tail = torch.where(cluster[some] == index, in_tail, 0.0)
         log_prob = log_prob + pad(in_tail, (first, total - first - rows))
@@ -68,7 +68,7 @@ def adaptive_log_prob(
 class _LogProb(torch.autograd.Function):
     """Log-probabilities, float32 [N], of `targets` [N] under `logits` [N, classes] of any precision.
 
-    The gradient, one-hot minus softmax, takes one step, and half the time and memory of log_softmax and nll_loss.
+    The gradient, one-hot minus softmax, takes half the time and memory of log_softmax and nll_loss.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """English text that comes with every Python: its reference manual, as `help()` shows it.
 
-It has about 90,000 tokens. It differs between versions of Python, so a run records its hash. Empty lines separate
-paragraphs, repeated ones are dropped, and every tenth is test text.
+It has about 90,000 tokens, and differs between versions of Python. Empty lines separate paragraphs, repeated ones are
+dropped, and every tenth is test text.
 """
 
 import platform
@@ -22,7 +22,7 @@ TOKEN = re.compile(r"\w+|([^\w\s])\1*")  # a word, or a sign
 
 @cache
 def pydoc_corpus() -> Corpus:
-    """The corpus. Each process makes it again: that is fast."""
+    """Each process makes it again: that is fast."""
     text = paragraphs()
     train = [line for number, line in enumerate(text) if number % TEST_EVERY != TEST_EVERY - 1]
     test = text[TEST_EVERY - 1 :: TEST_EVERY]

@@ -1,7 +1,7 @@
 """Train a language model: python -m language_model.train CONFIG [key=value ...]     (also under torchrun)
 
-Read it top to bottom: main, train, train_epoch with the loop, evaluation; `prepare` makes what they need. After an
-interruption the same command continues the run, on the CPU to bit-identical weights.
+Read it top to bottom; `prepare` makes what the loop needs. After an interruption the same command continues the run, on
+the CPU to bit-identical weights.
 """
 
 import math
@@ -129,7 +129,7 @@ def means(sums: dict[str, float], split: str = "") -> dict[str, float]:
 
 
 def evaluate(run: TextRun) -> dict[str, float]:
-    """Loss and perplexity of the test text and of held-out sentences, if any."""
+    """Loss and perplexity of the test text and held-out sentences, if any."""
     found = {}
     for split, shards in (("test_", run.data.corpus.test), ("valid_", run.data.corpus.valid)):
         if shards:

@@ -1,14 +1,11 @@
-"""A decoder-only Transformer in the place of the LSTM, with the same data, loop and adaptive softmax.
+"""A decoder-only Transformer in the place of the LSTM.
 
-Layers are pre-norm. Positions are rotary (Su et al. 2021, arXiv 2104.09864). The vector of an input word is its row in
-the softmax: tied and adaptive embeddings (Press and Wolf 2017, arXiv 1608.05859; Baevski and Auli 2019, arXiv
-1809.10853).
-
-The network sees at most `window` tokens, the config's sequence_length. In training each row of a batch is a window. In
-evaluation the state holds the last half of a window, so each token is predicted from at least as many, where the text
-has them.
-
+Layers are pre-norm. Positions are rotary (Su et al. 2021, arXiv 2104.09864). An input word's vector is its row in the
+softmax: tied and adaptive embeddings (Press and Wolf 2017, arXiv 1608.05859; Baevski and Auli 2019, arXiv 1809.10853).
 Each matrix is a parameter of its own, without a bias, because some optimizers (Muon) treat each by itself.
+
+The network sees at most `window` tokens, the config's sequence_length: in training a row of a batch. In evaluation the
+state holds the last half of a window, so each token is predicted from at least as many, where the text has them.
 """
 
 from collections.abc import Sequence
@@ -42,7 +39,7 @@ class Transformer(nn.Module):
 
         The output of each part of a layer is divided by the square root of the number of parts (Radford et al. 2019,
         section 2.3). Word vectors have width**-0.5, in clusters after the projection. So words' scores have variance 1,
-        and the input word is too small in the sum to be predicted as the next one.
+        and the input word itself is not predicted as the next one.
         """
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
@@ -58,7 +55,7 @@ class Transformer(nn.Module):
             nn.init.normal_(rows.weight, std=width**-0.5)
 
     def zero_state(self, rows: int) -> Tensor:
-        """The state at the start of a text, int64 [1, 1, rows, tokens], without tokens."""
+        """The state at a text's start: int64 [1, 1, rows, 0]."""
         return torch.zeros(1, 1, rows, 0, dtype=torch.int64, device=self.softmax.head.weight.device)
 
     @override(check_signature=False)  # torch declares that forward returns None
@@ -106,9 +103,9 @@ class Layer(nn.Module):
 
 
 def word_vectors(softmax: nn.AdaptiveLogSoftmaxWithLoss, tokens: Tensor) -> Tensor:
-    """The rows of `tokens` in the softmax, those in clusters after the projection: [*tokens.shape, width].
+    """The rows of `tokens` in the softmax, in clusters after the projection: [*tokens.shape, width].
 
-    The host need not wait: each cluster computes all tokens, and gives only its own.
+    Each cluster computes all tokens, so that the host need not wait.
     """
     vectors = embedding(tokens.clamp(max=softmax.cutoffs[0] - 1), softmax.head.weight)
     for (projection, rows), low, high in zip(softmax.tail, softmax.cutoffs[:-1], softmax.cutoffs[1:], strict=True):

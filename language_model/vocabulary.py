@@ -1,8 +1,7 @@
 """The words that a model knows, most frequent first, and their ids.
 
-Every sentence is wrapped in <S> and </S>. Unknown words become <UNK>. A file holds one `word count` line per word.
-The standard vocabulary of One Billion Words has no </S>, which then gets the count of <S> and the last id, as in the
-published preprocessing.
+Every sentence is wrapped in <S> and </S>. Unknown words become <UNK>. A file holds `word count` lines. That of One
+Billion Words has no </S>, which then gets the count of <S> and the last id, as in the published preprocessing.
 """
 
 import heapq
@@ -39,8 +38,7 @@ class Vocabulary:
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """The sentences of `text`, one per line: ids, uint32 [tokens], and sentence lengths, int64 [sentences].
 
-        Lines end as in str.splitlines() and in the published code's codecs.open, also at U+0085 and U+2028. Lines
-        without a word are left out.
+        Lines end as in str.splitlines(), and so in the published code. Lines without a word are left out.
         """
         lines = text.replace(BREAK, "\N{REPLACEMENT CHARACTER}").splitlines() or [""]
         # Two places for a line's end: its </S> and the next line's <S>.
@@ -60,7 +58,7 @@ class Vocabulary:
 
 
 class _Ids(dict):
-    """Word to id, or `unknown`. The lookup runs in C, which makes encoding fast."""
+    """Word to id, or `unknown`. The lookup runs in C."""
 
     __slots__ = ("unknown",)
 
@@ -73,7 +71,7 @@ def digest(content: bytes) -> str:
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
-    """The words of `word count` lines, sorted by falling counts, without those of count 0. UserError for other content.
+    """Words by falling counts, without those of count 0. UserError unless `path` holds `word count` lines.
 
     As in the published code, words with equal counts keep their order, and a word's last line gives its count.
     """
@@ -119,7 +117,7 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
-    """Each word's count; that of <S> is the number of lines with words."""
+    """The count of <S> is the number of lines with words."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text.split())
@@ -130,8 +128,7 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
 def counted_vocabulary(counts: Iterable[Counter[str]], threshold: int, scratch: Path = Path()) -> Vocabulary:
     """The words that occur at least `threshold` times in all `counts`. The others count as <UNK>.
 
-    Words with equal counts are sorted. Memory holds at most COUNTED_AT_ONCE words and one of the `counts`. More words
-    go to sorted files in `scratch`, which are merged.
+    Words with equal counts are sorted. Beyond COUNTED_AT_ONCE, they go to sorted files in `scratch`, which are merged.
     """
     total: Counter[str] = Counter()
     spilled: list[Path] = []

@@ -1,7 +1,7 @@
-"""Multi-head attention: projections, then torch's scaled_dot_product_attention.
+"""Multi-head attention. Hidden states are rows (nmt/rows.py).
 
 Queries, keys and values have one matrix each, as published: Apollo's sums go over a whole tensor, so a joint matrix
-would be another method. Hidden states are rows (nmt/rows.py).
+would be another method.
 """
 
 import torch

@@ -1,10 +1,9 @@
-"""Batched beam search: a few tensor operations a word for all hypotheses of all sentences of a batch.
+"""Batched beam search: a few tensor operations a word for all hypotheses of a batch.
 
 A hypothesis's score is log p(words) / length ** length_penalty, as in fairseq's generation. The length counts EOS.
 
 A step has a sentence's K best continuations and the K ends of its hypotheses. An end counts if it is among the K best
-of both. A sentence is finished when K ends have counted, when no continuation can beat the best end, or at its greatest
-length.
+of both. A sentence is finished when K ends have counted, no continuation can beat the best end, or it is too long.
 """
 
 from collections.abc import Sequence
@@ -37,9 +36,9 @@ def translate(
     max_tokens: int = 4096,
     progress: bool = False,
 ) -> list[Hypothesis]:
-    """The best translation of each source (ids without EOS), in the sources' order.
+    """The best translation of each source (ids without EOS). Puts the model into evaluation mode.
 
-    A batch has at most `max_tokens` padded source words, or one sentence. The model is put into evaluation mode.
+    A batch has at most `max_tokens` padded source words, or one sentence.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -68,9 +67,9 @@ def translate(
 def beam_search(
     model: Transformer, source: Tensor, beam_size: int, length_penalty: float, longest: Tensor | None = None
 ) -> list[Hypothesis]:
-    """The best hypothesis for each sentence of `source`, [B, S] int64 on the model's device, padded with PAD.
+    """The best hypothesis for each sentence of `source`, int64 [B, S], padded with PAD.
 
-    `longest` [B] int64 limits their lengths, with EOS.
+    `longest`, int64 [B], limits their lengths, with EOS.
     """
     device, k = source.device, beam_size
     if longest is None:
@@ -80,7 +79,6 @@ def beam_search(
     def penalty(length: Tensor | int) -> Tensor | float:
         return length**length_penalty
 
-    # For each sentence: its number, K hypotheses with their scores, and the best end.
     number = torch.arange(len(source), device=device)
     scores = torch.full((len(source), k), -torch.inf, device=device)
     scores[:, 0] = 0.0  # all hypotheses start equal, so one is enough

@@ -1,7 +1,7 @@
 """Joint byte-pair encoding of Moses tokens: one vocabulary for both languages, because they share all embeddings.
 
-A piece that begins a token carries the mark U+2581. So decoding gives back the exact tokens, and no text can spell a
-special token. Prepared data and checkpoints belong together if the digest of `codec.json` is the same.
+A piece that begins a token carries the mark U+2581. So decoding gives back the exact tokens, and no text spells a
+special token. Prepared data and checkpoints with the same digest belong together.
 """
 
 import json
@@ -29,10 +29,7 @@ MIN_PAIR_COUNT = 2  # as in subword-nmt
 
 
 class Codec:
-    """`size` includes special tokens. `digest` is a SHA-256 in hex.
-
-    A `language` of None is the source in encode_lines, and elsewhere the target.
-    """
+    """`size` includes special tokens. A `language` of None is the source in encode_lines, elsewhere the target."""
 
     def __init__(self, source: str, target: str, pieces: Sequence[str], merges: Sequence[str]) -> None:
         self.source, self.target = source, target
@@ -89,9 +86,9 @@ class Codec:
 
 
 def learn(files: Sequence[Path], characters: Mapping[str, int], merges: int, source: str, target: str) -> Codec:
-    """Learn at most `merges` merges from `files` (Moses tokens, UTF-8) of both languages together.
+    """Learn at most `merges` merges from `files` (Moses tokens, UTF-8) of both languages.
 
-    `characters` counts all characters in these files; the MAX_CHARACTERS most frequent get a piece each.
+    `characters` counts all their characters; the MAX_CHARACTERS most frequent get a piece each.
     """
     ranked = sorted(characters.keys() - {" ", "\n"}, key=lambda character: (-characters[character], character))
     alphabet = [WORD_START, *ranked[:MAX_CHARACTERS]]

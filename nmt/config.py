@@ -1,4 +1,4 @@
-"""The settings of a translation run. torch is not imported: commands that only read configs start fast."""
+"""The settings of a translation run. Without torch: commands that only read configs start fast."""
 
 from typing import Literal
 
@@ -8,8 +8,6 @@ from engine.config import AverageConfig, RunConfig, Strict
 
 
 class DataConfig(Strict):
-    """The settings under `data:`."""
-
     name: str  # of the recipe that prepared the data
     root: str
 

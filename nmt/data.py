@@ -1,4 +1,4 @@
-"""Batches of prepared parallel text: limited by tokens, of similar lengths, the same for any number of ranks.
+"""Batches of prepared parallel text: limited by tokens, the same for any number of ranks.
 
 Batches hold sentences of about one length, and are shuffled. An update takes the next `passes` batches, so it sees
 several lengths, as published (fairseq's EpochBatchIterator gives each GPU one batch). The ranks divide them.
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.manifest import read_manifest
+from engine.manifest import MANIFEST
 from engine.seed import derive
 from nmt.codec import BOS, EOS, PAD, Codec
 from nmt.prepare.command import prepare_grammar
-from nmt.prepare.recipes import GRAMMAR, WMT14
-from nmt.prepared import MANIFEST_KEYS
+from nmt.prepare.recipes import GRAMMAR
+from nmt.prepared import command_of, finished
 
 JITTER = 1.0  # tokens; on Multi30k at 4,096 tokens a batch: 3.9 % padding instead of 3.1 %
 ROWS_MULTIPLE = 8  # a batch has a multiple of this many sentences if they fit, as in fairseq
@@ -35,11 +35,15 @@ class Batch(NamedTuple):
     update_tokens: int = 0  # of the whole update on all ranks; 0 in evaluation
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`. The host does not wait for a GPU."""
+        """The host does not wait for a GPU."""
         if device.type == "cpu":
             return self
         tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in self[:3]]
         return Batch(*tensors, *self[3:])
+
+
+def again(folder: Path) -> str:
+    return f"delete {folder / MANIFEST}, then prepare the data again"
 
 
 class Side:
@@ -51,7 +55,7 @@ class Side:
         for path, size in ((array, tokens * token_bytes), (offsets, 8 * (entry["pairs"] + 1))):
             found = path.stat().st_size if path.exists() else 0
             if found != size:
-                raise UserError(f"{path} has {found:,} bytes, not {size:,}: prepare the data again")
+                raise UserError(f"{path} has {found:,} bytes, not {size:,}: {again(folder)}")
         self.flat = np.asarray(np.memmap(array, f"<u{token_bytes}", "r"))  # indexing a memmap object is slower
         boundaries = np.fromfile(offsets, "<i8")
         self.starts, self.lengths = boundaries[:-1], np.diff(boundaries).astype(np.int32)
@@ -86,10 +90,10 @@ class Split:
 
     @cached_property
     def references(self) -> list[str]:
-        """The target's raw text, in the valid and the test split."""
+        """The target's raw text, not of the training split."""
         lines = self.raw.read_bytes().decode().removesuffix("\n").split("\n")
         if len(lines) != len(self):
-            raise UserError(f"{self.raw} has {len(lines):,} lines, not {len(self):,}: prepare the data again")
+            raise UserError(f"{self.raw} has {len(lines):,} lines, not {len(self):,}: {again(self.raw.parent)}")
         return lines
 
     def batch(self, indices: np.ndarray) -> Batch:
@@ -113,25 +117,22 @@ class ParallelData:
         self.root, self.manifest = root, manifest
         self.codec = Codec.load(root)
         if self.codec.digest != manifest["codec"]:
-            raise UserError(f"{root}: codec.json is not the one that the data was made with: prepare the data again")
+            raise UserError(f"{root}: codec.json is not the one that the data was made with: {again(root)}")
         self.train, self.valid, self.test = (Split(root, name, manifest) for name in ("train", "valid", "test"))
 
 
 def load_data(name: str, root: str | Path) -> ParallelData:
-    """The data prepared in `root` by the recipe `name`. "grammar" is prepared here if it is missing.
+    """The data of the recipe `name`. "grammar" is prepared here if it is missing.
 
     UserError if the data is missing, damaged or of another recipe.
     """
     root = Path(root)
-    manifest = read_manifest(root, MANIFEST_KEYS)
+    manifest = finished(root, name)
     if manifest is None and name == GRAMMAR.name:
         prepare_grammar(root, wait=True)
-        manifest = read_manifest(root, MANIFEST_KEYS)
+        manifest = finished(root, name)
     if manifest is None:
-        command = (
-            f"bash scripts/prepare.sh wmt14 SOURCE {root}" if name == WMT14.name else "python -m nmt.prepare --help"
-        )
-        raise UserError(f"{root} holds no prepared data: {command}")
+        raise UserError(f"{root} holds no prepared data: {command_of(name, root)}")
     if manifest["recipe"] != name:
         raise UserError(
             f"{root} holds data of the recipe '{manifest['recipe']}', not '{name}': set data.name or data.root"
@@ -151,8 +152,8 @@ def train_batches(
 ) -> Iterator[list[tuple[int, Batch]]]:
     """The epoch's updates from `start_update` on, each as this rank's passes: [(index in the update, batch)].
 
-    This rank takes the passes rank, rank + world_size, ... In a batch, sentences x longest side <= `max_tokens`. Passes
-    beyond the last batch hold no sentence. UserError if a pair is longer than `max_tokens`.
+    In a batch, sentences x longest side <= `max_tokens`. Passes beyond the last batch hold no sentence. UserError if a
+    pair is longer than `max_tokens`.
     """
     order = _by_length(split, _random(seed, "pairs", epoch).uniform(-JITTER, JITTER, len(split)))
     cuts = _cuts(split.longest[order], max_tokens)
@@ -168,7 +169,6 @@ def train_batches(
 
 
 def updates_per_epoch(split: Split, max_tokens: int, passes: int) -> int:
-    """How many updates `train_batches` yields in every epoch."""
     batches = len(_cuts(np.sort(split.longest), max_tokens)) - 1
     return -(-batches // passes)
 
@@ -176,7 +176,7 @@ def updates_per_epoch(split: Split, max_tokens: int, passes: int) -> int:
 def eval_batches(
     split: Split, max_tokens: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Batches and the indices of their pairs. Over all ranks each pair comes once, the longest first."""
+    """Batches and their pairs' indices, the longest first. Over all ranks each pair comes once."""
     order = _by_length(split, 0.0)
     cuts = _cuts(split.longest[order], max(max_tokens, int(split.longest.max())), multiple=1)
     for index in range(len(cuts) - 2 - rank, -1, -world_size):
@@ -185,10 +185,9 @@ def eval_batches(
 
 
 def _by_length(split: Split, noise: np.ndarray | float) -> np.ndarray:
-    """All pairs, sorted by their longer side, then by the difference of the sides.
+    """All pairs, sorted by their longer side, then by the difference of the sides plus `noise`.
 
-    The difference rises at one length and falls at the next, so neighbours differ little. `noise` added to it brings
-    other pairs together in each epoch.
+    The difference rises at one length and falls at the next, so neighbours differ little.
     """
     source, target = split.source.lengths, split.target.lengths
     difference = np.where(split.longest % 2, source - target, target - source)
@@ -196,14 +195,14 @@ def _by_length(split: Split, noise: np.ndarray | float) -> np.ndarray:
 
 
 def _cuts(longest: np.ndarray, budget: int, multiple: int = ROWS_MULTIPLE) -> np.ndarray:
-    """Where to cut pairs of ascending length: pairs x longest <= budget in each part. The last cut is the end."""
+    """Where to cut pairs of ascending length, and the end: pairs x longest <= budget in each part."""
     if longest[-1] > budget:
         raise UserError(
             f"a pair of {longest[-1]:,} tokens does not fit batch={budget:,}: raise it to that many at least"
         )
     cuts, total = [0], len(longest)
     while (begin := cuts[-1]) < total:
-        # Find the largest n with n * longest[begin + n - 1] <= budget.
+        # The largest n with n * longest[begin + n - 1] <= budget.
         most = min(total - begin, budget // int(longest[begin]))
         costs = np.arange(1, most + 1) * longest[begin : begin + most]
         count = int(np.searchsorted(costs, budget, side="right"))

@@ -1,7 +1,7 @@
 """What decoding remembers between two words: keys and values.
 
-To copy these to a hypothesis's children would be slow. So a sentence's K hypotheses share one cache with a slot for
-each hypothesis and step. Only the mask of ancestors is reordered.
+To copy these to a hypothesis's children would be slow. So a sentence's K hypotheses share one cache, with a slot for
+each of them and each step, and only the mask of ancestors is reordered.
 """
 
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ class DecodingState:
         self.length += 1
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> Pair:
-        """Store the newest word's keys and values, [B, heads, K, width / heads]. Returns those of all words."""
+        """Store the newest word's keys and values, [B, heads, K, width / heads]; returns those of all words."""
         end, k = self.length * self.hypotheses, self.hypotheses
         if layer == len(self.own):
             shape = (*keys.shape[:2], FIRST_STEPS * k, keys.shape[3])
@@ -60,7 +60,7 @@ class DecodingState:
             past.copy_(past.gather(2, parents[:, None, :, None].expand_as(past)))
 
     def keep(self, sentences: Tensor) -> None:
-        """Keep these sentences alone, [B'] int64."""
+        """Keep these sentences alone, int64 [B']."""
         self.cross = [(keys[sentences], values[sentences]) for keys, values in self.cross]
         self.own = [(keys[sentences], values[sentences]) for keys, values in self.own]
         self.source_mask = None if self.source_mask is None else self.source_mask[sentences]

@@ -1,7 +1,7 @@
-"""Dropout with cheap random numbers on the CPU. torch's Bernoulli draws take a sixth of a training step there.
+"""Dropout with cheap random numbers on the CPU, where torch's Bernoulli draws take a sixth of a training step.
 
-These take a sixth of that. One 64-bit random number decides about four elements, 16 bits each. So the probability p is
-rounded to a multiple of 2**-16, also in the scale 1 / (1 - p).
+These take a sixth of that. One 64-bit random number decides about four elements, so the probability p is rounded to a
+multiple of 2**-16, also in the scale 1 / (1 - p).
 """
 
 import torch

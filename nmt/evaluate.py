@@ -1,7 +1,7 @@
 """Score a run on its test set: python -m nmt.evaluate RUN|BUNDLE [key=value ...]     (also under torchrun)
 
-RUN is a run folder, finished or not: its averaged weights translate the test set. BUNDLE comes from
-`python -m scripts.report --bundle RUN`. key=value changes the run's config: average.last=5 decoding.beam=4
+RUN is a run folder, finished or not, whose averaged weights are used. BUNDLE comes from
+`python -m scripts.report --bundle RUN`. key=value changes the config: average.last=5 decoding.beam=4
 decoding.length_penalty=1.0 eval_batch=8192 data.root=... device=cpu.
 """
 

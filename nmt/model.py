@@ -32,7 +32,7 @@ def create_model(config: ModelConfig, vocabulary_size: int) -> "Transformer":
 
 
 class Transformer(nn.Module):
-    """Word ids are int64. Sentences are padded at their end with PAD."""
+    """Word ids are int64. Sentences end with PADs."""
 
     def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
         super().__init__()
@@ -47,10 +47,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """As in fairseq's transformer of September 2020, on which the published code was built.
-
-        Feed-forward layers keep torch's default.
-        """
+        """As in fairseq's transformer of September 2020, on which the published code was built."""
         nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5)
         self.embedding.weight[PAD].zero_()
         for module in self.modules():
@@ -66,12 +63,12 @@ class Transformer(nn.Module):
         tokens: int = 0,
         label_smoothing: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B, T, V] for the words that follow `target_in`. With `target_out`, the two sums of the loss instead.
+        """Logits [B, T, V] for the words that follow `target_in`; with `target_out`, (loss, nll) of nmt/loss.py.
 
         Args:
             source: [B, S], ending with EOS.
             target_in: [B, T], beginning with BOS.
-            target_out: [B, T], ending with EOS: the words to predict. The result is then (loss, nll) of nmt/loss.py.
+            target_out: [B, T], ending with EOS: the words to predict.
             tokens: the words in target_out without padding. To count them here would make the host wait.
         """
         hidden = self.decode(target_in, *self.encode(source))
@@ -83,7 +80,7 @@ class Transformer(nn.Module):
         return smoothed_cross_entropy(hidden, self.embedding.weight, words, label_smoothing)
 
     def encode(self, source: Tensor) -> tuple[Tensor, Size, Tensor | None]:
-        """Memory as rows, its size [B, S], and the mask [B, 1, 1, S] of words to attend to (None: all)."""
+        """Memory as rows, its size, and the mask [B, 1, 1, S] of words to attend to (None: all)."""
         mask = (source != PAD)[:, None, None]
         if source.device.type == "cpu" and mask.all():  # on a GPU the host would wait
             mask = None
@@ -100,7 +97,7 @@ class Transformer(nn.Module):
         return self.decoder_norm(x)
 
     def start(self, source: Tensor, hypotheses: int) -> DecodingState:
-        """The state for the first `step` of `hypotheses` translations of each sentence."""
+        """The state for the first `step` of `hypotheses` translations a sentence."""
         memory, size, mask = self.encode(source)
         cross = [layer.cross_attention.keys_values(memory, size) for layer in self.decoder]
         return DecodingState(hypotheses, cross, mask)
@@ -150,7 +147,7 @@ class DecoderLayer(nn.Module):
         return self._rest(x, size, keys, values, mask)
 
     def step(self, x: Tensor, size: Size, state: DecodingState, index: int) -> Tensor:
-        """This layer, number `index`, on the newest words, of `size` [B, K]."""
+        """The newest words, of `size` [B, K]. `index` is this layer's number."""
         x = self.self_residual(x, lambda y: self.self_attention.step(y, size, state, index))
         return self._rest(x, size, *state.cross[index], state.source_mask)
 
@@ -189,9 +186,9 @@ class FeedForward(nn.Module):
 
 @lru_cache(maxsize=16)
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
-    """Positions of the first `length` words, [length, width]: all sines, then the cosines.
+    """[length, width]: all sines, then the cosines, as in fairseq's SinusoidalPositionalEmbedding.
 
-    Wavelengths are a geometric series from 2 pi to 10,000 * 2 pi, as in fairseq's SinusoidalPositionalEmbedding.
+    Wavelengths are a geometric series from 2 pi to 10,000 * 2 pi.
     """
     with torch.inference_mode(False):  # the table outlives the caller's inference mode
         half = width // 2

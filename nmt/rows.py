@@ -1,7 +1,7 @@
 """Hidden states as rows, [R, width]: all words of a batch, and sometimes a few idle rows.
 
 On the CPU, half-precision matrix products are compiled for each new number of rows, which takes milliseconds and keeps
-megabytes. Rounding up leaves eight sizes to a power of two, with some 3 % idle rows.
+megabytes. Rounding up leaves eight sizes to a power of two.
 """
 
 import torch

@@ -1,7 +1,6 @@
 """The loss of a split, its translations, and their BLEU in the four ways reported for English-German.
 
-docs/reproduction.md describes the four. Only `sacrebleu` is smoothed, and only if no four words in a row are right in
-the whole test set.
+docs/reproduction.md describes the four.
 """
 
 import re
@@ -25,7 +24,7 @@ from nmt.model import Transformer
 def loss_sums(
     model: Transformer, split: Split, max_tokens: int, label_smoothing: float, precision: Precision, world: World
 ) -> dict[str, float]:
-    """Sums of label-smoothed loss, nll and target tokens over all ranks, each pair counted once."""
+    """Sums over all ranks, each pair counted once: label-smoothed loss, nll, target tokens, pairs."""
     model.eval()
     sums = Sums(("loss", "nll", "tokens", "pairs"), world.device)
     for batch, indices in eval_batches(split, max_tokens, world.rank, world.world_size):
@@ -42,7 +41,7 @@ def loss_sums(
 def translate_split(
     model: Transformer, split: Split, decoding: DecodingConfig, max_tokens: int, world: World
 ) -> list[list[int]]:
-    """Ids of translations of all of `split`, made by all ranks, known to each; always in fp32."""
+    """Ids of all translations, made by all ranks, known to each; always in fp32."""
     share = range(world.rank, len(split), world.world_size)
     sources = [split.source.sentence(i) for i in share]
     hypotheses = translate(model, sources, decoding.beam, decoding.length_penalty, max_tokens, world.is_main)
@@ -55,7 +54,7 @@ def translate_split(
 
 
 def sacre_bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
-    """Score (in per cent) and signature of detokenized `translations`."""
+    """Score, in per cent, and signature, of detokenized text."""
     metric = BLEU()
     score = metric.corpus_score(translations, [references]).score
     return score, str(metric.get_signature())
@@ -85,7 +84,7 @@ def _multi_bleu(translations: Sequence[str], references: Sequence[str]) -> float
 
 
 def _whole_compounds(tokens: str) -> str:
-    """Undo the tokenizer's aggressive hyphen splitting, `rich @-@ text`."""
+    """Undo aggressive hyphen splitting, `rich @-@ text`."""
     return tokens.replace(" @-@ ", "-")
 
 

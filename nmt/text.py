@@ -53,7 +53,7 @@ def moses(language: str) -> Moses:
 
 
 def _blank_non_printing(line: str) -> str:
-    r"""A blank for each character of Unicode's category C (control, format, unassigned, ...), Perl's \p{C}."""
+    r"""A blank for each character of Unicode's category C, Perl's \p{C}."""
     if line.isprintable():  # fast, and nearly always true
         return line
     return "".join(" " if unicodedata.category(character)[0] == "C" else character for character in line)

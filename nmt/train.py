@@ -1,8 +1,8 @@
 """Train a translation model: python -m nmt.train CONFIG [key=value ...]     (also under torchrun)
 
-Read it top to bottom: main, train, train_epoch with the loop, validation, the test set's scores; `prepare` makes what
-they need. `batch` counts tokens of the longer side, with padding. Losses are in nats per target token, EOS counted,
-padding not. After an interruption the same command continues the run, on the CPU to bit-identical weights.
+Read it top to bottom; `prepare` makes what the loop needs. `batch` counts tokens of the longer side, with padding.
+Losses are in nats per target token, EOS counted, padding not. After an interruption the same command continues the run,
+on the CPU to bit-identical weights.
 """
 
 import math
@@ -152,7 +152,7 @@ def translated(run: TranslationRun, split: Split) -> list[list[int]]:
 
 
 def score_test_set(run: TranslationRun) -> dict[str, object]:
-    """The averaged weights' scores on the test set; writes the translations to the run folder.
+    """The averaged weights' scores; writes the translations to the run folder.
 
     `validation` is their METRIC on the validation set; `final_unaveraged` is that of the last weights on the test set.
     """
@@ -210,7 +210,7 @@ def prepare(config: Config, world: World, record: RunRecord) -> TranslationRun:
     )  # fmt: skip
     runs.restore(run)
     if world.is_main:
-        data.codec.save(record.folder)  # the run folder can then translate without the data
+        data.codec.save(record.folder)  # to translate without the data
     runs.write_environment(
         run, updates_per_epoch=run.updates_per_epoch, vocabulary=data.codec.size, codec=data.codec.digest,
         train_pairs=len(data.train), valid_pairs=len(data.valid), test_pairs=len(data.test),

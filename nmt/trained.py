@@ -25,10 +25,7 @@ class Trained(NamedTuple):
 
 
 def open_run(run_dir: Path, overrides: Sequence[str]) -> Trained:
-    """Read a run folder, finished or not, or a bundle. `overrides` (`key=value`) change its config.
-
-    UserError if something does not fit.
-    """
+    """`run_dir` is a run, finished or not, or a bundle. `overrides` change its config. UserError if they do not fit."""
     config = load_config(Config, run_dir / "config.yaml", overrides)
     world = setup(config.device)
     if world.device.type == "cpu":

@@ -1,7 +1,7 @@
 """Translate standard input, line by line: echo "A dog runs." | python -m nmt.translate RUN|BUNDLE [key=value ...]
 
 RUN is a run folder. BUNDLE comes from `python -m scripts.report --bundle RUN`. An empty line stays empty.
-key=value changes the run's config: decoding.beam=4 average.last=1 eval_batch=8192 device=cpu.
+key=value changes the config: decoding.beam=4 average.last=1 eval_batch=8192 device=cpu.
 """
 
 import sys
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
 
 
 def read_sentences(codec: Codec) -> list[list[int]]:
-    """Standard input as ids, a list for each line. UserError if a line is not UTF-8 or too long."""
+    """Standard input as ids. UserError if a line is not UTF-8 or too long."""
     lines = []
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:

@@ -14,7 +14,10 @@ from torch import Tensor
 
 
 class LiteralApollo(torch.optim.Optimizer):
-    """The settings are `optim.Apollo`'s. State has the parameters' dtype."""
+    """The settings are those of `optim.Apollo` up to `maximize`, but `lr` is a float, and none is checked.
+
+    With lr 0 the warmup moves parameters. State has the parameters' dtype; `step` is an int.
+    """
 
     def __init__(
         self,

@@ -178,7 +178,7 @@ def run_stage(stage: str, jobs: Sequence[Job], comparison: Comparison, options: 
         accept_diverged(turns, METRICS[comparison.task])
         display(turns)
 
-    status, turns = carry_out(jobs, path.stem, options, watch)
+    status, turns = carry_out(jobs, path, options, watch)
     print_failures(turns)
     if status:
         raise Stopped(status)

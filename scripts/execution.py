@@ -27,17 +27,17 @@ def add_options(parser: argparse.ArgumentParser, runs: str) -> None:
 
 
 def carry_out(
-    jobs: Sequence[Job], name: str, options: argparse.Namespace, watch: Callable[[Sequence[Turn]], None]
+    jobs: Sequence[Job], path: Path, options: argparse.Namespace, watch: Callable[[Sequence[Turn]], None]
 ) -> tuple[int, list[Turn]]:
-    """Run the incomplete ones of `jobs`. Returns an exit status and the turns with their states.
+    """Run the incomplete ones of `jobs`, the list at `path`. Returns an exit status and the turns with their states.
 
-    The status is 1 if runs have failed, else 0 or 128 + a signal. `name` is for SLURM's queue.
+    The status is 1 if runs have failed, else 0 or 128 + a signal.
     """
     if options.executor == "slurm":
-        from scripts.slurm import Request, run_in_queue
+        from scripts.slurm import Request, queue_name, run_in_queue
 
         request = Request(options.jobs or 8, options.gpus, options.nodes, runs_on_cpu(jobs), options.slurm)
-        status, turns = run_in_queue(jobs, name, options.runs / "slurm", request, watch)
+        status, turns = run_in_queue(jobs, queue_name(path), options.runs / "slurm", request, watch)
     else:
         status, turns = run_jobs(jobs, places_of(jobs, options), watch=watch)
     if any(turn.state is State.FAILED for turn in turns):

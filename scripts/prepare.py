@@ -20,6 +20,7 @@ from typing import NamedTuple
 from classification.cifar import ARCHIVES
 from engine.download import download
 from engine.errors import UserError, positive, run_main
+from engine.files import hold
 from engine.machine import core_count
 from engine.nearest_folder import nearest_folder
 from language_model import benchmark
@@ -84,17 +85,23 @@ def plan_cifar10(source: Path | None, dest: Path, options: argparse.Namespace) -
             )
 
     def make() -> None:
-        target = dest / copied.name if copied else None
-        if target and not target.exists():
+        if copied and not (dest / copied.name).exists():
             dest.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f"{target.name}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            (shutil.copytree if copied.is_dir() else shutil.copy)(copied, temporary)
-            temporary.rename(target)
+            with hold(dest, "copying", wait=True):
+                copy_once(copied, dest / copied.name)
         read_cifar10(dest)  # downloads, unpacks, compares checksums
 
     found = copied or there or "nothing yet: the published archive, 170 MB, will be downloaded"
     return Plan(str(found), 0.36 * GB, 20, make)
+
+
+def copy_once(source: Path, target: Path) -> None:
+    """Copy a file or folder, unless another process has meanwhile."""
+    if not target.exists():
+        temporary = target.with_name(f"{target.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, temporary)
+        temporary.rename(target)
 
 
 def plan_imagenet(source: Path | None, dest: Path, options: argparse.Namespace) -> Plan:
@@ -128,9 +135,10 @@ def plan_one_billion_words(source: Path | None, dest: Path, options: argparse.Na
         source = dest.with_name(f"{dest.name}_source")
         source.mkdir(parents=True, exist_ok=True)
         try:
-            if options.vocabulary is None:
-                download(benchmark.VOCABULARY_URL, source / benchmark.VOCABULARY)
-            download(benchmark.ARCHIVE_URL, source / benchmark.ARCHIVE, benchmark.ARCHIVE_CHECKSUM)
+            with hold(source, "downloading", wait=True):
+                if options.vocabulary is None:
+                    download(benchmark.VOCABULARY_URL, source / benchmark.VOCABULARY)
+                download(benchmark.ARCHIVE_URL, source / benchmark.ARCHIVE, benchmark.ARCHIVE_CHECKSUM)
         except UserError as error:
             raise UserError(
                 f"{error}: get it on a machine with network, put it into {source}, and run the same command again"

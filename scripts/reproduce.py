@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
 
         print(estimate(jobs, places_of(jobs, options)))
         return 0
-    status, turns = carry_out(jobs, path.stem, options, Display())
+    status, turns = carry_out(jobs, path, options, Display())
     if status > 1:
         return status
     print_tables(jobs)

@@ -3,6 +3,7 @@
 A job that is preempted, or whose time is up, gets a signal: its training saves and ends, and it is queued again.
 """
 
+import hashlib
 import os
 import shutil
 import signal
@@ -125,6 +126,11 @@ def submit(jobs: Sequence[Job], name: str, folder: Path, request: Request, clust
             return [executor.submit(Training(job, request.gpus, request.nodes)) for job in unfinished]
     except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
         raise UserError(f"SLURM did not take the jobs: {error}") from None
+
+
+def queue_name(path: Path) -> str:
+    """The jobs' name for the list at `path`. A list of the same name in another checkout has another one."""
+    return f"{path.stem}-{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]}"
 
 
 def in_queue(name: str) -> int:

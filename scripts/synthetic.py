@@ -71,7 +71,7 @@ def _text(root: Path) -> None:
 
 
 def _pairs(root: Path) -> None:
-    """20,000 pairs of 2 to 100 pieces, 28 on average, from a joint vocabulary of 40,000."""
+    """20,000 pairs, from a joint vocabulary of 40,000. A side has 2 to 101 pieces with its </s>, 28 on average."""
     folder, languages = root / "data", ("en", "de")
     folder.mkdir(exist_ok=True)
     pieces = [*SPECIALS, *(f"{WORD_START}w{number}" for number in range(40_000 - len(SPECIALS)))]
@@ -81,7 +81,7 @@ def _pairs(root: Path) -> None:
     for split in SPLITS:
         pairs = 200 if split in EVALUATED else 20_000
         lengths = random.gamma(2.5, 11, pairs).clip(2, 99).astype(int)
-        entry: dict = {"pairs": pairs}
+        entry: dict = {"pairs": pairs, "sha256": {}}
         for language in languages:
             of_side = (lengths + random.integers(-1, 2, pairs)).clip(1) + 1  # with </s>
             ends = np.cumsum(of_side)

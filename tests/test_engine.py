@@ -17,10 +17,9 @@ from engine.clipping import ClippingWatch
 from engine.config import Named, OptimizerConfig, RunConfig
 from engine.distributed import World, setup
 from engine.errors import UserError
-from engine.manifest import read_manifest
 from engine.metrics import Sums, require_finite, require_finite_weights
 from engine.precision import Precision
-from engine.run import create_precision, read_arguments
+from engine.run import read_arguments
 from engine.seed import derive, generator, seed_step
 from optim import create_optimizer
 
@@ -125,58 +124,11 @@ def test_tf32_needs_cuda():
         Precision("tf32", CPU)
 
 
-@pytest.mark.parametrize(
-    ("description", "warned"),
-    [
-        ("flags\t\t: fpu avx2 avx512f avx512_vnni", True),
-        ("flags\t\t: fpu avx2 avx512f avx512_bf16", False),
-        ("flags\t\t: fpu amx_bf16 amx_tile", False),
-        ("Features\t: fp asimd asimdhp", True),
-        ("Features\t: fp asimd bf16 i8mm", False),
-        ("Processor\t: one that does not say what it can do", False),
-    ],
-)
-def test_bf16_on_a_cpu_without_it_brings_one_warning(tmp_path, monkeypatch, description, warned):
-    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{description}\n\nprocessor\t: 1\n{description}\n")
-    monkeypatch.setattr("engine.machine.CPU_INFO", tmp_path / "cpuinfo")
-    said = []
-    for name in ("fp32", "bf16"):
-        create_precision(name, CPU, said.append)
-    assert len(said) == warned and all("precision=fp32" in line for line in said)
-    create_precision("bf16", torch.device("cuda"), pytest.fail)
-
-
-def test_cores_are_those_that_the_process_may_use():
-    program = """if True:
-        import os
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        from engine.machine import core_count
-        print(core_count())
-    """
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "1\n"
-
-
 def test_without_a_config_the_usage_is_printed(capsys):
     for arguments, status in (([], 2), (["--help"], 0)):
         with pytest.raises(SystemExit) as exit:
             read_arguments(RunConfig, arguments, "usage: this way")
         assert exit.value.code == status and capsys.readouterr().out == "usage: this way\n"
-
-
-def test_a_manifest_is_whole_or_refused(tmp_path):
-    assert read_manifest(tmp_path, ("words",), 3) is None
-    for content, message in (
-        ("{", "is damaged"),
-        ("[]", "is damaged"),
-        ('{"format": 3}', "lacks words"),
-        ('{"words": 1}', "lacks format"),
-        ('{"format": 2, "words": 1}', "format 2 .* reads format 3"),
-    ):
-        (tmp_path / "manifest.json").write_text(content)
-        with pytest.raises(UserError, match=rf"manifest\.json .*{message}"):
-            read_manifest(tmp_path, ("format", "words"), 3)
-    (tmp_path / "manifest.json").write_text('{"format": 3, "words": 1}')
-    assert read_manifest(tmp_path, ("format", "words"), 3) == {"format": 3, "words": 1}
 
 
 def test_the_ranks_must_divide_the_passes():

@@ -18,12 +18,12 @@ from engine.precision import Precision
 RANKS = 2
 
 
-def on_ranks(task: Callable[[World], Any]) -> list[Any]:
+def on_ranks(task: Callable[[World], Any], **environment: str) -> list[Any]:
     """What `task`, a function of a module, returns on each rank."""
     started = []
     for place in places(RANKS):
         ours, theirs = SERVER.Pipe()
-        started.append((SERVER.Process(target=_rank, args=(task, place, theirs)), ours))
+        started.append((SERVER.Process(target=_rank, args=(task, place | environment, theirs)), ours))
         started[-1][0].start()
         theirs.close()
     try:
@@ -40,6 +40,15 @@ def _rank(task: Callable[[World], Any], place: dict[str, str], results: Any) -> 
     results.send(task(world))
     world.barrier()
     world.close()
+
+
+def _highest(world: World) -> int:
+    return world.max(world.rank)
+
+
+def test_ranks_that_another_program_than_torchrun_has_started_meet():
+    """One that names the machines, as torchrun does, and does not count attempts."""
+    assert on_ranks(_highest, GROUP_WORLD_SIZE="1") == [RANKS - 1] * RANKS
 
 
 def _wait_for_rank_0(world: World) -> list[str]:

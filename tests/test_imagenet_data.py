@@ -287,6 +287,12 @@ def test_test_images_come_once_each_over_all_ranks(root, ranks):
     assert len(whole) == data.test_size == 15
 
 
+def test_a_number_of_ranks_that_is_none_is_named(root, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="LOCAL_WORLD_SIZE='two', where a whole number of 1 or more belongs: unset it"):
+        load(root, workers=None)
+
+
 def test_an_iteration_that_another_took_over_says_so(root):
     data = load(root, workers=1)
     first = data.train_batches(0, 6)

@@ -17,10 +17,9 @@ import pytest
 from imagenet_images import CLASSES, make_tree
 from imagenet_layouts import build_until
 
-from classification.imagenet.lmdb import FORMAT, MANIFEST_KEYS, LmdbSplit, Record, SplitWriter, open_splits
+from classification.imagenet.lmdb import LmdbSplit, Record, SplitWriter, finished, open_splits
 from classification.imagenet.prepare import build, verify
 from engine.errors import UserError
-from engine.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def test_holds_the_untouched_files_and_their_labels(tree, built):
     train, val = open_splits(built)
     assert records(train) == expected(tree, "train")
     assert records(val) == expected(tree, "val")
-    manifest = read_manifest(built, MANIFEST_KEYS, FORMAT)
+    manifest = finished(built)
     assert manifest["classes"] == list(CLASSES)
     assert {name: split["images"] for name, split in manifest["splits"].items()} == {"train": 24, "val": 12}
     assert verify(built, decode=True) == []
@@ -268,12 +267,23 @@ def test_damaged_manifest_is_refused(copy, content):
         open_splits(copy)
 
 
+def test_a_manifest_that_lacks_a_field_says_how_to_build_again(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["splits"]["val"]["images"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    for read in (open_splits, verify):
+        with pytest.raises(
+            UserError, match=rf"{copy}/manifest\.json .* field splits\.val\.images .*imagenet SOURCE {copy}$"
+        ):
+            read(copy)
+
+
 def test_manifest_that_is_missing_or_of_another_build_is_refused(copy):
     path = copy / "manifest.json"
     manifest = json.loads(path.read_text())
     for changed, message in (
         ({"format": 2}, "is of format 2"),
-        ({"splits": manifest["splits"] | {"val": {"images": 11}}}, "belong to different builds"),
+        ({"splits": manifest["splits"] | {"val": {"images": 11, "digest": ""}}}, "belong to different builds"),
     ):
         path.write_text(json.dumps(manifest | changed))
         with pytest.raises(UserError, match=message):

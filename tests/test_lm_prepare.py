@@ -374,7 +374,7 @@ def test_a_manifest_without_a_field_is_called_damaged(corpus, prepared, tmp_path
     del manifest["shards"][0]["tokens"]
     (out / "manifest.json").write_text(json.dumps(manifest))
     for read in (open_corpus, partial(build, corpus)):
-        with pytest.raises(UserError, match="manifest.json is damaged .*: delete it, then prepare"):
+        with pytest.raises(UserError, match=f"field shards.0.tokens is .*: delete it, .*: python -m .* {out}$"):
             read(out)
 
 

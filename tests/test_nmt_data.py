@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine.errors import UserError
 from nmt.codec import BOS, EOS, PAD
 from nmt.data import Batch, _cuts, eval_batches, load_data, train_batches, updates_per_epoch
-from nmt.prepare.command import prepare
+from nmt.prepare.command import prepare, verify
 from nmt.prepare.recipes import Recipe
 from nmt.prepare.toy_text import generate
 
@@ -243,11 +243,28 @@ def test_missing_data(tmp_path):
         load_data("own", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "place", [["splits", "test"], ["splits", "train", "sha256"], ["splits", "valid", "de", "tokens"]]
+)
+def test_a_manifest_that_lacks_a_field_says_how_to_prepare_again(copy, place):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    values = manifest
+    for name in place[:-1]:
+        values = values[name]
+    del values[place[-1]]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    for recipe, command in (("wmt14_en_de", f"wmt14 SOURCE {copy}"), ("grammar", f"grammar {copy}"), ("own", "--help")):
+        with pytest.raises(UserError, match=rf"^{copy}/manifest\.json .* field {'.'.join(place)} .* {command}$"):
+            load_data(recipe, copy)
+    with pytest.raises(UserError, match=rf"field {'.'.join(place)} "):
+        verify(copy)
+
+
 @pytest.mark.parametrize("name", ["train.de.bin", "valid.en.offsets"])
 def test_a_short_or_missing_file_is_named(copy, name):
     content = (copy / name).read_bytes()
     (copy / name).write_bytes(content[:-8])
-    with pytest.raises(UserError, match=rf"{name} has [\d,]+ bytes, not [\d,]+: prepare the data again"):
+    with pytest.raises(UserError, match=rf"{name} has [\d,]+ bytes, not [\d,]+: delete {copy}/manifest.json, "):
         load_data("own", copy)
     (copy / name).unlink()
     with pytest.raises(UserError, match=rf"{name} has 0 bytes"):

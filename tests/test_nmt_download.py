@@ -15,25 +15,34 @@ from nmt.prepare.recipes import WMT14
 CONTENT = bytes(range(256)) * 40
 CHECKSUM = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
 NOWHERE = "http://127.0.0.1:1"
+VERSIONS = {"ETag": '"{}"', "Last-Modified": "Sat, 26 Sep 2020 1{}:00:00 GMT"}
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Of a path with "broken", the first answer ends early. The last folder names a header with the file's version."""
+
     def __init__(self, files, requests, *arguments):
         self.files, self.requests = files, requests
         super().__init__(*arguments)
 
     def do_GET(self):
-        content = self.files.get(self.path)
+        content, header = self.files.get(self.path), self.path.split("/")[-2]
         begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        is_broken = "broken" in self.path and self.path not in dict(self.requests)
         self.requests.append((self.path, begin))
         if content is None or (begin and begin >= len(content)):
             self.send_error(404 if content is None else 416)
             return
+        version = VERSIONS.get(header, "{}").format(hashlib.md5(content).hexdigest()[0])
+        if self.headers.get("If-Range", version) != version:
+            begin = 0
         cut = content[begin:]
         self.send_response(206 if begin else 200)
         self.send_header("Content-Length", str(len(cut)))
+        if header in VERSIONS:
+            self.send_header(header, version)
         self.end_headers()
-        self.wfile.write(cut[: len(cut) // 2] if "broken" in self.path and not begin else cut)
+        self.wfile.write(cut[: len(cut) // 2] if is_broken else cut)
 
     def log_message(self, *_):
         pass
@@ -75,6 +84,22 @@ def test_a_download_goes_on_where_it_was(server, tmp_path):
     download(f"{url}/broken/a", tmp_path / "a", CHECKSUM)
     assert requests == [("/broken/a", 0), ("/broken/a", len(CONTENT) // 2)]
     assert (tmp_path / "a").read_bytes() == CONTENT and not (tmp_path / "a.part").exists()
+
+
+@pytest.mark.parametrize("header", [*VERSIONS, "none"])
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_both_halves_of_a_file_without_a_checksum_are_of_one_version(server, tmp_path, header, is_changed):
+    url, files, requests = server
+    name = f"/broken/{header}/a"
+    files[name] = CONTENT
+    with pytest.raises(UserError, match="the connection ended"):
+        download(url + name, tmp_path / "a")
+    if is_changed:
+        files[name] = CONTENT[::-1]
+    download(url + name, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == files[name]
+    assert requests[1:] == [(name, 0 if header == "none" else len(CONTENT) // 2)]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_interrupted_after_the_last_byte(server, tmp_path):

@@ -14,13 +14,13 @@ import pytest
 
 from engine.errors import UserError
 from engine.files import hold
-from engine.manifest import read_manifest
 from nmt.codec import Codec
 from nmt.prepare import raw_text, stages
 from nmt.prepare.command import main, prepare, prepare_grammar, verify
 from nmt.prepare.raw_text import scan, scan_pair
 from nmt.prepare.recipes import GRAMMAR, WMT14, Recipe
 from nmt.prepare.toy_text import generate
+from nmt.prepared import finished
 from nmt.text import moses
 
 SIZES = {"train": 400, "valid": 30, "test": 30}
@@ -68,7 +68,7 @@ def command(text, out, *more):
 def test_what_comes_out_is_what_went_in(text, small_chunks):
     prepare(RECIPE, text, text / "out")
     codec = Codec.load(text / "out")
-    manifest = read_manifest(text / "out")
+    manifest = finished(text / "out")
     for split, size in SIZES.items():
         for language in ("en", "de"):
             raw = (text / f"{split}.{language}").read_text(encoding="utf-8").splitlines()
@@ -106,7 +106,7 @@ def test_filters(text):
     for language, lines in zip(("en", "de"), zip(*pairs, strict=True), strict=True):
         write(text / f"train.{language}", lines)
     prepare(ratio, text, text / "out")
-    entry = read_manifest(text / "out")["splits"]["train"]
+    entry = finished(text / "out")["splits"]["train"]
     assert entry["lines"] == {"read": 70, "not_empty": 57, "within_length": 55, "within_ratio": 52}
     assert entry["pairs"] == 52
     codec = Codec.load(text / "out")
@@ -120,7 +120,7 @@ def test_lines_end_with_a_newline_and_nothing_else(text):
     write(text / "test.en", [inside, "Windows.\r"])
     (text / "test.de").write_bytes(b"eins zwei drei vier f\xc3\xbcnf sechs\nOhne Ende.")
     prepare(RECIPE, text, text / "out")
-    assert read_manifest(text / "out")["splits"]["test"]["pairs"] == 2
+    assert finished(text / "out")["splits"]["test"]["pairs"] == 2
     assert (text / "out" / "test.en.txt").read_bytes().decode() == f"{inside}\nWindows.\n"
     assert (text / "out" / "test.de.txt").read_bytes().decode().endswith("\nOhne Ende.\n")
 
@@ -240,6 +240,29 @@ def test_an_edit_of_equal_length_is_noticed(text):
     fails(RECIPE, text, "already holds other data")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the files' names in /proc")
+def test_a_file_is_on_the_disk_before_another_says_that_it_is_whole(text, monkeypatch):
+    events, sync, replace = [], os.fsync, os.replace
+
+    def noted_sync(file):
+        events.append(f"on disk: {os.path.basename(os.readlink(f'/proc/self/fd/{file}'))}")
+        sync(file)
+
+    def noted_replace(temporary, path):
+        events.append(f"named: {os.path.basename(path)}")
+        replace(temporary, path)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    prepare(RECIPE, text, text / "out")
+    for split, entry in finished(text / "out")["splits"].items():
+        for name in entry["sha256"]:
+            assert events.index(f"on disk: {name}") < events.index("named: manifest.json")
+        for language in ("en", "de"):
+            tokens = f"on disk: {split}.00000.{language}"
+            assert events.index(tokens) < events.index(f"named: {split}.00000.json")
+
+
 def test_verify_names_what_is_damaged(text):
     out = text / "out"
     prepare(RECIPE, text, out)
@@ -289,7 +312,7 @@ def test_killed_again_and_again_it_ends_with_the_same(text, small_chunks):
     prepare(RECIPE, text, text / "whole")
     statuses, chunks = [], []
     while not statuses or statuses[-1]:
-        assert read_manifest(text / "out") is None if statuses else True
+        assert finished(text / "out") is None if statuses else True
         statuses.append(prepare_until(8 + len(statuses), text))
         chunks.append(len(list((text / "out" / "work").glob("*.json"))))
     assert statuses[:-1] == [-signal.SIGKILL] * (len(statuses) - 1) and len(statuses) > 6
@@ -311,7 +334,7 @@ def test_killed_at_any_time_it_continues_and_leaves_nobody_behind(text):
         prepare(RECIPE, text, out)
     process.kill()
     process.wait()
-    assert read_manifest(out) is None
+    assert finished(out) is None
     prepare(RECIPE, text, out)
     assert verify(out) == []
     prepare(RECIPE, text, text / "whole")
@@ -346,7 +369,7 @@ def test_two_at_once(text):
 
 def test_the_default_data_is_the_same_everywhere(tmp_path):
     prepare_grammar(tmp_path / "grammar")
-    manifest = read_manifest(tmp_path / "grammar")
+    manifest = finished(tmp_path / "grammar")
     assert manifest["recipe"] == GRAMMAR.name
     assert [manifest["splits"][name]["pairs"] for name in ("train", "valid", "test")] == [8000, 500, 500]
     digests = {name: entry["sha256"] for pair in manifest["inputs"]["train"] for name, entry in pair.items()}

@@ -1,11 +1,15 @@
 """scripts/prepare.sh on toy data: one command a table, from what people have to the line that starts a row."""
 
 import hashlib
+import multiprocessing
 import pickle
 import shutil
 import subprocess
 import tarfile
+import threading
+import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +24,10 @@ from classification.cifar import ARCHIVES
 from classification.data import read_cifar10
 from classification.imagenet.lmdb import open_splits
 from engine.errors import UserError
-from engine.manifest import read_manifest
 from language_model import benchmark
 from language_model.prepared import open_corpus
 from nmt.prepare import recipes, sources
+from nmt.prepared import finished
 from scripts import prepare
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +83,53 @@ def test_cifar10(said, tmp_path, monkeypatch, form):
     batch.write_bytes(batch.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="cifar10 is not complete in .*out and cannot be downloaded"):
         said("cifar10", tmp_path / "source", tmp_path / "out")
+
+
+def at_once(arguments, count=2):
+    """Exit statuses of `count` processes that prepare the same."""
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=prepare.main, args=(arguments,)) for _ in range(count)]
+    for each in started:
+        each.start()
+    for each in started:
+        each.join()
+    return [each.exitcode for each in started]
+
+
+def test_cifar10_twice_at_once(tmp_path, monkeypatch):
+    make_cifar(tmp_path / "source", monkeypatch)
+    copy = shutil.copy
+    monkeypatch.setattr(shutil, "copy", lambda *places: (copy(*places), time.sleep(1)))
+    assert at_once(["cifar10", str(tmp_path / "source"), str(tmp_path / "out")]) == [0, 0]
+    assert len(read_cifar10(tmp_path / "out").train.labels) == 15
+
+
+def test_one_billion_words_is_downloaded_once(tmp_path, monkeypatch):
+    """Two processes that want it at once, and ask a slow server, which counts."""
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open("away.tar.gz", "w:gz") as tar:
+        tar.add(make_corpus(tmp_path / "text"), "benchmark")
+    make_vocabulary(tmp_path / "away.txt", ["the", "of"])
+    files = {"/words": Path("away.txt").read_bytes(), "/text": Path("away.tar.gz").read_bytes()}
+    asked = []
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            time.sleep(0.5)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(files[self.path])
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(benchmark, "VOCABULARY_URL", f"http://127.0.0.1:{server.server_port}/words")
+        monkeypatch.setattr(benchmark, "ARCHIVE_URL", f"http://127.0.0.1:{server.server_port}/text")
+        digest = hashlib.sha256(files["/text"]).hexdigest()
+        monkeypatch.setattr(benchmark, "ARCHIVE_CHECKSUM", f"sha256:{digest}")
+        assert 0 in at_once(["one_billion_words", "--workers", "1"])  # the other one may be refused while it encodes
+        server.shutdown()
+    assert sorted(asked) == ["/text", "/words"]
 
 
 def test_one_billion_words(said, tmp_path):
@@ -138,7 +189,7 @@ def test_wmt14(said, tmp_path, monkeypatch, layout, first, size):
     assert found.startswith(f"found: {tmp_path}/{first}, ")
     assert will.startswith(f"will write: {size} to {tmp_path}/out, in about 2 minutes")
     assert row == f"to train a row: bash scripts/nmt_apollo.sh data.root={tmp_path}/out"
-    assert read_manifest(tmp_path / "out")["splits"]["train"]["lines"]["read"] == 60
+    assert finished(tmp_path / "out")["splits"]["train"]["lines"]["read"] == 60
 
 
 def test_imagenet(said, tmp_path):

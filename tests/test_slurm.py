@@ -7,14 +7,16 @@ import stat
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_scripts import ROOT
 
 from engine.errors import UserError
+from scripts.execution import carry_out
 from scripts.jobs import plan
 from scripts.pool import State
-from scripts.slurm import Request, Training, in_queue, run_in_queue, submit
+from scripts.slurm import Request, Training, in_queue, queue_name, run_in_queue, submit
 
 pytest.importorskip("submitit")
 SMALL = ["device=cpu", "epochs=3", "log_every=1"]
@@ -86,6 +88,24 @@ def test_what_is_asked_of_slurm(in_root, tmp_path, monkeypatch):
     ):  # fmt: skip
         assert f"#SBATCH --{option}\n" in asked
     assert in_queue("mine-1") == 2
+
+
+def test_lists_of_the_same_name_in_two_checkouts_do_not_share_jobs(tmp_path, monkeypatch):
+    names = []
+    for checkout in ("one", "two"):
+        (tmp_path / checkout).mkdir()
+        monkeypatch.chdir(tmp_path / checkout)
+        put_slurm(tmp_path, monkeypatch, squeue=f'echo "$@" > {tmp_path}/asked; echo 77')
+        options = SimpleNamespace(executor="slurm", jobs=1, gpus=1, nodes=1, slurm=(), runs=Path("runs"))
+        with pytest.raises(InterruptedError):
+            carry_out([], Path("runs/lists/mine.jsonl"), options, stop_watching)
+        names.append((tmp_path / "asked").read_text().split()[4])
+        assert names[-1] == queue_name(tmp_path / checkout / "runs/lists/mine.jsonl")
+    assert names[0] != names[1] and all(name.startswith("mine-") for name in names)
+
+
+def stop_watching(turns):
+    raise InterruptedError
 
 
 def test_the_error_of_an_earlier_attempt_is_not_that_of_a_job_that_left_the_queue(in_root, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """ImageNet in training: worker processes read and decode, the device mirrors and normalises.
 
-Reads the LMDB that `prepare.py` makes, or a folder tree. How image k of epoch e looks is a function of (seed, e, k),
-whatever the workers, ranks, passes and interruptions. Workers hand over uint8, a quarter of the bytes of float32.
+Reads the LMDB that `prepare.py` makes, or a folder tree. How image k looks in epoch e depends on (seed, e, k) alone.
+Workers hand over uint8, a quarter of the bytes of float32.
 """
 
 import logging
@@ -25,6 +25,7 @@ from classification.imagenet.lmdb import SPLITS, LmdbSplit, open_splits
 from classification.imagenet.raw import FolderSplit, list_folder
 from classification.native.resize import native_resize
 from engine.allocator import keep_freed_memory, populate
+from engine.distributed import ranks_on_this_machine
 from engine.errors import UserError
 from engine.machine import core_count
 from engine.manifest import MANIFEST
@@ -39,7 +40,7 @@ Split = LmdbSplit | FolderSplit
 
 
 class Request(NamedTuple):
-    """A batch for a worker to make: images of a split, as they look in `epoch`."""
+    """A batch for a worker to make."""
 
     split: int  # TRAIN, VAL or HELD_OUT
     epoch: int
@@ -60,10 +61,10 @@ class ImageNetData:
     """ImageNet with the interface of `augment.ImageData`.
 
     `size`: side of the square that the network sees. `resize`: shorter side of validation images before they are cut
-    (default: 256 / 224 of `size`). `decoder`: exact or fast (decode.py). A damaged training image is an error, or with
-    `on_damaged="skip"` the next image takes its place; a damaged validation image is always an error. `workers`:
-    processes (default: this rank's share of the cores). `validation`: the share of training images held out, not by
-    class, as nothing lists their labels.
+    (default: 256 / 224 of `size`). `decoder`: exact or fast (decode.py). `on_damaged`: with "skip" the next image takes
+    the place of a damaged training image; a damaged validation image is always an error. `workers`: processes (default:
+    this rank's share of the cores, up to 16). `validation`: the share of training images held out, not by class, as
+    nothing lists their labels.
     """
 
     def __init__(
@@ -94,8 +95,8 @@ class ImageNetData:
         self.seed, self.device, self.on_damaged = seed, torch.device(device), on_damaged
 
         native_resize()  # compiled once, before the workers start
-        if workers is None:  # one for each core of this rank, up to 16
-            workers = max(1, min(16, core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        if workers is None:
+            workers = max(1, min(16, core_count() // ranks_on_this_machine()))
         self._requests = _Requests()
         self._loader = DataLoader(
             _Batches((*splits, splits[TRAIN]), seed, size, resize, decoder),
@@ -105,7 +106,7 @@ class ImageNetData:
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # DataLoader draws a number an epoch, not from training's generator
+            generator=torch.Generator(),  # DataLoader draws a number an epoch
         )
         self._damaged: set[str] = set()
         self._untaken = 0
@@ -137,7 +138,7 @@ class ImageNetData:
     def test_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, channels_last: bool = True
     ) -> Iterator[Batch]:
-        """ImageNet's validation images, as `ImageData.test_batches`."""
+        """As `ImageData.test_batches`: ImageNet's validation images."""
         return self._in_order(VAL, range(self.test_size), batch_size, rank, world_size, channels_last)
 
     def valid_batches(
@@ -183,7 +184,7 @@ class ImageNetData:
 
 
 class _Requests(Sampler[Request]):
-    """The requests of the present iteration, for the DataLoader that serves all."""
+    """The present iteration's requests, for the DataLoader that serves all."""
 
     def __init__(self) -> None:
         self.pending: Iterator[Request] = iter(())
@@ -194,8 +195,6 @@ class _Requests(Sampler[Request]):
 
 
 class _Batches(Dataset[RawBatch]):
-    """From a request to its batch, in a worker."""
-
     def __init__(self, splits: Sequence[Split], seed: int, size: int, resize: int, decoder: str) -> None:
         self.splits, self.seed, self.size, self.resize, self.decoder = splits, seed, size, resize, decoder
 
@@ -206,7 +205,7 @@ class _Batches(Dataset[RawBatch]):
         labels, mirror = torch.full((count,), -1), torch.zeros(count, dtype=torch.bool)
         split, damaged = self.splits[request.split], []
         for place, index in enumerate(request.indices):
-            # The next image replaces a damaged training image, as all batches must have one size.
+            # All batches must have one size, so the next image replaces a damaged one.
             candidates = range(index, index + (len(split) if request.split == TRAIN else 1))
             for candidate in candidates:
                 try:
@@ -217,7 +216,7 @@ class _Batches(Dataset[RawBatch]):
         return RawBatch(pixels, labels, mirror, request.split, damaged)
 
     def _view(self, request: Request, index: int, out: Tensor) -> tuple[int, bool]:
-        """Write one image to `out`; return its label and whether to mirror it."""
+        """Write an image to `out`; returns its label and whether to mirror it."""
         record = self.splits[request.split][index]
         mirror = False
         if request.split == TRAIN:
@@ -246,6 +245,6 @@ def _open(root: Path) -> tuple[Split, Split]:
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C and signals to the whole job are for the training process: it saves, then ends its workers.
+    # Signals to the whole job are for the training process: it saves, then ends its workers.
     os.setpgrp()
-    keep_freed_memory()  # glibc would give back a decoded image's memory each time
+    keep_freed_memory()  # of decoded images

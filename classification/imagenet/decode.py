@@ -1,12 +1,11 @@
 """From a JPEG's bytes to the square of pixels that a network sees. There are two decoders.
 
     exact    the pixels of torchvision's transforms on PIL images, bit for bit
-    fast     decodes a large image at a fraction of its size, which keeps at least twice the pixels that are shown;
-             accepts every file that libjpeg-turbo decodes without an error
+    fast     decodes a large image at a fraction of its size, with at least twice the pixels that are shown; accepts
+             every file that libjpeg-turbo decodes without an error
 
-Both decode with libjpeg-turbo through simplejpeg, which gives Pillow's pixels, and resize with native/resize.py.
-Entropy decoding takes most of the time and must start at the top, so both stop below the view. Pillow reads other
-files, such as ImageNet's CMYK files and PNG.
+Both decode by libjpeg-turbo (simplejpeg), with Pillow's pixels, and resize by native/resize.py. Entropy decoding takes
+most of the time, so both stop below the view. Pillow reads other files, such as ImageNet's CMYK files and PNG.
 """
 
 import io
@@ -36,7 +35,7 @@ SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of the random crop: share of the i
 
 
 class View(NamedTuple):
-    """The part `box` of an image is resized to `resized`, and the square starts at `corner` there."""
+    """`box` of an image is resized to `resized`. There the square starts at `corner`."""
 
     box: tuple[int, int, int, int]  # left, top, right, bottom in the original
     resized: tuple[int, int]  # width, height
@@ -55,7 +54,7 @@ def random_view(width: int, height: int, size: int, random: Random) -> View:
         if 0 < w <= width and 0 < h <= height:
             left, top = int(random.random() * (width - w + 1)), int(random.random() * (height - h + 1))
             break
-    else:  # no crop fits so long an image: take its middle, as wide or high as allowed
+    else:  # no crop fits so long an image: take its middle
         w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
         left, top = (width - w) // 2, (height - h) // 2
     return View((left, top, left + w, top + h), (size, size))
@@ -72,7 +71,7 @@ def central_view(width: int, height: int, resize: int, size: int) -> View:
 def exact(image: bytes | memoryview, choose: Choose, size: int, out: Tensor | None = None) -> Tensor:
     """uint8 [size, size, 3]. Raises DamagedImage for data that are no image.
 
-    In a file with its end mark, damage below the view is not noticed. Pillow might notice it.
+    Damage below the view is not noticed in a file with its end mark.
     """
     frame = _frame(image)
     if frame and _sampling(image, frame) in SAMPLINGS and _is_pillows_decoder():
@@ -110,7 +109,7 @@ def fast(image: bytes | memoryview, choose: Choose, size: int, out: Tensor | Non
 
 
 def _frame(image: bytes | memoryview) -> int:
-    """The byte where a JPEG's baseline or progressive frame begins; 0 if it or the end is missing."""
+    """Where a JPEG's baseline or progressive frame begins; 0 if it or the end mark is missing."""
     position = 2
     if bytes(image[-2:]) != END_OF_IMAGE:
         return 0
@@ -128,9 +127,9 @@ def _sampling(image: bytes | memoryview, frame: int) -> bytes:
 
 
 def _cut(image: bytes | memoryview, frame: int, height: int, bottom: int) -> tuple[bytes | memoryview | bytearray, int]:
-    """The JPEG with a header that ends it just below `bottom`, where decoding stops, and its number of rows then.
+    """The JPEG with a header that ends it just below `bottom`, and its number of rows then.
 
-    Only baseline files, with rows from top to bottom, are cut. To the decoder the data left are a recoverable error.
+    Only baseline files are cut, whose rows come from top to bottom. The data left are a recoverable error.
     """
     rows = min(bottom + ROWS_BELOW, height)
     if rows == height or not frame or image[frame + 1] not in BASELINE:
@@ -142,7 +141,7 @@ def _cut(image: bytes | memoryview, frame: int, height: int, bottom: int) -> tup
 
 @cache
 def _is_pillows_decoder() -> bool:
-    """Whether simplejpeg gives Pillow's pixels. Some builds of Pillow do not use libjpeg-turbo."""
+    """Some builds of Pillow do not use libjpeg-turbo."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (35, 51, 3), dtype=np.uint8))
     for settings in ({"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}):
         file = io.BytesIO()

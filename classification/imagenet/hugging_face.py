@@ -4,8 +4,7 @@
     parquet    train-00000-of-00294.parquet ... and validation-00000-of-00014.parquet; columns `image` (bytes, path) and
                `label`, the class's place among the sorted wnids; `path` is the name in the tar.gz
 
-The names are those of its loading script, imagenet-1k.py. It takes the class from the end of the name, and its
-classes.py lists the wnids in sorted order. Both forms are read from front to back.
+Names and classes are as in its loading script, imagenet-1k.py, and classes.py. Both forms are read from front to back.
 """
 
 import gzip
@@ -41,7 +40,7 @@ NAMES = {"parquet": SHARD, "tar.gz": ARCHIVE}
 
 
 def locate_hugging_face(root: Path) -> tuple[str, Path] | None:
-    """The form and folder of imagenet-1k's files in `root`, or None."""
+    """The form and folder of its files in `root`, or None."""
     for folder in (root, root / "data"):
         names = [entry.name for entry in scan(folder)] if folder.is_dir() else []
         for kind, name in NAMES.items():
@@ -51,12 +50,12 @@ def locate_hugging_face(root: Path) -> tuple[str, Path] | None:
 
 
 def hugging_face_files(folder: Path, kind: str) -> list[str]:
-    """imagenet-1k's files of the form `kind` in `folder`, without the test set's."""
+    """The files of the form `kind`, without the test set's."""
     return sorted(entry.path for entry in scan(folder) if NAMES[kind].fullmatch(entry.name))
 
 
 def list_hugging_face(folder: Path, kind: str) -> Source:
-    """imagenet-1k's images in `folder`. Raises UserError if a file is missing or damaged."""
+    """Raises UserError if a file is missing or damaged."""
     return _list_parquet(folder) if kind == "parquet" else _list_archives(folder)
 
 
@@ -91,7 +90,7 @@ def read_archives(items: Sequence[Item]) -> Iterator[Record]:
 
 
 def _stream(path: str) -> Iterator[tuple[str, IO[bytes]]]:
-    """Name and content of each image of a tar.gz, read to its end, where gzip compares its checksum."""
+    """Each image's name and content, to the file's end, where gzip compares the checksum."""
     try:
         with gzip.open(path) as file, tarfile.open(fileobj=file, mode="r|") as archive:
             while member := archive.next():
@@ -119,13 +118,12 @@ def _list_parquet(folder: Path) -> Source:
 
 
 def _wnid_at_start(name: str) -> str | None:
-    """The class in a name like image-net.org's n01440764_10026.JPEG, or None."""
+    """The class in a name like n01440764_10026.JPEG, or None."""
     found = re.match(r"(n\d{8})_", name)
     return found and found[1]
 
 
 def _list_shards(folder: Path, split: str) -> list[Item]:
-    """Names and labels of a split's images."""
     shards = [SHARD.fullmatch(entry.name) for entry in scan(folder)]
     counts = sorted({shard[3] for shard in shards if shard and shard[1] == split})
     if not counts:
@@ -192,7 +190,7 @@ def _require(paths: Sequence[Path]) -> None:
 
 
 def _labelled(kind: str, train: list[Item], val: list[Item], wnids: list[str], read: Read) -> Source:
-    """The source whose training images have the classes `wnids`. Labels and names must agree."""
+    """`wnids` are the training images' classes. Labels and names must agree."""
     classes = sorted(set(wnids))
     label_of = {wnid: label for label, wnid in enumerate(classes)}
     labelled = []

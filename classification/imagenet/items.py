@@ -1,4 +1,4 @@
-"""The list of a download's images, which `raw` and `hugging_face` make for the build."""
+"""The list of a download's images, by `raw` or `hugging_face`."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from engine.errors import UserError
 
 
 class Item(NamedTuple):
-    """The place of one image: `size` bytes at `offset` of `path`, or the whole file if `size` is -1.
+    """The place of one image: `size` bytes at `offset` of `path`; the whole file if `size` is -1.
 
     In a .tar.gz or parquet file, `offset` is the image's number.
     """
@@ -22,7 +22,7 @@ class Item(NamedTuple):
     name: str = ""  # the image's name in an archive
 
     def read(self) -> bytes:
-        """The image's unchanged bytes. Raises UserError if they cannot be read."""
+        """Raises UserError if the file cannot be read."""
         try:
             with open(self.path, "rb", buffering=0) as file:
                 if self.size < 0:
@@ -40,7 +40,7 @@ Read = Callable[[Sequence[Item]], Iterator[Record]]  # from a split's images, or
 
 
 class Source(NamedTuple):
-    """A download: the class names in label order, and the images of both splits in build order."""
+    """A download: class names in label order, images in build order."""
 
     kind: str  # folder, tar, tar.gz or parquet
     classes: list[str]

@@ -11,11 +11,11 @@
     none: the images are named NAME_wnid.JPEG                                  Hugging Face's imagenet-1k
 
 A *wnid* (n01440764) is a class's name. An *index* is its place among the sorted wnids, from 0. An *id* is its place in
-the development kit, from 1: meta.mat (2012) or map_clsloc.txt (2014 to 2017; lines of wnid, id, name) gives this order.
-All kits have the same ids: 2015's readme says that its synsets are those of 2012 and 2013, and in both files id 1 is
-n02119789. A file of wnids or ids alone follows the order of the images' names.
+the development kit, from 1, by meta.mat (2012) or map_clsloc.txt (2014 to 2017; lines of wnid, id, name). All kits have
+the same ids: 2015's readme says that its synsets are those of 2012 and 2013. A file of wnids or ids alone follows the
+order of the images' names.
 
-A file's content decides how it is read, not its name. Nobody would notice a wrong label, so every file must cover
+A file's content, not its name, decides how it is read. Nobody would notice a wrong label, so every file must cover
 exactly these images, and all must agree.
 """
 
@@ -42,7 +42,7 @@ GROUND_TRUTH = re.compile(r"ILSVRC201\d_(clsloc_)?validation_ground_truth\.txt")
 KIT_FOLDERS = ("data", "devkit/data", "ILSVRC*/data", "ILSVRC*/devkit/data", "ILSVRC*_devkit*/ILSVRC*/devkit/data")
 KIT_ARCHIVES = ("ILSVRC201*_devkit*.tar.gz", "ILSVRC201*_devkit*.tgz")
 FIRST_ID = "n02119789"  # has id 1 in every kit
-# Prints the leaves of meta.mat. It runs in its own process, as scipy crashes on damaged files.
+# Prints the leaves of meta.mat, in a process of its own: scipy crashes on damaged files.
 SHOW_META = """
 import io, sys
 from scipy.io import loadmat
@@ -55,7 +55,7 @@ OFFICIAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
 class LabelFiles(NamedTuple):
-    """The label files that a user gives, instead of those found."""
+    """Files that the user gives, instead of those found."""
 
     val_labels: Path | None = None  # any of the files above
     ids: Path | None = None  # map_clsloc.txt, or a file with the class of id k in line k
@@ -68,7 +68,7 @@ class _Found(NamedTuple):
 
 
 def stem(name: str) -> str:
-    """An image's name without folder, ending, and the `_wnid` that Hugging Face appends."""
+    """A name without folder, ending, and the `_wnid` that Hugging Face appends."""
     base = name.rpartition("/")[2]
     head, dot, ending = base.rpartition(".")
     return WNID_AT_END.sub("", head if dot + ending.lower() in IMG_EXTENSIONS else base)
@@ -83,9 +83,9 @@ def wnid_at_end(name: str) -> str | None:
 def label_by_name(
     names: Sequence[str], classes: Sequence[str], places: Sequence[Path], given: LabelFiles, what: str
 ) -> list[int]:
-    """The label of each image of `names`, which must be sorted by `stem`. Messages call them `what`.
+    """The label of each image of `names`, which are sorted by `stem`. Messages call them `what`.
 
-    `places`: folders that may hold label files. Raises UserError if no label file is found, or if one does not fit.
+    `places` may hold label files. Raises UserError if none is found, or one does not fit.
     """
     if not names:
         raise UserError(f"{what} holds no image")
@@ -191,7 +191,7 @@ def _by_name(place: str, lines: Sequence[str], names: Sequence[str]) -> list[str
 
 
 def _name_and_label(place: str, number: int, line: str) -> tuple[str, str]:
-    """An image's stem and label. After a comma, Kaggle's lines give a class and four numbers for each object."""
+    """Stem and label. After a comma, Kaggle's lines give a class and four numbers for each object."""
     name, comma, objects = line.partition(",")
     fields = objects.split()
     if not comma:
@@ -204,7 +204,7 @@ def _name_and_label(place: str, number: int, line: str) -> tuple[str, str]:
 
 
 def _indices(place: str, indices: list[int], count: int) -> list[int]:
-    """`indices`, if they cover every class. Raises UserError otherwise."""
+    """`indices`. Raises UserError unless they cover every class."""
     if wrong := sorted(set(indices) ^ set(range(count))):
         how = "is there" if wrong[0] in indices else "is missing"
         raise UserError(
@@ -242,7 +242,7 @@ def _natural(name: str) -> list[str]:
 
 
 def _class_of_id(found: _Found, places: Sequence[Path], given: LabelFiles) -> dict[int, str]:
-    """The class of each id: from --ids, else from the file's kit, else from any kit, as all are equal."""
+    """The class of each id, by --ids, else by the file's kit, else by any kit, as all are equal."""
     if given.ids:
         return _checked(str(given.ids), _read_ids(str(given.ids), _read(given.ids)))
     beside = _kits([given.val_labels.parent]) if given.val_labels else ()
@@ -290,7 +290,7 @@ def _checked(place: str, ids: dict[int, str]) -> dict[int, str]:
 
 
 def _lines(place: str, content: bytes) -> list[str]:
-    """The nonempty lines of a text, without a byte order mark."""
+    """Nonempty lines, without a byte order mark."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -28,7 +28,13 @@ from engine.manifest import MANIFEST, read_manifest
 
 FORMAT = 1
 SPLITS = ("train", "val")
-MANIFEST_KEYS = ("format", "source", "inputs", "splits", "classes")
+MANIFEST_FIELDS = {
+    "format": int,
+    "source": str,
+    "inputs": dict,
+    "splits": dict.fromkeys(SPLITS, {"images": int, "digest": str}),
+    "classes": [str],
+}
 CHUNK = 256  # images in one transaction, about 28 MB of ImageNet
 DIGEST_BYTES = 8
 FIRST_MAP = 1 << 30  # bytes of address space; it doubles when full
@@ -38,7 +44,7 @@ BUILD_COMMAND = "bash scripts/prepare.sh imagenet SOURCE OUT"
 
 
 class Record(NamedTuple):
-    """An image's label and its file's bytes."""
+    """A label and an image file's bytes."""
 
     label: int
     image: bytes | memoryview
@@ -55,8 +61,8 @@ def digests_key(first: int) -> bytes:
 class SplitWriter:
     """Appends images to one split, also to an unfinished file.
 
-    Raises UserError if the file was begun from another list of images (`inputs`), is damaged or cannot be opened, or if
-    the disk is full.
+    Raises UserError if the file was begun from another list of images (`inputs`), is damaged or cannot be opened, and
+    for a full disk.
     """
 
     def __init__(self, path: Path, inputs: str, classes: Sequence[str], map_size: int = FIRST_MAP) -> None:
@@ -86,7 +92,7 @@ class SplitWriter:
         self.images += len(records)
 
     def _write(self, pairs: list[tuple[bytes, bytes]]) -> None:
-        """Write all of `pairs` or nothing, to the disk."""
+        """Write all of `pairs` or nothing."""
         while True:
             try:
                 with self._open() as env, env.begin(write=True) as transaction:
@@ -106,8 +112,7 @@ class SplitWriter:
     def _open(self) -> lmdb.Environment:
         """The file, opened anew for each transaction.
 
-        The same images must give the same bytes. But the unused parts of LMDB's pages keep data of other pages written
-        since the file was opened.
+        The same images must give the same bytes, but unused parts of LMDB's pages keep data written since the opening.
         """
         try:
             return lmdb.open(str(self.path), subdir=False, lock=False, map_size=self._map_size)
@@ -118,7 +123,7 @@ class SplitWriter:
 class LmdbSplit:
     """One split, for reading: `split[index]` is a Record, or raises DamagedImage if its checksum differs.
 
-    No lock is taken: any process may read, even on a read-only disk. No damage ends the process (lookup.py).
+    No lock is taken: the disk may be read-only. No damage ends the process (lookup.py).
     """
 
     def __init__(self, path: Path, classes: Sequence[str]) -> None:
@@ -141,7 +146,7 @@ class LmdbSplit:
         return Record(_label(value), value[4:])
 
     def name_of(self, index: int) -> str:
-        """An image's place and class in words, even for an invalid label and a damaged page."""
+        """Its place and class in words, even if the page is damaged."""
         try:
             value = self._file.get(image_key(index))
         except DamagedFile:
@@ -189,7 +194,7 @@ def _damaged(path: Path, how: object) -> UserError:
 
 
 def _not_opened(path: Path, error: lmdb.Error | OSError, map_size: int) -> UserError:
-    """The error for an unopened file. Only wrong content leads to the advice to delete it."""
+    """Only wrong content leads to the advice to delete the file."""
     if isinstance(error, WRONG_CONTENT):
         return _damaged(path, error)
     reason = error.strerror or error if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
@@ -201,9 +206,14 @@ def _not_opened(path: Path, error: lmdb.Error | OSError, map_size: int) -> UserE
     return UserError(f"{path} cannot be opened ({reason}): mend that, then run the same command again")
 
 
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The manifest in `folder`, or None. UserError if a field is missing or wrong."""
+    return read_manifest(folder, MANIFEST_FIELDS, BUILD_COMMAND.replace("OUT", str(folder)), FORMAT)
+
+
 def open_splits(folder: Path) -> tuple[LmdbSplit, LmdbSplit]:
     """Both splits of a build. Raises UserError if it is unfinished or not whole."""
-    manifest = read_manifest(folder, MANIFEST_KEYS, FORMAT)
+    manifest = finished(folder)
     if manifest is None:
         if not any((folder / f"{name}.lmdb").exists() for name in SPLITS):
             raise UserError(f"{folder} holds no train.lmdb and val.lmdb: make them with `{BUILD_COMMAND}`")

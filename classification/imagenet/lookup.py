@@ -1,7 +1,7 @@
 """Finds values in an LMDB file, and believes nothing that the file says.
 
-LMDB's own lookup follows the numbers of a damaged page even beyond the file's end, where the system ends the process
-(SIGBUS). This lookup checks each number first, so a damaged page is an error like any other.
+LMDB's own lookup follows a damaged page's numbers even beyond the file's end, where the system ends the process
+(SIGBUS). This one checks each number first, so a damaged page is an error like any other.
 
 The format is that of LMDB 0.9 on a little-endian machine of 64 bits: MDB_meta, MDB_db, MDB_page and MDB_node in
 libraries/liblmdb/mdb.c (https://git.openldap.org/openldap/openldap). Branch and leaf pages are a B+ tree. A value
@@ -31,7 +31,7 @@ class DamagedFile(ValueError):
 
 
 class Meta(NamedTuple):
-    """A transaction, and the tree that it left."""
+    """A transaction and its tree."""
 
     page_size: int
     root: int  # number of the page
@@ -76,7 +76,7 @@ class LmdbFile:
             page = self._page(number)
             if page.is_leaf:
                 return self._value(page, key)
-            # The first key of a branch stands for all that are smaller; it is not stored.
+            # A branch's first key stands for all smaller ones, and is not stored.
             child = bisect_right(page.nodes, key, lo=1, key=lambda node: self._key(page, node)[0]) - 1
             low, middle, high, _ = self._node(page, page.nodes[child])
             number = low | middle << 16 | high << 32
@@ -92,7 +92,7 @@ class LmdbFile:
         return meta
 
     def _start(self, number: int) -> int:
-        """Where page `number` begins. It must know its own number."""
+        """Where page `number` begins, which must hold its number."""
         start = number * self._page_size
         if not 1 < number <= self._last or unpack_from("<Q", self._bytes, start) != (number,):
             raise DamagedFile(f"page {number:,} is not where it should be")
@@ -107,7 +107,7 @@ class LmdbFile:
         return Page(start, flags == LEAF, unpack_from(f"<{count}H", self._bytes, start + PAGE.size))
 
     def _node(self, page: Page, node: int) -> tuple[int, int, int, int]:
-        """The numbers of the node at `node` in `page`. Its key is inside the page."""
+        """The numbers of a node. Its key is inside the page."""
         if node + NODE.size > self._page_size:
             raise DamagedFile("a node is not inside its page")
         low, high, flags, key_size = NODE.unpack_from(self._bytes, page.start + node)

@@ -26,18 +26,18 @@ from classification.imagenet.labels import KIT_2012, LabelFiles
 from classification.imagenet.lmdb import (
     CHUNK,
     FORMAT,
-    MANIFEST_KEYS,
     SPLITS,
     LmdbSplit,
     Record,
     SplitWriter,
+    finished,
     open_splits,
 )
 from classification.imagenet.raw import IMAGENET, TRAIN_TAR, VAL_TAR, find_source, inputs_digest
 from engine.download import matches
 from engine.errors import UserError
 from engine.files import hold, write_atomically
-from engine.manifest import MANIFEST, read_manifest
+from engine.manifest import MANIFEST
 
 MD5 = {  # as in torchvision/datasets/imagenet.py
     TRAIN_TAR: "1d675b47d978889d74fa0da5fadfb00e",
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
 
 
 def build(source: Path, out: Path, label_files: LabelFiles | None = None) -> None:
-    """Write both splits of `source` to `out`, or finish an earlier build there.
+    """Write both splits to `out`, or finish an earlier build there.
 
     Raises UserError if something is missing, `out` is in use or holds other images, or the disk is full.
     """
@@ -76,10 +76,10 @@ def build(source: Path, out: Path, label_files: LabelFiles | None = None) -> Non
         raise UserError(f"{out} cannot be made ({error.strerror}): choose another folder") from None
     with hold(out, "building"):
         inputs = {name: inputs_digest(getattr(found, name), source) for name in SPLITS}
-        finished = read_manifest(out, MANIFEST_KEYS, FORMAT)
-        if finished and finished["inputs"] != inputs:
+        manifest = finished(out)
+        if manifest and manifest["inputs"] != inputs:
             raise UserError(f"{out} already holds other images: choose another folder, or delete it")
-        if finished:
+        if manifest:
             logging.info("%s is complete: nothing to do", out)
             return
         splits = {}
@@ -94,7 +94,6 @@ def build(source: Path, out: Path, label_files: LabelFiles | None = None) -> Non
 
 
 def _build_split(source: Source, name: str, path: Path, inputs: str) -> None:
-    """Append the missing images of a split to `path`."""
     items = getattr(source, name)
     writer = SplitWriter(path, inputs, source.classes)
     with tqdm(total=len(items), initial=writer.images, desc=path.name, unit="image", disable=None) as bar:
@@ -106,7 +105,7 @@ def _build_split(source: Source, name: str, path: Path, inputs: str) -> None:
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    """CHUNK records at a time. The next ones are read while these are written."""
+    """The next CHUNK records are read while these are written."""
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(lambda: list(islice(records, CHUNK)))
         while chunk := ahead.result():
@@ -115,11 +114,11 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 
 
 def verify(out: Path, decode: bool = False) -> list[str]:
-    """One line per damaged image of the build in `out`. With `decode`, decode every image too.
+    """One line per damaged image. With `decode`, decode every image too.
 
     Raises UserError if the build is unfinished, truncated, or mixed with another.
     """
-    manifest = read_manifest(out, MANIFEST_KEYS, FORMAT)
+    manifest = finished(out)
     bad = []
     for name, split in zip(SPLITS, open_splits(out), strict=True):
         if split.content_digest() != manifest["splits"][name]["digest"]:
@@ -133,7 +132,7 @@ def verify(out: Path, decode: bool = False) -> list[str]:
 
 
 def verify_archives(source: Path) -> list[str]:
-    """One line per official file in `source` that differs from its published MD5. Raises UserError if there is none."""
+    """One line per official file that differs from its MD5. Raises UserError if `source` holds none."""
     paths = [source / name for name in MD5 if (source / name).is_file()]
     if not paths:
         raise UserError(f"{source} holds none of {', '.join(MD5)}: give the folder that has them")

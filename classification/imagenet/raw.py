@@ -5,8 +5,8 @@
     tar                ILSVRC2012_img_train.tar (holds a tar file per class) and ILSVRC2012_img_val.tar, never unpacked
     parquet, tar.gz    Hugging Face's imagenet-1k (hugging_face.py)
 
-A label is the place of the class name (a WordNet id, n01440764 ...) in sorted order. Training images are sorted by
-label and name, validation images by name, so folders and tar files of the same images make the same LMDB.
+A label is the place of the class name (a WordNet id, n01440764 ...) in sorted order. Images are sorted, so folders and
+tar files of the same images make the same LMDB.
 """
 
 import os
@@ -38,8 +38,6 @@ READERS = 16  # threads; they mostly wait for the disk
 
 
 class Layout(NamedTuple):
-    """A download's form and place."""
-
     kind: str  # folder, tar, tar.gz or parquet
     place: Path  # the folder that holds train/, or the files
 
@@ -49,7 +47,7 @@ class Layout(NamedTuple):
         return f"{what.get(self.kind, f'imagenet-1k as {self.kind} files')} in {self.place}"
 
     def files(self) -> Iterator[str]:
-        """The files that hold images, not the archive of an unpacked tree."""
+        """Files that hold images, not the archive of an unpacked tree."""
         if self.kind == "folder":
             for split in ("train", "val", "validation"):
                 if (self.place / split).is_dir():
@@ -61,7 +59,7 @@ class Layout(NamedTuple):
 
 
 def find_layout(root: Path) -> Layout:
-    """Where `root` holds ImageNet. Raises UserError if it is in no known place."""
+    """Raises UserError if `root` holds ImageNet in no known place."""
     if found := _layout(root):
         return found
     near = nearest_folder(root.absolute(), _layout)
@@ -85,7 +83,7 @@ def _layout(root: Path) -> Layout | None:
 
 
 def find_source(root: Path, label_files: LabelFiles | None = None) -> Source:
-    """List the images below `root`. Raises UserError if something is missing or does not fit."""
+    """Raises UserError if something is missing or does not fit."""
     label_files = LabelFiles(*(path and path.absolute() for path in label_files or ()))  # messages give full paths
     source = _find(root.absolute(), label_files)
     if (len(source.val), len(source.classes)) == (IMAGENET["val"], IMAGENET["classes"]):
@@ -113,22 +111,18 @@ def _find(root: Path, label_files: LabelFiles) -> Source:
 
 
 def _find_tree(root: Path) -> Path | None:
-    """The folder that holds train/: `root`, or where an archive unpacks it below."""
+    """The folder that holds train/."""
     return next((root / place for place in TREES if (root / place / "train").is_dir()), None)
 
 
 def read_files(items: Sequence[Item]) -> Iterator[Record]:
-    """The images of `items`, each read from its place."""
     with ThreadPoolExecutor(READERS) as pool:
         for first in range(0, len(items), CHUNK):
             yield from pool.map(lambda item: Record(item.label, item.read()), items[first : first + CHUNK])
 
 
 class FolderSplit:
-    """One split of a folder tree: `split[index]` is a Record, without a checksum.
-
-    Worker processes share arrays, and each would copy a list.
-    """
+    """`split[index]` is a Record, without a checksum. Worker processes share arrays; each would copy a list."""
 
     def __init__(self, items: Sequence[Item], classes: Sequence[str]) -> None:
         self.classes = tuple(classes)
@@ -146,12 +140,12 @@ class FolderSplit:
             raise DamagedImage(f"cannot be read ({error.strerror})") from None
 
     def name_of(self, index: int) -> str:
-        """An image's place and class in words."""
+        """Its place and class in words."""
         return f"{printable(os.fsdecode(self._paths[index]))} (class {printable(self.classes[self._labels[index]])})"
 
 
 def list_folder(root: Path) -> tuple[FolderSplit, FolderSplit]:
-    """The images of a folder tree at or below `root`, with the labels of an LMDB."""
+    """A folder tree at or below `root`, with the labels of an LMDB."""
     if not _find_tree(root):
         raise UserError(
             f"{root} holds neither an LMDB (train.lmdb, val.lmdb) nor a folder tree (train/<class>/*, val/<class>/*); "
@@ -176,7 +170,7 @@ def _by_name(item: Item) -> tuple[str, str]:
 
 
 def _list_train_folder(folder: Path) -> tuple[list[str], list[Item]]:
-    """Class folders, or Hugging Face's images, whose names end with their class."""
+    """Class folders, or Hugging Face's images."""
     if list_folders(folder):
         return _list_classes(folder)
     paths = _list_images(folder)
@@ -193,7 +187,7 @@ def _list_images(folder: Path) -> list[str]:
 
 
 def _list_classes(split: Path) -> tuple[list[str], list[Item]]:
-    """Every image of `split`/<class>/ by class and name."""
+    """Every image by class and name."""
     classes = list_folders(split)
     folders = [split / name for name in classes]
     with ThreadPoolExecutor(READERS) as pool:  # on a network disk, listing is mostly waiting
@@ -236,7 +230,7 @@ def _label(
 
 
 def _list_train_tar(path: Path) -> tuple[list[str], list[Item]]:
-    """The images of the tar files inside a tar file, each named after its class."""
+    """Its images are in tar files inside, each named after its class."""
     with _open_tar(path) as archive:
         inner = {member.name: member for member in archive if member.isfile() and member.name.endswith(".tar")}
         _require_end(archive, inner=False)
@@ -269,7 +263,7 @@ def _list_tar(path: Path, file: IO[bytes] | None = None, start: int = 0, label: 
 
 
 def _require_end(archive: tarfile.TarFile, inner: bool) -> None:
-    """Raise ReadError if the listing stopped before the end. tarfile stops silently at a bad header.
+    """Raise ReadError if the listing stopped early. tarfile stops silently at a bad header.
 
     An `inner` file may lack the end mark, as the outer file gives its length.
     """

@@ -1,6 +1,6 @@
 """relu(batch_norm(x) + shortcut): by torch's operators, or by one native function on the CPU.
 
-On the CPU, convolutions are fastest channels-last. But torch's batch norm then takes a quarter of a CIFAR ResNet's
+On the CPU, convolutions are fastest channels-last, but torch's batch norm then takes a quarter of a CIFAR ResNet's
 time. norm_relu.cpp passes over memory twice forward and twice backward.
 """
 
@@ -21,7 +21,7 @@ LANES = 16  # channels in a group of the native function
 
 
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + shortcut) for `x` [N, C, H, W]. `shortcut` has the shape and dtype of `x`, or is None."""
+    """relu(norm(x) + shortcut); `x` is [N, C, H, W], `shortcut` like it or None."""
     if _is_native(norm, x, shortcut) and library():
         if norm.track_running_stats and norm.num_batches_tracked is not None:
             norm.num_batches_tracked += 1
@@ -31,7 +31,6 @@ def norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None = None) -
 
 
 def _is_native(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool:
-    """Whether this is training on the CPU, channels-last, with a ResNet's settings."""
     return (
         norm.training
         and x.device.type == "cpu"
@@ -55,7 +54,7 @@ def _is_of_rows(tensor: Tensor, like: Tensor) -> bool:
 
 
 def _is_of_channels(tensor: Tensor, x: Tensor) -> bool:
-    """Whether it is float32 [channels of x], in memory without gaps."""
+    """Whether it is float32 [channels of x], without gaps."""
     expected = tensor.shape == x.shape[1:2] and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
     return expected and tensor.is_contiguous()
 
@@ -83,7 +82,7 @@ class _NormRelu(torch.autograd.Function):
     @override(check_signature=False)
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight, mean, inverse_std = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated
+        if torch.is_grad_enabled():  # create_graph: they will be differentiated
             return _differentiable_backward(x, weight, torch.where(y > 0, grad_y, 0), ctx.eps, ctx.has_shortcut)
         # A write to `.data` between the passes may have changed what was saved.
         rows = all(_is_of_rows(tensor, like=y) for tensor in (x, grad_y))
@@ -101,7 +100,7 @@ class _NormRelu(torch.autograd.Function):
 def _differentiable_backward(
     x: Tensor, weight: Tensor, grad_sum: Tensor, eps: float, has_shortcut: bool
 ) -> tuple[Tensor | None, ...]:
-    """What `_NormRelu.backward` returns, as functions of x, weight and the gradient before the ReLU."""
+    """What `_NormRelu.backward` returns, by torch's functions."""
     normalised = F.batch_norm(x, None, None, weight, training=True, eps=eps)
     grad_x, grad_weight = torch.autograd.grad(normalised, (x, weight), grad_sum, create_graph=True)
     grad_bias = grad_sum.sum((0, 2, 3), dtype=weight.dtype)

@@ -1,7 +1,7 @@
 """A square of a resized part of an image, with the bytes of Pillow's bilinear resampling.
 
-resize.cpp is faster, as Pillow resizes the whole picture. Pillow does the work if resize.cpp cannot be compiled or
-gives other bytes.
+Pillow resizes the whole picture, so resize.cpp is faster. Where it cannot be compiled, or gives other bytes, Pillow
+does the work.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 Pair = tuple[int, int]  # a width and a height, or left and top
 ColumnsFirst = Callable[[int, int, int, int], bool]  # of width and height, before and after
 
-# Whether Pillow filters columns before rows, which changes the rounding: in 13.0 and later, in 12, and before.
+# Whether Pillow filters columns before rows, which changes the rounding: from 13.0 on, in 12, and before.
 ORDERS: tuple[ColumnsFirst, ...] = (
     lambda width, height, new_width, new_height: height > new_height and height - new_height > 2 * (width - new_width),
     lambda width, height, new_width, new_height: height > new_height and height > 100 * width,
@@ -39,9 +39,9 @@ PROBES = (
 def resized_square(
     pixels: np.ndarray, box: Box, resized: Pair, corner: Pair, size: int, out: Tensor | None = None
 ) -> Tensor:
-    """uint8 [size, size, 3]: resize `box` of `pixels` (uint8 [height, width, 3]) to `resized`, cut from `corner` on.
+    """uint8 [size, size, 3]: `box` of `pixels` (uint8 [height, width, 3]), resized to `resized`, cut from `corner` on.
 
-    `out`: contiguous and of that shape. ValueError for another form, and where the box or the square reach too far.
+    `out` is contiguous and of that shape. ValueError for another form, or where box or square reach too far.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"pixels must be uint8 [height, width, 3], not {pixels.dtype} {list(pixels.shape)}")

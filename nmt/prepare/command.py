@@ -20,7 +20,7 @@ from typing import Any
 from engine.errors import UserError, positive
 from engine.files import hold
 from engine.machine import core_count
-from engine.manifest import MANIFEST, read_manifest
+from engine.manifest import MANIFEST
 from nmt.codec import Codec
 from nmt.prepare import toy_text
 from nmt.prepare.download import get_archives
@@ -28,7 +28,7 @@ from nmt.prepare.raw_text import scan_pair
 from nmt.prepare.recipes import GRAMMAR, WMT14, Recipe
 from nmt.prepare.sources import find_texts
 from nmt.prepare.stages import Pair, encode, file_sha256, learn_codec, make_chunks, processes, tokenize
-from nmt.prepared import MANIFEST_KEYS, SPLITS, write_json
+from nmt.prepared import SPLITS, finished, write_json
 from nmt.text import RULES, moses
 
 
@@ -59,16 +59,16 @@ def main(arguments: list[str]) -> int:
 def prepare(recipe: Recipe, folder: Path, out: Path, workers: int = 1, wait: bool = False) -> None:
     """Prepare the files that `recipe` names, below `folder`, into `out`.
 
-    UserError if another process prepares into `out` (with `wait` it waits), if a file is missing, not UTF-8, empty or
-    does not match its other side, or if `out` holds other data.
+    UserError if another process prepares into `out` (unless `wait`), a file is missing, not UTF-8, empty or does not
+    match its other side, or `out` holds other data.
     """
     out.mkdir(parents=True, exist_ok=True)
     with hold(out, "preparing data", wait):
         inputs = _scan(recipe, folder, out / "text")
         task = _describe(recipe, inputs)
         work = out / "work"
-        if finished := read_manifest(out, MANIFEST_KEYS):
-            if any(finished.get(key) != value for key, value in task.items()):
+        if manifest := finished(out, recipe.name):
+            if any(manifest.get(key) != value for key, value in task.items()):
                 raise UserError(f"{out} already holds other data, or data of other settings: choose another folder")
             shutil.rmtree(work, ignore_errors=True)
             logging.info("%s is complete: nothing to do", out)
@@ -93,8 +93,8 @@ def prepare_grammar(out: Path, wait: bool = False) -> None:
 
 
 def verify(out: Path) -> list[str]:
-    """One line for each damaged file in `out`. UserError if there is no finished preparation."""
-    manifest = read_manifest(out, MANIFEST_KEYS)
+    """One line for each damaged file. UserError if there is no finished preparation."""
+    manifest = finished(out)
     if manifest is None:
         raise UserError(f"{out} holds no finished preparation: there is no manifest.json")
     bad = []
@@ -110,7 +110,7 @@ def verify(out: Path) -> list[str]:
 
 
 def _scan(recipe: Recipe, folder: Path, unpacked: Path) -> dict[str, list[Pair]]:
-    """Both sides of each split's files. The small splits come first: their errors show at once."""
+    """Both sides of each split's files. Small splits come first: their errors show at once."""
     languages = (recipe.source, recipe.target)
     for language in languages:
         moses(language)  # raises if there are no rules

@@ -1,7 +1,6 @@
 """The archives of WMT14 English-German, and their download: python -m nmt.prepare download FOLDER     (1.7 GB)
 
-docs/data_facts.yaml names each checksum's source. If statmt.org fails, the text comes from the zip file that Hugging
-Face's public script downloads.
+docs/data_facts.yaml names each checksum's source. If statmt.org fails, the text comes from Hugging Face's zip files.
 """
 
 import logging
@@ -74,7 +73,7 @@ MIRRORS = (
 def get_archives(
     folder: Path, wanted: Sequence[str], archives: Sequence[Archive] = ARCHIVES, mirrors: Sequence[Archive] = MIRRORS
 ) -> None:
-    """Download archives with all `wanted` texts, unless they are there. UserError if that fails."""
+    """Download archives with all `wanted` texts. UserError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     left, problems = set(wanted), []
     with hold(folder, "downloading"):

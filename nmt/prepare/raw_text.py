@@ -1,7 +1,7 @@
 """Parallel text files, read in independent chunks.
 
-Only a newline ends a line. Common Crawl holds carriage returns, form feeds and Unicode's line separators inside
-sentences. If they ended lines, the two sides would not match.
+Only a newline ends a line: Common Crawl holds carriage returns, form feeds and Unicode's line separators inside
+sentences.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ OTHER_SETS = {  # by number of lines
 
 @dataclass(frozen=True)
 class TextFile:
-    """A scanned file. `starts` holds the offset of every CHUNK-th line, and the file's end."""
+    """`starts` holds the offset of every CHUNK-th line, and the file's end."""
 
     path: Path
     lines: int

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Recipe:
-    """How parallel text becomes prepared data. A prefix means two files, `<prefix>.<source>` and `<prefix>.<target>`.
+    """A prefix means two files, `<prefix>.<source>` and `<prefix>.<target>`.
 
-    The BPE is learned on all training pairs. Then training pairs are left out that have an empty side, a side of more
-    than `max_length` pieces, or more than `ratio` times as many pieces on one side as on the other.
+    The BPE is learned on all training pairs. Then pairs are left out that have an empty side, a side of more than
+    `max_length` pieces, or more than `ratio` times as many pieces on one side as on the other.
     """
 
     name: str  # data.name in the configs

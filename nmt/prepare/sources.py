@@ -1,6 +1,6 @@
 """Finds the two sides of a text: plain files, the tree that fairseq's script leaves in orig/, SGM, or the archives.
 
-Text of SGM and archives is written to the preparation's folder. A text has one of these names:
+A text has one of these names:
 
     europarl-v7.de-en.en            plain, one sentence a line
     newstest2013-src.en.sgm         of statmt's test.tgz
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from engine.download import matches
 from engine.errors import UserError
+from engine.files import wait_for_disk
 from engine.nearest_folder import nearest_folder
 from nmt.prepare.download import ARCHIVES, MIRRORS
 
@@ -50,8 +51,7 @@ Side = tuple[str, str]  # text, language
 def find_texts(source: Path, texts: Sequence[str], languages: Sequence[str], unpacked: Path) -> dict[str, list[Path]]:
     """For each of `texts` a plain file in both `languages`, from `source` or made in `unpacked`.
 
-    A text is a name or a path below `source`. UserError if a text is nowhere, or if an archive is damaged or not the
-    published one.
+    A text is a name or a path below `source`. UserError if one is nowhere, or an archive is not the published one.
     """
     places = locate(source, texts, languages)
     files = {
@@ -98,14 +98,14 @@ def first_lines(place: Place, count: int) -> list[str]:
 
 
 def names(text: str, language: str) -> list[str]:
-    """A side's possible file names, the best first: of SGM, the one that sacreBLEU and fairseq take."""
+    """Possible file names, the best first: of SGM, the one that sacreBLEU and fairseq take."""
     ours, other = ("src", "ref") if language == "en" else ("ref", "src")
     kinds = ("-src", "-ref", f"-deen-{ours}", f"-deen-{other}")
     return [f"{text}.{language}", *(f"{text}{kind}.{language}.sgm" for kind in kinds)]
 
 
 def sgm_to_text(sgm: str) -> str:
-    """The segments of WMT's SGM, one a line, as sacreBLEU reads them: white space joined, entities kept."""
+    """The segments, one a line, as sacreBLEU reads them: white space joined, entities kept."""
     segments = re.findall(r"<seg[^>]*>(.*?)</seg>", sgm, flags=re.DOTALL)
     return "".join(f"{' '.join(segment.split())}\n" for segment in segments)
 
@@ -164,6 +164,7 @@ def _write(path: Path, content: IO[bytes], name: str) -> Path:
         else:
             with tqdm.wrapattr(file, "write", desc=name, disable=None, leave=False) as counted:
                 shutil.copyfileobj(content, counted, BLOCK)
+    wait_for_disk(temporary)
     os.replace(temporary, path)
     return path
 

@@ -1,6 +1,6 @@
 """The three stages of a preparation: Moses tokens, the BPE learned on them, ids of the pairs that pass filters.
 
-A killed preparation continues with the first missing file of the work folder.
+A killed one continues with the first missing file of the work folder.
 """
 
 import json
@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.errors import UserError
+from engine.files import wait_for_disk
 from engine.workers import worker_pool
 from nmt.codec import EOS, UNK, Codec, learn
 from nmt.prepare.raw_text import CHUNK, TextFile
@@ -92,6 +93,7 @@ def tokenize_chunk(recipe: Recipe, chunk: Chunk) -> dict[str, int]:
         text = "".join(f"{line}\n" for line in side)
         characters.update(text)
         path.write_text(text, encoding="utf-8", newline="")
+        wait_for_disk(path)
     write_json(chunk.counts, characters)
     return characters
 
@@ -136,7 +138,10 @@ def encode(split: str, chunks: Sequence[Chunk], codec: Codec, recipe: Recipe, ou
         if split in EVALUATED:  # raw, for sacreBLEU
             text = "".join(f"{line}\n" for chunk in chunks for line in chunk.files[side].read(chunk.index))
             (out / f"{split}.{language}.txt").write_text(text, encoding="utf-8", newline="")
-    entry["sha256"] = {path.name: file_sha256(path) for path in paths_of(out, split, languages)}
+    paths = paths_of(out, split, languages)
+    for path in paths:
+        wait_for_disk(path)
+    entry["sha256"] = {path.name: file_sha256(path) for path in paths}
     return entry
 
 
@@ -166,7 +171,7 @@ def encode_chunk(
 def _filters(recipe: Recipe, pieces: np.ndarray) -> dict[str, np.ndarray]:
     """Which training pairs, with `pieces` int64 [2, pairs], pass each filter, bool [pairs].
 
-    The filters are those of clean-corpus-n.perl, which fairseq's prepare-wmt14en2de.sh runs after BPE.
+    They are those of clean-corpus-n.perl, which fairseq's prepare-wmt14en2de.sh runs after BPE.
     """
     longer, shorter = pieces.max(axis=0), pieces.min(axis=0)
     return {

@@ -2,7 +2,7 @@
 
 It has what makes German hard: gender and case on articles, adjectives and pronouns; the finite verb second in main
 clauses and last in subordinate ones; the perfect with haben or sein; verbs with the dative. The English determines the
-German. The files are the same everywhere.
+German.
 """
 
 import os

@@ -161,7 +161,8 @@ using Blocks = std::bitset<kHugeChunk / kBlock>;  // one bit for each block of a
 // Returns gd, the sum of g * d without L2 decay, and max, the maximum of |g - m| with it. Marks in `zeros` where the
 // gradient is zero, but not with BELIEF, which needs all of m.
 template <class F>
-ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<typename F::S>& x, int64_t begin, int64_t end, Blocks& zeros) {
+ApolloSums dot_chunk(const ApolloTensor& t, const Scalars<typename F::S>& x, int64_t begin, int64_t end,
+                     Blocks& zeros) {
   using P = typename F::P;
   using S = typename F::S;
   const P* __restrict p = static_cast<const P*>(t.param);

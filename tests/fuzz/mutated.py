@@ -242,7 +242,7 @@ def text_case(work: Path) -> Case:
     sentences = "Ein Mann in einem Boot.\r\nZwei Hunde rennen im Gras – schnell.\n\n日本語\u2028x\n".encode() * 3
     readers = {
         "vocabulary.txt": (pairs, read_vocabulary),
-        "manifest.json": (manifest, lambda path: read_manifest(path.parent, ("shards",), 2)),
+        "manifest.json": (manifest, lambda path: read_manifest(path.parent, {"shards": [dict]}, "make it", 2)),
         "result.json": (manifest, read_json),
         "text": (sentences, lambda path: [file.read(chunk) for file in [scan(path)] for chunk in range(file.chunks)]),
         "news": (sentences, lambda path: list(Part("train", "news", 0, 0, path.stat().st_size, path=path).texts())),
