@@ -2,9 +2,8 @@
 
     python -m benchmarks.every_optimizer [NAME ...]      default: all; writes docs/results/outside_optimizers.md then
 
-Each one trains a very small network by classification.train. Then the same command reads the last checkpoint. Either
-this works, or it ends with the one line that a user would read. Anything else counts as a traceback, and the exit
-status is 1.
+Each trains a very small network by classification.train. Then the same command reads the last checkpoint. This works,
+or ends with the one line that a user would read; after a traceback the exit status is 1.
 """
 
 import gc

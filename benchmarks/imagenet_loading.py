@@ -1,4 +1,4 @@
-"""Images per second of ImageNet's loader, against torchvision's usual one and decoding alone.
+"""Images per second of ImageNet's loader, against torchvision's and decoding alone.
 
     python -m benchmarks.imagenet_loading DATA [--workers 1] [--batch 64] [--rounds 7] [--device cuda]
 
@@ -6,10 +6,10 @@ DATA holds real images, train/<class>/*. A hundred are enough: they are repeated
 
     torchvision    ImageFolder with RandomResizedCrop(224), RandomHorizontalFlip, ToTensor and Normalize
     exact, fast    ImageNetData on an LMDB, up to the normalised batch on the device
-    bare decode    the same bytes, from memory, decoded whole in one process, by simplejpeg and by Pillow
+    bare           the same bytes, from memory, decoded whole in one process, by simplejpeg and by Pillow
 
-A busy machine disturbs the workers' CPU time less than the clock. Last comes the mean absolute difference between the
-pixels of fast and exact, in levels of 255.
+A busy machine disturbs CPU time less than the clock. Last comes the mean absolute difference between the pixels of fast
+and exact, in levels of 255.
 """
 
 import argparse
@@ -30,21 +30,20 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.turns import ratios, turns
+from benchmarks.turns import machine, report, turns
 from classification.image_files import is_image
-from classification.imagenet.data import MEAN, STD, TRAIN, ImageNetData, Request
+from classification.imagenet.data import MEAN, STD, ImageNetData
 from classification.imagenet.decode import central_view, exact, fast, open_rgb, random_view
 from classification.imagenet.prepare import build
 from engine.distributed import setup
 from engine.errors import UserError, run_main
-from engine.run_record import describe_environment
 
 Contender = Callable[[], tuple[float, float]]  # seconds an image: by the clock, and of CPU
 DECODERS = ("exact", "fast")
 BARE = "bare simplejpeg"
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.imagenet_loading", description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder with train/<class>/*")
     parser.add_argument("--workers", type=int, default=1)
@@ -55,9 +54,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
 
-    environment = describe_environment(setup(options.device))
-    place, load = f"{environment['device']}, torch {environment['torch']}", os.getloadavg()[0]
-    print(f"{place}, {options.workers} workers; load average at the start {load:.1f}")
+    load = os.getloadavg()[0]
+    print(f"{machine(setup(options.device))}, {options.workers} workers; load average at the start {load:.1f}")
     with tempfile.TemporaryDirectory() as scratch:
         tree = make_tree(options.data, Path(scratch) / "tree", options.images)
         build(tree, Path(scratch) / "lmdb")
@@ -72,15 +70,14 @@ def main(arguments: list[str]) -> int:
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
         for name in turns(contenders, options.rounds):
             times[name].append(contenders[name]())
-        report(times, len(files), options.workers)
-        milliseconds = device_part(Path(scratch) / "lmdb", options)
-        print(f"the device's part: {milliseconds:.3f} ms/image on {options.device}")
+        print(f"{len(files)} images a round, in turn\n")
+        report_both(times, options.workers)
+        print()
         print_differences(files[:: max(1, len(files) // 300)])
-    return 0
 
 
 def make_tree(data: Path, tree: Path, images: int) -> Path:
-    """A tree of so many images: those of `data`, repeated. val has one of each class."""
+    """A tree of so many images, those of `data` repeated; val has one of each class."""
     found = sorted(path for path in data.glob("train/*/*") if is_image(str(path)))
     if not found:
         raise UserError(f"{data} holds no images: give a folder with train/<class>/*")
@@ -135,7 +132,7 @@ def bare(files: list[bytes], decode: Callable[[bytes], object]) -> Contender:
 
 
 def timed(work: Callable[[], int], cpu_s: Callable[[], float]) -> Contender:
-    """Times are per image. `work` returns their number, as a loader may drop the last, incomplete batch."""
+    """Times an image; `work` returns their number, as a loader may drop an incomplete batch."""
 
     def run() -> tuple[float, float]:
         started, used = time.perf_counter(), cpu_s()
@@ -146,7 +143,7 @@ def timed(work: Callable[[], int], cpu_s: Callable[[], float]) -> Contender:
 
 
 def workers_cpu_s(loader: DataLoader) -> float:
-    """CPU seconds that the loader's workers have used, from /proc."""
+    """CPU seconds of the loader's workers, from /proc."""
     ticks = 0
     for worker in getattr(loader._iterator, "_workers", ()):
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
@@ -154,44 +151,14 @@ def workers_cpu_s(loader: DataLoader) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def report(times: dict[str, list[tuple[float, float]]], images: int, workers: int) -> None:
-    rounds = len(times["torchvision"])
-    print(f"{images} images a round, {rounds} rounds, in turn; median (lowest to highest round)")
-    by_clock = {name: [1 / clock for clock, _ in measured] for name, measured in times.items()}
-    by_cpu = {name: [1 / cpu for _, cpu in measured] for name, measured in times.items()}
-    print(f"{'by the clock':20} {'images/s a process':>22} {'x torchvision':>20} {'x bare decode':>20}")
-    print_table(by_clock, workers)
-    print(f"{'by CPU time':20} {'images/s of CPU':>22} {'x torchvision':>20} {'x bare decode':>20}")
-    print_table(by_cpu, 1)
-
-
-def print_table(speeds: dict[str, list[float]], workers: int) -> None:
-    """Ratios are taken round by round, for equal numbers of processes."""
-    for name, values in speeds.items():
-        is_bare = name.startswith("bare")
-        processes = 1 if is_bare else workers
-        cells = [spread([value / processes for value in values], 0)]
-        cells.append("" if is_bare else spread(ratios(values, speeds["torchvision"]), 2))
-        if name in DECODERS:
-            cells.append(spread([ratio / processes for ratio in ratios(values, speeds[BARE])], 2))
-        print(f"  {name:18} {cells[0]:>22}" + "".join(f" {cell:>20}" for cell in cells[1:]))
-
-
-def spread(values: list[float], digits: int) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-def device_part(root: Path, options: argparse.Namespace) -> float:
-    """Milliseconds an image for mirroring and normalisation."""
-    data = ImageNetData(root, workers=0, device=options.device)
-    raw = data._loader.dataset[Request(TRAIN, 0, range(min(options.batch, data.train_size)))]
-    measured = []
-    for _ in range(20):
-        started = time.perf_counter()
-        images, _ = data._finish(raw, channels_last=True)
-        images[0, 0, 0, 0].item()  # waits for the device
-        measured.append((time.perf_counter() - started) / len(images))
-    return 1000 * statistics.median(measured)
+def report_both(times: dict[str, list[tuple[float, float]]], workers: int) -> None:
+    """By the clock for equal numbers of processes, and by CPU time."""
+    pairs = [(decoder, baseline) for baseline in ("torchvision", BARE) for decoder in DECODERS]
+    processes = {name: 1 if name.startswith("bare") else workers for name in times}
+    by_clock = {name: [1 / clock / processes[name] for clock, _ in measured] for name, measured in times.items()}
+    report("images/s a process", by_clock, pairs)
+    print()
+    report("images/s of CPU time", {name: [1 / cpu for _, cpu in measured] for name, measured in times.items()}, pairs)
 
 
 def print_differences(files: list[bytes]) -> None:

@@ -4,28 +4,27 @@
     python -m benchmarks.lm train [--precision fp32 bf16] [--optimizers adam radam apollo] [--device cuda] ...
     python -m benchmarks.lm train --full-size --updates 5
 
-prepare   `python -m language_model.prepare` with one and with two processes against the published way
+prepare   `python -m language_model.prepare` with one and two processes against the published way
           (benchmarks/lm_literal.py). Then peak memory, workers included.
 train     `train_epoch` of language_model/train.py against a bare loop, in turn: forward, backward and torch's fused
           AdamW on one fixed batch, without clipping.
---full-size  the published model, 793,470 words and 2 x 2048: each contender in its own process, and its memory.
-          On a CPU only train.py runs: 5 updates need some 12 GB.
+--full-size  the published model: each contender in its own process, and its memory; on a CPU, with some 12 GB, only
+          train.py.
 
 The text is Python's manual, repeated, or --text. Training takes noise with the word frequencies of English (1 / r**1.1
-for rank r), because the adaptive softmax's work depends on them.
+for rank r), on which the adaptive softmax's work depends.
 """
 
 import argparse
 import itertools
 import multiprocessing
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -34,13 +33,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.turns import end_of_epoch, machine, ratios, speeds, turns
+import language_model.train
+from benchmarks.turns import CONFIGS, Contender, bare_loop, end_of_epoch, machine, prepared, report, speeds, table
 from engine.allocator import keep_freed_memory
-from engine.config import load_config
 from engine.distributed import setup
 from engine.errors import UserError, run_main
+from engine.machine import memory_of_tree_mb
 from engine.precision import Precision
-from engine.run_record import RunRecord, peak_memory_mb
+from engine.run_record import peak_memory_mb
 from language_model import prepare as preparation
 from language_model.config import ModelConfig
 from language_model.data import TextData
@@ -48,14 +48,14 @@ from language_model.model import LanguageModel
 from language_model.prepared import open_corpus
 from language_model.raw_text import FOLDERS
 from language_model.toy_text import paragraphs
-from language_model.train import Config, prepare, train_epoch
 from language_model.vocabulary import count_words, counted_vocabulary, load_vocabulary
 from optim import AdamW
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "one_billion_words"
 FILE_BYTES = 8_200_000  # a fifth of a training file of the benchmark
+SPEED_TOKENS = 40_000_000  # prepared to measure the speed
 EXPONENT = 1.1  # of the word frequencies
-LENGTH = 20  # tokens of a row in an update
+BATCH, LENGTH = 128, 20  # rows of an update, and their tokens
+LITERAL = "line by line, pickled"
 
 
 def main(arguments: list[str]) -> None:
@@ -73,24 +73,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command = commands.add_parser("prepare", help="encoding a corpus")
     command.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="one sentence a line; repeated as needed")
     command.add_argument("--tokens", type=int, nargs="+", default=[1, 10, 50], help="million tokens, for the memory")
-    command.add_argument("--speed-tokens", type=int, default=40, help="million tokens, for the speed")
     command.add_argument("--rounds", type=int, default=3)
     command.set_defaults(device="cpu")
     command = commands.add_parser("train", help="training")
-    command.add_argument("--words", type=int, default=32_000, help="in the vocabulary (%(default)s)")
-    command.add_argument("--hidden", type=int, default=512)
-    command.add_argument("--cutoffs", type=int, nargs="+", default=[2000, 10_000])
     command.add_argument("--full-size", action="store_true", help="the published model")
-    command.add_argument("--batch", type=int, default=128)
     command.add_argument("--precision", nargs="+", default=["fp32"], help="fp32, tf32, bf16, fp16")
     command.add_argument("--optimizers", nargs="+", default=["apollo"], help="rows of configs/one_billion_words")
     command.add_argument("--updates", type=int, default=10, help="updates of each contender in a round")
     command.add_argument("--rounds", type=int, default=5)
     command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    options = parser.parse_args(arguments)
-    if options.command == "train" and options.full_size:
-        options.words, options.hidden, options.cutoffs = 793_470, 2048, [60_000, 100_000, 640_000]
-    return options
+    return parser.parse_args(arguments)
 
 
 # Preparation
@@ -99,51 +91,45 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def measure_preparation(options: argparse.Namespace) -> None:
     lines = text_lines(options.text)
     with tempfile.TemporaryDirectory() as scratch:
-        measure_speed(Path(scratch), lines, options)
+        measure_speed(Path(scratch), lines, options.rounds)
         measure_memory(Path(scratch), lines, options.tokens)
 
 
-def measure_speed(folder: Path, lines: list[str], options: argparse.Namespace) -> None:
+def measure_speed(folder: Path, lines: list[str], rounds: int) -> None:
     vocabulary = folder / "vocabulary.txt"
     vocabulary.write_text(counted_vocabulary([count_words(lines)], 3).dump(), encoding="utf-8")
-    words = len(load_vocabulary(vocabulary))
-    source = write_source(folder / "text", lines, options.speed_tokens * 1_000_000)
-    tokens = source_tokens(source)
-    print(f"preparing {tokens:,} tokens, {words:,} words in the vocabulary, {options.rounds} rounds\n")
-    baseline, out = "line by line, pickled", folder / "out"
-    ours = ["language_model.prepare", str(source), str(out), "--vocabulary", str(vocabulary), "--workers"]
-    contenders = {
-        baseline: ["benchmarks.lm_literal", str(source), str(out), str(vocabulary)],
+    source, out = write_source(folder / "text", lines, SPEED_TOKENS), folder / "out"
+    tokens, words = source_tokens(source), len(load_vocabulary(vocabulary))
+    print(f"preparing {tokens:,} tokens, {words:,} words in the vocabulary, {rounds} rounds\n")
+    ours = ["language_model.prepare", source, out, "--vocabulary", vocabulary, "--workers"]
+    commands = {
+        LITERAL: ["benchmarks.lm_literal", source, out, vocabulary],
         "language_model.prepare, 1 process": [*ours, "1"],
         "language_model.prepare, 2 processes": [*ours, "2"],
     }
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    cpu_s, bytes_ = dict.fromkeys(contenders, 0.0), dict.fromkeys(contenders, 0)
-    for name in turns(contenders, options.rounds):
+    bytes_ = dict.fromkeys(commands, 0)
+
+    def encode(name: str) -> None:
         shutil.rmtree(out, ignore_errors=True)
-        started, cpu_started = time.perf_counter(), cpu_of_children()
-        subprocess.run([sys.executable, "-m", *contenders[name]], check=True, stderr=subprocess.DEVNULL)
-        found[name].append(tokens / (time.perf_counter() - started))
-        cpu_s[name] += cpu_of_children() - cpu_started
+        subprocess.run([sys.executable, "-m", *commands[name]], check=True, stderr=subprocess.DEVNULL)
         bytes_[name] = sum(path.stat().st_size for path in out.rglob("*") if path.suffix != ".txt")
-    header = f"{'tokens/s':>12}{'lowest':>12}{'highest':>12}{'ratio':>8}{'CPU ns/token':>14}{'bytes/token':>13}"
-    print(f"{'':<36}{header}")
-    for name, values in found.items():
-        ratio = statistics.median(ratios(values, found[baseline]))
-        cpu = 1e9 * cpu_s[name] / options.rounds / tokens
-        line = f"{name:<36}{statistics.median(values):>12,.0f}{min(values):>12,.0f}{max(values):>12,.0f}"
-        print(f"{line}{ratio:>8.2f}{cpu:>14.0f}{bytes_[name] / tokens:>13.2f}")
+
+    contenders = {name: partial(encode, name) for name in commands}
+    found = speeds(contenders, tokens, rounds, setup("cpu"), warmup=False)
+    report("tokens/s", found, [(name, LITERAL) for name in commands if name != LITERAL])
+    print("\n" + table([["", "bytes a token"], *([name, f"{size / tokens:.2f}"] for name, size in bytes_.items())]))
 
 
 def measure_memory(folder: Path, lines: list[str], millions: list[int]) -> None:
-    print(f"\n{'million tokens':<20}{'files':>8}{'peak memory, MiB: parent + 2 workers':>40}{'seconds':>10}")
+    rows = [["million tokens", "files", "peak memory, MiB: parent + 2 workers", "seconds"]]
     for number in millions:
         source = write_source(folder / f"text{number}", lines, number * 1_000_000)
-        command = [sys.executable, "-m", "language_model.prepare", str(source), str(folder / f"memory{number}")]
+        command = [sys.executable, "-m", "language_model.prepare", source, folder / f"memory{number}", "--workers", "2"]
         started = time.perf_counter()
-        peak = peak_of_tree([*command, "--workers", "2"])
+        peak = peak_memory_of(command)
         files = len(list((source / FOLDERS["train"]).iterdir()))
-        print(f"{number:<20}{files:>8}{peak:>40,.0f}{time.perf_counter() - started:>10.1f}")
+        rows.append([str(number), str(files), f"{peak:,.0f}", f"{time.perf_counter() - started:.1f}"])
+    print(f"\n{table(rows)}")
 
 
 def text_lines(files: list[Path] | None) -> list[str]:
@@ -173,166 +159,131 @@ def source_tokens(source: Path) -> int:
     return sum(len(text.split()) + 2 * text.count("\n") for text in texts)
 
 
-def cpu_of_children() -> float:
-    """CPU seconds of all child processes that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def peak_of_tree(command: list[str]) -> float:
-    """Run `command`. Returns the peak resident memory of it and its children together, in MiB."""
+def peak_memory_of(command: list) -> float:
+    """Run `command`. Returns peak MiB, with its children."""
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     peak = 0.0
     while process.poll() is None:
-        peak = max(peak, sum(resident(pid) for pid in tree(process.pid)))
+        peak = max(peak, memory_of_tree_mb(process.pid))
         time.sleep(0.02)
     if process.returncode:
-        raise UserError(f"{' '.join(command)} failed with status {process.returncode}")
+        raise UserError(f"{' '.join(map(str, command))} failed with status {process.returncode}")
     return peak
-
-
-def tree(pid: int) -> Iterator[int]:
-    yield pid
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:  # it has ended
-        return
-    for child in children:
-        yield from tree(int(child))
-
-
-def resident(pid: int) -> float:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
 
 # Training
 
 
+class Size(NamedTuple):
+    words: int
+    hidden: int
+    cutoffs: list[int]
+
+
+class Measured(NamedTuple):
+    speeds: list[float]  # tokens/s in each round
+    optimizer_ms: float | None
+    peak_mb: float  # of the process
+
+
+Maker = Callable[[Path, argparse.Namespace], tuple[Contender, list[float]]]  # the list: milliseconds of optimizer steps
+
+
+def size_of(options: argparse.Namespace) -> Size:
+    return Size(793_470, 2048, [60_000, 100_000, 640_000]) if options.full_size else Size(32_000, 512, [2000, 10_000])
+
+
 def measure_training(options: argparse.Namespace) -> None:
-    tokens = options.batch * LENGTH
+    size, tokens = size_of(options), BATCH * LENGTH
     print(
-        f"LSTM 2 x {options.hidden}, {options.words:,} words, {tokens:,} tokens an update, "
+        f"LSTM 2 x {size.hidden}, {size.words:,} words, {tokens:,} tokens an update, "
         f"{options.updates} updates x {options.rounds} rounds\n"
     )
     cells = [(row, precision) for precision in options.precision for row in options.optimizers]
     makers: dict[str, Maker] = {f"train.py, {row}, {p}": partial(train_loop, row, p) for row, p in cells}
+    pairs = []
     if not (options.full_size and options.device == "cpu"):
-        makers |= {f"bare loop, adamw, {precision}": partial(bare_loop, precision) for precision in options.precision}
+        makers |= {f"bare loop, adamw, {p}": partial(on_one_batch, p) for p in options.precision}
+        pairs = [(f"train.py, {row}, {p}", f"bare loop, adamw, {p}") for row, p in cells]
     with tempfile.TemporaryDirectory() as scratch:
-        corpus = make_corpus(Path(scratch), options)
+        corpus = make_corpus(Path(scratch), size.words, (options.updates + 2) * tokens)
         if options.full_size:
             found = {name: alone(name, make, corpus, options) for name, make in makers.items()}
         else:
-            found = in_turn({name: make(corpus, options) for name, make in makers.items()}, options)
-    print(f"{'':<28}{'tokens/s':>10}{'lowest':>10}{'highest':>10}{'optimizer':>15}{'/ bare loop':>13}{'peak MiB':>10}")
-    for name, (values, optimizer_ms, memory) in found.items():
-        middle = statistics.median(values)
-        step_ms = 1000 * tokens / middle
-        share = f"{optimizer_ms:.1f} ms {100 * optimizer_ms / step_ms:>3.0f} %" if optimizer_ms else ""
-        bare = found.get(f"bare loop, adamw, {name.rsplit(', ')[-1]}")
-        ratio = f"{statistics.median(ratios(values, bare[0])):.3f}" if bare else ""
-        line = f"{name:<28}{middle:>10,.0f}{min(values):>10,.0f}{max(values):>10,.0f}{share:>15}{ratio:>13}"
-        print(line + (f"{memory:>10,.0f}" if memory else ""))
+            found = measure(makers, corpus, options)
+    report("tokens/s", {name: one.speeds for name, one in found.items()}, pairs)
+    rows = [["", "optimizer, ms", "of the update", "peak MiB"]]
+    for name, one in found.items():
+        share = (one.optimizer_ms or 0.0) * statistics.median(one.speeds) / (1000 * tokens)
+        texts = [f"{one.optimizer_ms:.1f}", f"{share:.0%}"] if one.optimizer_ms else ["", ""]
+        rows.append([name, *texts, f"{one.peak_mb:,.0f}" if options.full_size else ""])
+    print(f"\n{table(rows)}")
 
 
-class Contender(NamedTuple):
-    run: Callable[[], None]  # takes the updates of a round
-    optimizer_ms: list[float]  # of some updates
-
-
-Maker = Callable[[Path, argparse.Namespace], Contender]  # from the corpus
-
-
-def train_loop(row: str, precision: str, corpus: Path, options: argparse.Namespace) -> Contender:
+def train_loop(row: str, precision: str, corpus: Path, options: argparse.Namespace) -> tuple[Contender, list[float]]:
     """A round is the end of an epoch."""
-    config = load_config(
-        Config,
-        CONFIGS / f"{row}.yaml",
-        [
-            f"data.root={corpus}",
-            f"model.hidden={options.hidden}",
-            f"model.cutoffs={options.cutoffs}",
-            f"batch={options.batch}",
-            f"precision={precision}",
-            f"device={options.device}",
-            f"log_every={1 if options.full_size else min(5, options.updates)}",
-            f"run_dir={corpus / f'run_{row}_{precision}'}",
-        ],
+    size = size_of(options)
+    run = prepared(
+        language_model.train,
+        CONFIGS / "one_billion_words" / f"{row}.yaml",
+        f"data.root={corpus}",
+        f"model.hidden={size.hidden}",
+        f"model.cutoffs={size.cutoffs}",
+        f"batch={BATCH}",
+        f"precision={precision}",
+        f"device={options.device}",
+        f"log_every={1 if options.full_size else min(5, options.updates)}",
+        f"run_dir={corpus / f'run_{row}_{precision}'}",
     )
-    world = setup(options.device)
-    run = prepare(config, world, RunRecord(config, config.folder, world))
-    return Contender(lambda: end_of_epoch(run, train_epoch, options.updates), run.optimizer_ms)
+    return partial(end_of_epoch, language_model.train, run, options.updates), run.optimizer_ms
 
 
-def bare_loop(precision: str, corpus: Path, options: argparse.Namespace) -> Contender:
+def on_one_batch(precision: str, corpus: Path, options: argparse.Namespace) -> tuple[Contender, list[float]]:
     keep_freed_memory()
-    device = setup(options.device).device
-    config = ModelConfig(name="lstm", hidden=options.hidden, cutoffs=options.cutoffs)
-    model = LanguageModel(config, options.words).to(device)
+    device, size = setup(options.device).device, size_of(options)
+    config = ModelConfig(name="lstm", hidden=size.hidden, cutoffs=size.cutoffs)
+    model = LanguageModel(config, size.words).to(device)
     optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
-    data = TextData(open_corpus(corpus), options.batch, LENGTH, device=device, seed=1)
+    data = TextData(open_corpus(corpus), BATCH, LENGTH, device=device, seed=1)
     ((_, (tokens, targets, *_)),) = next(data.train_batches(0))
-    state, cast = model.zero_state(options.batch), Precision(precision, device)
-
-    def updates() -> None:
-        for _ in range(options.updates):
-            optimizer.zero_grad()
-            with cast.autocast():
-                log_prob, _ = model(tokens, targets, state)
-            cast.backward(-log_prob.mean())
-            cast.step(optimizer)
-
-    return Contender(updates, [])
+    updates, state = [[(tokens, targets)]] * options.updates, model.zero_state(BATCH)
+    cast = Precision(precision, device)
+    return bare_loop(model, optimizer, cast, updates, lambda batch: -model(*batch, state)[0].mean()), []
 
 
-Found = tuple[list[float], float | None, float | None]  # tokens/s in each round; optimizer ms; peak MiB
-
-
-def in_turn(contenders: dict[str, Contender], options: argparse.Namespace, warmup: bool = True) -> dict[str, Found]:
-    """Measure all in this process."""
-    runs = {name: each.run for name, each in contenders.items()}
-    found = speeds(runs, options.updates * options.batch * LENGTH, options.rounds, setup(options.device), warmup)
+def measure(
+    makers: dict[str, Maker], corpus: Path, options: argparse.Namespace, warmup: bool = True
+) -> dict[str, Measured]:
+    made, world = {name: make(corpus, options) for name, make in makers.items()}, setup(options.device)
+    contenders = {name: contender for name, (contender, _) in made.items()}
+    found = speeds(contenders, options.updates * BATCH * LENGTH, options.rounds, world, warmup)
+    peak = peak_memory_mb(world.device)
     return {
-        name: (found[name], statistics.median(each.optimizer_ms) if each.optimizer_ms else None, None)
-        for name, each in contenders.items()
+        name: Measured(found[name], statistics.median(times) if times else None, peak)
+        for name, (_, times) in made.items()
     }
 
 
-def alone(name: str, make: Maker, corpus: Path, options: argparse.Namespace) -> Found:
+def alone(name: str, make: Maker, corpus: Path, options: argparse.Namespace) -> Measured:
     """Measure one in its own process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(with_memory, make, corpus, options).result()
+            return pool.submit(measure, {name: make}, corpus, options, warmup=options.device != "cpu").result()[name]
         except BrokenProcessPool:
             raise UserError(f"{name}: its process was ended (out of memory?)") from None
 
 
-def with_memory(make: Maker, corpus: Path, options: argparse.Namespace) -> Found:
-    values, optimizer_ms, _ = in_turn({"": make(corpus, options)}, options, warmup=options.device != "cpu")[""]
-    return values, optimizer_ms, peak_memory_mb(setup(options.device).device)
-
-
-def make_corpus(folder: Path, options: argparse.Namespace) -> Path:
-    """A prepared corpus of noise with the word frequencies of English."""
-    random = np.random.default_rng(0)
-    words = [*(f"w{number}" for number in range(options.words - 3)), "<S>", "<UNK>", "</S>"]
-    counts = np.sort((1e9 / np.arange(1, len(words) + 1) ** EXPONENT).astype(int))[::-1]
-    (folder / "words.txt").write_text("".join(f"{w} {c}\n" for w, c in zip(words, counts, strict=True)))
-    drawn = draw_words((options.updates + 2) * options.batch * LENGTH, options.words - 3, random)
-    lines = [" ".join(f"w{rank}" for rank in drawn[first : first + 25]) for first in range(0, len(drawn), 25)]
-    source = write_source(folder / "text", lines, len(drawn))
+def make_corpus(folder: Path, words: int, tokens: int) -> Path:
+    """A prepared corpus of at least `tokens` tokens of noise, over so many `words`."""
+    vocabulary = [*(f"w{number}" for number in range(words - 3)), "<S>", "<UNK>", "</S>"]
+    counts = np.sort((1e9 / np.arange(1, words + 1) ** EXPONENT).astype(int))[::-1]
+    (folder / "words.txt").write_text("".join(f"{w} {c}\n" for w, c in zip(vocabulary, counts, strict=True)))
+    shares = np.cumsum(1 / np.arange(1, words - 2) ** EXPONENT)
+    drawn = np.searchsorted(shares, np.random.default_rng(0).random(tokens) * shares[-1])
+    lines = [" ".join(f"w{rank}" for rank in drawn[first : first + 25]) for first in range(0, tokens, 25)]
+    source = write_source(folder / "text", lines, tokens)
     preparation.build(source, folder / "corpus", vocabulary=folder / "words.txt")
     return folder / "corpus"
-
-
-def draw_words(count: int, words: int, random: np.random.Generator) -> np.ndarray:
-    """Ranks of `count` words, int64."""
-    shares = np.cumsum(1 / np.arange(1, words + 1) ** EXPONENT)
-    return np.searchsorted(shares, random.random(count) * shares[-1])
 
 
 if __name__ == "__main__":

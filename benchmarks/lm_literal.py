@@ -1,4 +1,4 @@
-"""The published way to encode a corpus, as a baseline: python -m benchmarks.lm_literal SOURCE OUT VOCABULARY"""
+"""The published way to encode a corpus: python -m benchmarks.lm_literal SOURCE OUT VOCABULARY"""
 
 import pickle
 import sys

@@ -1,4 +1,4 @@
-"""The parameter shapes of the published experiments' models."""
+"""The parameter shapes of the published models."""
 
 import math
 from collections.abc import Callable
@@ -56,7 +56,7 @@ SETS: dict[str, tuple[Callable[[], list[Shape]], int, float]] = {
 
 
 def shapes(name: str) -> list[Shape]:
-    """The shapes of a set. RuntimeError if their number of parameters is wrong."""
+    """The shapes of a set. RuntimeError if the number of parameters is wrong."""
     make, expected, _ = SETS[name]
     found = make()
     count = sum(math.prod(shape) for shape in found)
@@ -68,9 +68,8 @@ def shapes(name: str) -> list[Shape]:
 def gradients(name: str, device: torch.device, dense: bool = False) -> tuple[list[Tensor], list[Tensor]]:
     """Random gradients with a set's shapes: for the steps so far, and for the next step.
 
-    Both lists hold the same tensors, except for the One Billion Words embedding. Without `dense` only its words of the
-    last SEEN batches, or of the next batch, have a gradient. Words are drawn by Zipf's law, which gives more rare words
-    than the corpus has.
+    Both lists hold the same tensors. But without `dense` only the words of the last SEEN batches, or of the next one,
+    have a gradient in the One Billion Words embedding. Zipf's law draws more rare words than the corpus has.
     """
     so_far = [torch.randn(shape, device=device) for shape in shapes(name)]
     following = list(so_far)

@@ -1,14 +1,14 @@
-"""Translation: speed of training and decoding against named baselines, and padding.
+"""Translation: speed of training and decoding, and padding.
 
     python -m benchmarks.nmt train configs/grammar/apollo.yaml [key=value ...]
-    python -m benchmarks.nmt decode [--width 256 --layers 3 --sentences 100 --steps 30 --beam 5]
+    python -m benchmarks.nmt decode [--precision fp32]
     python -m benchmarks.nmt full-size [--updates 2 --batch 8192 --passes 8 --precision fp32]
 
-    train       three loops in turn over the last updates of the cell's first epoch, in target tokens per second:
+    train       three loops in turn over the last updates of the first epoch, in target tokens per second:
                 train.py        its `train_epoch`, from data to metrics
                 bare loop       forward, backward, clipping and optimizer of the same model, on batches in memory
                 torch's own     torch.nn.Transformer of the same size, cross entropy over all positions
-                then the share of padding in that epoch, on both sides
+                then that epoch's share of padding, on both sides
     decode      beam search for a forced number of steps, with and without caches
     full-size   updates of Transformer-base with the published vocabulary and batch: speed and memory
 
@@ -17,7 +17,6 @@ For a GPU: device=cuda (train) or --device cuda.
 
 import argparse
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,24 +24,31 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from benchmarks.turns import COLUMNS, columns, end_of_epoch, machine, ratios, speeds
-from engine.config import load_config
+import nmt.train
+from benchmarks.turns import Contender, bare_loop, end_of_epoch, machine, prepared, report, speeds
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main
 from engine.precision import Precision
-from engine.run_record import RunRecord, peak_memory_mb
+from engine.run_record import peak_memory_mb
 from nmt.beam_search import beam_search
 from nmt.codec import BOS, EOS, PAD
 from nmt.data import Batch, train_batches
 from nmt.model import ModelConfig, Transformer, create_model, sinusoids
-from nmt.train import Config, TranslationRun, prepare, train_epoch
+from nmt.train import TranslationRun
 from optim import create_optimizer
 
 WORDS = 40_624  # the types in the author's log of the published runs
-Contender = Callable[[], None]
+DECODED = ModelConfig(width=256, inner_width=1024, heads=4, encoder_layers=3, decoder_layers=3)
+VOCABULARY, SENTENCES, SOURCE_WORDS, STEPS, BEAM = 8000, 100, 20, 30, 5  # of decoding
 
 
-def main(arguments: list[str]) -> list[float] | None:
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
+    measures = {"train": measure_training, "decode": measure_decoding, "full-size": measure_full_size}
+    measures[options.command](options)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train")
@@ -51,10 +57,6 @@ def main(arguments: list[str]) -> list[float] | None:
     train.add_argument("--updates", type=int, default=20, help="in a round")
     train.add_argument("--rounds", type=int, default=7)
     decode = commands.add_parser("decode")
-    for name, default in {"width": 256, "layers": 3, "vocabulary": 8000, "sentences": 100, "words": 20}.items():
-        decode.add_argument(f"--{name}", type=int, default=default)
-    decode.add_argument("--steps", type=int, default=30)
-    decode.add_argument("--beam", type=int, default=5)
     decode.add_argument("--rounds", type=int, default=5)
     full = commands.add_parser("full-size")
     full.add_argument("--updates", type=int, default=2)
@@ -64,19 +66,16 @@ def main(arguments: list[str]) -> list[float] | None:
         command.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16", "fp16"))
         command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     if arguments[:1] == ["train"]:  # its options may stand between its overrides
-        return measure_training(train.parse_intermixed_args(arguments[1:]))
-    options = parser.parse_args(arguments)
-    return {"decode": measure_decoding, "full-size": measure_full_size}[options.command](options)
+        return train.parse_intermixed_args(arguments[1:], argparse.Namespace(command="train"))
+    return parser.parse_args(arguments)
 
 
 def measure_training(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        rounds = options.rounds + 1  # the first does not count
-        never = 10 * options.updates * rounds
+        never = 10 * options.updates * (options.rounds + 1)  # the first round does not count
         ours = [f"run_dir={scratch}", f"updates={never}", f"validate_every={never}", f"average.every={never}"]
-        config = load_config(Config, options.config, [*options.overrides, *ours])
-        world = setup(config.device)
-        run = prepare(config, world, RunRecord(config, config.folder, world))
+        run = prepared(nmt.train, options.config, *options.overrides, *ours)
+        config, world = run.config, run.world
         describe(world, f"{options.config} {' '.join(options.overrides)}, {options.updates} updates a round")
         epoch = [run.data.train, config.batch, config.passes, config.seed, 0, world.rank, world.world_size]
         start = run.updates_per_epoch - options.updates
@@ -87,10 +86,11 @@ def measure_training(options: argparse.Namespace) -> None:
         there = [[batch.to(world.device) for batch in passes] for passes in updates]
         contenders = {
             "train.py": lambda: train_py(run, options.updates),
-            "bare loop": bare_loop(run, there),
+            "bare loop": same_model(run, there),
             "torch's own": torchs_own(run, there),
         }
-        report("target tokens/s", speeds(contenders, tokens, options.rounds, world), "train.py")
+        found = speeds(contenders, tokens, options.rounds, world)
+        report("target tokens/s", found, [("train.py", "bare loop"), ("train.py", "torch's own")])
         share = padding_share(batch for passes in train_batches(*epoch) for _, batch in passes)
         print(f"\npadding: {100 * share:.1f} % of the tokens of both sides, batches of {config.batch:,} tokens")
 
@@ -107,10 +107,10 @@ def padding_share(batches: Iterator[Batch]) -> float:
 def train_py(run: TranslationRun, updates: int) -> None:
     """The last updates of the first epoch, each time."""
     run.progress.update = run.progress.epoch = 0
-    end_of_epoch(run, train_epoch, updates)
+    end_of_epoch(nmt.train, run, updates)
 
 
-def bare_loop(run: TranslationRun, updates: list[list[Batch]]) -> Contender:
+def same_model(run: TranslationRun, updates: list[list[Batch]]) -> Contender:
     torch.manual_seed(0)
     model = create_model(run.config.model, run.data.codec.size).to(run.world.device).train()
     label_smoothing = run.config.label_smoothing
@@ -122,7 +122,7 @@ def bare_loop(run: TranslationRun, updates: list[list[Batch]]) -> Contender:
 
 
 def torchs_own(run: TranslationRun, updates: list[list[Batch]]) -> Contender:
-    """torch.nn.Transformer with the same embeddings, positions and dropout (one rate for all)."""
+    """With the same embeddings, positions and dropout (one rate for all)."""
     torch.manual_seed(0)
     config, words = run.config.model, run.data.codec.size
     embedding = torch.nn.Embedding(words, config.width, padding_idx=PAD)
@@ -159,25 +159,15 @@ def plain_updates(
     updates: list[list[Batch]],
     loss_of: Callable[[Batch], torch.Tensor],
 ) -> Contender:
-    optimizer = create_optimizer(run.config.optimizer.name, model.parameters(), **run.config.optimizer.settings)
-    cast = Precision(run.config.precision, run.world.device)
-
-    def one_round() -> None:
-        for passes in updates:
-            optimizer.zero_grad()
-            tokens = sum(batch.tokens for batch in passes)
-            for batch in passes:
-                with cast.autocast():
-                    loss = loss_of(batch)
-                cast.backward(loss / tokens)
-            cast.clip(optimizer, model.parameters(), run.config.gradient_clip)
-            cast.step(optimizer)
-
-    return one_round
+    config = run.config
+    optimizer = create_optimizer(config.optimizer.name, model.parameters(), **config.optimizer.settings)
+    cast = Precision(config.precision, run.world.device)
+    share = lambda batch: loss_of(batch) / batch.update_tokens  # noqa: E731
+    return bare_loop(model, optimizer, cast, updates, share, config.gradient_clip)
 
 
 class WithoutCaches:
-    """A Transformer for beam_search. Every step decodes the whole hypotheses."""
+    """For beam_search. Every step decodes whole hypotheses."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -209,31 +199,28 @@ class WithoutCaches:
 
 def measure_decoding(options: argparse.Namespace) -> None:
     world = setup(options.device)
-    layers = {"encoder_layers": options.layers, "decoder_layers": options.layers}
-    config = ModelConfig(width=options.width, inner_width=4 * options.width, heads=options.width // 64, **layers)
     torch.manual_seed(0)
-    model = create_model(config, options.vocabulary).to(world.device).eval()
-    source = random_words(options.sentences, options.words, options.vocabulary).to(world.device)
-    longest = torch.full((options.sentences,), options.steps, device=world.device)
+    model = create_model(DECODED, VOCABULARY).to(world.device).eval()
+    source = random_words(SENTENCES, SOURCE_WORDS, VOCABULARY).to(world.device)
+    longest = torch.full((SENTENCES,), STEPS, device=world.device)
     cast = Precision(options.precision, world.device)
-    describe(
-        world,
-        f"{options.width} wide, {options.layers}+{options.layers} layers, {options.vocabulary:,} words, "
-        f"{options.precision}; {options.sentences} sentences, beam {options.beam}, {options.steps} forced steps",
-    )
+    size = f"{DECODED.width} wide, {DECODED.encoder_layers}+{DECODED.decoder_layers} layers, {VOCABULARY:,} words"
+    work = f"{SENTENCES} sentences, beam {BEAM}, {STEPS} forced steps"
+    describe(world, f"{size}, {options.precision}; {work}")
 
     def decode(decoder: Transformer | WithoutCaches) -> None:
         with cast.autocast():
-            found = beam_search(decoder, source, options.beam, 0.6, longest)
-        if any(len(hypothesis.words) != options.steps - 1 for hypothesis in found):
+            found = beam_search(decoder, source, BEAM, 0.6, longest)
+        if any(len(hypothesis.words) != STEPS - 1 for hypothesis in found):
             raise RuntimeError("a hypothesis ended before its last step: this random model will not do")
 
     contenders = {"with caches": lambda: decode(model), "without": lambda: decode(WithoutCaches(model))}
-    report("sentences/s", speeds(contenders, options.sentences, options.rounds, world), "with caches")
+    found = speeds(contenders, SENTENCES, options.rounds, world)
+    report("sentences/s", found, [("with caches", "without")])
 
 
 def measure_full_size(options: argparse.Namespace) -> list[float]:
-    """Prints a line an update, and returns the target tokens a second."""
+    """Prints each update; returns target tokens a second."""
     world = setup(options.device)
     torch.manual_seed(0)
     model = create_model(ModelConfig(), WORDS).to(world.device).train()
@@ -266,18 +253,10 @@ def measure_full_size(options: argparse.Namespace) -> list[float]:
 
 
 def random_words(sentences: int, words: int, vocabulary: int) -> torch.Tensor:
-    """[sentences, words + 1] random ids. Each row ends with EOS."""
+    """[sentences, words + 1] random ids, EOS last."""
     ids = torch.randint(EOS + 1, vocabulary, (sentences, words + 1))
     ids[:, -1] = EOS
     return ids
-
-
-def report(unit: str, found: dict[str, list[float]], ours: str) -> None:
-    print(f"{unit:<18}{COLUMNS}   {ours} / this, in the same round")
-    for name, values in found.items():
-        each = ratios(found[ours], values)
-        ratio = "" if name == ours else f"   {statistics.median(each):.2f}   ({min(each):.2f} .. {max(each):.2f})"
-        print(f"{name:<18}{columns(values)}{ratio}")
 
 
 def describe(world: World, what: str) -> None:

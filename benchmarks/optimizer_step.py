@@ -1,14 +1,14 @@
-"""Time and memory of an optimizer step, against torch's fused AdamW, on the parameter shapes of the published models.
+"""Time and memory of an optimizer step, against torch's fused AdamW, on the published models' parameter shapes.
 
     python -m benchmarks.optimizer_step [--device cuda] [--shapes resnet110,lstm_1b] [--json OUT] [--plot OUT.png]
 
-The contenders are Apollo single-tensor, foreach and fused; the published algorithm written literally
-(optim/apollo_reference.py); torch's SGD with momentum, AdamW and RAdam. The gradients are random and do not change. In
-the language model's embedding only the words of one batch have a gradient, unless --dense is given.
+The contenders are Apollo single-tensor, foreach and fused; the published algorithm (optim/apollo_reference.py); torch's
+SGD with momentum, AdamW and RAdam. Gradients are random and do not change. In the language model's embedding only the
+words of one batch have a gradient, unless --dense is given.
 
-All take turns in one process. The table gives medians. `/ AdamW` is the ratio to fused AdamW. `/ floor` compares the
-step with the least transfers of a tensor that it needs (Apollo: 9, SGD: 5), at the speed of fused AdamW's 7. It can be
-below 1 if caches or zeros help. `GB/s` is these transfers over the time.
+The table gives medians. `/ AdamW` is the ratio to fused AdamW. `/ floor` compares the step with the least transfers of
+a tensor that it needs (Apollo: 9, SGD: 5), at the speed of fused AdamW's 7; caches or zeros can make it less than 1.
+`GB/s` is these transfers over the time.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.model_shapes import SETS, gradients, shapes
-from benchmarks.turns import seconds_of, turns
+from benchmarks.turns import seconds_of, table, turns
 from engine.distributed import World, setup
 from engine.errors import UserError, run_main
 from engine.run_record import describe_environment
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> None:
     record["sets"] = {}
     for name in options.shapes.split(","):
         record["sets"][name] = measure(name, kept, options, world)
-        print(table(name, record["sets"][name]), flush=True)
+        print(as_text(name, record["sets"][name]), flush=True)
         if options.json:
             Path(options.json).write_text(json.dumps(record, indent=1))
     if options.plot:
@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> None:
 def measure(
     name: str, kept: dict[str, Contender], options: argparse.Namespace, world: World
 ) -> dict[str, dict[str, Any]]:
-    """Of each contender: seconds a step in every round, bytes of state per parameter, launches."""
+    """Seconds a step in every round, bytes of state per parameter, launches."""
     device, decay = world.device, SETS[name][2]
     params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes(name)]
     so_far, following = gradients(name, device, options.dense)
@@ -151,7 +151,6 @@ def measure(
 
 
 def compare(results: dict[str, dict[str, Any]]) -> None:
-    """Add medians and ratios."""
     for result in results.values():
         if result["seconds"]:
             result["median_ms"] = 1e3 * statistics.median(result["seconds"])
@@ -165,7 +164,7 @@ def compare(results: dict[str, dict[str, Any]]) -> None:
 
 
 def timed(optimizer: torch.optim.Optimizer, seconds: float, world: World) -> float:
-    """Seconds a step, over as many as fill `seconds`, after one that fills the caches."""
+    """Seconds a step, over as many as fill `seconds`, after one that fills caches."""
     optimizer.step()
     world.synchronize()
     steps, start = 0, time.perf_counter()
@@ -198,7 +197,7 @@ def launches(optimizer: torch.optim.Optimizer, world: World) -> int:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the state tensors that have a parameter's shape."""
+    """Bytes of the state tensors with a parameter's shape."""
     states = ((param, x) for param, state in optimizer.state.items() for x in state.values())
     return sum(x.nbytes for param, x in states if isinstance(x, Tensor) and x.shape == param.shape)
 
@@ -213,7 +212,7 @@ def free_memory(device: torch.device) -> float:
         return math.inf  # not Linux: unknown
 
 
-def table(name: str, results: dict[str, dict[str, Any]]) -> str:
+def as_text(name: str, results: dict[str, dict[str, Any]]) -> str:
     rows = [["", "ms", "min", "max", "n", "/ AdamW", "/ floor", "GB/s", "bytes/param", "launches"]]
     for label, result in results.items():
         if "median_ms" not in result:
@@ -233,18 +232,13 @@ def table(name: str, results: dict[str, dict[str, Any]]) -> str:
                 str(result["launches"] or ""),
             ]
         )
-    full = [row for row in rows if len(row) == len(rows[0])]
-    widths = [max(len(row[i]) for row in full) for i in range(len(rows[0]))]
-    count = sum(math.prod(shape) for shape in shapes(name))
-    lines = [f"\n{name}: {count:,} parameters in {len(shapes(name))} tensors, weight decay {SETS[name][2]:g}"]
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=False)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)
+    _, count, decay = SETS[name]
+    title = f"\n{name}: {count:,} parameters in {len(shapes(name))} tensors, weight decay {decay:g}"
+    return f"{title}\n{table(rows)}"
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Draw step times over fused AdamW's, a panel for each set of shapes."""
+    """Step times over fused AdamW's, a panel for each set of shapes."""
     import matplotlib
 
     matplotlib.use("Agg")

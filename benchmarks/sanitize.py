@@ -1,7 +1,7 @@
 """The C++ of this repository under AddressSanitizer and UndefinedBehaviorSanitizer: `python -m benchmarks.sanitize`.
 
-A child process builds the three C++ files with the sanitizers and runs their tests. A wrong read or write, or undefined
-behaviour, ends it with a report. Needs g++ or clang++ with its sanitizers; takes some minutes.
+A child process builds the three C++ files with the sanitizers and runs their tests, some minutes long. A wrong read or
+write, or undefined behaviour, ends it with a report. Needs g++ or clang++ with its sanitizers.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""On the CPU, the process keeps the memory that a training step frees for the next step.
+"""On the CPU, the process keeps the memory that a training step frees.
 
-Otherwise glibc returns large free blocks to the system, which clears each page again: for a ResNet-110 tens of
-thousands of page faults per step.
+Otherwise glibc returns large blocks to the system, which clears each page again: tens of thousands of page faults a
+step for a ResNet-110.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ MADV_POPULATE_WRITE = 23  # of madvise(2), since Linux 5.14
 def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory. Returns False with another C library.
 
-    The process's size then stays at its peak, which each step reaches anyway.
+    The process then stays at its peak size, which each step reaches anyway.
     """
     mallopt = _of_glibc("mallopt")
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**28))
@@ -23,10 +23,7 @@ def keep_freed_memory() -> bool:
 
 
 def populate(address: int, size: int) -> bool:
-    """Ask for all pages of a new memory mapping at once, not each at its first write.
-
-    `size` is in bytes. Returns False if the system does not support this.
-    """
+    """Ask for all pages of a new memory mapping at once. `size` is in bytes. Returns False where the system cannot."""
     madvise = _of_glibc("madvise")
     return madvise is not None and madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), MADV_POPULATE_WRITE) == 0
 

@@ -15,7 +15,7 @@ from engine.precision import Precision
 
 
 def require_apex(name: str, device: torch.device) -> None:
-    """Raise UserError if `name` (apex-O1, apex-O2) lacks CUDA, or an apex that still has amp."""
+    """Raise UserError without CUDA, or an apex that still has amp. `name` is apex-O1 or apex-O2."""
     if device.type != "cuda":
         raise UserError(f"precision={name} exists on CUDA devices only, not on {device.type}; use precision=fp32")
     try:
@@ -48,7 +48,7 @@ class ApexPrecision(Precision):
 
     @override
     def data_parallel(self, network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-        # Reduced after the whole backward pass, gradients include those of earlier passes.
+        # Reduced after the backward pass, gradients include those of earlier passes.
         network = self.parallel.DistributedDataParallel(network, delay_allreduce=True)
         network.no_sync = partial(_no_sync, network)
         return network

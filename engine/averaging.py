@@ -1,6 +1,6 @@
-"""The mean of the last weights that a run has kept. The published scores of translation belong to such a mean.
+"""The mean of the last weights that a run has kept, to which the published scores of translation belong.
 
-The weights are kept in RUN/averaging/<update>/. A resumed run writes the same files.
+They are kept in RUN/averaging/<update>/. A resumed run writes the same files.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from engine.errors import UserError
 
 
 def keep_weights(run_dir: Path, update: int, model: torch.nn.Module, vocabulary: str | None, last: int) -> None:
-    """Write the weights of this update with the vocabulary's digest, if any. Only the `last` newest stay."""
+    """Write this update's weights with the vocabulary's digest, if any. Only the `last` newest stay."""
     folder = run_dir / "averaging" / f"{update:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     write_checkpoint(folder, {"model": model.state_dict(), "codec": vocabulary}, keep=1)
@@ -22,7 +22,7 @@ def keep_weights(run_dir: Path, update: int, model: torch.nn.Module, vocabulary:
 
 
 def average_weights(run_dir: Path, last: int, vocabulary: str | None) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """The mean of the `last` newest kept weights, or of fewer, and the updates that they are from.
+    """The mean of the `last` newest kept weights, or of fewer, and their updates.
 
     Raises UserError if there are none, or if their models or vocabularies differ.
     """

@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill: written beside, synced and renamed. They are never unpickled.
 
-`checkpoint.pt` is the newest, `checkpoint.1.pt` the one before. One of them is whole at every instant. Each is a zip
-archive of torch.save. Its comment is a checksum of all bytes before it: torch.load and the zip format's checksums do
-not look at every bit. Instead of a damaged file, the next older one is used.
+`checkpoint.pt` is the newest, `checkpoint.1.pt` the one before; one is whole at every instant. Each is a zip archive of
+torch.save. Its comment is a checksum of all bytes before it, as neither torch.load nor zip checks every bit. Instead of
+a damaged file, the next older one is used.
 """
 
 import os
@@ -46,17 +46,17 @@ class Progress:
     since_evaluation: dict[str, float] = field(default_factory=dict)  # sums of logged metrics
     since_evaluation_s: float = 0.0  # seconds of training alone
     trained_on: float = 0.0  # examples or tokens up to the last evaluation
-    train_s: float = 0.0  # seconds of training alone, likewise
+    train_s: float = 0.0  # seconds of training alone, up to then
     best: float | None = None  # of all evaluations
-    last: dict[str, float] = field(default_factory=dict)  # metrics, likewise
+    last: dict[str, float] = field(default_factory=dict)  # metrics of the last one
 
 
 @dataclass
 class Checkpoints:
-    """Saves and restores `parts` together with a Progress. Rank 0 writes; every rank calls every method.
+    """Saves and restores `parts` and a Progress. Rank 0 writes; every rank calls every method.
 
-    `due` asks for a save every `minutes` (0: each time), or less often where saving takes more than 1 % of that.
-    `keep` is the number of files kept.
+    `due` asks for a save every `minutes` (0: each time), or less often where saving takes more than 1 % of that. `keep`
+    files are kept.
     """
 
     folder: Path
@@ -73,7 +73,7 @@ class Checkpoints:
         return time.monotonic() - self.saved_at >= seconds
 
     def save(self, progress: Progress, extra: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint. A failure raises UserError and leaves the older ones untouched."""
+        """A failure raises UserError and leaves older ones untouched."""
         started = time.monotonic()
         if self.world.is_main:
             state = {name: part.state_dict() for name, part in self.parts.items()}
@@ -85,8 +85,8 @@ class Checkpoints:
     def restore(self, progress: Progress) -> dict[str, Any] | None:
         """Load the newest whole checkpoint into `parts` and `progress`; returns its `extra`, or None without one.
 
-        Damaged ones become *.damaged: the next save must not push out a whole one and keep them. Raises UserError
-        where the checkpoint does not fit.
+        Damaged ones become *.damaged: saves must not push out a whole one before them. Raises UserError where the
+        checkpoint does not fit.
         """
         state, damaged = _newest_whole(self.folder, self.say)
         if state is None:
@@ -141,7 +141,7 @@ def write_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
 
 
 def read_checkpoint(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest whole checkpoint of `folder` on the CPU, or None; `say` names damaged ones.
+    """The newest whole checkpoint on the CPU, or None; `say` gets damaged ones' names.
 
     Raises UserError where all are damaged, or one cannot be read.
     """
@@ -165,7 +165,7 @@ def _newest_whole(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, A
 def unreadable(value: Any, place: str = "state") -> str | None:
     """The place and type of something in `value` that a checkpoint would not give back, or None.
 
-    Tensors, numbers, text and plain containers pass; all else is written and read for a trial.
+    All but tensors, plain values and containers is written and read for a trial.
     """
     if isinstance(value, torch.Tensor) or type(value) in (bool, int, float, str, type(None)):
         return None
@@ -184,7 +184,7 @@ def unreadable(value: Any, place: str = "state") -> str | None:
 
 
 def require_same_shapes(model: torch.nn.Module, state: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Raise UserError, naming the first difference, where `state` belongs to another model."""
+    """Raise UserError where `state` belongs to another model."""
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{source}: the checkpoint's model is no mapping of names to tensors: another program's")
     if different := different_shapes(model.state_dict(), state):
@@ -198,7 +198,7 @@ def require_same_shapes(model: torch.nn.Module, state: Mapping[str, torch.Tensor
 def different_shapes(
     one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
 ) -> tuple[str, tuple[int, ...] | str, tuple[int, ...] | str] | None:
-    """The first name whose tensors differ in shape, with both shapes or "absent"; None without one."""
+    """The first name with different shapes, and both shapes or "absent"; or None."""
     for name in {**one, **other}:
         shapes = [tuple(state[name].shape) if name in state else "absent" for state in (one, other)]
         if shapes[0] != shapes[1]:
@@ -231,7 +231,7 @@ class _Hashed:
         self.file.flush()
 
     def end(self) -> None:
-        """Replace the archive's last two bytes, the comment's length, by that length and the comment."""
+        """Replace the archive's last two bytes, the comment's length, by length and comment."""
         self.file.seek(-len(NO_COMMENT), os.SEEK_END)
         self.file.write(_trailer(self.hash))
 
@@ -263,7 +263,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The system's own words: torch wraps a failed write in an error about its archive format."""
+    """The system's own words, which torch wraps in an error about its archive."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.strerror:

@@ -1,7 +1,6 @@
-"""How many updates clip their gradients.
+"""The share of updates that clip their gradients; docs/apollo.md explains it.
 
 The loops add COUNTS once per update to the Sums of a log line's interval, so nothing waits for the device.
-docs/apollo.md explains the share.
 """
 
 from collections.abc import Callable

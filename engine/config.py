@@ -1,8 +1,8 @@
 """Strict configuration: YAML files over a `base:`, `key=value` on top, checked by a pydantic model.
 
-Files merge key by key, except `optimizer`, `schedule` and `average`: these are taken whole from the last file that
-gives them, because their settings belong to one method. Every error names in one line the file or command line, the
-key, and what would be right.
+Files merge key by key. But `optimizer`, `schedule` and `average` are taken whole from the last file that gives them,
+because their settings belong to one method. Every error names in one line the file or command line, the key, and what
+would be right.
 """
 
 import math
@@ -74,7 +74,7 @@ class Named(WithSettings):
 
 
 class GroupConfig(WithSettings):
-    """Parameters with settings of their own, or with another optimizer, `name`."""
+    """Parameters with settings of their own, or another optimizer, `name`."""
 
     match: str | NonNegativeInt  # a regular expression for names, or a number of dimensions
     name: str | None = None
@@ -107,8 +107,8 @@ class CheckpointConfig(Strict):
 class AverageConfig(Strict):
     """The average of weights that is evaluated: an exponential one (`decay`), or the mean of the `last` kept ones.
 
-    The exponential average, a <- decay * a + (1 - decay) * w, begins as the weights after the first update. The mean is
-    formed at the end of the run.
+    The first, a <- decay * a + (1 - decay) * w, begins with the weights after the first update. The second is formed at
+    the end.
     """
 
     decay: float | None = Field(None, gt=0, lt=1)
@@ -123,9 +123,9 @@ class AverageConfig(Strict):
 
 
 class RunConfig(Strict):
-    """The keys of every task's config; a task adds its own."""
+    """The keys of every task's config."""
 
-    DIFFERENTIABLE_TWICE: ClassVar[bool] = False  # whether all functions of the task's models are
+    DIFFERENTIABLE_TWICE: ClassVar[bool] = False  # whether the task's models are
 
     table: str  # of the paper, or any name
     row: str  # the method's name in that table
@@ -154,9 +154,9 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def load_config(model: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read `path` over its `base:` files, apply `key=value` overrides, and check against `model`.
+    """Read `path` over its `base:` files, apply overrides (`optimizer.lr=0.1`, values are YAML), and check.
 
-    Override keys may be dotted (`optimizer.lr=0.1`); values are YAML. Raises ConfigError.
+    Raises ConfigError.
     """
     sources: dict[str, str] = {}
     values = _read_with_bases(Path(path), sources, seen=())
@@ -176,7 +176,7 @@ def load_config(model: type[ConfigT], path: str | Path, overrides: Sequence[str]
 
 
 def save_config(config: BaseModel, path: str | Path) -> None:
-    """Write the resolved config as YAML that `load_config` reads. An equal file is kept."""
+    """Write the resolved config as YAML. An equal file is kept."""
     path, text = Path(path), dump_config(config)
     if not (path.exists() and path.read_bytes() == text.encode()):
         write_atomically(path, text)
@@ -187,7 +187,7 @@ def dump_config(config: BaseModel) -> str:
 
 
 def differences(ours: Any, theirs: Any, ignore: Sequence[str] = (), prefix: str = "") -> list[str]:
-    """The dotted keys whose values differ, without those in `ignore` and below."""
+    """Dotted keys whose values differ, without those in `ignore` and below."""
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):
         return [] if ours == theirs else [prefix.rstrip(".")]
     found = []
@@ -198,7 +198,6 @@ def differences(ours: Any, theirs: Any, ignore: Sequence[str] = (), prefix: str 
 
 
 def value_at(values: Any, dotted: str) -> Any:
-    """The value of a dotted key in nested mappings, or None."""
     for key in dotted.split("."):
         values = values.get(key) if isinstance(values, dict) else None
     return values
@@ -247,7 +246,6 @@ def _set_dotted(values: dict, key: str, value: Any, sources: dict[str, str]) -> 
 
 
 def _explain(error: ValidationError, model: type[BaseModel], sources: dict[str, str], path: str) -> str:
-    """Pydantic's first problem, in one line."""
     problem = error.errors()[0]
     keys, holder = _place(model, problem["loc"])
     if problem["type"].startswith("union_tag"):
@@ -273,14 +271,14 @@ def _explain(error: ValidationError, model: type[BaseModel], sources: dict[str, 
 
 
 def _source_of(dotted: str, sources: dict[str, str]) -> str | None:
-    """Where the key, or the nearest one above it, was last given."""
+    """Where the key, or the nearest above it, was last given."""
     while dotted and dotted not in sources:
         dotted = dotted.rpartition(".")[0]
     return sources.get(dotted)
 
 
 def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
-    """The keys that lead to a problem, and the model that has or lacks the last of them.
+    """The keys that lead to a problem, and the model that has or lacks the last one.
 
     Where `name` selects a model, pydantic puts it into `loc` like a key.
     """

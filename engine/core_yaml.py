@@ -1,6 +1,6 @@
 """YAML by the core schema of YAML 1.2; PyYAML alone follows YAML 1.1.
 
-So 010 is ten, 5e-4 is a number, and 1:30, 1_000, 2020-01-01 and yes are text. The merge key `<<` of 1.1 works too.
+So 010 is ten, 5e-4 a number, and 1:30, 1_000, 2020-01-01 and yes are text. The merge key `<<` of 1.1 works too.
 """
 
 import re
@@ -59,14 +59,14 @@ def _unshared(value: Any) -> Any:
 
 
 def write_yaml(value: Any) -> str:
-    """A text that YAML 1.1 and 1.2 read alike: floats as 1.0e-08, quotes around text that either misreads."""
+    """Text that YAML 1.1 and 1.2 read alike: floats as 1.0e-08, quotes where either would misread."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=None)
 
 
 def _checked_size(node: yaml.Node, known: dict[int, int]) -> int:
     """How many values `node` stands for, with aliases written out.
 
-    Raises ConstructorError for a key that is no text, or is given twice.
+    Raises ConstructorError for a key that is no text, or repeated.
     """
     if id(node) in known:
         return known[id(node)]
@@ -93,7 +93,7 @@ class _Loader(yaml.SafeLoader):
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Put the keys of merged mappings, `<<: *a` or `<<: [*a, *b]`, before the mapping's own, which override them.
 
-        Where a merged mapping overrides a key itself, PyYAML's method takes the overridden value.
+        PyYAML's own method takes a value that a merged mapping itself overrides.
         """
         merged = [value for key, value in node.value if key.tag == f"{TAG}merge"]
         node.value = own = [pair for pair in node.value if pair[0].tag != f"{TAG}merge"]

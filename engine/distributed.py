@@ -1,4 +1,4 @@
-"""One process or many: reads torchrun's environment, picks nccl or gloo, and connects the ranks."""
+"""Reads torchrun's environment, picks nccl or gloo, and connects the ranks."""
 
 import os
 import socket
@@ -13,15 +13,15 @@ import torch.distributed as dist
 
 from engine.errors import UserError
 
-# How long a rank waits for another one's host, which may be downloading or writing a large checkpoint. If a rank dies,
-# its connections close, and the others learn it at once.
+# How long a rank waits for another's host, which may be downloading or writing a large checkpoint. If a rank dies, its
+# connections close, and the others learn it at once.
 PATIENCE = timedelta(days=1)
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")  # where the ranks meet
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all ranks."""
+    """This process among all ranks."""
 
     rank: int
     world_size: int
@@ -40,17 +40,13 @@ class World:
         return tensor
 
     def max(self, value: int) -> int:
-        """The largest `value` of any rank, on every rank."""
         box = torch.tensor(value)
         if work := self.begin_max(box):
             work.wait()
         return int(box)
 
     def begin_max(self, box: torch.Tensor) -> dist.Work | None:
-        """Begin to put the largest value of any rank into `box`, on the CPU. It is there after the result's `wait()`.
-
-        None with one process.
-        """
+        """Begin to put the largest value of any rank into `box`, on the CPU; None with one process."""
         if self.world_size == 1:
             return None
         return dist.all_reduce(box, dist.ReduceOp.MAX, group=self.hosts, async_op=True)
@@ -61,7 +57,7 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 runs the block before the others: it downloads or makes what they then find."""
+        """Rank 0 runs the block first: it downloads or makes what the others then find."""
         if not self.is_main:
             self.barrier()
         yield
@@ -69,12 +65,11 @@ class World:
             self.barrier()
 
     def synchronize(self) -> None:
-        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def copy_buffers(self, model: torch.nn.Module) -> None:
-        """Give every rank rank 0's buffers before an evaluation: BatchNorm statistics differ by rank."""
+        """Give every rank rank 0's buffers for an evaluation: BatchNorm statistics differ."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
@@ -82,7 +77,7 @@ class World:
     def require_divisible(self, batch: int, passes: int) -> None:
         """Raise UserError where the ranks cannot divide an update's `passes` (of `batch` each) equally.
 
-        Rank r takes the passes r, r + world_size, ...
+        Rank r takes passes r, r + world_size, ...
         """
         if passes % self.world_size:
             divided = divide(batch, passes, self.world_size)
@@ -95,16 +90,16 @@ class World:
 
 
 def divide(batch: int, passes: int, ranks: int) -> tuple[int, int] | None:
-    """(batch, passes) of an update of the same size, in the fewest passes that `ranks` can divide, or None."""
+    """(batch, passes) of an equal update, in the fewest passes that `ranks` can divide, or None."""
     more = lcm(passes, ranks)
     return None if batch * passes % more else (batch * passes // more, more)
 
 
 def setup(device: str = "auto", deterministic: bool = False) -> World:
-    """Join torchrun's process group if there is one (WORLD_SIZE is set), and choose this rank's device.
+    """Join torchrun's process group, if any (WORLD_SIZE is set), and choose this rank's device.
 
-    `device`: auto (cuda where there is one), cpu or cuda. Raises UserError where cuda is missing, or the
-    environment makes no sense.
+    `device`: auto (cuda where there is one), cpu or cuda. Raises UserError where cuda is missing, or the environment
+    makes no sense.
     """
     if deterministic:
         use_deterministic_algorithms()
@@ -130,11 +125,11 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
 
 
 def _join(backend: str) -> None:
-    """Join the process group that torchrun's environment describes.
+    """Join the process group of torchrun's environment.
 
-    After a rank has died, torchrun starts all ranks again on the same store (seen with torch 2.14). A rank that reads a
-    dead one's address there waits in vain, so each attempt gets keys of its own. Several machines count their attempts
-    separately: there the keys stay shared.
+    When a rank has died, torchrun restarts all on the same store (seen with torch 2.14). A rank that reads a dead one's
+    address there waits in vain, so each attempt gets its own keys. Several machines count attempts separately: there
+    the keys stay shared.
     """
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store, rank, world_size = next(dist.rendezvous("env://"))
@@ -145,10 +140,7 @@ def _join(backend: str) -> None:
 
 
 def read_environment() -> tuple[int, int, int]:
-    """This process's rank, the number of ranks, and the rank on this machine, from torchrun's variables.
-
-    Raises UserError for a variable that is no such number, and for a WORLD_SIZE without the rest.
-    """
+    """Rank, number of ranks, and rank on this machine, from torchrun's variables. UserError if they make no sense."""
     world_size = _number("WORLD_SIZE", 1, range(1, 1 << 31))
     if world_size == 1:
         return 0, 1, _number("LOCAL_RANK", 0, range(1 << 31))
@@ -184,9 +176,9 @@ def _number(name: str, default: int, valid: range) -> int:
 
 
 def use_deterministic_algorithms() -> None:
-    """Ask torch for algorithms that give the same bits each time; an operation without one raises RuntimeError.
+    """Ask torch for algorithms that give the same bits each time; operations without one raise RuntimeError.
 
-    Call it before a GPU computes anything: cuBLAS reads its variable at its first use.
+    Call it before a GPU computes anything: cuBLAS reads its variable at first use.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch.use_deterministic_algorithms
     torch.use_deterministic_algorithms(True)

@@ -16,9 +16,9 @@ BLOCK = 1 << 20
 
 
 def download(url: str, path: Path, checksum: str | None = None) -> None:
-    """Make `path` hold the file of `url`. `checksum` is "sha256:…" or "md5:…", or None if none is published.
+    """Make `path` hold the file of `url`; an existing file is only checked. Raises UserError.
 
-    An existing file is only checked. Raises UserError for a failure, or another checksum.
+    `checksum` is "sha256:…" or "md5:…", or None if none is published.
     """
     if path.exists():
         if checksum and not matches(path, checksum):

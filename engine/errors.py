@@ -21,7 +21,7 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 @contextmanager
 def settings_of(what: str) -> Iterator[None]:
-    """Turn a ValueError, TypeError or ImportError into a UserError that names `what`."""
+    """Turn ValueError, TypeError and ImportError into a UserError that names `what`."""
     try:
         yield
     except (ValueError, TypeError, ImportError) as error:
@@ -34,7 +34,7 @@ def one_line(text: object) -> str:
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:
-    """Run `main(argv)` and exit with its status; a UserError becomes one line on stderr and status 2."""
+    """Exit with the status of `main(argv)`; a UserError becomes one line on stderr and status 2."""
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
@@ -63,7 +63,7 @@ def _print_error(error: object) -> None:
 
 
 def positive(text: str) -> int:
-    """A number above 0 from the command line, as a type for argparse."""
+    """A type for argparse."""
     if not text.isdecimal() or not int(text):
         raise ArgumentTypeError(f"a whole number above 0, not {text}")
     return int(text)

@@ -1,11 +1,11 @@
 """Which weights are evaluated: those of the optimizer's eval mode, and their average.
 
 Schedule-free optimizers (Defazio et al., arXiv 2405.15682) have two modes: after `train()` the model has the weights at
-which gradients are taken, after `eval()` those of the result. A run trains and saves checkpoints in train mode. It
-evaluates, averages and writes its result in eval mode.
+which gradients are taken, after `eval()` those of the result. A run trains and saves checkpoints in train mode, and
+evaluates and averages in eval mode.
 
-A run with `average:` is evaluated twice. The names of the average's metrics end in `_average`. `final` in result.json
-is the average's score, and `final_unaveraged` that of the weights themselves.
+A run with `average:` is evaluated twice. The average's metrics end in `_average`. result.json has its score as `final`,
+and that of the weights themselves as `final_unaveraged`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def has_modes(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def exponential_average(model: torch.nn.Module, config: RunConfig) -> AveragedModel | None:
-    """A model for the exponential average, if the config asks for one."""
+    """The exponential average, if the config asks for one."""
     if not (config.average and config.average.decay):
         return None
     if config.precision == "apex-O2":
@@ -48,7 +48,7 @@ def exponential_average(model: torch.nn.Module, config: RunConfig) -> AveragedMo
 
 @contextmanager
 def eval_mode(run: RunT, renew: Renew = None) -> Iterator[None]:
-    """Within, the model has the weights of the optimizer's eval mode."""
+    """Within, the model has the weights of eval mode."""
     if not has_modes(run.optimizer):
         yield
         return
@@ -64,10 +64,7 @@ def eval_mode(run: RunT, renew: Renew = None) -> Iterator[None]:
 
 @contextmanager
 def averaged(run: RunT, renew: Renew = None) -> Iterator[list[int]]:
-    """Within, the model has the average of the run's weights. Gives the updates of the kept weights in it.
-
-    Raises UserError where the mean has no kept weights.
-    """
+    """Within, the model has the run's average. Yields the updates of kept weights in it; UserError if none are kept."""
     if run.average:
         state, updates = run.average.module.state_dict(), []
     else:
@@ -82,7 +79,7 @@ def averaged(run: RunT, renew: Renew = None) -> Iterator[list[int]]:
 
 @contextmanager
 def _undone(model: torch.nn.Module) -> Iterator[None]:
-    """Restore the model's parameters and buffers bit for bit after the block."""
+    """Restore parameters and buffers bit for bit after the block."""
     tensors = [*model.parameters(), *model.buffers()]
     before = [tensor.detach().clone() for tensor in tensors]
     try:
@@ -94,14 +91,14 @@ def _undone(model: torch.nn.Module) -> Iterator[None]:
 
 
 def final(run: RunT, renew: Renew = None) -> AbstractContextManager:
-    """Within, the model has the weights of the run's result: the average, or else those of eval mode."""
+    """Within, the model has the result's weights: the average, or else those of eval mode."""
     return averaged(run, renew) if run.config.average else eval_mode(run, renew)
 
 
 def scores(run: RunT, evaluate: Evaluate, renew: Renew = None) -> dict[str, float]:
-    """What `evaluate` finds about the weights, and about their exponential average if there is one.
+    """What `evaluate` finds about the weights and their exponential average, if any.
 
-    Weights that are not those of the checkpoint are written to the run folder.
+    Weights other than the checkpoint's are written to the run folder.
     """
     with eval_mode(run, renew):
         found = evaluate(run)
@@ -113,7 +110,7 @@ def scores(run: RunT, evaluate: Evaluate, renew: Renew = None) -> dict[str, floa
 
 
 def last_scores(run: RunT, evaluate: Evaluate, renew: Renew = None) -> dict[str, float]:
-    """At the end of a run: the metrics of the last evaluation, and those of the mean of the kept weights."""
+    """At the end: metrics of the last evaluation, and of the mean of the kept weights."""
     if not run.config.average or run.average:
         return run.progress.last
     found = _scores_of_average(run, evaluate, renew)
@@ -129,7 +126,7 @@ def _scores_of_average(run: RunT, evaluate: Evaluate, renew: Renew) -> dict[str,
 
 
 def record_final(run: RunT, **values: float) -> None:
-    """Write a line of the metrics that only the end of the run takes."""
+    """Write a line of metrics that only the end takes."""
     progress = run.progress
     for name, value in values.items():
         require_finite(value, progress.update, name)
@@ -138,12 +135,11 @@ def record_final(run: RunT, **values: float) -> None:
 
 
 def of_result(metrics: dict[str, float], name: str) -> float:
-    """The metric `name` of the run's result."""
     return metrics.get(f"{name}{AVERAGE}", metrics[name])
 
 
 def results(metrics: dict[str, float], **names: str) -> dict[str, float]:
-    """Keys of result.json from an evaluation's metrics, for each key=name whose metric exists."""
+    """Keys of result.json, for each key=name whose metric exists."""
     found = {}
     for key, name in names.items():
         if name in metrics:
@@ -161,7 +157,7 @@ def update_average(run: Run) -> None:
         if average.n_averaged == 0:
             average.update_parameters(model)
             return
-        # As update_parameters does, which would wait for a copy of its count to the GPU.
+        # update_parameters would wait for a copy of its count to the GPU.
         average.multi_avg_fn([*average.module.parameters()], [*model.parameters()], average.n_averaged)
         for kept, buffer in zip(average.module.buffers(), model.buffers(), strict=True):
             kept.copy_(buffer)
@@ -169,7 +165,7 @@ def update_average(run: Run) -> None:
 
 
 def is_kept(run: Run) -> bool:
-    """Whether to average the weights after this update. A run that would keep none keeps the last."""
+    """Whether this update's weights are averaged. A run that would keep none keeps the last."""
     average, progress = run.config.average, run.progress
     if not average or average.decay:
         return False
@@ -180,7 +176,7 @@ def is_kept(run: Run) -> bool:
 
 
 def keep_for_average(run: Run) -> None:
-    """Keep the weights for averaging. Raises UserError where the training loss or a weight is not finite."""
+    """Raises UserError where the training loss or a weight is not finite."""
     update = run.progress.update
     require_finite(run.window.reduce(run.world)["loss"], update)
     with eval_mode(run):
@@ -190,7 +186,7 @@ def keep_for_average(run: Run) -> None:
 
 
 def _write(run: Run, updates: Sequence[int] = ()) -> None:
-    """Write the model's weights to the run folder, for the tasks' evaluate.py."""
+    """Write the weights for the tasks' evaluate.py."""
     if run.world.is_main:
         weights = Weights(run.model.state_dict(), run.progress.update, run.vocabulary, tuple(updates))
         write_weights(run.record.folder, weights)

@@ -33,7 +33,7 @@ def wait_for_disk(path: Path) -> None:
 
 
 def read_json(path: Path, advice: str = "delete it, then run the same command again") -> dict[str, Any] | None:
-    """The mapping in a JSON file, or None without one. Raises UserError, with `advice`, where it is damaged."""
+    """The mapping in a JSON file, or None without the file. Raises UserError, with `advice`, where it is damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
@@ -48,10 +48,10 @@ def read_json(path: Path, advice: str = "delete it, then run the same command ag
 
 
 def hold(folder: Path, doing: str, wait: bool = False) -> IO[str]:
-    """Hold `folder` until the file returned is closed; `doing` says for what, e.g. "training".
+    """Hold `folder` until the returned file is closed; `doing` says for what, e.g. "training".
 
     Raises UserError where another process holds it (unless `wait`), it cannot be written to, or its file system has no
-    locks. flock's lock would pass to the process's workers, which outlive a kill for a moment; lockf's does not.
+    locks. Unlike flock's, lockf's lock does not pass to workers, which outlive a kill for a moment.
     """
     try:
         file = open(folder / ".lock", "w")  # noqa: SIM115 - an open file holds the lock
@@ -77,7 +77,7 @@ def hold(folder: Path, doing: str, wait: bool = False) -> IO[str]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether another process holds `folder`. False where this is unknown: `hold` will say why."""
+    """Whether another process holds `folder`; False if unknown, as `hold` will say why."""
     try:
         file = open(folder / ".lock", "r+")  # noqa: SIM115
     except OSError:

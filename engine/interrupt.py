@@ -1,4 +1,4 @@
-"""Signals ask the loop to stop after the current update. After one, Ctrl-C stops at once.
+"""Signals ask the loop to stop after the current update; a further Ctrl-C stops at once.
 
 They are SIGTERM, Ctrl-C, SIGHUP (a terminal closes), and schedulers' SIGUSR1 and SIGUSR2.
 """
@@ -39,7 +39,7 @@ class StopRequest:
 
 
 def _signals() -> list[signal.Signals]:
-    """SIGHUP is left out if nohup ignores it, and SIGUSR1 with NCCL, which may use it."""
+    """Without SIGHUP if nohup ignores it, and SIGUSR1 with NCCL, which may use it."""
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
@@ -57,10 +57,10 @@ class Wish(IntEnum):
 
 
 class Agreement:
-    """What the ranks do next: go on, save (rank 0 wants to), or save and stop (a signal has reached one of them).
+    """What the ranks do next: go on, save (rank 0 wants to), or save and stop (a signal has reached one).
 
-    Several ranks ask one another after an update, and read the answer AGREE_EVERY updates later, when nobody waits for
-    it. It passes between the hosts, without their devices.
+    Several ranks ask one another, and read the answer AGREE_EVERY updates later, when nobody waits for it. It passes
+    between the hosts, without their devices.
     """
 
     def __init__(self, world: World, stop: StopRequest) -> None:
@@ -68,7 +68,7 @@ class Agreement:
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
 
     def after(self, update: int, save_due: bool) -> Wish:
-        """What all ranks do next. Every rank calls this after every update."""
+        """Every rank calls this after every update."""
         wish = Wish.SAVE if save_due and self.world.is_main else Wish.GO_ON
         wish = Wish.STOP if self.stop.requested else wish
         if self.world.world_size == 1:

@@ -1,4 +1,4 @@
-"""The machine's processor. Linux counts its hardware threads, of which a core may have two."""
+"""The machine's processor, and the memory of processes. Linux counts hardware threads, of which a core may have two."""
 
 import os
 import platform
@@ -21,21 +21,31 @@ def cpu_name() -> str:
 
 
 def cpu_has_bf16() -> bool | None:
-    """Whether the processor has bfloat16 arithmetic; None if this is unknown."""
+    """None if unknown."""
     flags = cpu_flags()
     return not BF16_FLAGS.isdisjoint(flags) if flags else None
 
 
 def cpu_flags() -> list[str]:
-    """The processor's features, by Linux's names (avx2, amx_bf16, ...); none if they are not reported."""
+    """The processor's features by Linux's names (avx2, amx_bf16, ...), if it reports them."""
     lines = _cpu_info("flags") or _cpu_info("Features")
     return lines[0].split() if lines else []
 
 
 def _cpu_info(key: str) -> list[str]:
-    """The values of `key` in /proc/cpuinfo."""
     try:
         lines = CPU_INFO.read_text().splitlines()
     except OSError:
         return []
     return [value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == key]
+
+
+def memory_of_tree_mb(pid: int) -> float:
+    """The sum of the peak resident MiB of a process and of each descendant; 0 if unknown."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return 0.0
+    peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), "0")
+    return int(peak) / 1024 + sum(memory_of_tree_mb(int(child)) for child in children)

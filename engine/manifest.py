@@ -1,4 +1,4 @@
-"""The manifest of prepared data: a JSON file, written last. If it exists, all else is whole."""
+"""The manifest of prepared data: a JSON file, written last, so that all else is whole."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ Kind = type | dict[str, "Kind"] | list["Kind"]  # of a value; of each field of a
 def read_manifest(
     folder: Path, fields: dict[str, Kind], command: str, version: int | None = None
 ) -> dict[str, Any] | None:
-    """The manifest in `folder`, or None if the data there are not finished.
+    """The manifest in `folder`, or None where data are not finished.
 
     Raises UserError, with the `command` that prepares the data, if it cannot be read, its `format` is not `version`, or
     one of `fields` is missing or of another kind, at any depth.

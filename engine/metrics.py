@@ -1,4 +1,4 @@
-"""Sums on the device, reduced over ranks and read back only when needed."""
+"""Sums on the device, reduced over ranks and read only when needed."""
 
 import math
 
@@ -11,7 +11,7 @@ DIVERGED = "the run has diverged"  # scripts and benchmarks look for it
 
 
 class Sums:
-    """Named sums in float64 on one device: `add` never waits for it, `reduce` does."""
+    """Named sums in float64 on a device: `add` never waits for it, `reduce` does."""
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
         self.names = names
@@ -29,7 +29,6 @@ class Sums:
         return self.values.new_full((), amount)  # filled on the device, without a copy
 
     def reduce(self, world: World) -> dict[str, float]:
-        """The sums over all ranks."""
         return dict(zip(self.names, world.sum(self.values.clone()).tolist(), strict=True))
 
     def zero(self) -> None:
@@ -50,13 +49,13 @@ class Sums:
 
 
 def require_finite(value: float, update: int, name: str = "training loss") -> None:
-    """Raise UserError, naming `update`, where the metric `name` is NaN or infinite."""
+    """Raise UserError where the metric `name` is NaN or infinite."""
     if not math.isfinite(value):
         raise _diverged(f"the {name} is {value}", update)
 
 
 def require_finite_weights(model: torch.nn.Module, world: World, update: int) -> None:
-    """Raise UserError on every rank where a weight or buffer of any rank is NaN or infinite."""
+    """Raise UserError on every rank where any rank's weight or buffer is NaN or infinite."""
     tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     flags = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]) if tensors else torch.ones(1)
     if world.max(int(not flags.all())):

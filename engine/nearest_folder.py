@@ -12,10 +12,9 @@ MOST = 1_000  # folders searched
 
 
 def nearest_folder(place: Path, fits: Callable[[Path], object]) -> Path | None:
-    """The nearest folder to `place` for which `fits` is true, or None. Folders above come before those below.
+    """The nearest folder to `place` for which `fits` is true, or None; those above come before those below.
 
-    If `place` is no folder, the search begins with its parent. A folder for which `fits` raises OSError or UserError is
-    passed over.
+    If `place` is no folder, the search begins with its parent. `fits` may raise OSError or UserError for a wrong one.
     """
     level = [place if place.is_dir() else place.parent]
     above = level if level[0] != place else []

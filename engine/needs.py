@@ -1,9 +1,9 @@
 """What some optimizers need besides gradients: a closure, or gradients that can be differentiated again.
 
-`needs: closure` hands `step` a function that takes the gradients of the same update again, at the current weights: SAM
-calls it once, L-BFGS some 20 times. Passes, augmentation and dropout are the same. Metrics, BatchNorm's running
-statistics and a network's carried state are those of the first time.
-`needs: create_graph` keeps the graph of the gradients: AdaHessian takes products with the Hessian from it.
+`needs: closure` hands `step` a function that takes the update's gradients again, at the current weights: SAM calls it
+once, L-BFGS some 20 times. Passes, augmentation and dropout are the same. Metrics, BatchNorm's running statistics and
+carried state are those of the first time.
+`needs: create_graph` keeps the graph of the gradients, from which AdaHessian takes products with the Hessian.
 """
 
 import inspect
@@ -29,10 +29,7 @@ HINTS = {  # words of an error, and the setting that probably helps
 
 
 def needs_of(config: RunConfig, optimizer: torch.optim.Optimizer, world: World) -> str | None:
-    """What the config says, or a closure where the step requires one.
-
-    Raises UserError where another setting excludes that.
-    """
+    """What the config says, or a closure where the step requires one. Raises UserError if a setting excludes that."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     required = closure is not None and closure.default is inspect.Parameter.empty
     needs = config.optimizer.needs or ("closure" if required else None)
@@ -58,7 +55,7 @@ def closure_of(
 ) -> Callable[[], torch.Tensor]:
     """A closure that calls `again` for this rank's gradients and loss, and returns the ranks' mean loss.
 
-    After each call the optimizer's own draws go on from `place`, alike on all ranks.
+    After a call the optimizer's own draws go on from `place`, alike on all ranks.
     """
     calls = count(1)
 
@@ -71,7 +68,7 @@ def closure_of(
 
 
 def explain_failure(error: Exception, needs: str | None) -> str:
-    """An optimizer's error and its place in one line, with the setting that probably helps."""
+    """The error and its place in one line, with the setting that probably helps."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     hint = next((setting for words, setting in HINTS.items() if words in str(error)), None)
     advice = f"; set {hint}" if hint and hint != f"optimizer.needs={needs}" else ""

@@ -6,8 +6,7 @@
       {match: 2, name: torch.optim.Muon, lr: 0.02}]}    # the other matrices get another optimizer
 
 A parameter belongs to the first group that matches it, or else to the optimizer itself. A group inherits the settings
-that it does not give; with a name of its own it inherits nothing. The loops, the schedule, the scaler and checkpoints
-see several optimizers as one.
+that it does not give, or none if it has a name. Loops, schedule, scaler and checkpoints see several optimizers as one.
 """
 
 import inspect
@@ -28,10 +27,7 @@ TORCH_FUSED = ("adam", "adamw", "sgd")  # torch's with a fused step
 
 
 class SeveralOptimizers(Optimizer):
-    """Optimizers over parameters of their own, which step one after the other.
-
-    Its `param_groups` are the same dictionaries as theirs.
-    """
+    """Optimizers that step one after the other. Its `param_groups` are the same dictionaries as theirs."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = optimizers
@@ -54,7 +50,7 @@ class SeveralOptimizers(Optimizer):
         """Raises ValueError where `state` has another number of optimizers."""
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(own)
-        self.param_groups = [group for one in self.optimizers for group in one.param_groups]  # they are new ones
+        self.param_groups = [group for one in self.optimizers for group in one.param_groups]  # new ones
 
 
 def _all(optimizers: Sequence[Optimizer], mode: str) -> None:
@@ -63,12 +59,10 @@ def _all(optimizers: Sequence[Optimizer], mode: str) -> None:
 
 
 def create_grouped_optimizer(model: Module, config: OptimizerConfig, device_type: str) -> Optimizer:
-    """The optimizer of `config` over the parameters of `model`, on a device of `device_type`.
+    """The optimizer of `config` over the parameters of `model`.
 
-    On CUDA torch's own take their fused step unless the config names another. Torch's default, the foreach step, reads
-    and writes memory about three times as often.
-
-    Raises UserError for a group without parameters and for settings that do not fit.
+    On CUDA torch's own take their fused step unless the config names another: the default, foreach, reads and writes
+    memory about three times as often. Raises UserError for a group without parameters and for settings that do not fit.
     """
     settings = _with_fused(config.name, config.settings, device_type)
     if not config.groups:
@@ -97,7 +91,7 @@ def _with_fused(name: str, settings: dict[str, Any], device_type: str) -> dict[s
 
 
 def divide_parameters(model: Module, groups: Sequence[GroupConfig]) -> list[list[Parameter]]:
-    """The parameters without a group, then those of each group. Raises UserError where a group has none."""
+    """Parameters without a group, then those of each group. Raises UserError for a group without any."""
     parts: list[list[Parameter]] = [[] for _ in range(len(groups) + 1)]
     for name, parameter in model.named_parameters():
         matching = (index for index, group in enumerate(groups, start=1) if _matches(group.match, name, parameter))
@@ -113,7 +107,7 @@ def divide_parameters(model: Module, groups: Sequence[GroupConfig]) -> list[list
 
 
 def describe_groups(model: Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """What each group holds; parameters without a group come first."""
+    """Parameters without a group come first."""
     divided = zip([None, *config.groups], divide_parameters(model, config.groups), strict=True)
     return [
         {
@@ -132,9 +126,9 @@ def _matches(match: str | int, name: str, parameter: torch.Tensor) -> bool:
 
 
 def over_one_group(name: str, settings: dict[str, Any], parameters: list[Parameter]) -> Optimizer:
-    """An optimizer over one group, which also gets the settings that the constructor does not name.
+    """An optimizer over one group, which also gets settings that the constructor does not name.
 
-    pytorch_optimizer.Muon looks for `use_muon` there.
+    There pytorch_optimizer.Muon looks for `use_muon`.
     """
     named = inspect.signature(optimizer_class(name)).parameters
     flags = {key: value for key, value in settings.items() if key not in named}
@@ -144,10 +138,7 @@ def over_one_group(name: str, settings: dict[str, Any], parameters: list[Paramet
 def _one_group(
     name: str, settings: dict[str, Any], parameters: list[Parameter], own: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The parameter group that the optimizer's constructor makes of `settings`, which it checks.
-
-    Raises ValueError where it keeps one of `own` outside of the group.
-    """
+    """The group that the constructor makes of `settings`. Raises ValueError if it keeps one of `own` outside of it."""
     group = over_one_group(name, settings, parameters).param_groups[0]
     for key in own or {}:
         if key not in group:

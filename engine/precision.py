@@ -1,9 +1,8 @@
 """Mixed precision: autocast and a gradient scaler.
 
 fp32 is full precision everywhere. tf32 lets CUDA matrix products round their inputs to 10 mantissa bits. bf16 and fp16
-use autocast, and fp16 also dynamic loss scaling. With bf16, products that autocast leaves in float32 may round as with
-tf32. Parameters, gradients and optimizer state stay float32. apex-O1 and apex-O2 use NVIDIA's apex
-(engine/apex_adapter.py).
+use autocast, and fp16 also dynamic loss scaling. With bf16, products left in float32 may round as with tf32.
+Parameters, gradients and optimizer state stay float32. engine/apex_adapter.py has apex-O1 and apex-O2.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,7 +27,7 @@ AUTOCAST_DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": t
 class Precision:
     """`autocast()` goes around the forward pass; `backward` and `step` follow.
 
-    Raises UserError if the device does not support the precision.
+    Raises UserError where the device lacks the precision.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -46,11 +45,11 @@ class Precision:
     def prepare(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        """The model and optimizer to train instead. Called before compiling and data_parallel."""
+        """The model and optimizer to train instead. It comes before compiling and data_parallel."""
         return model, optimizer
 
     def data_parallel(self, network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-        """`network` with gradients averaged over all ranks, except inside its `no_sync()`.
+        """`network` with gradients averaged over all ranks, except in its `no_sync()`.
 
         Buffers are not sent: each rank normalises by its own batch.
         """
@@ -71,9 +70,9 @@ class Precision:
     def clip(
         self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], max_norm: float
     ) -> torch.Tensor:
-        """Clip the unscaled gradients to a total norm of `max_norm`. Returns the norm before clipping.
+        """Clip the unscaled gradients to a total norm of `max_norm`. Returns the norm before.
 
-        On CUDA an optimizer that can divide gradients in its step does so: that spares two transfers of them all.
+        On CUDA an optimizer that can divide gradients in its step does so, which spares two transfers of them all.
         """
         self.scaler.unscale_(optimizer)
         if not (self.device_type == "cuda" and not self.scaler.is_enabled() and _divides_in_step(optimizer)):
@@ -83,10 +82,7 @@ class Precision:
         return norm
 
     def step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor] | None = None) -> bool:
-        """Take the optimizer step. Returns False if the scaler skipped it because a gradient overflowed.
-
-        With a scaler there must be no `closure`.
-        """
+        """Returns False if the scaler skipped the step because a gradient overflowed. A scaler allows no `closure`."""
         if not self.scaler.is_enabled():
             optimizer.step() if closure is None else optimizer.step(closure)
             if _divides_in_step(optimizer):
@@ -105,5 +101,5 @@ class Precision:
 
 
 def _divides_in_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step divides gradients by `grad_scale`, as Apollo's and torch's fused ones do."""
+    """Whether the step divides gradients by `grad_scale`, like Apollo's and torch's fused ones."""
     return type(optimizer) in OPTIMIZERS.values() and getattr(optimizer, "_step_supports_amp_scaling", False)

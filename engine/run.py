@@ -1,6 +1,4 @@
-"""What the three training loops share: the objects of a run, and the steps common to all tasks.
-
-A train.py calls these functions in this order:
+"""What the three training loops share. A train.py calls these functions in this order:
 
     read_arguments                                                       in `main`
     create_precision, with_optimizer, assemble, restore, write_environment        in `prepare`
@@ -48,7 +46,7 @@ RunT = TypeVar("RunT", bound="Run")
 
 @dataclass(kw_only=True)
 class Run:
-    """What a loop works with, made by `assemble`. A task's subclass adds its own fields."""
+    """What a loop works with. A task's subclass adds its own fields."""
 
     METRICS: ClassVar[tuple[str, ...]]  # summed over a window, the loss first
     COUNTED: ClassVar[str]  # one of METRICS: "examples" or "tokens"
@@ -57,7 +55,7 @@ class Run:
     world: World
     record: RunRecord
     model: torch.nn.Module  # evaluated and saved
-    network: torch.nn.Module  # as trained: perhaps compiled, or in DistributedDataParallel
+    network: torch.nn.Module  # trained: perhaps compiled, or in DistributedDataParallel
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     precision: Precision
@@ -77,10 +75,7 @@ class Run:
 
 
 def read_arguments(config: type[ConfigT], arguments: list[str], usage: str) -> ConfigT:
-    """The config that a command line `CONFIG [key=value ...]` names. Without one, print the usage and exit.
-
-    Raises UserError for an unusable config.
-    """
+    """The config that a command line names. Without one, print the usage and exit. Raises UserError."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
         raise SystemExit(0 if arguments else 2)
@@ -88,16 +83,16 @@ def read_arguments(config: type[ConfigT], arguments: list[str], usage: str) -> C
 
 
 def create_precision(name: str, device: torch.device, say: Callable[[str], None]) -> Precision:
-    """The precision called `name`; `say` gets a warning where it is far slower than fp32.
+    """The precision `name`. Raises UserError where device or installation lack it.
 
-    Raises UserError where the device or the installation lacks it.
+    `say` gets a warning where it is far slower than fp32.
     """
     if name.startswith("apex-"):
         require_apex(name, device)
         return ApexPrecision(name, device)
     if name == "bf16" and device.type == "cpu" and cpu_has_bf16() is False:
-        # Products of 1024 x 1024 matrices by torch 2.14 on an AMD EPYC, without bf16 arithmetic by ONEDNN_MAX_CPU_ISA:
-        # with AVX2 they took 50 to 100 times as long as in fp32, with AVX-512 twice as long.
+        # 1024 x 1024 matrix products, torch 2.14, AMD EPYC restricted by ONEDNN_MAX_CPU_ISA: with AVX2 50 to 100 times
+        # as long as in fp32, with AVX-512 twice as long.
         say(
             "warning: this CPU has no bf16 arithmetic (AVX-512-BF16, AMX, or ARM's BF16), so precision=bf16 is slower "
             "than fp32, up to 100 times without AVX-512: use precision=fp32"
@@ -108,7 +103,7 @@ def create_precision(name: str, device: torch.device, say: Callable[[str], None]
 def with_optimizer(
     model: torch.nn.Module, config: RunConfig, precision: Precision
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """The model and its optimizer, as `precision` wants them. Raises UserError where settings do not fit."""
+    """Model and optimizer, as `precision` wants them. Raises UserError where settings do not fit."""
     optimizer = create_grouped_optimizer(model, config.optimizer, precision.device_type)
     if any("lr" not in group for group in optimizer.param_groups):
         raise UserError(f"optimizer {config.optimizer.name} has no learning rate, lr, that a schedule could set")
@@ -130,10 +125,10 @@ def assemble(
     network: torch.nn.Module | None = None,
     **own: Any,
 ) -> RunT:
-    """A Run of class `kind` at its beginning; `own` are the fields that this class adds.
+    """A Run of class `kind` at its beginning, with this class's `own` fields.
 
-    The schedule counts in units of `updates_per_unit` updates, and the run has `total` of them. By default a unit is an
-    epoch. `network` is the model as called in training; by default the model itself.
+    The schedule has `total` units of `updates_per_unit` updates; by default a unit is an epoch. `network` is called in
+    training, by default `model`.
     """
     if evaluated.has_modes(optimizer):
         optimizer.train()  # some begin in eval mode
@@ -174,9 +169,9 @@ def assemble(
 
 
 def restore(run: Run) -> dict[str, Any] | None:
-    """Load the last checkpoint and rewind the record to it; returns what it holds besides.
+    """Load the last checkpoint, if any, and rewind the record to it. Returns the task's values in it.
 
-    None without a checkpoint. Raises UserError for one of another run.
+    Raises UserError for the checkpoint of another run.
     """
     saved = run.checkpoints.restore(run.progress)
     if saved:
@@ -192,7 +187,7 @@ def restore(run: Run) -> dict[str, Any] | None:
 
 
 def write_environment(run: Run, **own: Any) -> None:
-    """Write environment.json: the machine, the recipe, the optimizer's groups and the task's `own` facts."""
+    """Write environment.json: machine, recipe, the optimizer's groups and the task's `own` facts."""
     config = run.config
     if config.optimizer.groups:
         own["groups"] = describe_groups(run.model, config.optimizer)
@@ -203,18 +198,17 @@ def write_environment(run: Run, **own: Any) -> None:
 
 
 def progress_bar(run: Run, updates: int) -> tqdm:
-    """A bar over the run's `updates`, shown by rank 0 on a terminal."""
+    """Over the run's updates, on rank 0's terminal."""
     disable = None if run.world.is_main else True
     return tqdm(total=updates, initial=run.progress.update, unit="update", disable=disable)
 
 
 def start_clock(run: Run) -> None:
-    """Count training time from here on."""
     run.clock = time.perf_counter()
 
 
 def wait_for_device(run: Run) -> None:
-    """Wait for the device, and count the training time up to here."""
+    """Wait for the device, and count training time up to here."""
     run.world.synchronize()
     now = time.perf_counter()
     run.progress.since_evaluation_s += now - run.clock
@@ -223,20 +217,20 @@ def wait_for_device(run: Run) -> None:
 
 
 def averaged_over_ranks(run: Run, is_last: bool) -> AbstractContextManager:
-    """Within, the ranks average their gradients only if this pass is the last of an update."""
+    """Within, the ranks average gradients only if this pass is an update's last."""
     return nullcontext() if is_last or run.world.world_size == 1 else run.network.no_sync()
 
 
 def end_update(run: Run, bar: tqdm, again: Callable[[], torch.Tensor]) -> Wish:
     """Take the optimizer's and the schedule's step; returns what the ranks agree to do next.
 
-    `again` takes the gradients of this update once more, counts nothing, and returns this rank's loss. The ranks save
-    when weights are kept for averaging.
+    `again` takes this update's gradients once more, uncounted, and returns this rank's loss. Weights kept for averaging
+    also mean a save.
     """
     progress = run.progress
     rate = run.optimizer.param_groups[0]["lr"]
     progress.lr = rate.clone() if isinstance(rate, torch.Tensor) else rate  # float() would wait for the device
-    # A clock has to wait for the device, so few steps are timed. The first one builds kernels.
+    # Timing waits for the device, so few steps are timed, and not the first, which builds kernels.
     is_timed = progress.update > 0 and (progress.update - 1) % run.config.log_every == 0
     step = _timed_step if is_timed else _step
     if step(run, again):  # the scaler did not skip it
@@ -283,7 +277,7 @@ def _timed_step(run: Run, again: Callable[[], torch.Tensor]) -> bool:
 
 
 def close_window(run: Run) -> dict[str, float] | None:
-    """The sums of METRICS over all ranks since the last call, or None where nothing was counted.
+    """The sums of METRICS over all ranks since the last call; None where nothing was counted.
 
     Raises UserError where the loss is not finite.
     """
@@ -299,7 +293,7 @@ def close_window(run: Run) -> dict[str, float] | None:
 
 
 def log_window(run: Run, bar: tqdm, **means: float | None) -> None:
-    """Write a line with `means` over the window, the learning rate and the speed."""
+    """Write a line with `means` over the window, learning rate and speed."""
     progress = run.progress
     parts = getattr(run.optimizer, "optimizers", [run.optimizer])  # Apollo may be one of several
     if run.world.is_main and (apollo := next((one for one in parts if isinstance(one, Apollo)), None)):
@@ -310,7 +304,7 @@ def log_window(run: Run, bar: tqdm, **means: float | None) -> None:
 
 
 def save(run: Run, **own: torch.Tensor) -> None:
-    """Write a checkpoint with the task's `own` values. Every rank calls this with the same ones.
+    """Write a checkpoint with the task's `own` values, the same on every rank.
 
     Raises UserError where the training loss or a weight is not finite: such weights must not push out good ones.
     """
@@ -325,9 +319,9 @@ def save(run: Run, **own: torch.Tensor) -> None:
 
 
 def record_evaluation(run: Run, kind: str, trained: dict[str, float], found: dict[str, float]) -> None:
-    """Write a line with the metrics `trained` since the last evaluation and those `found` by this one.
+    """Write a line of `kind` (epoch, validation): metrics `trained` since the last evaluation, and `found` by this one.
 
-    `kind` names the line: epoch, validation. Raises UserError, and writes nothing, where one of `found` is not finite.
+    Raises UserError, and writes nothing, where one of `found` is not finite.
     """
     progress = run.progress
     for name, value in found.items():
@@ -348,14 +342,14 @@ def end_epoch(run: Run) -> None:
 
 
 def say_stopped(run: Run) -> int:
-    """Say that a signal stopped the run; returns the exit status."""
+    """Returns the exit status."""
     update, signal = run.progress.update, run.stop.signal.name
     run.record.say(f"stopped at update {update} by {signal}; saved: the same command goes on")
     return run.stop.exit_status
 
 
 def write_result(run: Run, metric: str, final: float, **own: Any) -> None:
-    """Write result.json: `final` is the run's `metric`, and `own` are the task's keys.
+    """Write result.json with the value of `metric` and the task's `own` keys.
 
     Raises UserError where `final` or a weight is not finite.
     """

@@ -1,7 +1,7 @@
 """The run folder: what ran (config.yaml, environment.json), how it went (metrics.jsonl, log.txt), what came out.
 
-A run with `result.json`, written last, is whole. Only rank 0 writes. torch is imported late: scripts that read run
-folders start fast.
+A run with `result.json`, written last, is whole. Only rank 0 writes. torch is imported late, so that scripts which read
+run folders start fast.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NEUTRAL_KEYS = (
 
 
 class RunRecord:
-    """One run folder, opened for writing. Raises UserError where it is in use, or holds a run with other settings."""
+    """A run folder, opened for writing. Raises UserError where it is in use, or holds a run with other settings."""
 
     def __init__(self, config: BaseModel, run_dir: Path, world: World, tensorboard: bool = False) -> None:
         self.folder, self.world = run_dir, world
@@ -79,7 +79,7 @@ class RunRecord:
 
     @contextmanager
     def start(self) -> Iterator[None]:
-        """If the block fails, remove a folder that was made for this run."""
+        """If the block fails, remove a folder made for this run."""
         try:
             yield
         except BaseException:
@@ -87,7 +87,6 @@ class RunRecord:
             raise
 
     def remove_if_new(self) -> None:
-        """Remove the folders that were made for this run."""
         if self.world.is_main and self.folder in self._made:
             shutil.rmtree(self.folder, ignore_errors=True)
             for parent in self._made[1:]:
@@ -104,7 +103,7 @@ class RunRecord:
         return self.wall_s_before + time.monotonic() - self.started
 
     def say(self, text: str) -> None:
-        """Write a line on the terminal (above any progress bar) and to log.txt."""
+        """Write a line to the terminal (above any progress bar) and log.txt."""
         if self.world.is_main:
             tqdm.write(text, file=sys.stderr)
             self._log.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}  {text}\n")
@@ -115,7 +114,7 @@ class RunRecord:
         return 0
 
     def environment(self, **recipe: Any) -> None:
-        """Write environment.json with the `recipe`: world size, batch, passes, ..."""
+        """Write environment.json; `recipe` has world size, batch, passes, ..."""
         if self.world.is_main:
             path = self.folder / "environment.json"
             now = describe_environment(self.world) | {"recipe": recipe}
@@ -142,7 +141,7 @@ class RunRecord:
                 self._board.add_scalar(f"{line['kind']}/{name}", value, line["update"])
 
     def position(self) -> dict[str, Any]:
-        """What a checkpoint must remember of this record."""
+        """What a checkpoint must remember."""
         if not self.world.is_main:
             return {}
         os.fsync(self._metrics.fileno())
@@ -151,9 +150,9 @@ class RunRecord:
         return {"metrics_bytes": self._metrics.seek(0, os.SEEK_END), "wall_s": self.wall_s}
 
     def rewind(self, position: dict[str, Any] | None, update: int = 0) -> None:
-        """Drop the lines written after `position` (all for None), which the run will repeat.
+        """Drop the lines after `position` (all for None), which the run will repeat.
 
-        `update` is that of the position. TensorBoard forgets it and later ones, and gets its remaining lines again.
+        TensorBoard forgets the position's `update` and later ones, and gets that update's lines again.
         """
         position = position or {"metrics_bytes": 0, "wall_s": 0.0}
         self.wall_s_before = position["wall_s"]
@@ -227,7 +226,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def holds_training(run_dir: Path) -> bool:
-    """Whether a run left a checkpoint or a result."""
+    """Whether there is a checkpoint or a result."""
     return (run_dir / "result.json").exists() or any(run_dir.glob("checkpoint*.pt"))
 
 
@@ -252,7 +251,7 @@ def require_same_settings(config: BaseModel, run_dir: Path, elsewhere: str = "an
 
 
 def _tensorboard(run_dir: Path, update: int) -> Any:
-    """A writer of events. It hides older events from `update` on."""
+    """A writer of events, which hides older ones from `update` on."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -261,7 +260,7 @@ def _tensorboard(run_dir: Path, update: int) -> Any:
 
 
 def _git_revision() -> str | None:
-    """The commit of this code, with `+changes` where the working tree differs."""
+    """The commit, with `+changes` where the working tree differs."""
     root = Path(__file__).resolve().parent.parent
     try:
         revision, changes = (

@@ -1,6 +1,6 @@
 """Randomness from the place in the run (seed, epoch, step or sample index), never from earlier draws.
 
-So a resumed run repeats the uninterrupted one, whatever the number of workers and ranks.
+So a resumed run repeats the uninterrupted one, with any number of workers and ranks.
 """
 
 import random
@@ -11,7 +11,7 @@ import torch
 
 
 def derive(seed: int, *path: int | str) -> int:
-    """A 63-bit integer from `seed` and every element of `path`, the same on every platform."""
+    """A 63-bit integer from `seed` and `path`, the same on every platform."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (seed, *path))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 

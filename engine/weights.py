@@ -1,7 +1,7 @@
 """The weights of a trained model, from its run folder or a bundle.
 
-A bundle holds the model's state_dict in weights.safetensors. So does a run folder where the evaluated weights are not
-the checkpoint's (engine/evaluated.py).
+A bundle has the state_dict in weights.safetensors. So has a run folder whose evaluated weights are not the checkpoint's
+(engine/evaluated.py).
 """
 
 import os
@@ -29,7 +29,7 @@ class Weights(NamedTuple):
 def read_weights(folder: Path, say: Callable[[str], None]) -> Weights:
     """The weights to evaluate: of weights.safetensors, or else of the newest checkpoint.
 
-    `say` gets the names of damaged checkpoints. Raises UserError where there are no weights, or none can be read.
+    `say` gets damaged checkpoints' names. Raises UserError where none can be read.
     """
     if bundled := read_bundled(folder):
         return bundled
@@ -43,7 +43,7 @@ def read_weights(folder: Path, say: Callable[[str], None]) -> Weights:
 
 
 def read_trained(folder: Path, say: Callable[[str], None]) -> Weights:
-    """The weights of the newest checkpoint, as they are trained on. Raises UserError as `read_weights` does."""
+    """The newest checkpoint's weights, as they are trained on. Raises UserError like `read_weights`."""
     return _of_checkpoint(_read_saved(folder, say))
 
 

@@ -14,7 +14,7 @@ from engine.errors import UserError
 
 @contextmanager
 def worker_pool(workers: int, environment: Mapping[str, str] | None = None) -> Iterator[ProcessPoolExecutor]:
-    """A pool of `workers` processes with additions to their `environment`. UserError if the system kills one.
+    """A pool of processes with additions to their `environment`. UserError if the system kills one.
 
     At its end, work that has not begun is dropped.
     """

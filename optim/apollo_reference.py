@@ -1,8 +1,8 @@
 """The published algorithm, written literally. Read this file first.
 
-As in the published code, each parameter tensor has three state tensors: `exp_avg` (m), `hessian` (B) and `direction`
-(d), which is scaled in place before use. Tests compare `optim.Apollo` with this class, and this class with trajectories
-of the published implementations. It is slow, and takes only dense real gradients.
+As in the published code, each parameter has three state tensors: `exp_avg` (m), `hessian` (B) and `direction` (d),
+which is scaled in place before use. Tests compare `optim.Apollo` with this class, and this class with trajectories of
+the published implementations. It is slow, and takes only dense real gradients.
 
 Source: arXiv 2009.13586, Algorithm 1.
 """

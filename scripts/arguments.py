@@ -28,7 +28,6 @@ def seeds(text: str) -> list[int]:
 
 
 def words(text: str) -> list[str]:
-    """`"sgd apollo"` as its words."""
     if not text.split():
         raise argparse.ArgumentTypeError("no name given")
     return text.split()

@@ -2,8 +2,8 @@
 
     bash scripts/compare.sh --task digits --methods "adam apollo mypackage.MyOptimizer"      --help lists the options
 
-Trials are ordinary runs in <runs>/<table>/search/<row>/<setting>/. The complete ones decide the next step
-(scripts/protocol.py), so the same command continues after a kill and gives the same table.
+Trials are ordinary runs in <runs>/<table>/search/<row>/<setting>/. Complete ones decide the next step
+(scripts/protocol.py), so after a kill the same command continues, to the same table.
 """
 
 import argparse
@@ -26,14 +26,13 @@ from scripts.live import Display
 from scripts.methods import read_methods
 from scripts.pool import State, Turn
 from scripts.protocol import FACTORS, FURTHEST, Method, Setting, best_factor, best_step, widened
-from scripts.quickstart import EXPERIMENTS
+from scripts.quickstart import EXPERIMENTS, METHODS
 from scripts.reporting.statistics import spread
 from scripts.runs import lower_is_better, worst
 from scripts.tables import CONFIGS, TASKS, load_settings, published, seeds_of
 from scripts.text_table import format_table
 
 COMPARISONS = CONFIGS / "comparison"
-METHODS = ("sgd", "adam", "radam", "apollo")
 TRIAL_SEED = 8191  # of no final run
 SEEDS = [1, 101, 201]  # of the final runs, if the table has no published seeds
 HELD_OUT = 0.1  # share of the training data, if neither data set nor config names a validation split
@@ -42,7 +41,7 @@ NOT_SET = REFUSED | {"row": "--methods", "optimizer": "a line in configs/search"
 
 
 class Stopped(Exception):
-    """Some runs have failed, or a signal came. It holds the exit status."""
+    """Runs have failed, or a signal came. It holds the exit status."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Comparison:
         return self.folder / f"{method.row}_{self.schedule}" / f"seed{seed}"
 
     def score(self, method: Method, setting: Setting) -> float:
-        """The trial's validation value: higher is better, -inf where it diverged."""
+        """The validation value: higher is better, -inf where the trial diverged."""
         folder = self.trial_folder(method, setting)
         result = read_result(folder)
         if result.get("diverged"):
@@ -123,7 +122,7 @@ def main(arguments: list[str]) -> int:
 
 
 def search_rates(comparison: Comparison, steps: range, options: argparse.Namespace) -> tuple[list[Tuned], list[str]]:
-    """Try all methods at `steps`, and at further ones while a best one is at an edge. Also returns notes."""
+    """Try all methods at `steps`, and further while a best one is at an edge. Also returns notes."""
     methods, asked = comparison.methods, len(steps)
     while True:
         jobs = [comparison.trial(method, method.setting(step)) for method in methods for step in steps]
@@ -153,7 +152,7 @@ def search_rates(comparison: Comparison, steps: range, options: argparse.Namespa
 
 
 def search_decays(comparison: Comparison, tuned: Sequence[Tuned], options: argparse.Namespace) -> list[str]:
-    """Try the weight decays at the best rates, and put the best ones into `tuned`. Returns notes."""
+    """Try weight decays at the best rates, and put the best into `tuned`. Returns notes."""
     if without := [one.method.row for one in tuned if one.method.decay is None]:
         return [f"Weight decay was tuned for no method, as there is none in {', '.join(without)}."]
     jobs = [comparison.trial(one.method, one.method.setting(one.step, f)) for one in tuned for f in FACTORS]
@@ -171,7 +170,7 @@ def search_decays(comparison: Comparison, tuned: Sequence[Tuned], options: argpa
 
 
 def run_stage(stage: str, jobs: Sequence[Job], comparison: Comparison, options: argparse.Namespace) -> None:
-    """Run those of `jobs` that are not complete. Raises Stopped."""
+    """Run the incomplete ones of `jobs`. Raises Stopped."""
     path = write_list(jobs, options.runs / "lists", f"{comparison.table}_{stage}")
     display = Display()
 
@@ -186,7 +185,7 @@ def run_stage(stage: str, jobs: Sequence[Job], comparison: Comparison, options: 
 
 
 def accept_diverged(turns: Sequence[Turn], metric: str) -> None:
-    """Complete a run whose loss was not finite, with the worst result."""
+    """Complete runs whose loss was not finite, with the worst result."""
     for turn in turns:
         if turn.state is State.FAILED and DIVERGED in turn.error:
             result = {"metric": metric, "diverged": True, "error": turn.error, "complete": True}
@@ -250,7 +249,7 @@ def read_comparison(options: argparse.Namespace) -> Comparison:
 
 
 def config_of(task: str) -> Path:
-    stem = EXPERIMENTS[task][0] if task in EXPERIMENTS else task
+    stem = EXPERIMENTS.get(task, task)
     path = COMPARISONS / f"{stem}.yaml"
     if not path.is_file():
         valid = [*EXPERIMENTS, *sorted(found.stem for found in COMPARISONS.glob("*.yaml"))]
@@ -259,7 +258,7 @@ def config_of(task: str) -> Path:
 
 
 def task_of(config: Path, overrides: Sequence[str]) -> str:
-    """The package of the config's table, or one that accepts it. Raises UserError if none does."""
+    """The package of the config's table, or one that accepts it, or UserError."""
     if known := next((TASKS[name] for name in (config.stem, config.parent.name) if name in TASKS), None):
         return known
     if not config.is_file():

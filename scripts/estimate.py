@@ -1,6 +1,6 @@
-"""Estimates the cost of runs. It times some updates of each distinct cell with the command itself.
+"""Estimates the cost of runs: times some updates of each distinct cell with the command itself.
 
-The hours are those of training alone, without evaluations.
+Hours are of training alone, without evaluations.
 """
 
 import json
@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 from engine.errors import UserError
+from engine.machine import memory_of_tree_mb
 from scripts.jobs import Job, torchrun
 from scripts.live import read_progress
 from scripts.pool import Places, last_error, nvidia_smi, open_log, start
@@ -30,7 +31,7 @@ UPDATES = 30
 WARM_UP = 5  # updates that allocate, choose kernels, compile
 START_S, TRAIN_S, SAVE_S = 300, 60, 120  # limits: until the first update, for the others, to save
 POLL_S = 0.01
-# They change neither the time nor the memory of an update.
+# They change neither time nor memory of an update.
 SAME_COST = ("table", "row", "seed", "run_dir", "schedule", "epochs", "updates")
 
 
@@ -45,7 +46,7 @@ class Measured:
 
 
 def estimate(jobs: Sequence[Job], places: Places) -> str:
-    """A table of the cost of the incomplete ones of `jobs`: a line for each distinct cell, or its error."""
+    """A table of the cost of incomplete `jobs`: for each distinct cell a line, or its error."""
     unfinished = [job for job in jobs if not job.complete]
     if not unfinished:
         return "every run is complete: nothing would be run"
@@ -99,13 +100,12 @@ HEADER = ("cell", "runs", "ms/update", "updates", "hours a run", "hours", "memor
 
 
 def what_costs(job: Job) -> str:
-    """The settings that its cost depends on, as text."""
     settings = load_settings(job.task, job.config, job.overrides).model_dump(mode="json")
     return json.dumps({"task": job.task} | {key: value for key, value in settings.items() if key not in SAME_COST})
 
 
 def measure(job: Job, settings: Any, places: Places, temporary: Path) -> Measured:
-    """Time some updates, on synthetic data if the job's own are missing. Raises UserError where it cannot."""
+    """Time some updates, on synthetic data if the job's own are missing. Raises UserError."""
     folder = Path(tempfile.mkdtemp(dir=temporary))
     overrides, size, synthetic = [f"run_dir={folder}", "log_every=1", "checkpoint.minutes=1000000"], None, ""
     name, root = settings.data.name, Path(getattr(settings.data, "root", "."))
@@ -128,7 +128,7 @@ def measure(job: Job, settings: Any, places: Places, temporary: Path) -> Measure
         ending = update >= UPDATES or now - since > limit
         if ending or now - looked > 1:
             looked = now
-            memory = max(memory, resident_mb(process.pid) if device is None else gpu_memory_mb(device) - before)
+            memory = max(memory, memory_of_tree_mb(process.pid) if device is None else gpu_memory_mb(device) - before)
         if ending:
             break
         time.sleep(POLL_S)
@@ -156,7 +156,7 @@ def measure(job: Job, settings: Any, places: Places, temporary: Path) -> Measure
 
 
 def whole_length(job: Job, run: Path, settings: Any, size: int | None) -> int:
-    """Updates of the whole run, by its environment.json or the real data's `size`."""
+    """Updates, by environment.json or the real data's `size`."""
     if job.unit == "update":
         return job.length
     recipe = json.loads((run / "environment.json").read_text())["recipe"]
@@ -173,19 +173,7 @@ def gpu_memory_mb(devices: str) -> float:
     return max((float(text) for text in used if text.isdecimal()), default=0.0)
 
 
-def resident_mb(pid: int) -> float:
-    """Peak resident MiB of a process and its descendants; 0 if unknown."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return 0.0
-    peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), "0")
-    return int(peak) / 1024 + sum(resident_mb(int(child)) for child in children)
-
-
 def disk_mb(run: Path, settings: Any) -> float:
-    """MiB that the run folder will hold."""
     sizes = {path: path.stat().st_size / 2**20 for path in run.rglob("*") if path.is_file()}
     checkpoint = sizes.pop(run / "checkpoint.pt", 0.0)
     weights = [size for path, size in sizes.items() if path.suffix == ".pt"]

@@ -11,7 +11,7 @@ from scripts.pool import Places, State, Turn, places_for, run_jobs
 
 
 def add_options(parser: argparse.ArgumentParser, runs: str) -> None:
-    """The options on where and how runs are carried out; `runs` is the default of --runs."""
+    """Where and how to run; `runs` is the default of --runs."""
     parser.add_argument("--jobs", type=positive, metavar="N", help="runs at a time; default: one for each --gpus GPUs")
     parser.add_argument(
         "--gpus", type=positive, default=1, metavar="N", help="processes of a run, one GPU each; default: 1"
@@ -31,7 +31,7 @@ def carry_out(
 ) -> tuple[int, list[Turn]]:
     """Run the incomplete ones of `jobs`, the list at `path`. Returns an exit status and the turns with their states.
 
-    The status is 1 if runs have failed, else 0 or 128 + the number of a signal.
+    The status is 1 if runs have failed, else 0 or 128 + a signal.
     """
     if options.executor == "slurm":
         from scripts.slurm import Request, queue_name, run_in_queue
@@ -64,7 +64,6 @@ def print_failures(turns: Sequence[Turn]) -> None:
 
 
 def sbatch_options(text: str) -> tuple[tuple[str, str], ...]:
-    """`"partition=gpu time=1440"` as its pairs."""
     pairs = [tuple(word.split("=", 1)) for word in text.split()]
     if any(len(pair) != 2 for pair in pairs):
         raise argparse.ArgumentTypeError(f'options are of the form "partition=gpu time=1440", not "{text}"')

@@ -1,6 +1,6 @@
-"""Single runs, one process each. All are checked before the first one starts.
+"""Single runs, one process each, all checked before the first one starts.
 
-A list is a file of JSON lines, one per run. The run folders say what is done.
+A list is a file of JSON lines, one per run. Run folders say what is done.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files import write_atomically
 from engine.run_record import read_result, require_same_settings
-from scripts.tables import TASKS, is_same_update, load_cell, load_settings
+from scripts.tables import TASKS, is_same_update, load_settings
 
 # Keys that name another run, and what to use instead.
 REFUSED = {"seed": "--seeds", "run_dir": "--runs", "table": "a config of your own", "row": "a config of your own"}
@@ -36,7 +36,7 @@ class Job:
 
     @property
     def complete(self) -> bool:
-        """Whether the run is complete now. Raises UserError if its result.json is damaged."""
+        """Whether the run is complete now. Raises UserError if result.json is damaged."""
         result = read_result(Path(self.folder))
         return bool(result and result.get("complete"))
 
@@ -46,21 +46,21 @@ class Job:
         return Path(f"{self.folder}.log")
 
     def command(self, launcher: Sequence[str] = ()) -> list[str]:
-        """What one would type. `launcher` holds torchrun's words, if any."""
+        """`launcher` holds torchrun's words, if any."""
         return [sys.executable, *launcher, "-m", f"{self.task}.train", self.config, *self.overrides]
 
 
 def torchrun(gpus: int) -> list[str]:
-    """Words that start `gpus` processes here. After a worker's death the job resumes from a checkpoint."""
+    """Words that start `gpus` processes here. After a worker's death the job resumes."""
     if gpus == 1:
         return []
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "--max_restarts=2"]
 
 
 def division(task: str, config: Path, overrides: Sequence[str], gpus: int) -> list[str]:
-    """What `gpus` need on top of `overrides`: nothing, or passes that they divide; stderr tells what this changes.
+    """What `gpus` need on top of `overrides`: nothing, or passes that they divide; stderr says what changes.
 
-    Raises UserError for a wrong config or override, and for no possible division.
+    Raises UserError for a wrong config or override, or if no division is possible.
     """
     settings = load_settings(task, config, overrides)
     batch, passes = settings.batch, settings.passes
@@ -88,20 +88,20 @@ def plan(table: str, config: Path, seed: int, runs: Path, overrides: Sequence[st
     Raises UserError for a wrong config, a wrong or REFUSED override, and a folder of a run with other settings.
     """
     refuse(overrides, REFUSED, "a row")
-    overrides = (f"seed={seed}", *overrides)
-    settings = load_cell(table, config, overrides)
-    return job_of(TASKS[table], config, overrides, runs / settings.folder.relative_to("runs"), settings)
+    task, overrides = TASKS[table], (f"seed={seed}", *overrides)
+    settings = load_settings(task, config, overrides)
+    return job_of(task, config, overrides, runs / settings.folder.relative_to("runs"), settings)
 
 
 def refuse(overrides: Sequence[str], refused: Mapping[str, str], what: str) -> None:
-    """Raise UserError for an override of a key in `refused`, whose value says what to use."""
+    """Raise UserError for an override of a key in `refused`, which says what to use."""
     for key in (override.partition("=")[0] for override in overrides):
         if use := refused.get(key.partition(".")[0]):
             raise UserError(f"{key}= cannot be set for {what}, whose runs each have their own: use {use}")
 
 
 def job_of(task: str, config: Path, overrides: Sequence[str], folder: Path, settings: RunConfig) -> Job:
-    """`config` and `overrides` make `settings`. Raises UserError if `folder` holds a run with other settings."""
+    """`config` and `overrides` make `settings`. Raises UserError if `folder` holds another run."""
     require_same_settings(settings, folder, "another folder with --runs")
     path = str(folder) if yaml.safe_load(str(folder)) == str(folder) else json.dumps(str(folder))  # an override is YAML
     unit = "epoch" if hasattr(settings, "epochs") else "update"
@@ -109,9 +109,9 @@ def job_of(task: str, config: Path, overrides: Sequence[str], folder: Path, sett
 
 
 def write_list(jobs: Sequence[Job], folder: Path, name: str) -> Path:
-    """Write `jobs` to `<name>-<digest>.jsonl` in `folder`. The same jobs have the same path.
+    """Write `jobs` to `<name>-<digest>.jsonl` in `folder`; the same jobs have the same path.
 
-    Raises UserError if two jobs share a run folder, or the list cannot be written.
+    Raises UserError if two share a run folder, or writing fails.
     """
     folders = [job.folder for job in jobs]
     if twice := next((path for path in folders if folders.count(path) > 1), None):
@@ -130,7 +130,7 @@ def write_list(jobs: Sequence[Job], folder: Path, name: str) -> Path:
 
 
 def read_list(path: Path) -> list[Job]:
-    """Raises UserError for a file that is no list, and names the wrong line."""
+    """Raises UserError, which names the wrong line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

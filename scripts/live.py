@@ -13,7 +13,7 @@ from typing import Any
 
 from scripts.jobs import Job
 from scripts.pool import State, Turn
-from scripts.text_table import format_table
+from scripts.text_table import duration, format_table
 
 METRICS = {"classification": "test_top1", "language_model": "test_ppl", "nmt": "valid_bleu"}
 TAIL_BYTES = 65_536  # read from the end of metrics.jsonl
@@ -33,13 +33,13 @@ class Progress:
     metric: float | None = None
 
     def length(self, job: Job) -> int:
-        """The run's progress, in the unit of its length."""
+        """What is done, in the unit of the job's length."""
         if job.unit == "update":
             return self.update
         return self.evaluated_at[0] if self.evaluated_at else 0
 
     def updates(self, job: Job) -> int | None:
-        """Updates of the whole run. A length in epochs gives them after the first evaluation."""
+        """Updates of the whole run; a length in epochs gives them after the first evaluation."""
         if job.unit == "update":
             return job.length
         if self.evaluated_at is None:
@@ -97,7 +97,7 @@ class Display:
         self.drawn = len(lines)
 
     def _tell(self, turns: Sequence[Turn]) -> None:
-        """Print each change of state, and every LINES_S the running jobs."""
+        """Print changes of state, and every LINES_S the running jobs."""
         remind = time.monotonic() - self.shown_at >= LINES_S
         if remind:
             self.shown_at = time.monotonic()
@@ -132,11 +132,3 @@ def counts(turns: Sequence[Turn], started: float) -> str:
     states = Counter(turn.state for turn in turns)
     parts = [f"{states[state]} {state.value}" for state in State if states[state]]
     return f"{len(turns)} runs: {', '.join(parts)}; {duration(time.monotonic() - started)} so far"
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.4 h` or `2.1 d`."""
-    for limit, unit, divisor, digits in ((90, "s", 1, 0), (5400, "min", 60, 0), (48 * 3600, "h", 3600, 1)):
-        if seconds < limit:
-            return f"{seconds / divisor:.{digits}f} {unit}"
-    return f"{seconds / 86400:.1f} d"

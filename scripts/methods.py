@@ -1,4 +1,4 @@
-"""The methods of a comparison: rows of configs/search/<task>.yaml, or any optimizer by its dotted name."""
+"""A comparison's methods: rows of configs/search/<task>.yaml, or any optimizer by its dotted name."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +37,7 @@ class Lines(RootModel[dict[str, Line]]):
 def read_methods(path: Path, names: Sequence[str]) -> list[Method]:
     """The methods called `names`: rows in `path`, or dotted names of classes.
 
-    Raises UserError for another name, and for an optimizer that does not take its settings.
+    Raises UserError for another name, and for wrong settings.
     """
     lines = load_config(Lines, path).model_dump()
     methods = [method_of(name, lines, path) for name in dict.fromkeys(names)]
@@ -63,7 +63,7 @@ def method_of(name: str, lines: dict[str, Any], path: Path) -> Method:
 
 
 def complete_method(row: str, optimizer: dict[str, Any]) -> Method:
-    """A row's method, whose optimizer and groups name their rates and decays: class defaults are tuned too.
+    """A row's method, whose optimizer and groups name rates and decays, so that class defaults are tuned too.
 
     Raises UserError where one factor cannot tune the decays.
     """
@@ -86,20 +86,20 @@ def complete_method(row: str, optimizer: dict[str, Any]) -> Method:
 
 
 def made_of(settings: dict[str, Any]) -> Optimizer:
-    """An optimizer over a matrix. Raises UserError for settings that make none."""
+    """An optimizer over a matrix. Raises UserError."""
     with settings_of("optimizer"):
         others = {key: value for key, value in settings.items() if key not in ("name", "match")}
         return over_one_group(settings["name"], others, [Parameter(torch.zeros(2, 2))])
 
 
 def completed(settings: dict[str, Any], made: Optimizer) -> dict[str, Any]:
-    """`settings`, with the class's rate and weight decay where they name none."""
+    """`settings`, with the class's rate and weight decay as defaults."""
     group = made.param_groups[0]
     return settings | {key: group[key] for key in ("lr", "weight_decay") if group.get(key) and key not in settings}
 
 
 def is_decoupled(optimizer: Optimizer) -> bool:
-    """Whether rate times weight decay is subtracted from the weights, and not added to the gradient."""
+    """Whether rate times decay is subtracted from the weights, not added to the gradient."""
     group = optimizer.param_groups[0]
     return not group.get("fixed_decay") and (  # pytorch_optimizer's decay without the rate
         group.get("weight_decay_type", "L2") != "L2"

@@ -1,4 +1,4 @@
-"""Prints what setup.py lists, its extras included, and this interpreter lacks: one requirement a line, or nothing.
+"""Prints the requirements of setup.py, extras included, that this interpreter lacks, one a line.
 
 Usage: python -m scripts.missing, in the root of the repository.
 """

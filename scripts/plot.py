@@ -1,6 +1,6 @@
 """Curves of training and evaluation: one colour per method, one line of two panels per table and schedule.
 
-If a table's author published a training log, one more line shows its updates.
+One more line shows the updates of an author's training log, if published.
 """
 
 import math
@@ -22,9 +22,9 @@ from scripts.runs import Run, author_log, by_table
 
 
 def plot_curves(runs: Sequence[Run], path: Path) -> None:
-    """Draw `runs` to `path`. Lines are means over seeds; bands go from lowest to highest.
+    """Draw `runs` to `path`: means over seeds, in bands from lowest to highest.
 
-    Unfinished runs stand in for missing complete ones. Raises UserError for no curves and for an unknown suffix.
+    Unfinished runs stand in for missing complete ones. Raises UserError for no curves or an unknown suffix.
     """
     drawn = {place: found for place, methods in places(runs).items() if (found := evaluated(methods))}
     if not drawn:
@@ -58,7 +58,7 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
 
 
 def _draw_log(axes: Sequence[Axes], table: str, log: dict[str, Any], of_log: Sequence[Run]) -> None:
-    """The author's training loss beside ours, and our share of clipped updates."""
+    """The author's training loss beside ours; our share of clipped updates."""
     end = 1.1 * max(log["bits"])
     name, colour = STYLES[log["row"]]
     for number, run in enumerate(of_log):
@@ -111,7 +111,7 @@ def _enlarge_end(axis: Axes, methods: dict[str, list[Run]], key: str) -> None:
 
 
 def _curves(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions [evaluations] and values [seeds, evaluations] of the runs with values."""
+    """Positions [evaluations] and values [seeds, evaluations]."""
     found = [[line for line in run.evaluations if isinstance(line.get(key), (int, float))] for run in runs]
     steps = list(zip(*filter(None, found), strict=False))  # as long as the shortest
     positions = [step[0][runs[0].unit] for step in steps]

@@ -1,6 +1,6 @@
 """Runs jobs, several at a time, and survives the failure of any.
 
-Run folders say which jobs are complete: a pool that is killed and started again continues.
+Run folders say which jobs are complete, so a killed pool continues when started again.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from engine.files import is_held
 from engine.machine import core_count
 from scripts.jobs import Job, torchrun
 
-# A new enough torchrun passes these signals on to the ranks and lets them save.
+# A new enough torchrun passes these signals on and lets the ranks save.
 TORCHRUN_ENVIRONMENT = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # seconds, instead of 30
@@ -74,9 +74,9 @@ def run_jobs(
 ) -> tuple[int, list[Turn]]:
     """Run the incomplete ones of `jobs`. Returns an exit status and the turns with their states.
 
-    A job whose folder another process holds waits. After a failure the others continue; without `keep_going` they are
-    stopped. The status is 0, that of the first failed job, or 128 + the number of a signal that stopped the jobs.
-    `show_output` shows the output instead of logging it. `watch` is called several times a second.
+    A job waits while another process holds its folder. After a failure the others continue, or without `keep_going`
+    stop. The status is 0, that of the first failed job, or 128 + a signal that stopped the jobs. `show_output` shows
+    the output instead of logging it. `watch` is called several times a second.
     """
     turns = [Turn(job) for job in jobs]
     free, ending = list(places.devices), False
@@ -110,7 +110,7 @@ def run_jobs(
 def places_for(at_once: int | None, gpus: int, on_cpu: bool = False) -> Places:
     """The places for `at_once` jobs of `gpus` processes each; by default, as many as there are GPUs for.
 
-    More jobs share GPUs, or without a GPU the cores. Raises UserError if one job needs more GPUs.
+    More jobs share GPUs, or else cores. Raises UserError if one job needs more GPUs.
     """
     found = [] if on_cpu else visible_gpus()
     if found and len(found) < gpus:
@@ -125,7 +125,7 @@ def places_for(at_once: int | None, gpus: int, on_cpu: bool = False) -> Places:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs by CUDA's names, without importing torch, which takes seconds."""
+    """The GPUs by CUDA's names. Importing torch would take seconds."""
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in chosen.split(",") if name and name != "-1"]
     return nvidia_smi("--query-gpu=index")
@@ -141,7 +141,7 @@ def nvidia_smi(*options: str) -> list[str]:
 
 
 def start(command: Sequence[str], log: IO[bytes] | None = None, environment: dict[str, str] | None = None) -> Popen:
-    """Start `command` in a session of its own; otherwise a terminal would send it Ctrl-C twice. Raises OSError."""
+    """Start `command` in its own session; otherwise a terminal would send it Ctrl-C twice. Raises OSError."""
     environment = os.environ | TORCHRUN_ENVIRONMENT | (environment or {})
     return Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
 
@@ -152,7 +152,7 @@ def open_log(job: Job) -> IO[bytes]:
 
 
 def last_error(log: Path, begin: int) -> str:
-    """The last `error:` line from byte `begin` on (torchrun prints much after it), or else the last line."""
+    """The last `error:` line from byte `begin` on (torchrun prints more after it), or else the last line."""
     try:
         with open(log, "rb") as file:
             file.seek(begin)
@@ -164,7 +164,7 @@ def last_error(log: Path, begin: int) -> str:
 
 
 def _begin(turn: Turn, devices: str | None, places: Places, show_output: bool) -> bool:
-    """Start the job if it is unfinished and free. Returns whether it was started."""
+    """Start the job if it is unfinished and free. Returns whether it started."""
     try:
         if turn.job.complete:
             turn.state = State.COMPLETE
@@ -203,9 +203,9 @@ def _end(turn: Turn, stopping: bool) -> None:
 
 @contextmanager
 def _signals_handed_on(turns: Sequence[Turn]) -> Iterator[list[int]]:
-    """Context in which signals go to the running jobs. Yields the received ones.
+    """Signals go to the running jobs. Yields the received ones.
 
-    Ctrl-C is passed on unchanged (a second one ends a job at once), others as SIGTERM, which every torchrun passes on.
+    Ctrl-C stays Ctrl-C (a second one ends a job at once); others become SIGTERM, which every torchrun passes on.
     """
     received: list[int] = []
 
@@ -226,6 +226,6 @@ def _signals_handed_on(turns: Sequence[Turn]) -> Iterator[list[int]]:
 
 
 def _end_with_parent() -> None:
-    """Let Linux send SIGTERM when our parent dies: jobs of a killed pool save and stop. Elsewhere they continue."""
+    """On Linux jobs of a killed pool get SIGTERM, save and stop. Elsewhere they continue."""
     if sys.platform == "linux":
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

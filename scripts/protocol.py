@@ -1,7 +1,7 @@
-"""The protocol of scripts/compare.py for every method: the settings to try, as functions of the scores so far.
+"""The protocol of scripts/compare.py: the settings to try, as functions of the scores so far.
 
-docs/comparing.md gives the reasons. A score is a validation value, negated where lower is better, or -inf for a trial
-that diverged.
+docs/comparing.md gives the reasons. A score is a validation value, negated where lower is better, or -inf for a
+diverged trial.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FURTHEST = 9  # half decades from the centre, where the search for a rate stops
+FURTHEST = 9  # half decades from the centre: a search goes no further
 FACTORS = (0.2, 1.0, 5.0)  # of the weight decay, at the best rate
 
 
@@ -28,14 +28,14 @@ class Setting:
 class Method:
     row: str
     optimizer: Mapping[str, Any]  # as in a config; its lr is the centre of the grid
-    decoupled: bool = False  # updates subtract rate * decay times the weights: this product is kept and varied
+    decoupled: bool = False  # updates subtract rate * decay * weights: this product is kept and varied
 
     @property
     def decay(self) -> float | None:
         return self.optimizer.get("weight_decay") or None
 
     def setting(self, step: int, factor: float = 1.0) -> Setting:
-        """The setting `step` half decades above the centre, with `factor` times the weight decay."""
+        """`step` half decades above the centre, with `factor` times the weight decay."""
         rate = rounded(self.optimizer["lr"] * 10 ** (step / 2))
         if self.decay is None:
             return Setting(rate, None)
@@ -43,7 +43,7 @@ class Method:
         return Setting(rate, rounded(factor * at_rate))
 
     def override(self, setting: Setting) -> str:
-        """The optimizer at `setting`, for a config. Rates and decays of groups change in proportion."""
+        """The optimizer at `setting`, for a config. Groups change in proportion."""
         factors = {"lr": setting.rate / self.optimizer["lr"]}
         if setting.decay is not None:
             factors["weight_decay"] = setting.decay / self.decay
@@ -58,12 +58,12 @@ class Method:
 
 
 def rounded(value: float) -> float:
-    """Three significant digits: the name of a trial shows its exact value."""
+    """Three significant digits: a trial's name shows its exact value."""
     return float(f"{value:.3g}")
 
 
 def best_step(scores: Mapping[int, float]) -> int | None:
-    """The step with the highest score, the middle one of several. None if every trial diverged."""
+    """The step with the highest score, of several the middle one; None if all diverged."""
     highest = max(scores.values())
     if highest == -math.inf:
         return None
@@ -72,9 +72,9 @@ def best_step(scores: Mapping[int, float]) -> int | None:
 
 
 def widened(methods: Iterable[Mapping[int, float]]) -> tuple[int, int]:
-    """The lowest and the highest step that all methods must be tried at.
+    """The lowest and the highest step to try for all methods.
 
-    The grid grows by one step at the edge where a best step is, and at the lower one if a method diverged at all rates.
+    The grid grows by one step at the edge where a best step is, and at the lower one if a method always diverged.
     """
     every = list(methods)
     low, high = min(every[0]), max(every[0])
@@ -85,5 +85,5 @@ def widened(methods: Iterable[Mapping[int, float]]) -> tuple[int, int]:
 
 
 def best_factor(scores: Mapping[float, float]) -> float:
-    """The factor with the highest score. Of equal ones 1 comes before 1/5, and 1/5 before 5."""
+    """The factor with the highest score; of equal ones 1 comes first, then 1/5."""
     return max(scores, key=lambda factor: (scores[factor], factor == 1, -factor))

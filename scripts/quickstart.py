@@ -2,33 +2,28 @@
 
     bash scripts/quickstart.sh [--task classification|lm|nmt] [--seeds "1 101"] [--runs FOLDER] [key=value ...]
 
-Each run is a `python -m <task>.train`; complete runs are skipped and unfinished ones resumed.
+As many runs as seeds train side by side. Complete runs are skipped and unfinished ones resumed.
 """
 
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-
-from tqdm import tqdm
 
 from engine.errors import run_main
 from engine.machine import core_count
 from scripts.arguments import Parser, seeds
-from scripts.jobs import Job, plan
-from scripts.live import read_progress
+from scripts.execution import print_failures
+from scripts.jobs import plan
+from scripts.live import Display
 from scripts.plot import plot_curves
-from scripts.pool import Places, State, Turn, run_jobs
+from scripts.pool import Places, run_jobs
 from scripts.reporting.tables import report
 from scripts.runs import read_runs
 from scripts.tables import CONFIGS
 
-EXPERIMENTS = {  # task to table and rows
-    "classification": ("digits", ("sgd", "adam", "radam", "apollo")),
-    "lm": ("pydoc_topics", ("sgd", "adam", "radam", "apollo")),
-    "nmt": ("grammar", ("sgd", "adam", "radam", "apollo")),
-}
+EXPERIMENTS = {"classification": "digits", "lm": "pydoc_topics", "nmt": "grammar"}  # task to table
+METHODS = ("sgd", "adam", "radam", "apollo")
 
 
 def main(arguments: list[str]) -> int:
@@ -40,46 +35,27 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     started = time.monotonic()
-    table, rows = EXPERIMENTS[options.task]
-    configs = [CONFIGS / table / f"{row}.yaml" for row in rows]
-    jobs = {
-        config: [plan(table, config, seed, options.runs, options.overrides) for seed in options.seeds]
-        for config in configs
-    }
-    every = [job for of_config in jobs.values() for job in of_config]
-    with tqdm(total=sum(job.length for job in every), unit=every[0].unit, disable=None) as bar:
-        for config, of_config in jobs.items():
-            bar.set_description(f"{config.stem}, seeds {' '.join(map(str, options.seeds))}")
-            if bar.disable:
-                print(config.stem, file=sys.stderr, flush=True)
-            if status := train(of_config, bar):
-                return status
-    runs, _ = read_runs(*sorted({Path(job.folder).parent for job in every}))
+    table = EXPERIMENTS[options.task]
+    jobs = [
+        plan(table, CONFIGS / table / f"{row}.yaml", seed, options.runs, options.overrides)
+        for row in METHODS
+        for seed in options.seeds
+    ]
+    # More threads than cores would wait for one another, and more than four do not help small networks.
+    threads = min(4, max(1, core_count() // len(options.seeds)))
+    environment = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+    places = Places([None] * len(options.seeds), environment=environment)
+    status, turns = run_jobs(jobs, places, keep_going=False, watch=Display())
+    print_failures(turns)
+    if status:
+        print(f"exit status {status}; the same command carries on", file=sys.stderr)
+        return status
+    runs, _ = read_runs(*sorted({Path(job.folder).parent for job in jobs}))
     curves = options.runs / table / "curves.png"
     plot_curves(runs, curves)
     print(f"\n{report(table, runs)}\n")
     print(f"curves: {curves}    runs: {options.runs / table}    time: {time.monotonic() - started:.0f} s")
     return 0
-
-
-def train(jobs: Sequence[Job], bar: tqdm) -> int:
-    """Train `jobs` side by side while `bar` follows them."""
-    start = bar.n
-
-    def follow(turns: Sequence[Turn]) -> None:
-        bar.update(start + sum(read_progress(job).length(job) for job in jobs) - bar.n)
-
-    # More threads than cores would wait for one another.
-    threads = min(4, max(1, core_count() // len(jobs)))  # small networks gain nothing from more
-    environment = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
-    places = Places([None] * len(jobs), environment=environment)
-    status, turns = run_jobs(jobs, places, keep_going=False, watch=follow)
-    for turn in turns:
-        if turn.state is State.FAILED:
-            bar.write(f"{turn.job.folder}: {turn.error}; {turn.job.log} has all that it said", file=sys.stderr)
-    if status:
-        bar.write(f"exit status {status}; the same command carries on", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
 
 
 def read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """The runs of folders and records, and a line for each unusable file. UserError if there is nothing."""
+    """Runs of folders and records, and a line for each unusable file. UserError for nothing at all."""
     runs, problems = read_runs(*(path for path in paths if not path.is_file()))
     runs += [run for path in paths if path.is_file() for run in read_record(path)]
     if not runs and not problems:
@@ -52,7 +52,7 @@ def read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 
 def report_on(runs: list[Run], problems: list[str], options: Any) -> int:
-    """Print and write what `options` ask for. Returns 1 if a run leaves the reference's band, else 0."""
+    """Do what `options` ask for. Returns 1 if a run leaves the reference's band, else 0."""
     tested = False
     for table, of_table in by_table(runs).items():
         print(report(table, of_table, first_published_cells(table), options.markdown), end="\n\n")

@@ -2,8 +2,7 @@
 
     bash scripts/reproduce.sh TABLE|all|LIST      --help lists the options
 
-The runs become a list in runs/lists. LIST is such a file, which you may also write yourself. The same command continues
-after a kill.
+The runs become a list in runs/lists. LIST is such a file, perhaps your own. The same command continues after a kill.
 """
 
 import argparse
@@ -41,10 +40,7 @@ def main(arguments: list[str]) -> int:
 
 
 def list_of_runs(options: argparse.Namespace) -> Path:
-    """The list that the command line names, or a new one of its runs.
-
-    Raises UserError if there are none, and for a wrong config or override.
-    """
+    """The list that the command line names, or a new one. Raises UserError for no runs, a wrong config or override."""
     valid = (*TASKS, ALL)
     if options.what not in valid:
         if Path(options.what).is_file():

@@ -1,4 +1,4 @@
-"""One row of a table: trains its cells over the seeds, then prints the row beside the published one.
+"""Trains a row's cells over the seeds, then prints the row beside the published one.
 
 Complete runs are skipped and unfinished ones resumed.
 """
@@ -16,7 +16,7 @@ from scripts.jobs import division, plan, torchrun
 from scripts.pool import State, Turn, places_for, run_jobs
 from scripts.reporting.tables import report
 from scripts.runs import read_runs
-from scripts.tables import TASKS, cells, load_cell, rows, seeds_of
+from scripts.tables import TASKS, cells, load_settings, rows, seeds_of
 
 
 def main(arguments: list[str]) -> int:
@@ -30,14 +30,14 @@ def main(arguments: list[str]) -> int:
     schedules = list(configs) if options.schedules is None else list(dict.fromkeys(options.schedules.split()))
     if not schedules or not set(schedules) <= set(configs):
         raise UserError(f'--schedules "{options.schedules}" is not one or more of: {", ".join(configs)}')
-    overrides = list(options.overrides)
-    overrides += division(TASKS[options.table], configs[schedules[0]], overrides, options.gpus)
+    task, first, overrides = TASKS[options.table], configs[schedules[0]], list(options.overrides)
+    overrides += division(task, first, overrides, options.gpus)
     jobs = [
         plan(options.table, configs[schedule], seed, options.runs, overrides)
         for schedule in schedules
         for seed in options.seeds or seeds_of(options.table)
     ]
-    data = load_cell(options.table, configs[schedules[0]], overrides).data
+    data = load_settings(task, first, overrides).data
     if data.name in cifar.ARCHIVES and not all(job.complete for job in jobs):
         cifar.provide(data.name, Path(data.root))  # before anything large is imported
     places = places_for(1, options.gpus, on_cpu="device=cpu" in options.overrides)
@@ -59,7 +59,6 @@ def main(arguments: list[str]) -> int:
 
 
 def tell(turns: Sequence[Turn], told: dict[str, State], launcher: Sequence[str]) -> None:
-    """Say on stderr what has happened since the last call."""
     for number, turn in enumerate(turns, start=1):
         folder = turn.job.folder
         if turn.state is told.get(folder, State.WAITING):

@@ -1,14 +1,14 @@
 """Reads run folders in any state: whole, unfinished, damaged, or not runs at all.
 
 A trial of a search (scripts/compare.sh) is in <runs>/<table>/search/<row>/<trial>/, a run of a table anywhere else.
-result.json holds `validation`, the value on the split that a search selects by, and `final`, the value on the test set.
-A run with `"diverged": true` is complete and counts with the worst value of its metric.
+result.json has `validation`, the value on the split that a search selects by, and `final`, that on the test set. A run
+with `"diverged": true` is complete, with the worst value of its metric.
 """
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -40,8 +40,6 @@ def worst(metric: str) -> float:
 
 
 class Identity(BaseModel):
-    """The keys that a config.yaml needs for a place in a table."""
-
     table: str
     row: str
     schedule: Named
@@ -49,7 +47,7 @@ class Identity(BaseModel):
 
 
 class Result(BaseModel):
-    """Further keys, such as other scores, are kept."""
+    """Other keys are kept."""
 
     model_config = ConfigDict(extra="allow")
     final: float
@@ -82,7 +80,7 @@ class Result(BaseModel):
 
 
 class Environment(BaseModel):
-    """environment.json; `recipe` is the one that was carried out (world size, batch, passes, ...)."""
+    """environment.json; `recipe` is what was carried out (world size, batch, passes, ...)."""
 
     model_config = ConfigDict(extra="allow")
     recipe: dict[str, Any] = {}
@@ -98,9 +96,9 @@ class Run:
     config: dict[str, Any]  # config.yaml: every key, resolved
     environment: dict[str, Any]  # environment.json, without the recipe
     recipe: dict[str, Any]
-    result: Result | None  # None where the run is not complete
+    result: Result | None  # None for an incomplete run
     read_lines: Callable[[Sequence[str]], list[dict[str, Any]]] = field(repr=False)  # of metrics.jsonl, by kind
-    trial: str | None = None  # its name in its search; None for a run of the table
+    trial: str | None = None  # its name in a search; None for a run of the table
     variant: int = 1  # above 1 where it does not follow the cell's first recipe
 
     @property
@@ -126,11 +124,11 @@ class Run:
 
     @cached_property
     def training(self) -> list[dict[str, Any]]:
-        """A line for every log_every updates. A record has none."""
+        """A line each log_every updates; none in a record."""
         return self.read_lines(("train",))
 
     def logged(self, key: str, updates: Sequence[int]) -> list[float]:
-        """`key` at `updates`, interpolated between log lines; NaN before the first and after the last."""
+        """`key` at `updates`, interpolated between log lines; NaN outside of them."""
         lines = [line for line in self.training if isinstance(line.get(key), (int, float))]
         if not lines:
             return [math.nan] * len(updates)
@@ -139,12 +137,10 @@ class Run:
 
 
 def read_runs(*folders: Path) -> tuple[list[Run], list[str]]:
-    """Every run at or below `folders`, in the order of the tables; and a line for each unusable file.
-
-    Later readings of damaged evaluations add lines.
-    """
+    """Every run at or below `folders`, in the tables' order; and a line for each unusable file, some added later."""
     problems: list[str] = []
-    found = sorted({folder for top in folders for folder in _run_folders(top)})
+    walked = (place for top in folders for place in os.walk(top))
+    found = sorted({Path(folder) for folder, _, names in walked if not set(FILES).isdisjoint(names)})
     runs = [run for folder in found if (run := _read_run(folder, problems))]
     return sorted(runs, key=order), problems
 
@@ -159,16 +155,10 @@ def by_table(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def author_log(table: str, runs: Sequence[Run]) -> tuple[dict[str, Any], list[Run]]:
-    """The author's published training log, and the `runs` of its cell; both empty without a log."""
+    """The author's training log, and the `runs` of its cell; both empty without one."""
     log = published(table).get("log_of_author", {})
     place = (table, log.get("row"), log.get("schedule"))
     return log, [run for run in runs if (run.table, *run.cell) == place and not run.trial and run.training]
-
-
-def _run_folders(top: Path) -> Iterator[Path]:
-    for folder, _, names in os.walk(top):
-        if any(name in FILES for name in names):
-            yield Path(folder)
 
 
 def _read_run(folder: Path, problems: list[str]) -> Run | None:
@@ -197,7 +187,7 @@ def _read_run(folder: Path, problems: list[str]) -> Run | None:
 
 
 def make_run(folder: Path, config: dict[str, Any], **rest: Any) -> Run:
-    """`rest` are further fields. Raises ValidationError if `config` lacks its identity."""
+    """Raises ValidationError if `config` lacks its identity."""
     identity = Identity.model_validate(config)
     return Run(folder, identity.table, identity.row, identity.schedule.name, identity.seed, config, **rest)
 
@@ -206,7 +196,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def _read(path: Path, problems: list[str]) -> Any:
-    """None if the file is missing, or cannot be read (a problem)."""
+    """None for a missing file, or one that cannot be read (a problem)."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = yaml.load(text, Loader=YamlLoader) if path.suffix == ".yaml" else json.loads(text)
@@ -219,7 +209,7 @@ def _read(path: Path, problems: list[str]) -> Any:
 
 
 def _check(model: type[ModelT], values: Any, path: Path, problems: list[str]) -> ModelT | None:
-    """`values` as `model`; None if there are none, or they do not fit (a problem)."""
+    """`values` as `model`; None if they are None, or do not fit (a problem)."""
     if values is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Small random data sets in the formats of the real ones, to time a training without its data."""
+"""Small random data sets in the real ones' formats, to time a training without its data."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ SIZES = {  # of an epoch of the real set: images, or tokens
 
 
 def make_data(name: str, root: Path) -> list[str]:
-    """Write a data set in place of `name`, one of MAKERS, to `root`, once. Returns the overrides that select it."""
+    """Write a data set in place of `name`, of MAKERS, to `root`, once. Returns overrides that select it."""
     done = root / "done"
     if not done.exists():
         root.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,6 @@ def make_data(name: str, root: Path) -> list[str]:
 
 
 def _images(train: int, test: int, classes: int, size: tuple[int, int], suffix: str, test_name: str) -> Callable:
-    """A maker of a folder tree; counts are per class."""
 
     def make(root: Path) -> None:
         random = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The tables of the paper: their tasks, the configs of their cells, and what was published."""
+"""The paper's tables: tasks, configs of cells, and what was published."""
 
 import re
 from collections.abc import Sequence
@@ -31,24 +31,19 @@ SCHEDULES = ("milestone", "cosine", "inverse_sqrt", "linear", "wsd")  # as files
 
 
 def load_settings(task: str, config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config as the task's train.py resolves and checks it. Raises ConfigError."""
+    """The config as the task's train.py resolves it. Raises ConfigError."""
     return load_config(import_module(f"{task}.config").Config, config, overrides)
 
 
-def load_cell(table: str, config: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """`load_settings` for a run of `table`."""
-    return load_settings(TASKS[table], config, overrides)
-
-
 def is_same_update(task: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two configs make the same updates, perhaps divided into other passes."""
+    """Whether two configs make the same updates, perhaps in other passes."""
     return update_of(task, one) == update_of(task, other)
 
 
 def update_of(task: str, config: dict[str, Any]) -> tuple[Any, ...]:
-    """What defines an update, whatever its division into passes.
+    """What defines an update, however divided into passes.
 
-    Rows of text are independent; images share the statistics of BatchNorm, and sentences a batch of similar lengths.
+    Rows of text are independent; images share BatchNorm's statistics, and sentences a batch of similar lengths.
     """
     batch, passes = config.get("batch"), config.get("passes")
     if not (isinstance(batch, int) and isinstance(passes, int)):
@@ -58,36 +53,33 @@ def update_of(task: str, config: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def rows(table: str) -> list[str]:
-    """The rows that have configs, in the published order."""
     stems = {path.stem for path in (CONFIGS / table).glob("*.yaml")} - {"base", "published"}
     found = {re.sub(f"_({'|'.join(SCHEDULES)})$", "", stem) for stem in stems}
     return sorted(found, key=lambda row: position(row, ROWS))
 
 
 def cells(table: str, row: str) -> dict[str, Path]:
-    """Schedule to config for a row's cells: `<row>_<schedule>.yaml`, or `<row>.yaml` if there is only one."""
+    """Schedule to config: `<row>_<schedule>.yaml`, or `<row>.yaml` alone."""
     alone = CONFIGS / table / f"{row}.yaml"
     if alone.exists():
-        return {load_cell(table, alone).schedule.name: alone}
+        return {load_settings(TASKS[table], alone).schedule.name: alone}
     paths = {schedule: CONFIGS / table / f"{row}_{schedule}.yaml" for schedule in SCHEDULES}
     return {schedule: path for schedule, path in paths.items() if path.exists()}
 
 
 @cache
 def published(table: str) -> dict[str, Any]:
-    """What the authors published; empty for other tables."""
+    """What the authors published, if anything."""
     path = CONFIGS / table / "published.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8-sig")) if path.exists() else {}
 
 
 def later_rows(table: str) -> set[str]:
-    """The rows that only the authors' later table has."""
     facts = published(table)
     return set(facts.get("later", {}).get("cells", {})) - set(facts.get("cells", {}))
 
 
 def seeds_of(table: str) -> list[int]:
-    """The published seeds, or one seed."""
     return published(table).get("seeds", [1])
 
 

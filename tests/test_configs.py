@@ -12,7 +12,7 @@ from engine.parameter_groups import create_grouped_optimizer
 from optim.lr_scheduler import create_schedule
 from scripts.jobs import plan
 from scripts.reporting.recipes import published_cells
-from scripts.tables import TASKS, cells, load_cell, published, seeds_of
+from scripts.tables import TASKS, cells, load_settings, published, seeds_of
 
 ROOT = Path(__file__).parent.parent
 CELLS = sorted(
@@ -40,7 +40,7 @@ def in_root(monkeypatch):
     "path", [pytest.param(path, marks=[needs_muon] * path.stem.startswith("muon")) for path in CELLS], ids=str
 )
 def test_config_loads_and_its_optimizer_and_schedule_accept_their_settings(path):
-    config = load_cell(path.parent.name, path)
+    config = load_settings(TASKS[path.parent.name], path)
     assert config.table == path.parent.name
     assert path.stem in (config.row, f"{config.row}_{config.schedule.name}")
     if config.optimizer.name.startswith("pytorch_optimizer."):
@@ -64,7 +64,7 @@ def test_row_has_the_published_settings(table, row):
     facts, of_row = TABLES[table], numbers(ROWS[table, row])
     assert set(cells(table, row)) == set(of_row["results"])
     for schedule, path in cells(table, row).items():
-        config = load_cell(table, path).model_dump(mode="json")
+        config = load_settings(TASKS[table], path).model_dump(mode="json")
         assert config["row"] == row
         for key, (value, _, _) in facts["shared"].items():
             assert looked_up(config, key) == value, key
@@ -154,7 +154,7 @@ def test_a_table_has_nothing_more(table):
 
 @pytest.mark.parametrize("table", ["digits", "pydoc_topics", "grammar", "pydoc_topics_transformer", "news_transformer"])
 def test_methods_of_a_small_table_differ_in_the_optimizer_alone(table):
-    configs = {path.stem: load_cell(table, path) for path in CELLS if path.parent.name == table}
+    configs = {path.stem: load_settings(TASKS[table], path) for path in CELLS if path.parent.name == table}
     least = {"adamw", "muon_adamw", "apollo"} if table.endswith("_transformer") else {"adam", "radam", "apollo"}
     assert {config.row for config in configs.values()} == set(configs) >= least
     shared = [config.model_dump(exclude={"row", "optimizer"}) for config in configs.values()]

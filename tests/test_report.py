@@ -20,7 +20,7 @@ from scripts.reporting.records import read_record, write_record
 from scripts.reporting.statistics import spread
 from scripts.reporting.tables import comparison, optimizer_share, report
 from scripts.runs import Result, read_runs
-from scripts.tables import TASKS, cells, is_same_update, load_cell
+from scripts.tables import TASKS, cells, is_same_update, load_settings
 from scripts.text_table import format_table
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,7 @@ def in_root(monkeypatch):
 
 def make_run(runs, row, seed, final=None, epochs=3, overrides=(), batchnorm_batch=128):
     """A run folder as train.py leaves it."""
-    config = load_cell("cifar10", cells("cifar10", row)["milestone"], (f"seed={seed}", *overrides))
+    config = load_settings(TASKS["cifar10"], cells("cifar10", row)["milestone"], (f"seed={seed}", *overrides))
     folder = runs / f"cifar10/{row}_milestone/seed{seed}"
     folder.mkdir(parents=True)
     save_config(config, folder / "config.yaml")
@@ -87,7 +87,7 @@ def test_the_later_rows_have_a_line_where_one_of_them_was_trained(tmp_path, caps
 
 def make_translation(runs, seed, scores, updates):
     """A run folder of the WMT14 Apollo cell, with a log line every 100 updates and one validation."""
-    config = load_cell("wmt14_en_de", cells("wmt14_en_de", "apollo")["milestone"], (f"seed={seed}",))
+    config = load_settings(TASKS["wmt14_en_de"], cells("wmt14_en_de", "apollo")["milestone"], (f"seed={seed}",))
     folder = runs / f"wmt14_en_de/apollo_milestone/seed{seed}"
     folder.mkdir(parents=True)
     save_config(config, folder / "config.yaml")
@@ -241,7 +241,7 @@ def test_another_division_of_the_same_update_is_the_same_recipe():
     ):
         config = next(iter(cells(table, row).values()))
         published, one, another = (
-            load_cell(table, config, overrides).model_dump(mode="json") for overrides in ([], same, other)
+            load_settings(TASKS[table], config, overrides).model_dump(mode="json") for overrides in ([], same, other)
         )
         assert is_same_update(TASKS[table], published, one) and not is_same_update(TASKS[table], published, another)
 

@@ -18,7 +18,7 @@ from scripts.protocol import rounded
 from scripts.report import main, read
 from scripts.reporting.drawing import draw_all
 from scripts.reporting.pictures import grid_of, pictures, styles
-from scripts.reporting.statistics import expected_best, interval, prediction_interval, welch
+from scripts.reporting.statistics import expected_best, interval, welch
 from scripts.runs import read_runs
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +62,7 @@ def test_intervals_and_welch_agree_with_scipy_on_random_data(seed):
     expected = scipy.stats.t.interval(0.95, len(a) - 1, mean(a), scipy.stats.sem(a))
     assert interval(a) == pytest.approx(expected, rel=1e-9)
     wider = scipy.stats.t.interval(0.99, len(a) - 1, mean(a), scipy.stats.tstd(a) * math.sqrt(1 + 1 / len(a)))
-    assert prediction_interval(a, 0.99) == pytest.approx(wider, rel=1e-9)
+    assert interval(a, 0.99, more=1) == pytest.approx(wider, rel=1e-9)
     test = scipy.stats.ttest_ind(a, b, equal_var=False)
     ends = test.confidence_interval(0.95)
     assert welch(a, b) == pytest.approx((mean(a) - mean(b), ends.low, ends.high, test.pvalue), rel=1e-9)

@@ -1,4 +1,4 @@
-"""What `bash benchmarks/gpu.sh` runs: five parts, each of which answers one question.
+"""What `bash benchmarks/gpu.sh` runs: five parts, each for one question.
 
 main.py       options, packages, and the time limit of each part      record.py     what is written, when
 worker.py     the process that runs the parts, one after the other    summary.py    the record on one page

@@ -1,4 +1,4 @@
-"""Images for the parts that train: noise, and scikit-learn's digits, packed or its own."""
+"""Images to train on: noise, and scikit-learn's digits, packed or its own."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ PACKED = "digits.npz"
 
 
 def pack_digits(folder: Path) -> None:
-    """Write one small file: scikit-learn and scipy, which have the digits, are large."""
+    """Write one small file, as scikit-learn and scipy are large."""
     digits = read_digits(folder)
     parts = {"train": digits.train, "test": digits.test}
     arrays = {f"{split}_{name}": x.numpy() for split, part in parts.items() for name, x in part._asdict().items()}
@@ -24,7 +24,7 @@ def pack_digits(folder: Path) -> None:
 
 
 def packed_digits(folder: Path) -> Dataset:
-    """As `read_digits`, from what `pack_digits` wrote."""
+    """`read_digits` from what `pack_digits` wrote."""
     with np.load(folder / PACKED, allow_pickle=False) as file:
         parts = {key: torch.from_numpy(file[key]) for key in file.files}
     train, test = (Images(parts[f"{split}_pixels"], parts[f"{split}_labels"]) for split in ("train", "test"))

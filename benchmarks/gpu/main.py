@@ -1,7 +1,7 @@
-"""benchmarks/gpu.sh: starts the process that runs the parts, and sees to their time limits.
+"""benchmarks/gpu.sh: starts the process that runs the parts, and limits their time.
 
-All parts run in one process, as importing, compiling and starting a GPU take longer than most of them. After a kernel
-that hangs or faults, a new process goes on with the next part. This file needs only Python.
+All run in one process, as importing, compiling and starting a GPU take longer than most of them. After a kernel that
+hangs or faults, a new process goes on. This file needs only Python.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.summary import write_summary
 
-# The parts in order of worth, and their shares of the time; what one leaves over, the next ones get.
+# The parts in order of worth, and their shares of the time; the next ones get what one leaves over.
 SHARES = {"steps": 0.2, "optimizer": 0.15, "training": 0.35, "resuming": 0.1, "whole_runs": 0.2}
 WORKER = "benchmarks.gpu.worker"
 GRACE_S = 20  # for the case at work to end by itself
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def pack(folder: Path, python: str) -> int:
-    """Fetch the packages for that version of Python, and write scikit-learn's digits as one file."""
+    """Fetch the packages for that Python, and write the digits as one file."""
     from benchmarks.gpu.data import pack_digits  # here, as it needs the packages
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def pack(folder: Path, python: str) -> int:
 
 
 def unpack(packages: Path, site: Path) -> list[str]:
-    """Unpack what this interpreter lacks into `site`; returns the names."""
+    """Unpack what this interpreter lacks into `site`; returns names."""
     missing = []
     for wheel in sorted(packages.glob("*.whl")):
         name = wheel.name.split("-")[0]
@@ -131,7 +131,7 @@ def environment_of(options: argparse.Namespace, scratch: Path) -> dict[str, str]
 
 
 def supervise(worker: subprocess.Popen, path: Path, until: float) -> bool:
-    """Wait for the worker's end; True where a part did not end in time."""
+    """Wait for the worker; True where a part did not end in time."""
     while worker.poll() is None:
         time.sleep(0.2)
         limits = [part["until"] for part in Record(path).parts.values() if "until" in part] or [until]

@@ -1,7 +1,7 @@
 """How fast is an optimizer step? benchmarks/optimizer_step.py on the parameters of the four models.
 
-`share_of_copy` is the bandwidth of a step's least transfers over that of copying a large tensor. Parameters of a few MB
-stay in the L2 cache, where it says little; there launches and Python count.
+`share_of_copy` is the bandwidth of a step's least transfers over that of copying a large tensor. It says little about a
+few MB, which stay in the L2 cache: there launches and Python count.
 """
 
 import json

@@ -3,7 +3,7 @@
     {"machine": {...}, "parts": {"steps": {"status": "done", "seconds": 81.2, "cases": {"L2, float32": {...}}}}}
 
 A part's status is running, done, failed, stopped (at its time limit) or not run; `why` is one line. A case that checks
-something has `ok`. Needs only Python, as benchmarks/gpu/main.py reads it.
+something has `ok`. Needs only Python, for benchmarks/gpu/main.py.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Record:
-    """The file, as the process before left it."""
+    """The file as last left."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,7 +40,7 @@ class Record:
 
 
 class Part:
-    """A part at work: its cases and the time that it has left."""
+    """A part at work: its cases and its time."""
 
     def __init__(self, record: Record, name: str, seconds: float) -> None:
         self.record, self.until = record, time.time() + seconds
@@ -50,7 +50,6 @@ class Part:
         record.write()
 
     def left(self) -> float:
-        """Seconds until its time is over."""
         return self.until - time.time()
 
     def add(self, case: str, **values: Any) -> None:
@@ -61,7 +60,7 @@ class Part:
         print(f"{case}: {rounded}", flush=True)
 
     def has_time(self, case: str, seconds: float = 0.0) -> bool:
-        """Whether a case of about so many seconds has time; the record says where not."""
+        """Whether a case of some `seconds` has time; the record says where not."""
         if self.left() > seconds:
             return True
         self.add(case, skipped="no time left")

@@ -1,7 +1,7 @@
 """Does a run that was killed go on on a GPU as if nothing had happened? With deterministic=true, to the same bits.
 
-One process of each task is killed in mid-epoch, by SIGKILL. Its folder is continued here, and the last checkpoint
-compared with that of a run without a break.
+SIGKILL ends one process of each task in mid-epoch. Its run continues here, and its last checkpoint is compared
+with that of a run without a break.
 """
 
 import json
@@ -17,10 +17,10 @@ import torch
 from benchmarks.gpu.data import images_in_memory
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.worker import Place, is_usable
+from benchmarks.turns import CONFIGS
 from engine.config import load_config
 from engine.distributed import setup
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 COMMON = ["deterministic=true", "log_every=1", "checkpoint.minutes=0"]  # a checkpoint after every update
 KILLED_AT = 5  # updates, at least
 TASKS: dict[str, tuple[str, str, list[str]]] = {
@@ -44,7 +44,7 @@ def check(part: Part, place: Place) -> None:
 
 
 def kill_all(part: Part, place: Place) -> None:
-    """Start the commands together, and kill each once it has logged enough updates."""
+    """Start them together, and kill each once it has logged enough updates."""
     command = [sys.executable, "-m", "benchmarks.gpu.resuming"]
     started = {
         task: subprocess.Popen([*command, task, str(place.packages), *settings(task, place, "killed")])
@@ -101,7 +101,7 @@ def train(task: str, arguments: list[str]) -> None:
 
 
 def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Those of the last checkpoint, by their place in it."""
+    """The last checkpoint's tensors by their place."""
     found: dict[str, torch.Tensor] = {}
 
     def walk(value: Any, name: str) -> None:

@@ -1,8 +1,8 @@
 """Are the steps of the Triton kernels right on a GPU? Against the single-tensor step, over all that they support.
 
 Each case trains a few tensors with both forms on the same gradients; one is empty, one starts at an odd address.
-`error` is the largest difference over the largest entry of parameters, direction and count; `bound` allows for a few
-roundings of the dtype.
+`error` is the largest difference over the largest entry of parameters, directions and count; `bound` allows a few
+roundings.
 """
 
 import tempfile
@@ -83,7 +83,7 @@ def train(
     rate: float | None = None,
     **form: Any,
 ) -> Tensor:
-    """Parameters, directions and the count after STEPS steps; `rate` is the learning rate of the last."""
+    """Parameters, directions and count after STEPS steps; `rate` is the last one's learning rate."""
     params = parameters(place, dtype)
     optimizer = Apollo(params, **settings, **({"fused": True} | form))
     step = step_of(optimizer)
@@ -119,7 +119,7 @@ def same_bits(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
 
 
 def scaled(place: Place) -> dict[str, Any]:
-    """Through torch's GradScaler, which leaves unscaling and skipping to the step."""
+    """torch's GradScaler leaves unscaling and skipping to the step."""
 
     def step_of(optimizer: Apollo) -> Callable[[], None]:
         scaler, number = torch.amp.GradScaler(place.device.type, init_scale=1024.0), iter(range(STEPS))
@@ -150,13 +150,13 @@ def taken_anew(place: Place) -> dict[str, Any]:
 
 
 def from_a_graph(place: Place) -> dict[str, Any]:
-    """The learning rate changes after the capture. The eager step takes it on the device too."""
+    """The learning rate changes after the capture; the eager step too takes it on the device."""
     ours = train(place, L2, step_of=lambda optimizer: RecordedStep(optimizer, place.device), rate=0.0625)
     return same_bits(ours, train(place, L2, rate=0.0625, carry_sums=False))
 
 
 def sharded(place: Place) -> dict[str, Any]:
-    """The kernels' path for shards, whose sums a collective over the ranks joins: here a single one."""
+    """The kernels' path for shards, whose sums a collective over the ranks (here one) joins."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -203,7 +203,7 @@ def require_triton(device: torch.device) -> None:
 
 @contextmanager
 def triton_on_the_cpu() -> Iterator[None]:
-    """Triton's interpreter, with chunks so small that the toy tensors take several."""
+    """Triton's interpreter, with several chunks for a toy tensor."""
     from optim.fused import cuda as fused_cuda
 
     step = fused_cuda._fused_cuda_apollo

@@ -1,15 +1,13 @@
 """Do the loops train on a GPU, in each precision, and how fast? Thirty updates of each, in three windows of ten.
 
-The first window compiles, chooses kernels and records graphs. In the second torch reports each operation that waits for
-the device. The third is timed. `loss` is the last window's; it must be finite and close to that of fp32. `waits` are
-the places in the code that waited.
+The first window compiles, chooses kernels and records graphs. In the second torch reports operations that wait for the
+device: `waits` are their places in the code. The third is timed. The last `loss` must be finite and close to fp32's.
 """
 
 import json
 import math
 import sys
 import warnings
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,14 +26,11 @@ from benchmarks import nmt as nmt_benchmark
 from benchmarks.gpu.data import images_in_memory
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.worker import Place, is_usable
-from benchmarks.turns import end_of_epoch, seconds_of
+from benchmarks.turns import CONFIGS, end_of_epoch, prepared, seconds_of
 from classification import cuda_graph
-from engine.config import load_config
-from engine.distributed import setup
 from engine.run import parameter_count
-from engine.run_record import RunRecord, peak_memory_mb
+from engine.run_record import peak_memory_mb
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 WINDOW, TOY_WINDOW = 10, 2  # updates
 CLOSE = 0.05  # share of the fp32 loss by which another precision's may differ
 
@@ -63,7 +58,7 @@ FULL_SIZE = ("fp32", "tf32", "bf16")  # of Transformer-base
 
 def check(part: Part, place: Place) -> None:
     sizes = (4 * TOY_WINDOW, 10) if place.dry else (128 * WINDOW, 1000)
-    # On the CPU a graph runs its function over the fixed tensors and records nothing.
+    # On the CPU a graph runs its function over fixed tensors and records nothing.
     on_the_cpu = patch.object(cuda_graph, "DEVICES", ("cpu",)) if place.dry else nullcontext()
     with on_the_cpu, images_in_memory(place.packages, *sizes):
         corpus = make_words(place)
@@ -88,7 +83,7 @@ def check(part: Part, place: Place) -> None:
         if part.has_time(case, 0 if place.dry else 15):
             size = "--batch 64 --passes 1 --updates 1" if place.dry else "--batch 8192 --passes 8 --updates 3"
             arguments = ["full-size", *size.split(), "--precision", precision, "--device", place.device.type]
-            part.add(case, tokens_per_s=nmt_benchmark.main(arguments)[-1])
+            part.add(case, tokens_per_s=nmt_benchmark.measure_full_size(nmt_benchmark.parse(arguments))[-1])
 
 
 def first_of(task: str) -> str:
@@ -127,29 +122,26 @@ TASKS: dict[str, tuple[Any, Callable[[Place, Path], list[str]]]] = {
 
 
 def make_words(place: Place) -> Path:
-    words, batch = (200, 4) if place.dry else (793_470, 128)
     folder = place.scratch / "words"
     folder.mkdir()
-    return lm.make_corpus(folder, Namespace(words=words, updates=TOY_WINDOW if place.dry else WINDOW, batch=batch))
+    words, rows = (200, 4 * (TOY_WINDOW + 2)) if place.dry else (793_470, 128 * (WINDOW + 2))
+    return lm.make_corpus(folder, words, rows * lm.LENGTH)
 
 
 def measure(module: Any, settings: list[str], place: Place) -> dict[str, Any]:
-    """Three windows of one config."""
-    world, updates = setup(place.device.type), TOY_WINDOW if place.dry else WINDOW
-    own = [f"device={place.device.type}", f"log_every={updates}"]
-    config = load_config(module.Config, settings[0], [*settings[1:], *own])
-    run = module.prepare(config, world, RunRecord(config, config.folder, world))
+    updates = TOY_WINDOW if place.dry else WINDOW
+    run = prepared(module, *settings, f"device={place.device.type}", f"log_every={updates}")
     if place.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
     def window() -> None:
-        end_of_epoch(run, module.train_epoch, updates)
+        end_of_epoch(module, run, updates)
 
     window()
     with counted_waits(place.device, module.log) as waits:
         window()
-    seconds = seconds_of(window, world)
-    lines = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+    seconds = seconds_of(window, run.world)
+    lines = [json.loads(line) for line in (run.record.folder / "metrics.jsonl").read_text().splitlines()]
     counted = run.progress.since_evaluation[run.COUNTED] / 3  # of a window; sentences differ in length: the mean
     return {
         "loss": [line["loss"] for line in lines if line["kind"] == "train"][-1],
@@ -164,7 +156,7 @@ def measure(module: Any, settings: list[str], place: Place) -> dict[str, Any]:
 
 @contextmanager
 def counted_waits(device: torch.device, log_line: Callable) -> Iterator[Counter[str]]:
-    """Counts, by place in the code, the operations that wait for the device, but not those within `log_line`."""
+    """Counts operations that wait for the device, by place in the code, without those within `log_line`."""
     waits: Counter[str] = Counter()
 
     def note(message: Warning, category: type[Warning], filename: str, line: int, *_: Any) -> None:

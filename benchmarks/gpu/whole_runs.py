@@ -1,24 +1,24 @@
-"""Whole runs of the CIFAR-10 cell: ResNet-110 with Apollo as published, on digits to the end, then on noise.
+"""Whole runs of the CIFAR-10 cell: ResNet-110 with Apollo as published.
 
-Digits say whether it learns. 50,000 images of noise say how long an epoch takes.
+Digits, to the end, say whether it learns. 50,000 images of noise say how long an epoch takes.
 """
 
 import json
 import os
 import signal
 import threading
-from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.data import images_in_memory
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.worker import Place
+from benchmarks.turns import CONFIGS
 from classification.config import Config
 from classification.train import train
 from engine.config import load_config
 from engine.distributed import setup
 
-CELL = Path(__file__).parents[2] / "configs/cifar10/apollo_milestone.yaml"
+CELL = CONFIGS / "cifar10" / "apollo_milestone.yaml"
 EPOCHS = 164  # published
 
 
@@ -36,14 +36,14 @@ def check(part: Part, place: Place) -> None:
 
 
 def ask_to_stop(seconds: float, done: threading.Event) -> None:
-    """Send this process the signal after so many seconds, then each second until it is done."""
+    """Send this process the signal after so many seconds, then each second until done."""
     while not done.wait(seconds):
         os.kill(os.getpid(), signal.SIGUSR2)
         seconds = 1.0
 
 
 def run(name: str, settings: list[str], part: Part, place: Place, share: float) -> dict[str, Any]:
-    """Train for at most this share of the part's time; a signal then ends the run."""
+    """Train for at most this share of the part's time; then a signal ends the run."""
     folder = place.scratch / f"whole_{name}"
     config = load_config(Config, CELL, [*settings, f"run_dir={folder}", f"device={place.device.type}"])
     done = threading.Event()

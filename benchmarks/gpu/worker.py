@@ -1,7 +1,4 @@
-"""Runs the parts of benchmarks/gpu.sh in one process, with arguments from benchmarks/gpu/main.py.
-
-Without CUDA, no part is run, except in a dry run.
-"""
+"""Runs the parts of benchmarks/gpu.sh in one process; without CUDA only in a dry run. main.py gives the arguments."""
 
 import gc
 import sys
@@ -51,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run_part(name: str, place: Place, record: Record, seconds: float) -> bool:
-    """False where the device has failed: after that, CUDA refuses everything in this process."""
+    """False where the device has failed: then CUDA refuses everything in this process."""
     part = Part(record, name, seconds)
     print(f"\n== {name}, {seconds:.0f} s", flush=True)
     try:
@@ -78,7 +75,7 @@ def is_usable(device: torch.device) -> bool:
 
 
 def describe() -> dict[str, str | float | None]:
-    """The machine. It imports here, as it needs the packages."""
+    """The machine. The imports are here, as they need the packages."""
     from engine.distributed import setup
     from engine.run_record import describe_environment
 

@@ -23,9 +23,9 @@ COPIED = ("config.yaml", "environment.json", "metrics.jsonl", "result.json", "co
 
 
 def write_bundle(run_dir: Path, into: Path) -> Path:
-    """Write the bundle of the run in `run_dir` to a new folder in `into`.
+    """Write the bundle of `run_dir` to a new folder in `into`.
 
-    Raises UserError without a complete run with a checkpoint, or if the folder exists.
+    Raises UserError if the run is incomplete or has no checkpoint, or the folder exists.
     """
     runs, problems = read_runs(run_dir)
     run = next((run for run in runs if run.folder == run_dir), None)

@@ -1,4 +1,4 @@
-"""Writes each picture of each table as PNG, SVG and PDF, and its numbers as CSV."""
+"""Writes each picture as PNG, SVG and PDF, and its numbers as CSV."""
 
 import math
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ def _draw_panel(axes: Axes, panel: Panel, look: dict[str, Style]) -> None:
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """200 instead of 2 × 10² on a logarithmic axis; on less than two powers of ten also numbers between them."""
+    """200 instead of 2 × 10² on a logarithmic axis; with less than two decades also numbers between."""
     low, high = axis.get_view_interval()
     between = high / low < 100
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -1,6 +1,6 @@
-"""Writes the report as one HTML page that needs no network: sortable tables, interactive pictures, the cells' settings.
+"""Writes the report as one HTML page that needs no network: it includes plotly.js (4 MB).
 
-It includes plotly.js (about 4 MB).
+It has sortable tables, interactive pictures and the cells' settings.
 """
 
 import json
@@ -36,7 +36,7 @@ def write_page(
     runs: Sequence[Run],
     problems: Sequence[str],
 ) -> None:
-    """Write the page; `tables` are by table of the paper. Raises UserError without plotly."""
+    """`tables` are by table of the paper. Raises UserError without plotly."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -95,7 +95,7 @@ def _row(tag: str, texts: Sequence[str], header: Sequence[str]) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> str:
-    """Settings and machines of the cells: first the keys that differ, then the others."""
+    """Settings and machines of the cells, keys that differ first."""
     cells: dict[str, list[Run]] = {}
     for run in runs:
         cells.setdefault(f"{run.label} {run.schedule}", []).append(run)

@@ -1,7 +1,4 @@
-"""The numbers in the pictures, which drawing.py (matplotlib) and page.py draw.
-
-docs/reproduction.md describes the pictures.
-"""
+"""The numbers in the pictures, which drawing.py (matplotlib) and page.py draw. docs/reproduction.md describes them."""
 
 import csv
 import math
@@ -49,7 +46,7 @@ ABOUT = {
 
 @dataclass(frozen=True)
 class Curve:
-    """`y` is None where a trial diverged or a level was never reached."""
+    """`y` is None for a diverged trial or a level never reached."""
 
     method: str
     x: list[float]
@@ -101,7 +98,7 @@ def pictures(runs: Sequence[Run]) -> list[Panel]:
 
 
 def places(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
-    """Runs by picture and method. Schedules have separate pictures."""
+    """Runs by picture and method; a schedule has a picture of its own."""
     schedules = Counter((table, row) for table, row, _ in {(run.table, *run.cell) for run in runs})
     several = {table for (table, _), count in schedules.items() if count > 1}
     found: dict[str, dict[str, list[Run]]] = {}
@@ -112,7 +109,7 @@ def places(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
 
 
 def evaluated(methods: dict[str, list[Run]]) -> dict[str, list[Run]]:
-    """Each method's complete runs with evaluations, or else its unfinished ones."""
+    """Each method's complete runs with evaluations, or else unfinished ones."""
     found = {
         method: [run for run in [run for run in runs if run.result] or runs if run.evaluations]
         for method, runs in methods.items()
@@ -121,7 +118,6 @@ def evaluated(methods: dict[str, list[Run]]) -> dict[str, list[Run]]:
 
 
 def curve_keys(run: Run) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Of the training curve and of the evaluation curve."""
     return next((two for two in CURVES if two[1][0] in run.evaluations[0]), CURVES[0])
 
 
@@ -146,7 +142,7 @@ def curve_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
 
 
 def _mean_curve(method: str, runs: Sequence[Run], key: str, by: str) -> Curve | None:
-    """The mean of `runs` up to the end of the shortest; None without points or positions."""
+    """The mean up to the end of the shortest run; None without points or positions."""
     found = [curve for run in runs if (curve := points(run, key))]
     steps = list(zip(*found, strict=False))
     which = 0 if by == "updates" else 1
@@ -234,9 +230,9 @@ def _crossed(curves: Sequence[Curve], lower: bool) -> list[Curve]:
 
 
 def grid_of(trials: Sequence[Run]) -> list[Run]:
-    """The trials in which only the rate varies: those with the settings that have the most rates.
+    """The trials in which only the rate varies: those of the settings with the most rates.
 
-    A grid keeps the decay, or with decoupled decay its product with the rate, up to their rounding to three digits.
+    A grid keeps the decay, or if decoupled its product with the rate, up to rounding to three digits.
     """
     products: list[float] = []
 
@@ -274,7 +270,7 @@ def _trial_curve(method: str, groups: Sequence[Sequence[Run]], chosen: float, po
 
 
 def _chosen_rates(methods: dict[str, list[Run]], finals: Sequence[Run]) -> dict[str, float]:
-    """Method to the rate of its runs of the table, or else of its best trial."""
+    """Method to the rate of its runs of the table, or else its best trial."""
     chosen = {}
     for method, trials in methods.items():
         first = trials[0]
@@ -306,7 +302,7 @@ def budget_panels(place: str, methods: dict[str, list[Run]]) -> list[Panel]:
 
 
 def trial_value(trial: Run) -> float:
-    """What a search selects by: the test value if there is no other."""
+    """What a search selects by, or else the test value."""
     return trial.result.final if trial.result.validation is None else trial.result.validation
 
 
@@ -325,7 +321,6 @@ class Style(NamedTuple):
 
 
 def styles(panels: Sequence[Panel]) -> dict[str, Style]:
-    """Each method's style, the same in all panels."""
     others = cycle(OTHER_COLOURS)
     rows: dict[str, tuple[str, str]] = {}
     found = {}

@@ -1,4 +1,4 @@
-"""A table of a search's trials over the learning rate: the numbers of the picture of sensitivity."""
+"""A table of a search's trials over the learning rate, as in the picture of sensitivity."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ ABOUT_RATES = (
 
 
 def rates(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines: one for each row, and one for each recipe other than that of most of its trials."""
+    """Header and lines: one a row, and one for each recipe other than that of most of its trials."""
     trials = [run for run in runs if run.trial and run.result and run.rate]
     trials.sort(key=lambda run: (position(run.table, tuple(TASKS)), order(run)))
     lines: dict[str, dict[int, list[Run]]] = {}

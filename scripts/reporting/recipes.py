@@ -9,15 +9,15 @@ from typing import Any
 from engine.config import differences, value_at
 from scripts.reporting.records import flatten
 from scripts.runs import NOT_OF_THE_RECIPE, Run, order
-from scripts.tables import TASKS, cells, is_same_update, later_rows, load_cell, published, update_of
+from scripts.tables import TASKS, cells, is_same_update, later_rows, load_settings, published, update_of
 
 DIVISION = ("batch", "passes", "batchnorm_group")  # may differ for the same update
 
 
 def apart(runs: Sequence[Run]) -> list[Run]:
-    """`runs`, with a `variant` above 1 for those that do not follow the first recipe of their cell.
+    """`runs`, with a `variant` above 1 for those that do not follow their cell's first recipe.
 
-    The first recipe is the published one, or else that of most complete runs.
+    This is the published one, or else that of most complete runs.
     """
     settings: dict[tuple, dict[tuple, list[Run]]] = {}
     for run in runs:
@@ -32,7 +32,7 @@ def apart(runs: Sequence[Run]) -> list[Run]:
         if len(groups) > 1:
             groups.sort(key=_precedence)
         variants |= {id(run): number for number, group in enumerate(groups, start=1) for run in group}
-    # An unchanged run keeps what it has read of metrics.jsonl.
+    # Unchanged runs keep what they have read of metrics.jsonl.
     return [run if variants.get(id(run), 1) == run.variant else replace(run, variant=variants[id(run)]) for run in runs]
 
 
@@ -42,7 +42,6 @@ def _precedence(group: Sequence[Run]) -> tuple:
 
 
 def _by_batchnorm_batch(runs: Sequence[Run]) -> Iterable[list[Run]]:
-    """Groups runs by the batch that BatchNorm saw."""
     batches = [run.recipe.get("batchnorm_batch") for run in runs]
     usual = Counter(batch for batch in batches if batch).most_common(1)
     groups: dict[Any, list[Run]] = {}
@@ -52,17 +51,16 @@ def _by_batchnorm_batch(runs: Sequence[Run]) -> Iterable[list[Run]]:
 
 
 def published_cells(table: str) -> dict[tuple[str, str], list[float]]:
-    """(row, schedule) to the published [mean, std], from the first table that has the cell."""
+    """(row, schedule) to [mean, std], from the first table that has the cell."""
     return _later_cells(table) | _by_cell(published(table).get("cells", {}))
 
 
 def first_published_cells(table: str) -> list[tuple[str, str]]:
-    """The (row, schedule) of the authors' first table."""
     return [cell for cell in published_cells(table) if cell[0] not in later_rows(table)]
 
 
 def sources(table: str, shown: Iterable[tuple[str, str]]) -> list[str]:
-    """A sentence on the published table of each cell in `shown`; none if the later table has none of them."""
+    """A sentence on the published table of each cell in `shown`, if the later table has any."""
     shown = set(shown)
     later = {cell: value for cell, value in _later_cells(table).items() if cell in shown}
     if not later:
@@ -90,11 +88,11 @@ def _by_cell(rows: dict[str, dict[str, list[float]]]) -> dict[tuple[str, str], l
 
 @cache
 def _published_recipe(table: str, row: str, schedule: str) -> dict[str, Any]:
-    return load_cell(table, cells(table, row)[schedule]).model_dump(mode="json")
+    return load_settings(TASKS[table], cells(table, row)[schedule]).model_dump(mode="json")
 
 
 def changes_to_recipe(run: Run) -> list[str]:
-    """`key=value` for each setting that differs from the published cell, if there is one."""
+    """`key=value` for each setting that differs from the published cell, if any."""
     if run.cell not in published_cells(run.table):
         return []
     batch = published(run.table).get("batchnorm_batch") or run.recipe.get("batchnorm_batch")
@@ -102,7 +100,6 @@ def changes_to_recipe(run: Run) -> list[str]:
 
 
 def changes_between(run: Run, usual: Run) -> list[str]:
-    """`key=value` for each setting that differs from `usual`."""
     return _changes(run, usual.config, usual.recipe.get("batchnorm_batch"))
 
 

@@ -1,9 +1,7 @@
 """Records: what a report needs of its runs, in one small JSON file to be committed.
 
-It holds each config and environment once, without keys that change no result (folders, workers, …). Trials have no
-curves.
-
-docs/reproduction.md shows how a document takes a table from a record.
+It has each config and environment once, without keys that change no result (folders, workers, …). Trials have no
+curves. docs/reproduction.md shows how a document takes a table from it.
 """
 
 import json
@@ -48,7 +46,7 @@ class _Record(BaseModel):
 
 
 def write_record(path: Path, runs: Sequence[Run]) -> int:
-    """Write the complete ones among `runs` to `path`. Returns their number."""
+    """Write the complete `runs` to `path`. Returns their number."""
     configs: list[str] = []
     environments: list[str] = []
     lines = []
@@ -78,7 +76,7 @@ def write_record(path: Path, runs: Sequence[Run]) -> int:
 
 
 def read_record(path: Path) -> list[Run]:
-    """The runs of a record. Raises UserError if the file is not a record."""
+    """Raises UserError if the file is no record."""
     try:
         record = _Record.model_validate(json.loads(path.read_text(encoding="utf-8")))
         if record.format != FORMAT:
@@ -100,7 +98,7 @@ def update_document(path: Path, render: Callable[[list[Run], str], str]) -> int:
 
 
 def updated(path: Path, text: str, render: Callable[[list[Run], str], str]) -> str:
-    """`text` with each marked table as `render` makes it of its record and kind."""
+    """`text` with each marked table made anew by `render(runs, kind)`."""
 
     def table(match: re.Match) -> str:
         start, record, kind, end = match.groups()
@@ -112,7 +110,7 @@ def updated(path: Path, text: str, render: Callable[[list[Run], str], str]) -> s
 
 
 def flatten(values: dict[str, Any], ignore: Sequence[str] = (), prefix: str = "") -> dict[str, Any]:
-    """Dotted key to value, without the keys in `ignore` and those below them."""
+    """Dotted key to value, without the keys in `ignore` and below."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         dotted = f"{prefix}{key}"
@@ -150,7 +148,6 @@ def _without(values: dict[str, Any], keys: Sequence[str], prefix: str = "") -> d
 
 
 def _position(entries: list[str], entry: dict[str, Any]) -> int:
-    """The position of `entry`, which is added if it is new."""
     text = _dump(entry)
     if text not in entries:
         entries.append(text)
@@ -166,7 +163,7 @@ def _result(run: Run) -> dict[str, Any]:
 
 
 def _columns(evaluations: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """The curves, thinned to at most `MOST_POINTS` (the last one stays), with six digits."""
+    """At most `MOST_POINTS` of the evaluations, with the last one, in six digits."""
     step = -(-len(evaluations) // MOST_POINTS) or 1
     kept = evaluations[::-step][::-1]
     names = dict.fromkeys(name for line in kept for name in line if CURVES.fullmatch(name))

@@ -1,7 +1,7 @@
 """Compares a run, as early as possible, with a committed record.
 
-The band at an update is the 99 % prediction interval for one more seed, by Student's t over the record's seeds. Two
-evaluations in a row outside the band are a departure.
+The band at an update is the 99 % prediction interval for one more seed, by Student's t over the record's. Two
+evaluations in a row outside it are a departure.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from engine.config import differences
 from scripts.reporting.pictures import Curve, Panel, curve_keys, points
-from scripts.reporting.statistics import prediction_interval
+from scripts.reporting.statistics import interval
 from scripts.runs import NOT_OF_THE_RECIPE, Run
 
 LEVEL = 0.99
@@ -18,7 +18,7 @@ Band = dict[int, tuple[float, float]]
 
 
 def compare(runs: Sequence[Run], record: Sequence[Run]) -> tuple[list[str], bool, list[Panel]]:
-    """Lines about `runs`, whether one has left the record's band, and the pictures."""
+    """Lines about `runs`, whether one left the band, and the pictures."""
     lines, left, panels = [], False, {}
     for run in runs:
         if run.trial:
@@ -49,7 +49,7 @@ def compare(runs: Sequence[Run], record: Sequence[Run]) -> tuple[list[str], bool
 
 
 def _same_cell(run: Run, record: Sequence[Run]) -> list[Run]:
-    """The record's runs of the cell with the settings of `run`, or else of the first recipe."""
+    """The record's runs of the cell with the same settings, or else of the first recipe."""
     of_cell = [other for other in record if (other.table, *other.cell) == (run.table, *run.cell) and not other.trial]
     same = [other for other in of_cell if not differences(run.config, other.config, NOT_OF_THE_RECIPE)]
     return same or [other for other in of_cell if other.variant == 1]
@@ -61,12 +61,12 @@ def _band(others: Sequence[Run], key: str) -> Band:
     for other in others:
         for update, _, value in points(other, key):
             values.setdefault(int(update), []).append(value)
-    bands = {update: prediction_interval(found, LEVEL) for update, found in values.items() if len(found) == len(others)}
+    bands = {update: interval(found, LEVEL, more=1) for update, found in values.items() if len(found) == len(others)}
     return {update: band for update, band in bands.items() if band}
 
 
 def _departure(run: Run, key: str, band: Band, seeds: int) -> tuple[str, bool]:
-    """What to say about a curve, and whether it has left the band."""
+    """What to say about a curve, and whether it left the band."""
     compared = [(update, value, *band[update]) for update, _, value in points(run, key) if update in band]
     if not compared:
         why = "one seed makes no band" if seeds < 2 else "no update in common"

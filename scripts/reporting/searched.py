@@ -33,7 +33,7 @@ def searched(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 
 def reached(runs: Sequence[Run]) -> str:
-    """A row's results on one table, for each schedule and setting; "-" if it was not tried."""
+    """A row's results on one table, for each schedule and setting; "-" if not tried."""
     texts = []
     for schedule, variant in dict.fromkeys((run.schedule, run.variant) for run in runs if not run.trial):
         finals = [run for run in runs if not run.trial and (run.schedule, run.variant) == (schedule, variant)]
@@ -47,7 +47,7 @@ def reached(runs: Sequence[Run]) -> str:
 
 
 def command(run: Run) -> str:
-    """Trains with the settings of `run`, on top of its config in configs/comparison."""
+    """Trains as `run`, on top of its config in configs/comparison."""
     task, path = TASKS[run.table], CONFIGS / "comparison" / f"{run.table}.yaml"
     base = load_settings(task, path, (f"row={run.row}", "optimizer={name: sgd}")).model_dump(mode="json")
     given = {key: run.config[key] for key in TAKEN_WHOLE if run.config.get(key) != base.get(key)}

@@ -1,7 +1,4 @@
-"""Intervals, tests and expectations over the runs of a cell or the trials of a search.
-
-scipy is imported where it is used: that takes a second.
-"""
+"""Intervals, tests and expectations over runs or trials. scipy is imported late: that takes a second."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +9,7 @@ from typing import NamedTuple
 
 
 class Difference(NamedTuple):
-    """The difference a − b of two means, its 95 % interval, and the p-value of Welch's t-test."""
+    """a − b of two means, its 95 % interval, and the p-value of Welch's t-test."""
 
     mean: float
     low: float
@@ -21,39 +18,34 @@ class Difference(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> str:
-    """`mean (std)`, the sample standard deviation; of one value the mean."""
+    """`mean (std)` with the sample standard deviation; of one value the mean."""
     if not values:
         return ""
     varies = len(values) > 1 and math.isfinite(mean(values))
     return f"{mean(values):.2f}" + (f" ({stdev(values):.2f})" if varies else "")
 
 
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's 95 % interval of the mean; None for fewer than two values, or if one is not finite."""
+def interval(values: Sequence[float], level: float = 0.95, more: int = 0) -> tuple[float, float] | None:
+    """Student's interval of the mean, or with `more=1` of one more normal value.
+
+    None for fewer than two values, or if one is not finite.
+    """
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
-    half = quantile(len(values), 0.95) * stdev(values) / math.sqrt(len(values))
-    return mean(values) - half, mean(values) + half
-
-
-def prediction_interval(values: Sequence[float], level: float) -> tuple[float, float] | None:
-    """The interval that holds one more normal value with probability `level`; None where `interval` is."""
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return None
-    half = quantile(len(values), level) * stdev(values) * math.sqrt(1 + 1 / len(values))
+    half = quantile(len(values), level) * stdev(values) * math.sqrt(more + 1 / len(values))
     return mean(values) - half, mean(values) + half
 
 
 @cache
 def quantile(count: int, level: float) -> float:
-    """Half an interval of `count` values, in standard errors: Student's t with count − 1 degrees of freedom."""
+    """Half an interval in standard errors: Student's t with count − 1 degrees of freedom."""
     from scipy import stats
 
     return float(stats.t.ppf((1 + level) / 2, count - 1))
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> Difference | None:
-    """Welch's t-test; None if a sample has no `interval`, or if neither varies."""
+    """Welch's t-test; None if a sample has no `interval`, or neither varies."""
     if interval(a) is None or interval(b) is None or (stdev(a) == 0 and stdev(b) == 0):
         return None
     from scipy import stats
@@ -68,8 +60,7 @@ def expected_best(trials: Sequence[tuple[float, float]], lower_is_better: bool) 
     trials, drawn without replacement, the best by the first value is chosen; its second value is the result.
 
     Dodge et al. 2019 (arXiv 1910.11758) draw with replacement. Without it, the i-th worst of N trials is the best of k
-    with probability C(i−1, k−1) / C(N, k). Trials with equal first values share the mean of their second values. An
-    entry is infinite if some order gives an infinite value.
+    with probability C(i−1, k−1) / C(N, k). Equal first values share the mean of their second values.
     """
     count = len(trials)
     ordered = sorted(trials, key=lambda trial: trial[0], reverse=lower_is_better)  # worst first

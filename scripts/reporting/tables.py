@@ -1,7 +1,7 @@
-"""The tables of a report: the means of cells, intervals and costs, a published training log, the trials of a search.
+"""The tables of a report: means of cells, intervals and costs, a published training log, the trials of a search.
 
-A cell is the mean (sample standard deviation) over its complete runs. Runs with different settings are listed
-separately. Unfinished runs are listed but not counted.
+A cell is the mean (sample standard deviation) over its complete runs. Different settings are listed separately.
+Unfinished runs are listed but not counted.
 """
 
 import math
@@ -23,10 +23,9 @@ from scripts.reporting.searched import ABOUT_SEARCHED, searched
 from scripts.reporting.statistics import interval, spread, welch
 from scripts.runs import Run, author_log, by_table
 from scripts.tables import ROWS, SCHEDULES, position, published
-from scripts.text_table import format_table
+from scripts.text_table import duration, format_table
 
 MOST_CHANGES = 8  # that a note names
-Lines = tuple[list[str], list[list[str]]]  # header and lines
 TEST = "apollo − row"  # Welch's test
 ABOUT_WELCH = (
     f"{TEST}: difference of the final means with its 95 % interval, and the p-value of Welch's t-test (number of "
@@ -50,27 +49,22 @@ class Cell(NamedTuple):
 
 
 def report(table: str, runs: Sequence[Run], expected: Iterable[tuple[str, str]] = (), markdown: bool = False) -> str:
-    """The table of `runs`, with a line for each `expected` cell; then notes."""
-    groups = by_cell(runs)
-    facts = published(table)
-    title = f"{table}: mean (std) over n seeds"
-    if facts:
-        title = f"{table}: {facts['metric_in_words']}, mean (std) over n seeds; published: over {facts['runs']} runs"
-    header, lines = results(table, groups, expected, markdown)
-    notes = _all_notes(table, groups, lines)
-    text = format_table(header, lines, markdown)
+    """The table, with a line for each `expected` cell, and notes."""
+    shown, facts = results(table, by_cell(runs), expected, markdown), published(table)
+    title = f"{table}: {shown.title}" + (f"; published: over {facts['runs']} runs" if facts else "")
+    text, notes = format_table(shown.header, shown.lines, markdown), shown.notes
     if markdown:
         title, notes = f"{title}\n", [f"- {note}" for note in notes]
     return "\n".join([title, *text, *([""] if notes else []), *notes])
 
 
 def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
-    """The second table: intervals, Apollo against every other row (ABOUT_WELCH), costs."""
-    return "\n".join(format_table(*comparisons(by_cell(runs)), markdown))
+    """The second table: intervals, Apollo against every row (ABOUT_WELCH), costs."""
+    shown = comparisons(by_cell(runs))
+    return "\n".join(format_table(shown.header, shown.lines, markdown))
 
 
 def log_table(table: str, runs: Sequence[Run], markdown: bool = False) -> str | None:
-    """`of_author` as text."""
     log = of_author(table, runs)
     if log is None:
         return None
@@ -79,7 +73,7 @@ def log_table(table: str, runs: Sequence[Run], markdown: bool = False) -> str | 
 
 
 def render(runs: Sequence[Run], kind: str) -> str:
-    """Tables as Markdown: `results`, the `comparison`, what was `searched`, or its `rates`."""
+    """Tables of a kind (records.KINDS) as Markdown."""
     runs = apart(runs)
     if kind == "searched":
         return "\n".join([*format_table(*searched(runs), markdown=True), "", ABOUT_SEARCHED])
@@ -92,28 +86,21 @@ def render(runs: Sequence[Run], kind: str) -> str:
 
 
 def page_tables(runs: Sequence[Run]) -> dict[str, list[Table]]:
-    """The HTML page's tables, by table of the paper."""
     tables = {}
     for table, of_table in by_table(runs).items():
-        groups, facts = by_cell(of_table), published(table)
-        words = f"{facts['metric_in_words']}, " if facts else ""
-        means, compared = results(table, groups, first_published_cells(table)), comparisons(groups)
-        parts = [
-            Table(f"{words}mean (std) over n seeds", *means, _all_notes(table, groups, means[1])),
-            Table("Intervals, tests and costs", *compared, [ABOUT_WELCH] if TEST in compared[0] else []),
-            Table("Trials of the search", *trial_lines(of_table), folded=True),
-        ]
-        parts += [log] if (log := of_author(table, of_table)) else []
-        tables[table] = [part for part in parts if part.lines]
+        groups = by_cell(of_table)
+        means, log = results(table, groups, first_published_cells(table)), of_author(table, of_table)
+        parts = (means, comparisons(groups), trials(of_table), log)
+        tables[table] = [part for part in parts if part and part.lines]
     return tables
 
 
 def results(
     table: str, groups: dict[Cell, list[Run]], expected: Iterable[tuple[str, str]] = (), markdown: bool = False
-) -> Lines:
+) -> Table:
     """A table's means, in Markdown with published values in italics.
 
-    Where runs average their weights, `final` is the average's score, and `unaveraged` that of the last weights.
+    For averaged weights `final` is the average's score, and `unaveraged` that of the last weights.
     """
     facts, targets = published(table), published_cells(table)
     also = facts.get("also", {})
@@ -134,10 +121,13 @@ def results(
             line.append(f"{mean(finals) - target[0]:+.2f}" if target and finals else "")
             line += [spread(_scores(complete, name)) for name in also]
         lines.append(line)
-    return header, lines
+    title = f"{facts['metric_in_words']}, mean (std) over n seeds" if facts else "mean (std) over n seeds"
+    notes = sources(table, [(line[0], line[1]) for line in lines])
+    notes += [note for of_cell in groups.values() for note in _notes(of_cell, groups)]
+    return Table(title, header, lines, notes)
 
 
-def comparisons(groups: dict[Cell, list[Run]]) -> Lines:
+def comparisons(groups: dict[Cell, list[Run]]) -> Table:
     """The second table (see `comparison`), without empty columns."""
     header = ["row", "schedule", "95 % interval", TEST, "p (n)", "time a run", "memory", "optimizer's share"]
     lines = []
@@ -161,11 +151,13 @@ def comparisons(groups: dict[Cell, list[Run]]) -> Lines:
             ]
         )
     kept = [place for place in range(len(header)) if any(line[place] for line in lines)]
-    return [header[place] for place in kept], [[line[place] for place in kept] for line in lines]
+    header = [header[place] for place in kept]
+    notes = [ABOUT_WELCH] if TEST in header else []
+    return Table("Intervals, tests and costs", header, [[line[place] for place in kept] for line in lines], notes)
 
 
 def of_author(table: str, runs: Sequence[Run]) -> Table | None:
-    """The author's training log, and two columns for each run of its cell; None without a log or a run."""
+    """The author's training log, with two columns for each run of its cell, if any."""
     log, of_cell = author_log(table, runs)
     if not of_cell:
         return None
@@ -182,7 +174,7 @@ def of_author(table: str, runs: Sequence[Run]) -> Table | None:
     return Table(title, header, lines, [f"published: {log['source']}; {log['in_words']}"])
 
 
-def trial_lines(runs: Sequence[Run]) -> Lines:
+def trials(runs: Sequence[Run]) -> Table:
     lines = []
     for run in runs:
         if run.trial and run.result:
@@ -190,7 +182,8 @@ def trial_lines(runs: Sequence[Run]) -> Lines:
             values = [] if run.result.diverged else [run.result.validation, run.result.final]
             texts = [f"{value:.2f}" if value is not None else "" for value in values] or ["diverged", ""]
             lines.append([run.row, run.trial, f"{run.rate:g}" if run.rate else "", *texts, " ".join(settings)])
-    return ["row", "trial", "lr", "validation", "test", "other settings"], lines
+    header = ["row", "trial", "lr", "validation", "test", "other settings"]
+    return Table("Trials of the search", header, lines, folded=True)
 
 
 def by_cell(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
@@ -202,7 +195,7 @@ def by_cell(runs: Sequence[Run]) -> dict[Cell, list[Run]]:
 
 
 def _with_line(groups: dict[Cell, list[Run]]) -> list[Cell]:
-    """A further recipe has a line as soon as one of its runs is complete."""
+    """A further recipe has a line once one of its runs is complete."""
     return [cell for cell, runs in groups.items() if cell.variant == 1 or any(run.result for run in runs)]
 
 
@@ -212,19 +205,13 @@ def _scores(runs: Sequence[Run], name: str) -> list[float]:
 
 
 def _of_all(runs: Sequence[Run], value: Callable[[Run], float | None], text: Callable[[float], str]) -> str:
-    """The mean over the runs that have the value, as text; "" if none has."""
+    """The mean over the runs with the value, as text, if any."""
     values = [found for run in runs if (found := value(run)) is not None]
     return text(mean(values)) if values else ""
 
 
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def optimizer_share(run: Run) -> float | None:
-    """The optimizer's part of an update's time, 0 to 1; None if unknown, or if a slow step makes it exceed 1."""
+    """The optimizer's part of an update's time, 0 to 1; None if unknown, or above 1 through a slow step."""
     result, config = run.result, run.config
     if not result.optimizer_ms_per_step:
         return None
@@ -238,11 +225,6 @@ def optimizer_share(run: Run) -> float | None:
         return None
     share = result.optimizer_ms_per_step / 1000 / update_s
     return share if share < 1 else None
-
-
-def _all_notes(table: str, groups: dict[Cell, list[Run]], lines: Sequence[Sequence[str]]) -> list[str]:
-    notes = [note for of_cell in groups.values() for note in _notes(of_cell, groups)]
-    return [*sources(table, [(line[0], line[1]) for line in lines]), *notes]
 
 
 def _notes(of_cell: Sequence[Run], groups: dict[Cell, list[Run]]) -> list[str]:
