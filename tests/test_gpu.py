@@ -36,7 +36,7 @@ def run(*arguments: object, **environment: str) -> tuple[int, str, str]:
 
 @pytest.mark.timeout(3600)
 def test_the_dry_run_goes_through_all_of_it(tmp_path):
-    """It takes some 80 seconds of processor time. The limits are for machines that others keep busy."""
+    """It takes some 60 seconds of processor time. The limits are for machines that others keep busy."""
     status, output, errors = run("--dry-run", "--minutes", 50, tmp_path)
     record = json.loads((tmp_path / "record.json").read_text())
     if "only 0-dimensional arrays can be converted to Python scalars" in (tmp_path / "log.txt").read_text():
