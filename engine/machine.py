@@ -21,7 +21,7 @@ def cpu_name() -> str:
 
 
 def cpu_has_bf16() -> bool | None:
-    """None if unknown."""
+    """Whether the processor has bfloat16 arithmetic; None if unknown."""
     flags = cpu_flags()
     return not BF16_FLAGS.isdisjoint(flags) if flags else None
 

@@ -198,7 +198,7 @@ def write_environment(run: Run, **own: Any) -> None:
 
 
 def progress_bar(run: Run, updates: int) -> tqdm:
-    """Over the run's updates, on rank 0's terminal."""
+    """A bar over the run's updates, on rank 0's terminal."""
     disable = None if run.world.is_main else True
     return tqdm(total=updates, initial=run.progress.update, unit="update", disable=disable)
 

@@ -159,7 +159,7 @@ def finished(out: Path) -> dict[str, Any] | None:
 
 
 def open_corpus(root: Path) -> Corpus:
-    """UserError if something is missing or does not fit."""
+    """The corpus prepared in `root`. UserError if something is missing or does not fit."""
     manifest = finished(root)
     if manifest is None:
         raise UserError(

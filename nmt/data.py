@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     update_tokens: int = 0  # of the whole update on all ranks; 0 in evaluation
 
     def to(self, device: torch.device) -> "Batch":
-        """The host does not wait for a GPU."""
+        """The batch on `device`. The host does not wait for a GPU."""
         if device.type == "cpu":
             return self
         tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in self[:3]]

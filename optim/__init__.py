@@ -36,12 +36,12 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"apollo": Apollo, "sgd": SGD, "adam": 
 def create_optimizer(name: str, params: ParamsT, **settings: Any) -> Optimizer:
     """Makes the optimizer `name`, a key of OPTIMIZERS or the dotted path of any class.
 
-    Apollo's `warmup` is 0 unless given: in training scripts the schedule warms up. `base_optimizer`, which SAM and its
-    kin take, may be a name.
+    Apollo's `warmup` is 0 here unless given: in training scripts the schedule warms up. `base_optimizer`, which SAM and
+    its kin take, may be a name too.
 
     Raises:
-        ValueError: an unknown name, a path that does not import, an unknown, missing or refused setting, or a class not
-            made from parameters, or making no torch optimizer.
+        ValueError: an unknown name, a path that does not import, an unknown, missing or refused setting, or a class
+            that is not made from parameters, or makes no torch optimizer.
     """
     cls = optimizer_class(name)
     accepted = inspect.signature(cls).parameters
@@ -65,7 +65,7 @@ def create_optimizer(name: str, params: ParamsT, **settings: Any) -> Optimizer:
 
 
 def optimizer_class(name: str) -> Callable[..., Optimizer]:
-    """The class or function called `name`. Raises ValueError."""
+    """The class or function called `name`. Raises ValueError where there is none."""
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
     if "." not in name:

@@ -1,7 +1,7 @@
-"""The optimizer Apollo. Read apollo_reference.py first, the published algorithm, written literally.
+"""The optimizer Apollo. Read apollo_reference.py first: it is the published algorithm, written literally.
 
 m = d * D, the average of the gradient, is not stored where d and B give it. So the state has two tensors, like Adam's.
-Decoupled and stable weight decay add to d and need a third. A step's sums are over d, so d is stored, not m.
+Decoupled and stable weight decay add to d and need a third. d is stored, not m, because a step's sums are over d.
 """
 
 from collections.abc import Callable
@@ -40,8 +40,8 @@ class Apollo(Optimizer):
     lr_t rises linearly from `init_lr` to `lr` in the first `warmup` steps. With lr 0 no parameter moves, even then.
     `load_state_dict` takes all settings but `capturable` from the checkpoint; lr stays a tensor or a float.
 
-    Published settings: sigma=1.0 with lr 0.5 (images) to 10 (language, translation) and warmup 100 to 1000 from init_lr
-    0.01; or sigma=0.01 with lr 0.01 to 0.1 and warmup 500 from init_lr 1e-5.
+    The published settings are sigma=1.0 with lr 0.5 (images) to 10 (language, translation) and warmup 100 to 1000 from
+    init_lr 0.01; or sigma=0.01 with lr 0.01 to 0.1 and warmup 500 from init_lr 1e-5.
 
     Args:
         params: parameters, named parameters or groups of them.
@@ -49,21 +49,21 @@ class Apollo(Optimizer):
         beta: decay of the average of the gradient, in [0, 1).
         eps: keeps the 4-norm's division finite, > 0.
         sigma: lower bound of the rectified curvature, > 0; rebound "belief" ignores it. With L2 decay, only the ratio
-            of the rates (lr, init_lr) to sigma matters. Do not change sigma, beta, eps or rebound in a run: m is kept
-            as d * D.
-        warmup: number of warmup steps; 0 if a scheduler warms up.
+            of the rates (lr, init_lr) to sigma matters. Do not change sigma, beta, eps or rebound during a run: m is
+            kept as d * D.
+        warmup: number of warmup steps. Pass 0 if a scheduler warms up.
         init_lr: learning rate of the first warmup step.
         weight_decay: coefficient of weight decay.
         weight_decay_type: "L2", "decoupled" or "stable"; the last two keep a third state tensor.
-        rebound: "constant" or "belief", how the curvature is bounded from below.
+        rebound: "constant" or "belief", the rule that bounds the curvature from below.
         maximize: ascend instead of descend.
         foreach: step over lists of tensors (True) or tensor by tensor (False).
         fused: one native call (CPU, compiled at first use) or a few Triton launches (CUDA) for all tensors, in float32,
-            bfloat16, float16 and on the CPU float64; foreach for others. With foreach and fused None, the step is fused
-            where it can be.
+            bfloat16, float16 and on the CPU float64; foreach for others. If foreach and fused are both None, the step
+            is fused where it can be.
         capturable: keep every scalar on the device, to capture the step in a CUDA graph or compile it whole.
         carry_sums: let a fused step keep sums for the next one, which then reads less. Pass False if code writes to
-            parameters through `.data` or a numpy view: this goes unnoticed, and with L2 decay one sum would be old.
+            parameters through `.data` or a numpy view: this is not noticed, and with L2 decay one sum would be old.
 
     State and arithmetic are float32 for half-precision parameters, and of the parameter's dtype otherwise.
     `exp_avg` (m) is stored only where it is not d * D, `sigma` only with rebound "belief".
@@ -112,7 +112,7 @@ class Apollo(Optimizer):
             check_settings({**self.defaults, **group})
         own = [(group["capturable"], group["lr"]) for group in self.param_groups]
         # torch casts loaded state to the parameter's dtype; ours stays float32 for half precision. So we take it again
-        # as the user's hooks have left it.
+        # from the loaded state, as the user's hooks have left it.
         loaded: dict[str, Any] = {}
         handle = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
         try:
@@ -149,9 +149,9 @@ class Apollo(Optimizer):
         sigmas: list[Tensor | None],
         steps: list[Tensor],
     ) -> None:
-        """Fills the lists for parameters with a gradient. Makes missing state.
+        """Fills the lists with the tensors of parameters that have a gradient. Makes missing state.
 
-        torch.compile does not trace a function of this name, and lets it have only lists as arguments.
+        torch.compile does not trace a function of this name, and accepts only lists as its arguments.
         """
         states = []
         adds_to_state = group["rebound"] == "belief" or group["weight_decay_type"] != "L2"
@@ -180,6 +180,7 @@ class Apollo(Optimizer):
             raise RuntimeError(f"Apollo: the state of {name} has no {missing}; is it another optimizer's?") from None
 
     def _init_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
+        """Adds the state that the group's settings need."""
         dtype = state_dtype(param)
         if not state:
             device = param.device if _counts_on_device(group, param) else "cpu"
@@ -187,7 +188,7 @@ class Apollo(Optimizer):
             state["hessian"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["direction"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         if group["rebound"] == "belief" and "sigma" not in state:
-            # The last step's bound, from which m is computed. While d is 0, any bound is right.
+            # The last step's bound; m is computed from it. While d is 0, any bound is right.
             state["sigma"] = torch.full((), group["sigma"], dtype=dtype, device=param.device)
         if group["weight_decay"] != 0 and group["weight_decay_type"] != "L2" and "exp_avg" not in state:
             state["exp_avg"] = average_of(state, group)  # from now on, d is more than m / D
@@ -195,7 +196,7 @@ class Apollo(Optimizer):
     @torch.no_grad()
     @override
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """`closure` reevaluates the model; its loss is returned."""
+        """Performs one step. `closure` reevaluates the model; its loss is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -225,15 +226,15 @@ class Apollo(Optimizer):
     def clamped(self) -> float | None:
         """The share of entries with |B| below its bound sigma in the last step; None before the first one.
 
-        They take the step of SGD with momentum and the rate lr / sigma; the others one scaled by their curvature. Reads
-        B once, and waits for the device.
+        Those entries take the step of SGD with momentum, with the rate lr / sigma; the others one scaled by their
+        curvature. Reads B once, and waits for the device.
         """
         counts, numel = [], 0
         for group in self.param_groups:
             for state in (self.state[param] for param in group["params"] if self.state.get(param)):
                 hessian, bound = state["hessian"], state.get("sigma", group["sigma"])
                 numel += hessian.numel()
-                # In parts, as a comparison makes a tensor of its size.
+                # In parts: a comparison makes a tensor as large as its own.
                 counts += [torch.count_nonzero(part.abs() < bound) for part in hessian.flatten().split(1 << 20)]
         return float(torch.stack([count.to(counts[0].device) for count in counts]).sum()) / numel if numel else None
 
@@ -243,6 +244,7 @@ def _is_capturing() -> bool:
 
 
 def _counts_on_device(group: dict[str, Any], param: Tensor) -> bool:
+    """Whether the count of steps is on the parameter's device."""
     wants_fused = group["fused"] or (group["fused"] is None and group["foreach"] is None)
     return group["capturable"] or bool(
         param.device.type == "cuda" and wants_fused and fused_step(param.device, param.dtype)
@@ -250,7 +252,7 @@ def _counts_on_device(group: dict[str, Any], param: Tensor) -> bool:
 
 
 def _name_with_gradient(group: dict[str, Any], i: int) -> str:
-    """The name of parameter i among those with a gradient."""
+    """The name of parameter i, counted among those that have a gradient."""
     return _name_of(group, [index for index, param in enumerate(group["params"]) if param.grad is not None][i])
 
 

@@ -1,6 +1,6 @@
-"""Apollo's step with torch's foreach operations: few launches, and no extension to build.
+"""Apollo's step over lists of tensors, with torch's foreach operations: few launches, and no extension to build.
 
-foreach cannot sum over a tensor, so sums are computed one by one.
+foreach cannot sum over a tensor, so these sums are computed one by one.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def _multi_tensor_apollo(tensors: StepTensors, settings: Settings, grad_scale: T
 
 
 def _parts(tensors: StepTensors) -> Iterator[range]:
-    """Parts of up to CPU_PART elements or one tensor; the whole list on GPUs or with shards."""
+    """Consecutive parts of up to CPU_PART elements or one tensor; the whole list on GPUs or with shards."""
     params = tensors.params
     if params[0].device.type != "cpu" or any(tensors.shards):  # all ranks must join their sums in the same order
         yield range(len(params))

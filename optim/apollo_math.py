@@ -1,4 +1,4 @@
-"""Rules shared by forms of Apollo's step. Scalars are numbers, or 0-d tensors if it is capturable."""
+"""Rules that forms of Apollo's step share. Scalars are numbers, or 0-d tensors if the step is capturable."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def averaging_weight(beta: float, step: float | Tensor) -> float | Tensor:
-    """alpha_t = (1 - beta) / (1 - beta^t), the bias-corrected weight of the newest gradient; t (`step`) starts at 1."""
+    """alpha_t = (1 - beta) / (1 - beta^t), the bias-corrected weight of the newest gradient; `step` t counts from 1."""
     return (1 - beta) / (1 - beta**step)
 
 
 def warmed_up_lr(lr: float | Tensor, init_lr: float, warmup: int, steps_before: float | Tensor) -> float | Tensor:
-    """After `steps_before` steps: linear from `init_lr` over `warmup` steps, then `lr`. An lr of 0 stays 0."""
+    """lr after `steps_before` steps: linear from `init_lr` over `warmup` steps, then `lr`. An lr of 0 stays 0."""
     if warmup == 0:
         return lr
     ramp = init_lr + (lr - init_lr) * steps_before / warmup
@@ -22,12 +22,12 @@ def warmed_up_lr(lr: float | Tensor, init_lr: float, warmup: int, steps_before: 
 
 
 def norm_eps(eps: float, sigma: float, rebound: str) -> float:
-    """Added to ||d||_4. With a constant bound sigma it scales with 1 / sigma, like d."""
+    """The constant added to ||d||_4. With a constant bound sigma it scales with 1 / sigma, as d does."""
     return eps / sigma if rebound == "constant" else eps
 
 
 def curvature_offset(eps: float, beta: float, step: float | Tensor, rebound: str) -> float | Tensor:
-    """What rebound "belief" adds to the curvature D: eps / alpha_t, as a product that is 0 before step 1."""
+    """What rebound "belief" adds to the rectified curvature D: eps / alpha_t, as a product that is 0 before step 1."""
     return eps * (1 - beta**step) / (1 - beta) if rebound == "belief" else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Apollo's step tensor by tensor, like the paper's algorithm, with m stored only where needed."""
+"""Apollo's step tensor by tensor. It reads like the paper's algorithm, but stores m only where needed."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ def _single_tensor_apollo(tensors: StepTensors, settings: Settings, grad_scale: 
         if tensors.numels[i] == 0:
             continue
         alpha = averaging_weight(s.beta, t)
-        total = partial(join, groups=tensors.shards[i])  # over the shards
+        total = partial(join, groups=tensors.shards[i])  # adds up a sharded parameter's sums
 
         grad = tensors.grads[i].to(d.dtype)
         if grad_scale is not None:

@@ -1,7 +1,7 @@
-"""Checks the tensors of a step, so that it reads and writes nothing outside of them.
+"""Checks the tensors of a step, so that no step reads or writes outside a tensor.
 
 Between steps any code may give a tensor another shape, dtype, order or memory, or load another parameter's state, and
-fused steps work with addresses. The check is slow, so it is repeated only when `facts` have changed.
+the fused steps work with addresses. The check is slow, so it is repeated only when `facts` have changed.
 """
 
 from bisect import bisect_left
@@ -26,7 +26,7 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 
 def facts(tensors: StepTensors) -> tuple[list[Any], ...]:
-    """If they change, `check_tensors` must be repeated. They are few, as every step compares them.
+    """If this changes, `check_tensors` must be repeated. It is compared at every step, so it is short.
 
     With equal address, dtype, number of elements and strides, elements are where they were.
     """
@@ -39,7 +39,7 @@ def facts(tensors: StepTensors) -> tuple[list[Any], ...]:
 
 
 def check_tensors(tensors: StepTensors, name_of: NameOf) -> None:
-    """Raises RuntimeError, with the parameter's name, if a tensor does not fit it or shares memory."""
+    """Raises RuntimeError, with the parameter's name, if a tensor does not fit its parameter or shares memory."""
     for i, param in enumerate(tensors.params):
         if not param.is_floating_point() or param.layout is not torch.strided:
             raise RuntimeError(f"Apollo takes dense floating-point parameters: {name_of(i)} is {_form(param)}")
@@ -61,14 +61,14 @@ def check_tensors(tensors: StepTensors, name_of: NameOf) -> None:
 
 
 def written_ranges(tensors: StepTensors) -> Ranges:
-    """The ranges of memory that a step writes, joined where they overlap."""
+    """The ranges of memory that a step writes to, joined where they overlap."""
     ranges = [_range_of(x) for x in chain(_of_shape(tensors), _scalars(tensors)) if x.numel()]
     clusters = list(_clusters(ranges))
     return [cluster[0][0] for cluster in clusters], [max(end for _, end in cluster) for cluster in clusters]
 
 
 def apart_from(ranges: Ranges, grads: list[Tensor], known: list[int]) -> list[Tensor]:
-    """The gradients as kernels may read them: copied if they have a pending sign or overlap what the step writes.
+    """The gradients as a kernel may read them: copied if they have a pending sign or overlap what the step writes.
 
     `known` keeps the addresses of gradients that needed no copy.
     """
@@ -143,7 +143,7 @@ def _clusters(entries: list[tuple]) -> Iterator[list[tuple]]:
 
 
 def _check_cluster(cluster: list[tuple]) -> None:
-    """Compares addresses of elements, as ranges can interleave, e.g. views of every other column."""
+    """Compares addresses of elements, as ranges can interleave: two views of every other column do."""
     start = cluster[0][0]
     seen: list[Tensor] = []
     for k, (begin, _, x, name) in enumerate(cluster):

@@ -32,7 +32,7 @@ def apollo(
 ) -> None:
     """`Apollo`'s step, in place.
 
-    Gradients are divided by `grad_scale`; nothing changes if `found_inf` is not 0 (1-element tensors).
+    Gradients are divided by `grad_scale`, and nothing changes if `found_inf` is not 0 (both 1-element tensors).
 
     Raises:
         RuntimeError: a tensor's shape, dtype or device does not fit its parameter, or tensors share memory.
@@ -57,7 +57,7 @@ def apollo(
 
 
 class _List(NamedTuple):
-    """Parameters of one kind, and what their step keeps."""
+    """Parameters of one kind, and what their step function keeps."""
 
     step: Callable[..., None]
     device: torch.device
@@ -113,7 +113,7 @@ def _lists(tensors: StepTensors, settings: Settings) -> list[_List]:
 
 
 def _has_plain_memory(tensors: StepTensors, i: int) -> bool:
-    """Whether kernels may use parameter i's addresses: no gaps, pending signs or wrappers of other tensors."""
+    """Whether kernels may use the addresses of parameter i: no gaps, no pending sign, no wrapper of other tensors."""
     param = tensors.params[i]
     mine = [param, tensors.grads[i], tensors.hessians[i], tensors.directions[i], tensors.exp_avgs[i]]
     return is_dense(param) and not any(x.is_neg() or (x.numel() and not x.data_ptr()) for x in mine if x is not None)
@@ -137,7 +137,7 @@ def fused_step(device: torch.device, dtype: torch.dtype) -> Callable[..., None] 
 
 @cache
 def _triton_works() -> bool:
-    """Whether Triton can launch kernels; a warning if not. Tried once, as Triton then compiles its driver."""
+    """Whether Triton can launch kernels; a warning if not. It is tried once, as Triton then compiles its driver."""
     if not find_spec("triton"):
         return False
     try:

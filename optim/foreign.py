@@ -13,7 +13,7 @@ EXTRA = ("pytorch_optimizer", "schedulefree")  # the packages of setup.py's extr
 def find(what: str, path: str, base: type) -> Callable[..., Any]:
     """The class or function with the dotted `path`. ValueError, which begins with `what`, if there is none.
 
-    For a missing attribute the error names the module's subclasses of `base`.
+    If the attribute is missing, the error names the subclasses of `base` in the module.
     """
     module_path, _, attribute = path.rpartition(".")
     if not module_path or not attribute:
@@ -54,7 +54,7 @@ def construct(what: str, maker: Callable[..., Any], subject: Any, settings: dict
 
 
 def suggest(name: object, valid: Iterable[str]) -> str:
-    """'; did you mean X? valid: X, Y' for an unknown `name`, without a long list."""
+    """'; did you mean X? valid: X, Y' for an unknown `name`, without a very long list."""
     valid = list(valid)
     near = difflib.get_close_matches(str(name).lower(), [v.lower() for v in valid], n=1)
     parts = [f"did you mean {next(v for v in valid if v.lower() == near[0])!r}?"] if near else []

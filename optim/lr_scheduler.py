@@ -1,7 +1,7 @@
-"""Learning-rate schedules in closed form, as functions of the update's index, after a linear warmup.
+"""Learning-rate schedules in closed form, as functions of the update's index.
 
-"milestone" and "cosine" count units: epochs if the published rate changes once per epoch, else updates. The other rules
-count updates.
+A linear warmup comes first. "milestone" and "cosine" count units: epochs if the published rate changes once per epoch,
+and updates otherwise. The other rules count updates.
 """
 
 import math
@@ -34,9 +34,9 @@ WARMUP = {"warmup_updates": 0, "init_lr": 0.0}
 def create_schedule(
     optimizer: Optimizer, name: str, *, updates_per_unit: int = 1, total: int | None = None, **settings: Any
 ) -> LRScheduler:
-    """Makes a schedule, to be stepped once per update.
+    """Makes the schedule `name` for `optimizer`, to be stepped once per update.
 
-    A group's starts from its `initial_lr`, or else from its learning rate now.
+    A group's schedule starts from its `initial_lr`, or else from its learning rate now.
 
     Args:
         optimizer: any torch optimizer.
@@ -46,7 +46,7 @@ def create_schedule(
         settings: warmup_updates (default 0), init_lr (0.0). "milestone": milestones, an increasing list of units, and
             decay_rate (0.1). "cosine", "linear", "wsd": last_lr (0.0). "wsd": decay_share (0.2), the share of updates
             in which the rate falls. init_lr and last_lr are the first group's; others have them in proportion to their
-            rates. A class also takes its own settings, and counts updates from the warmup's end.
+            learning rates. A class also takes its own settings, and counts updates from the warmup's end.
 
     Raises:
         ValueError: an unknown name or setting, a value out of range, or a warmup in both schedule and optimizer.
@@ -87,10 +87,10 @@ def learning_rate(
     last_lr: float = 0.0,
     decay_share: float = 0.2,
 ) -> float | Tensor:
-    """The rate of update `t`, from 0 on, of the schedule `name` that starts from `lr`.
+    """Learning rate of update `t`, counted from 0. The schedule `name` starts from `lr`.
 
-    "linear" falls from the end of the warmup to last_lr at the end of training. "wsd" (warmup, stable, decay; Hu et al.
-    2024, arXiv 2404.06395) stays at `lr`, then falls linearly, as in Hägele et al. 2024 (arXiv 2405.18392).
+    "linear" falls from the end of the warmup to last_lr at the end of the training. "wsd" (warmup, stable, decay; Hu et
+    al. 2024, arXiv 2404.06395) stays at `lr`, then falls linearly, as in Hägele et al. 2024 (arXiv 2405.18392).
     """
     if t < warmup_updates:
         return init_lr + (lr - init_lr) * t / warmup_updates
@@ -110,7 +110,7 @@ def learning_rate(
 
 
 def decay_begin(name: str, length: int, warmup_updates: int, decay_share: float) -> int:
-    """The update with which "linear" or "wsd" begins to decay."""
+    """The update with which the decay of "linear" or "wsd" begins."""
     return warmup_updates if name == "linear" else length - max(1, round(decay_share * length))
 
 

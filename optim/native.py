@@ -1,7 +1,8 @@
-"""Compiles a C++ file for this processor at first use, and caches the result.
+"""Compiles a C++ file of this repository for this processor at first use, and caches the result.
 
 The C++ has a plain C interface without torch, so it compiles in seconds and works with any torch. The cache is in
-$TORCH_EXTENSIONS_DIR, $XDG_CACHE_HOME or ~/.cache. Its key depends on sources, compiler, flags and processor.
+$TORCH_EXTENSIONS_DIR, $XDG_CACHE_HOME or ~/.cache. Its key is made of the sources, the compiler with its flags, and the
+processor.
 """
 
 import ctypes
@@ -24,7 +25,7 @@ class NotCompiled(Exception):
 
 
 def load_library(source: Path, signatures: Signatures, instead: str) -> ctypes.CDLL | None:
-    """The library of a C++ file. If there is none: None, after a warning that names what is used `instead`.
+    """The library of one C++ file. If there is none: None, after a warning that names what is used `instead`.
 
     Callers cache the result, so that they warn only once.
     """
@@ -40,7 +41,7 @@ def load_library(source: Path, signatures: Signatures, instead: str) -> ctypes.C
 
 
 def compile_library(source: Path) -> Path:
-    """The shared library's path, compiled unless cached. Raises NotCompiled."""
+    """The path of the shared library, compiled if not in the cache. Raises NotCompiled."""
     try:
         return _compile(source)
     except (OSError, subprocess.SubprocessError) as error:
@@ -65,8 +66,8 @@ def _compile(source: Path) -> Path:
     except OSError:  # no writable cache: compile for this process alone
         built = Path(tempfile.mkdtemp(prefix="apollo_optim_")) / built.name
 
-    # Several processes may build at once: each renames its own file. Compilers without OpenMP (Apple's) still vectorise
-    # the loops, on one thread.
+    # Several processes may build at once: each renames a file of its own. Compilers without OpenMP (Apple's) still
+    # vectorise the loops, on one thread.
     handle, temporary = tempfile.mkstemp(dir=built.parent, suffix=".so")
     os.close(handle)
     try:

@@ -1,7 +1,7 @@
 """Converts optimizer state between `optim.Apollo` and the published implementation.
 
-The published one keeps `exp_avg_grad` (m), `approx_hessian` (B) and `update` (d) for each parameter. It counts steps in
-a Python int. Its sigma is a constant.
+The published one keeps three tensors for each parameter: `exp_avg_grad` (m), `approx_hessian` (B) and `update` (d). It
+counts steps in a Python int. Its sigma is a constant.
 """
 
 from typing import Any
@@ -22,8 +22,8 @@ def from_published(state_dict: dict[str, Any], **settings: Any) -> dict[str, Any
 
     Args:
         state_dict: the published optimizer's, over the same parameters in the same order.
-        settings: for every group, instead of its own. `sigma` is always needed (1.0 or 0.01), and `weight_decay_type`
-            if the published version fixed it.
+        settings: for every group, instead of those in `state_dict`. `sigma` is always needed (1.0 or 0.01), and
+            `weight_decay_type` if the published version fixed it.
 
     Raises:
         ValueError: the state is not the published optimizer's, or sigma is missing.

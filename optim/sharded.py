@@ -1,6 +1,6 @@
-"""Apollo's sums over sharded parameters (FSDP2, tensor parallelism: torch's DTensor).
+"""Apollo's sums over parameters that are sharded (FSDP2, tensor parallelism: torch's DTensor).
 
-Each rank steps over its shard. All-reduces of one small array join the sums of the whole list, so any number of ranks
+Each rank steps over its shard. All-reduces of one small array join the sums for the whole list, so any number of ranks
 takes the same step.
 """
 
@@ -16,7 +16,7 @@ ProcessGroups = tuple[Any, ...]
 
 
 def any_sharded(tensors: list[Tensor]) -> bool:
-    """Whether one of `tensors` is a DTensor, whose import is slow and not done here."""
+    """Whether a DTensor is among `tensors`. DTensor is not imported here: its import is slow."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
 
@@ -38,7 +38,7 @@ def process_groups(param: Tensor) -> ProcessGroups:
 
 
 def join_sums(sums: Tensor, shards: list[ProcessGroups], largest: bool = False) -> None:
-    """Replaces the rows of `sums` [n, k], one a tensor, by their sums (or maxima) over the ranks."""
+    """Replaces the rows of `sums` [n, k], one for each tensor, by their sums (or maxima) over the ranks."""
     op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
     for groups in dict.fromkeys(shards):
         if not groups:

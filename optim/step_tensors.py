@@ -13,7 +13,8 @@ from .sharded import ProcessGroups, any_sharded, local_shard, process_groups
 class StepTensors:
     """Entry i of every list belongs to parameter i. State and gradients have its shape.
 
-    State and `sigmas` (0-d) have `checks.state_dtype`. `steps` are 0-d float32, on the CPU or the parameter's device.
+    State has `checks.state_dtype`. `sigmas` are 0-d of this dtype. `steps` are 0-d float32, on the CPU or on the
+    parameter's device.
     """
 
     params: list[Tensor]
@@ -23,8 +24,8 @@ class StepTensors:
     directions: list[Tensor]  # d
     sigmas: list[Tensor | None]  # the bound of D in the last step, only for rebound "belief"
     steps: list[Tensor]  # t
-    numels: list[int] = field(default_factory=list)  # elements over all ranks
-    shards: list[ProcessGroups] = field(default_factory=list)  # ranks that share a parameter, () for a whole one
+    numels: list[int] = field(default_factory=list)  # elements of the parameter, over all ranks
+    shards: list[ProcessGroups] = field(default_factory=list)  # the ranks that share a parameter, () for a whole one
 
     kept: dict[str, Any] = field(default_factory=dict)  # what a step keeps while only gradients change
 

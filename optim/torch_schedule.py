@@ -1,6 +1,6 @@
-"""Schedules by their dotted paths: torch's, and any with the same interface.
+"""Schedules by their dotted paths: those of torch.optim.lr_scheduler, and any with the same interface.
 
-They count updates. A warmup rises to the rate that they begin with; their first step comes after its end.
+They count updates. A warmup before them rises to the rate that they begin with; their first step comes after its end.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ def create_torch_schedule(
 ) -> LRScheduler:
     """Makes the schedule with the dotted path `name`, after a warmup from `init_lr`.
 
-    `length` is the training's, in updates, if known.
+    `length` is the training's number of updates, if known.
 
     Raises:
         ValueError: a path that does not import, an unknown, missing or refused setting, a schedule that waits for a
@@ -43,7 +43,7 @@ def create_torch_schedule(
 
 
 class AfterWarmup(LRScheduler):
-    """`schedule` after a linear warmup from `init_lr` to each group's rate in its first update."""
+    """`schedule` after a linear warmup from `init_lr` to each group's rate in the first update of `schedule`."""
 
     @override
     def __init__(self, optimizer: Optimizer, schedule: LRScheduler, warmup_updates: int, init_lr: float) -> None:

@@ -47,7 +47,7 @@ class Identity(BaseModel):
 
 
 class Result(BaseModel):
-    """Other keys are kept."""
+    """Further keys, such as other scores, are kept."""
 
     model_config = ConfigDict(extra="allow")
     final: float

@@ -1,9 +1,9 @@
 """Sums that a fused step leaves for the next one.
 
-A step begins with sums, of which only that of g * d needs the new gradient. The step before computes the others while
-their numbers are in cache or registers. They are computed anew if missing (after a resume or a step of another kind),
-or if autograd's version counters show a write to a parameter or its state. They do not show writes through `.data` or a
-numpy view (carry_sums=False is for these).
+A step begins with sums, of which only that of g * d needs the new gradient. The last step computes the others while
+their numbers are in cache or registers. They are computed anew if they are missing (after a resume or a step of another
+kind), or if autograd's version counters show a write to a parameter or its state. Writes through `.data` or a numpy
+view are not seen (carry_sums=False is for these).
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from ..settings import Settings
 
 
 class CarriedSums:
-    """By their owner tensor, and forgotten with it."""
+    """Sums by their owner tensor, which are forgotten with it."""
 
     def __init__(self) -> None:
         self._left: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -24,7 +24,7 @@ class CarriedSums:
         self._left[owner] = note, sums
 
     def take(self, owner: Tensor, note: tuple) -> Any | None:
-        """Removes and returns the owner's sums; None without any, or if their note differs."""
+        """Removes and returns the sums of this owner; None if there are none, or their note differs."""
         left_note, sums = self._left.pop(owner, (None, None))
         return sums if left_note == note else None
 

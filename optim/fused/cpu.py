@@ -1,6 +1,6 @@
 """Apollo's fused step on the CPU: one call into apollo_cpu.cpp for a list of tensors.
 
-It is compiled at first use, or by `python -m optim.fused.cpu`.
+The C++ is compiled at first use, or earlier by `python -m optim.fused.cpu`.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ SOURCE = Path(__file__).with_name("apollo_cpu.cpp")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SUM, UPDATE, DIRECTION = 1, 2, 4
 GRAD, KNOWN, COLUMNS = 1, 9, 10  # of struct ApolloTensor, in words of 64 bits
-LARGE = 65536  # most elements done in one go, in cache: p, g, B and d in float32 are 1 MiB
+LARGE = 65536  # most elements of a tensor done in one go, in cache: p, g, B and d in float32 are 1 MiB
 
 _carried = CarriedSums()  # an array for each large parameter, owned by its direction
 
@@ -41,7 +41,7 @@ class _Settings(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled step, or None after one warning."""
+    """The compiled step. If it cannot be compiled: None, after one warning."""
     arguments = [ctypes.c_void_p] * 3 + [ctypes.POINTER(_Settings)] + [ctypes.c_int64] * 4
     return load_library(SOURCE, {"apollo_step": (None, arguments)}, "Apollo takes the slower foreach step")
 

@@ -4,9 +4,9 @@
     make_scalars    for each tensor: adds up its chunks, makes the scalars of its update, counts the step
     update_chunks   for each chunk: m, B, d, p
 
-Kernels find tensors through a table of addresses on the device, sent when an address has changed. Nothing waits for the
-device: step counts, found_inf and tensor learning rates are read there. With capturable=True no sums are carried over
-(carried_sums.py): a CUDA graph's replay cannot check them.
+The kernels find the tensors through a table of addresses on the device, sent only when an address has changed. Nothing
+waits for the device: step counts, found_inf and tensor learning rates are read there. With capturable=True no sums are
+carried over (carried_sums.py): the replay of a CUDA graph cannot check them.
 """
 
 import math
@@ -75,8 +75,8 @@ def _fused_cuda_apollo(
         kept["table_of"] = grads, s.belief
         kept["table"] = tuple(chain.from_iterable(zip(*columns, strict=True)))
         kept["aligned"] = all(address % 16 == 0 for column in (addresses[0], *addresses[2:5]) for address in column)
-        # Gradients apart: DistributedDataParallel's buckets have no gaps, so a short bias would cost all tensors their
-        # loads of 16 bytes.
+        # Gradients apart: DistributedDataParallel's buckets have no gaps, and after a short bias they would cost the
+        # other tensors their loads of 16 bytes.
         kept["grad_aligned"] = all(address % 16 == 0 for address in grads)
     table = _on_device(kept["table"], device)
     if _is_capturing(device):
@@ -97,7 +97,7 @@ def _fused_cuda_apollo(
     log_beta, one_minus_beta = math.log(s.beta) if s.beta > 0 else -1e30, 1 - s.beta
     common = {"P": DTYPES[params[0].dtype], "ALIGNED": kept["aligned"], "CHUNK": CHUNK, "BLOCK": BLOCK}
     flags = {"L2": s.l2 != 0, "STORED": stored, "SCALED": grad_scale is not None, "GRAD_ALIGNED": kept["grad_aligned"]}
-    # Without fused multiply-adds, carried and new sums have the same bits.
+    # Without fused multiply-adds, carried and newly computed sums have the same bits.
     flags |= {**common, "enable_fp_fusion": False}
     skipping = {"FOUND_INF": found_inf is not None}
 
@@ -136,7 +136,7 @@ def _fused_cuda_apollo(
 
 
 def launch_one() -> None:
-    """Launches the smallest kernel on an empty tensor. Raises Triton's errors."""
+    """Launches the smallest kernel on one empty tensor. Raises Triton's error if that fails."""
     device = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton's interpreter runs it
     table = torch.zeros(1, COLUMNS.value, dtype=torch.int64, device=device)
     sums = torch.empty(1, SUMS.value, dtype=torch.float64, device=device)
@@ -149,14 +149,14 @@ def _addresses(tensors: list[Tensor]) -> list[int]:
 
 @lru_cache(maxsize=64)
 def _chunks(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[int], list[int]]:
-    """Tensor and place of each chunk, [chunks, 2] on the device; each tensor's first chunk and count."""
+    """Tensor and place of each chunk, [chunks, 2] on the device; first chunk and count for each tensor."""
     counts = [-(-numel // CHUNK) for numel in numels]
     first = [0, *accumulate(counts)][:-1]
     places = [(i, k) for i, count in enumerate(counts) for k in range(count)]
     return torch.tensor(places, dtype=torch.int64).view(-1, 2).to(device), first, counts
 
 
-# A pinned and a device buffer of each size, in reserve, as capturing a CUDA graph should not allocate them.
+# For each size a pinned and a device buffer are in reserve: the capture of a CUDA graph should not allocate them.
 _tables: OrderedDict[tuple, Tensor] = OrderedDict()
 _reserve: dict[tuple, tuple[Tensor, Tensor]] = {}
 _captured: list[tuple[Tensor, ...]] = []  # tensors that CUDA graphs still read
@@ -171,6 +171,7 @@ def _pinned(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """`values` as int64 on the device."""
     key, size, capturing = (device, values), (device, len(values)), _is_capturing(device)
     table = _tables.get(key)
     if table is not None:

@@ -1,11 +1,11 @@
-"""The order of elements in memory: fused steps pair elements by address."""
+"""The order of elements in memory: the fused steps pair elements by address."""
 
 import torch
 from torch import Tensor
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether elements fill a range of memory, each once, in any order of dimensions."""
+    """Whether the elements fill a range of memory, each once, in any order of dimensions."""
     if x.is_contiguous():
         return True
     expected = 1
@@ -19,7 +19,7 @@ def is_dense(x: Tensor) -> bool:
 def lay_out_states(params: list[Tensor], *states: list[Tensor]) -> None:
     """Brings states, in place, into the order of their dense parameters.
 
-    Loading or another memory format may have changed it.
+    Loading, or another memory format of the model, may have changed it.
     """
     for i, param in enumerate(params):
         for state in states:
@@ -28,7 +28,7 @@ def lay_out_states(params: list[Tensor], *states: list[Tensor]) -> None:
 
 
 def laid_out(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """The gradients, in the order of their parameters, copied if needed."""
+    """The gradients, copied if needed into the order of their parameters."""
     if list(map(Tensor.stride, params)) == list(map(Tensor.stride, grads)):  # nearly always
         return grads
     return [

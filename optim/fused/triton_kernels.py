@@ -48,7 +48,7 @@ def _load(pointer, offsets, mask):
 
 @triton.jit
 def _sum_state(param, average, hessian, direction, d4, bdd, md, pd, L2: tl.constexpr):
-    """A block's part of the sums that need no gradient."""
+    """Adds a block's part of the sums that need no gradient."""
     square = direction * direction
     if L2:
         pd += param * direction
@@ -57,7 +57,7 @@ def _sum_state(param, average, hessian, direction, d4, bdd, md, pd, L2: tl.const
 
 @triton.jit
 def _store_state_sums(out, d4, bdd, md, pd):
-    # In float64 the order of adding up the lanes does not matter.
+    # In float64 the order in which a kernel adds up the lanes does not matter.
     tl.store(out + D4, tl.sum(d4.to(tl.float64), 0))
     tl.store(out + BDD, tl.sum(bdd.to(tl.float64), 0))
     tl.store(out + MD, tl.sum(md.to(tl.float64), 0))
@@ -132,7 +132,7 @@ def sum_chunks(
 
 @triton.jit
 def _joined(partials, row, COLUMN: tl.constexpr, JOIN: tl.constexpr, LARGEST: tl.constexpr):
-    """The sum (or maximum) of a column over a tensor's chunks."""
+    """The sum (or maximum) of one column over a tensor's chunks."""
     first = tl.load(row + FIRST_CHUNK)
     count = tl.load(row + CHUNKS)
     total = tl.zeros([JOIN], tl.float64)
@@ -162,7 +162,7 @@ def join_chunks(table, partials, sums, JOIN: tl.constexpr):
 
 @triton.jit
 def _sum_of(sums, partials, row, tensor, COLUMN: tl.constexpr, SHARDED: tl.constexpr, JOIN: tl.constexpr):
-    """One sum over a tensor, joined over ranks if sharded."""
+    """One sum over a tensor, joined over the ranks if it is sharded."""
     if SHARDED:
         total = tl.load(sums + tensor * SUMS + COLUMN)
     else:
@@ -268,7 +268,7 @@ def update_chunks(
     SCALED: tl.constexpr, FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, GRAD_ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Last chunks first: sum_chunks may have left their g and d in the L2 cache."""
+    """Begins with the last chunks: their g and d may still be in the L2 cache after sum_chunks."""
     chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     tensor = tl.load(chunks + 2 * chunk)
     row = table + tensor * COLUMNS
@@ -327,7 +327,7 @@ def direct_chunks(
     table, chunks, scalars, found_inf,
     P: tl.constexpr, FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Decay "stable": d and p, which update_chunks left out."""
+    """Decay "stable": computes d and p, which update_chunks left out."""
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunks + 2 * chunk)
     row = table + tensor * COLUMNS
