@@ -73,7 +73,7 @@ class Checkpoints:
         return time.monotonic() - self.saved_at >= seconds
 
     def save(self, progress: Progress, extra: dict[str, Any] | None = None) -> None:
-        """A failure raises UserError and leaves older ones untouched."""
+        """Write a checkpoint. A failure raises UserError and leaves older ones untouched."""
         started = time.monotonic()
         if self.world.is_main:
             state = {name: part.state_dict() for name, part in self.parts.items()}

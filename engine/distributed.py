@@ -160,7 +160,7 @@ def read_environment() -> tuple[int, int, int]:
 
 
 def ranks_on_this_machine() -> int:
-    """As torchrun says; 1 without it. Raises UserError for what is no such number."""
+    """How many, as torchrun says; 1 without it. Raises UserError for what is no such number."""
     return _number("LOCAL_WORLD_SIZE", 1, range(1, 1 << 31))
 
 

@@ -63,7 +63,7 @@ def _print_error(error: object) -> None:
 
 
 def positive(text: str) -> int:
-    """A type for argparse."""
+    """A number above 0 from the command line, as a type for argparse."""
     if not text.isdecimal() or not int(text):
         raise ArgumentTypeError(f"a whole number above 0, not {text}")
     return int(text)

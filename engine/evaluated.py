@@ -176,7 +176,7 @@ def is_kept(run: Run) -> bool:
 
 
 def keep_for_average(run: Run) -> None:
-    """Raises UserError where the training loss or a weight is not finite."""
+    """Keep the weights for averaging. Raises UserError where the training loss or a weight is not finite."""
     update = run.progress.update
     require_finite(run.window.reduce(run.world)["loss"], update)
     with eval_mode(run):

@@ -68,7 +68,7 @@ class Agreement:
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
 
     def after(self, update: int, save_due: bool) -> Wish:
-        """Every rank calls this after every update."""
+        """What all ranks do next. Every rank calls this after every update."""
         wish = Wish.SAVE if save_due and self.world.is_main else Wish.GO_ON
         wish = Wish.STOP if self.stop.requested else wish
         if self.world.world_size == 1:
